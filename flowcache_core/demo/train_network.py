@@ -1,0 +1,227 @@
+"""Trains the demo's diffusion network from scratch: `python -m flowcache_core.demo.train_network --minutes 150`.
+
+Diffusion forcing: every chunk of a clip has a noise level of its own and attends to itself and to the chunks before it,
+so that one network serves every schedule, from one chunk at a time to ten at once.
+"""
+
+import argparse
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from ..backbones.wan import WanBackbone, WanConfig, WanNetwork
+from ..rotary import rotate
+from .captions import TEXT_DIM, embed_caption
+from .clips import render, sample_scenes
+from .codec import TIME, LinearCodec
+
+CONFIG = WanConfig(dim=256, ffn_dim=1024, num_heads=4, num_layers=8, text_dim=TEXT_DIM)
+FRAMES_PER_CHUNK = 3
+CAPTION_DROPOUT = 0.1
+SHIFT = 3.0
+LAGS = (1 / 16, 1 / 10, 1 / 5, 1 / 4, 1 / 2, 1.0)  # of a chunk's whole way from noise to clean
+
+
+@dataclass
+class ClipPool:
+    """Long encoded clips, of which training takes windows. The pool grows while training goes on.
+
+    A window's first latent frame must stand for one pixel frame, as the first of every video does, so each latent
+    frame is stored twice: as it is, and as if a video started there.
+    """
+
+    codec: LinearCodec
+    rng: np.random.Generator
+    frames: int  # latent frames of a stored clip
+    capacity: int
+
+    def __post_init__(self):
+        shape = (self.capacity, 2, 16, self.frames, 8, 8)
+        self.latents = torch.empty(shape, dtype=torch.float16)
+        self.text = torch.empty(self.capacity, 8, TEXT_DIM)
+        self.filled = 0
+        self.added = 0
+
+    def add(self, clips: int) -> None:
+        scenes = sample_scenes(clips, self.rng)
+        video = render(scenes, 1 + TIME * (self.frames - 1))
+        stills = video[:, :, ::TIME]  # the last pixel frame of every latent frame
+        alone = self.codec.encode(stills.transpose(1, 2).flatten(0, 1).unsqueeze(2))  # each a video of one frame
+        alone = alone.unflatten(0, (clips, self.frames)).squeeze(3).transpose(1, 2)
+        latents = torch.stack([self.codec.encode(video), alone], dim=1).half()
+        for clip in range(clips):
+            place = self.added % self.capacity
+            self.latents[place] = latents[clip]
+            self.text[place] = embed_caption(scenes.captions[clip])[0]
+            self.added += 1
+        self.filled = min(self.added, self.capacity)
+
+    def windows(self, batch: int, frames: int) -> tuple[Tensor, Tensor, Tensor]:
+        """Windows [B, 16, frames, 8, 8], captions [B, 8, 64] and which windows begin a video [B]."""
+        clips = self.rng.integers(self.filled, size=batch)
+        starts = self.rng.integers(self.frames - frames + 1, size=batch)
+        begins = torch.from_numpy(self.rng.random(batch) < 0.7)
+        latents = torch.stack([self.latents[c, 0, :, s : s + frames] for c, s in zip(clips, starts)]).float()
+        firsts = torch.stack([self.latents[c, 1, :, s] for c, s in zip(clips, starts)]).float()
+        latents[:, :, 0] = torch.where(begins[:, None, None, None], firsts, latents[:, :, 0])
+        text = torch.stack([self.text[c] for c in clips])
+        return latents, text, begins
+
+
+def sample_sigmas(batch: int, chunks: int, rng: np.random.Generator) -> tuple[Tensor, Tensor]:
+    """Noise levels [B, chunks] and which chunks are worth a loss [B, chunks].
+
+    A third of the clips have independent levels, some chunks clean; the others are caught at a random tick of a
+    schedule: clean chunks, then active ones a lag apart, then chunks that have not begun.
+    """
+    independent = rng.random((batch, chunks))
+    independent[rng.random((batch, chunks)) < 0.25] = 0.0
+    lag = rng.choice(LAGS, size=(batch, 1))
+    reached = rng.random((batch, 1)) * (1 + (chunks - 1) * lag)
+    todo = 1 - (reached - lag * np.arange(chunks))  # share of the way a chunk still has to go
+    mixed = rng.random((batch, 1)) < 0.35
+    share = np.where(mixed, independent, todo.clip(0, 1))
+    counted = np.where(mixed, independent > 0, (todo > 0) & (todo <= 1))
+    sigmas = SHIFT * share / (1 + (SHIFT - 1) * share)
+    return torch.from_numpy(sigmas).float(), torch.from_numpy(counted)
+
+
+def full_attention(table: Tensor, mask: Tensor):
+    """Attention over a whole clip at once under a block-causal mask."""
+
+    def attend(layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        q, k = rotate(q, table), rotate(k, table)
+        return F.scaled_dot_product_attention(q, k, v.to(q.dtype), attn_mask=mask.to(q.dtype))
+
+    return attend
+
+
+def block_causal_mask(chunks: int, tokens: int) -> Tensor:
+    """Added to the logits: 0 where a token's chunk is the query's or earlier, -inf elsewhere. [chunks x tokens]^2."""
+    chunk = torch.arange(chunks).repeat_interleave(tokens)
+    return torch.zeros(len(chunk), len(chunk)).masked_fill(chunk[:, None] < chunk[None, :], float("-inf"))
+
+
+class Trainer:
+    def __init__(self, out: Path, seed: int, pool: int):
+        torch.manual_seed(seed)
+        self.out = out
+        self.rng = np.random.default_rng(seed)
+        self.network = WanNetwork(CONFIG)
+        self.average = WanNetwork(CONFIG)
+        self.average.load_state_dict(self.network.state_dict())
+        self.backbone = WanBackbone(self.network)
+        self.pool = ClipPool(LinearCodec.fit(), self.rng, frames=99, capacity=pool)
+        matrices = [p for p in self.network.blocks.parameters() if p.ndim == 2]
+        chosen = {id(p) for p in matrices}
+        rest = [p for p in self.network.parameters() if id(p) not in chosen]
+        self.optimizers = [
+            torch.optim.Muon(matrices, lr=1.5e-3, weight_decay=0.01, momentum=0.95, adjust_lr_fn="match_rms_adamw"),
+            torch.optim.AdamW(rest, lr=1.5e-3, betas=(0.9, 0.98), weight_decay=0.0),
+        ]
+        self.base_rates = [1.5e-3, 1.5e-3]
+        self.null_text = embed_caption("")
+        self.step = 0
+        self.seconds = 0.0
+
+    def loss(self, batch: int, chunks: int) -> Tensor:
+        frames = chunks * FRAMES_PER_CHUNK
+        clean, text, begins = self.pool.windows(batch, frames)
+        text = torch.where(torch.rand(batch, 1, 1) < CAPTION_DROPOUT, self.null_text, text)
+        sigmas, counted = sample_sigmas(batch, chunks, self.rng)
+        # A window out of the middle of a video has a past that is not seen: its first chunk is given, not learned.
+        sigmas[~begins, 0], counted[~begins, 0] = 0.0, False
+        noise = torch.randn_like(clean)
+        per_frame = sigmas.repeat_interleave(FRAMES_PER_CHUNK, dim=1)
+        level = per_frame[:, None, :, None, None]
+        noisy = torch.lerp(clean, noise, level)
+        rows, columns = self.backbone.grid(*clean.shape[-2:])
+        table = self.backbone.rotary.table(torch.arange(frames), rows, columns)
+        mask = block_causal_mask(chunks, FRAMES_PER_CHUNK * rows * columns)
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            context = self.backbone.context(text)
+            residual = self.backbone.trunk(noisy, per_frame, context, full_attention(table, mask))
+            velocity = self.backbone.head(noisy, per_frame, residual)
+        error = (velocity.float() - (noise - clean)).square().mean(dim=(1, 3, 4))  # [B, frames]
+        weight = counted.float().repeat_interleave(FRAMES_PER_CHUNK, dim=1)
+        return (error * weight).sum() / weight.sum().clamp(min=1.0)
+
+    def run(self, minutes: float) -> None:
+        """Trains until `minutes` in all (earlier runs that were resumed included) are used up."""
+        self.pool.add(64)
+        total, shown, begun = minutes * 60, [], time.monotonic()
+        before = self.seconds
+        while self.seconds < total:
+            progress = self.seconds / total
+            # The last third trains on long clips, so that a long history is nothing new.
+            batch, chunks = (8, 12) if progress < 0.65 else (3, 32)
+            self.pool.add(4 if self.pool.filled < 512 else 1)
+            rate = min(1.0, (self.step + 1) / 100) * min(1.0, (1 - progress) / 0.6 + 0.01)
+            for optimizer, base in zip(self.optimizers, self.base_rates, strict=True):
+                for group in optimizer.param_groups:
+                    group["lr"] = base * rate
+                optimizer.zero_grad(set_to_none=True)
+            loss = self.loss(batch, chunks)
+            loss.backward()
+            torch.nn.utils.clip_grad_norm_(self.network.parameters(), 1.0)
+            for optimizer in self.optimizers:
+                optimizer.step()
+            decay = min(0.999, (1 + self.step) / (10 + self.step))
+            with torch.no_grad():
+                torch._foreach_lerp_(
+                    list(self.average.parameters()), list(self.network.parameters()), 1 - decay
+                )
+            shown.append(loss.item())
+            self.step += 1
+            self.seconds = before + time.monotonic() - begun
+            if self.step % 50 == 0:
+                print(f"step {self.step}  {self.seconds / 60:.1f} min  loss {np.mean(shown):.4f}", flush=True)
+                shown.clear()
+            if self.step % 250 == 0:
+                self.save()
+        self.save()
+
+    def save(self) -> None:
+        torch.save(
+            {
+                "network": self.network.state_dict(),
+                "average": self.average.state_dict(),
+                "optimizers": [optimizer.state_dict() for optimizer in self.optimizers],
+                "step": self.step,
+                "seconds": self.seconds,
+            },
+            self.out.with_suffix(".tmp"),
+        )
+        self.out.with_suffix(".tmp").replace(self.out)
+
+    def resume(self) -> None:
+        saved = torch.load(self.out, weights_only=True)
+        self.network.load_state_dict(saved["network"])
+        self.average.load_state_dict(saved["average"])
+        for optimizer, state in zip(self.optimizers, saved["optimizers"], strict=True):
+            optimizer.load_state_dict(state)
+        self.step, self.seconds = saved["step"], saved["seconds"]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--minutes", type=float, default=150, help="training time in all")
+    parser.add_argument("--out", type=Path, default=Path("out/demo_network.pt"), help="checkpoint, saved as it goes")
+    parser.add_argument("--resume", action="store_true", help="go on from the checkpoint")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--pool", type=int, default=3000, help="encoded clips kept in memory (0.4 MB each)")
+    options = parser.parse_args()
+    options.out.parent.mkdir(parents=True, exist_ok=True)
+    trainer = Trainer(options.out, options.seed, options.pool)
+    if options.resume:
+        trainer.resume()
+    trainer.run(options.minutes)
+
+
+if __name__ == "__main__":
+    main()

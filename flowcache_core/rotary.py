@@ -1,0 +1,58 @@
+"""Rotary position embedding over (frame, row, column), as Wan 2.1 lays it out in each attention head.
+
+A head's width is cut into a part for time, one for rows, one for columns; inside a part, neighbouring pairs turn by
+position x theta^(-2i / part). Angles are computed in float64, so that a run may be of any length.
+"""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Rotary:
+    """Source: Wan 2.1, wan/modules/model.py (rope_params, rope_apply)."""
+
+    head_dim: int
+    theta: float = 10000.0
+
+    @property
+    def parts(self) -> tuple[int, int, int]:
+        """Widths of the parts for time, rows and columns."""
+        side = 2 * (self.head_dim // 6)
+        return self.head_dim - 2 * side, side, side
+
+    def angles(self, positions: Tensor, width: int) -> Tensor:
+        """Positions [...] to angles [..., width / 2] in float64."""
+        exponents = torch.arange(0, width, 2, dtype=torch.float64, device=positions.device) / width
+        return positions.double()[..., None] * self.theta**-exponents
+
+    def table(self, frames: Tensor, rows: int, columns: int) -> Tensor:
+        """Cosines and sines of every token of a run of frames.
+
+        Args:
+            frames: [T] position of each frame.
+
+        Returns:
+            float32 [2, T * rows * columns, head_dim / 2].
+        """
+        time, row, column = self.parts
+        at = frames.device
+        shape = (len(frames), rows, columns)
+        angles = torch.cat(
+            [
+                self.angles(frames, time)[:, None, None].expand(*shape, -1),
+                self.angles(torch.arange(rows, device=at), row)[None, :, None].expand(*shape, -1),
+                self.angles(torch.arange(columns, device=at), column)[None, None, :].expand(*shape, -1),
+            ],
+            dim=-1,
+        ).flatten(0, 2)
+        return torch.stack([angles.cos(), angles.sin()]).float()
+
+
+def rotate(x: Tensor, table: Tensor) -> Tensor:
+    """Turns the pairs of x [..., tokens, D] by a table [2, ..., tokens, D / 2]; computed in float32, x's dtype out."""
+    cosine, sine = table
+    even, odd = x.float().unflatten(-1, (-1, 2)).unbind(-1)
+    return torch.stack([even * cosine - odd * sine, even * sine + odd * cosine], dim=-1).flatten(-2).to(x.dtype)
