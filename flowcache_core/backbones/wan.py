@@ -24,7 +24,11 @@ Attend = Callable[[int, Tensor, Tensor, Tensor], Tensor]  # the same behind a la
 
 @dataclass(frozen=True)
 class WanConfig:
-    """Sizes of a network of the Wan 2.1 layout. Head width is dim / num_heads."""
+    """Sizes of a network of the Wan 2.1 layout. Head width is dim / num_heads.
+
+    Attributes:
+        fps: has SkyReels-V2's frame-rate embedding.
+    """
 
     dim: int
     ffn_dim: int
@@ -36,6 +40,7 @@ class WanConfig:
     freq_dim: int = 256
     patch_size: tuple[int, int, int] = (1, 2, 2)
     eps: float = 1e-6
+    fps: bool = False
 
 
 class WanAttention(nn.Module):
@@ -87,6 +92,9 @@ class WanNetwork(nn.Module):
         )
         self.time_embedding = nn.Sequential(nn.Linear(config.freq_dim, dim), nn.SiLU(), nn.Linear(dim, dim))
         self.time_projection = nn.Sequential(nn.SiLU(), nn.Linear(dim, 6 * dim))
+        if config.fps:
+            self.fps_embedding = nn.Embedding(2, dim)
+            self.fps_projection = nn.Sequential(nn.Linear(dim, dim), nn.SiLU(), nn.Linear(dim, 6 * dim))
         self.blocks = nn.ModuleList(WanBlock(config) for _ in range(config.num_layers))
         self.head = WanHead(config)
 
