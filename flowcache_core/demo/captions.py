@@ -3,6 +3,7 @@
 import torch
 from torch import Tensor
 
+from ..errors import UserError
 from .clips import COLOURS, KINDS
 
 WORDS = ("a", "and", *COLOURS, *KINDS)
@@ -22,16 +23,16 @@ def embed_caption(caption: str) -> Tensor:
     """A caption to its embedding, float32 [1, 8, 64]; the empty caption is the unconditional one.
 
     Raises:
-        ValueError: for a word that the demo model was not trained on, or a caption of more than eight words.
+        UserError: for a word that the demo model was not trained on, or a caption of more than eight words.
     """
     words = caption.lower().replace(",", " ").replace(".", " ").split()
     unknown = [word for word in words if word not in WORDS]
     if unknown:
-        raise ValueError(
+        raise UserError(
             f"The demo model does not know the word '{unknown[0]}'. It knows: {', '.join(WORDS)}. "
             "Write for example 'a red circle and a blue square'."
         )
     if len(words) > TOKENS:
-        raise ValueError(f"The caption has {len(words)} words; the demo model takes at most {TOKENS} (two shapes).")
+        raise UserError(f"The caption has {len(words)} words; the demo model takes at most {TOKENS} (two shapes).")
     rows = [WORDS.index(word) for word in words] + [len(WORDS)] * (TOKENS - len(words))
     return (_WORD_VECTORS[rows] + _PLACE_VECTORS)[None]

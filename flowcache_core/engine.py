@@ -1,0 +1,184 @@
+"""The loop: tick by tick, every active chunk one step further, oldest first; finished chunks are handed out."""
+
+import time
+from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from .runner import Runner
+from .schedule import CLEAN, Place
+from .solvers import Euler, SolverFactory
+
+Denoise = Callable[[Tensor, float, Place], Tensor]  # latent, noise level, place -> guided velocity
+
+
+class Cancelled(Exception):
+    """The run was cancelled by its caller."""
+
+
+class Chunk(NamedTuple):
+    """A finished chunk.
+
+    Attributes:
+        index: its number in the video; prefix chunks count.
+        latent: [B, C, T, H, W].
+    """
+
+    index: int
+    latent: Tensor
+
+
+@dataclass(frozen=True)
+class Progress:
+    """Told after every tick: ticks done and in all, the chunks that took a step, and clean chunks' number."""
+
+    tick: int
+    ticks: int
+    places: Sequence[Place]
+    clean: int
+
+
+@dataclass
+class Guidance:
+    """Velocity from any number of branches: a weighted sum, classifier-free guidance being {cond: s, uncond: 1 - s}.
+
+    Attributes:
+        runner: runs the branches, all in one batch.
+        texts: for each branch a text embedding [B, tokens, width], or one for each chunk by its index.
+        weights: for each branch its weight, or a function of the noise level that gives them.
+    """
+
+    runner: Runner
+    texts: Mapping[Hashable, Tensor | Callable[[int], Tensor]]
+    weights: Mapping[Hashable, float] | Callable[[float], Mapping[Hashable, float]]
+    _named: dict[int, Tensor] = field(default_factory=dict)  # texts are named by identity, so they are kept alive
+
+    def __call__(self, x: Tensor, sigma: float, place: Place) -> Tensor:
+        weights = self.weights(sigma) if callable(self.weights) else self.weights
+        names = list(self.texts)
+        texts = [text(place.chunk) if callable(text) else text for text in self.texts.values()]
+        self._named.update({id(text): text for text in texts})
+        key = tuple(id(text) for text in texts)
+        repeated = x if len(names) == 1 else torch.cat([x] * len(names))
+        text = texts[0] if len(names) == 1 else torch.cat(texts)
+        velocities = self.runner.forward(repeated, sigma, place, names, text, key).split(x.shape[0])
+        if len(names) == 1 and weights[names[0]] == 1:
+            return velocities[0]
+        return sum(weights[name] * velocity for name, velocity in zip(names, velocities, strict=True))
+
+
+def guidance(runner: Runner, positive, negative=None, scale: float = 1.0) -> Guidance:
+    """Classifier-free guidance; at scale 1 only the conditional branch is run."""
+    if negative is None or scale == 1.0:
+        return Guidance(runner, {"cond": positive}, {"cond": 1.0})
+    return Guidance(runner, {"cond": positive, "uncond": negative}, {"cond": scale, "uncond": 1.0 - scale})
+
+
+class Engine:
+    """One run: a generator of finished chunks.
+
+    Args:
+        runner: holds schedule, history and reuse of this run.
+        denoise: guided velocity of a chunk, `Guidance` or the host's guider.
+        sigmas: noise levels of a chunk's steps, [steps + 1], falling to 0.
+        start: gives a chunk's latent [B, C, T, H, W] at the first noise level, from its index.
+        noise: fresh unit noise for a chunk and step, for solvers that add some.
+        solver: makes a chunk's solver.
+        first_sigmas: noise levels of the first generated chunk where it takes more steps.
+        on_progress: called after every tick.
+        cancelled: asked before every step; True ends the run with `Cancelled`.
+    """
+
+    def __init__(
+        self,
+        runner: Runner,
+        denoise: Denoise,
+        sigmas: Sequence[float],
+        start: Callable[[int], Tensor],
+        noise: Callable[[int, int], Tensor] | None = None,
+        solver: SolverFactory = Euler,
+        first_sigmas: Sequence[float] | None = None,
+        on_progress: Callable[[Progress], None] = lambda progress: None,
+        cancelled: Callable[[], bool] = lambda: False,
+    ):
+        self.runner = runner
+        self.schedule = runner.schedule
+        self.denoise = denoise
+        self.sigmas = list(sigmas)
+        self.first_sigmas = list(first_sigmas or sigmas)
+        self.start = start
+        self.noise = noise
+        self.solver = solver
+        self.on_progress = on_progress
+        self.cancelled = cancelled
+        for chunk in {self.schedule.indices[0], self.schedule.indices[-1]}:
+            steps, levels = self.schedule.steps_of(chunk), self._sigmas(chunk)
+            if len(levels) != steps + 1:
+                raise ValueError(f"Chunk {chunk} takes {steps} steps and needs {steps + 1} noise levels, got {len(levels)}.")
+
+    @torch.inference_mode()
+    def prefill(self, latent: Tensor) -> None:
+        """Runs given chunks at noise level 0, so that generated ones attend to them.
+
+        Args:
+            latent: [B, C, prefix chunks * T, H, W].
+        """
+        begun = time.perf_counter()
+        for index, chunk in enumerate(latent.split(self.runner.chunk_frames, dim=2)):
+            self._check()
+            self.denoise(chunk, 0.0, Place(index, CLEAN, 0))
+            self.runner.commit(index)
+        self.runner.report.seconds += time.perf_counter() - begun
+
+    def run(self) -> Iterator[Chunk]:
+        """Generates the schedule's chunks, oldest first."""
+        latents: dict[int, Tensor] = {}
+        solvers: dict[int, object] = {}
+        report = self.runner.report
+        for tick, places in enumerate(self.schedule):
+            begun = time.perf_counter()
+            finished = self._tick(places, latents, solvers)
+            report.history.append((tick, self.runner.history_bytes_used))
+            report.seconds += time.perf_counter() - begun
+            clean = self.schedule.prefix + report.chunks_done
+            self.on_progress(Progress(tick + 1, self.schedule.ticks, places, clean))
+            yield from finished
+
+    @torch.inference_mode()
+    def _tick(self, places: Sequence[Place], latents: dict[int, Tensor], solvers: dict[int, object]) -> list[Chunk]:
+        for place in places:
+            if place.step == 0:
+                latents[place.chunk] = self.start(place.chunk)
+                solvers[place.chunk] = self.solver(self._sigmas(place.chunk), self._noise_of(place.chunk))
+        levels = [self._sigmas(place.chunk)[place.step] for place in places]
+        self.runner.plan(places, [latents[place.chunk] for place in places], levels)
+        finished = []
+        for place, sigma in zip(places, levels, strict=True):
+            self._check()
+            x = latents[place.chunk]
+            velocity = self.denoise(x, sigma, place)
+            latents[place.chunk] = solvers[place.chunk].step(x, velocity, place.step)
+            if place.step == self.schedule.steps_of(place.chunk) - 1:
+                finished.append(place)
+        chunks = []
+        for place in finished:  # after all steps of the tick: active chunks' slots lie behind one another
+            x = latents.pop(place.chunk)
+            del solvers[place.chunk]
+            if self.runner.settings.clean_pass:
+                self.denoise(x, 0.0, Place(place.chunk, CLEAN, place.tick))
+            self.runner.commit(place.chunk)
+            chunks.append(Chunk(place.chunk, x))
+        return chunks
+
+    def _sigmas(self, chunk: int) -> list[float]:
+        return self.first_sigmas if chunk == self.schedule.prefix else self.sigmas
+
+    def _noise_of(self, chunk: int) -> Callable[[int], Tensor]:
+        return lambda step: self.noise(chunk, step)
+
+    def _check(self) -> None:
+        if self.cancelled():
+            raise Cancelled(f"Cancelled after {self.runner.report.chunks_done} of {self.schedule.chunks} chunks.")

@@ -1,0 +1,311 @@
+"""Bounded store of the keys and values that a chunk attends to, for one run and one branch of guidance.
+
+Each layer has one buffer, laid out as
+
+    [ clean tokens, in time order | active chunk | next active chunk | ... ]
+
+A chunk writes its keys and values into its slot and attends to everything before the slot's end: the clean history,
+the active chunks before it and itself. That is one stretch of memory, so attention needs neither a mask nor a copy. A
+finished chunk becomes clean by moving a boundary. When the next chunk needs room, the clean tokens are cut to the
+budget; the tokens that stay may differ from head to head.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from .compression import Compression, choose
+from .errors import UserError
+from .rotary import rotate
+
+AttentionFunction = Callable[[Tensor, Tensor, Tensor], Tensor]
+
+
+@dataclass(frozen=True)
+class HistorySettings:
+    """How much clean history a run keeps.
+
+    Attributes:
+        budget: clean chunks that are kept, or None for all of them.
+        compression: how the history is cut when it is over budget.
+        relative: rotary positions count from the start of the window, not of the video, so that a run of any length
+            uses only positions from 0 to (budget + active) chunks. Needs a budget. Costs a copy of the part of each key
+            that is rotated by time.
+    """
+
+    budget: int | None = None
+    compression: Compression = field(default_factory=Compression)
+    relative: bool = False
+
+    def __post_init__(self):
+        if self.budget is not None and self.budget < max(1, self.compression.protected_chunks):
+            raise UserError(
+                f"The history budget is {self.budget} chunks, but at least {max(1, self.compression.protected_chunks)} "
+                "must stay; raise the budget or protect fewer chunks."
+            )
+        if self.relative and self.budget is None:
+            raise UserError("Positions relative to the window need a history budget; set one, or use absolute positions.")
+
+
+@dataclass(frozen=True)
+class HistoryShape:
+    """Sizes of one branch's history.
+
+    Attributes:
+        layers, batch, heads, head_dim: of the network's keys.
+        grid: rows and columns of tokens of a frame.
+        chunk_frames: latent frames of a chunk.
+        capacity: chunks that there is room for, clean and active.
+    """
+
+    layers: int
+    batch: int
+    heads: int
+    head_dim: int
+    grid: tuple[int, int]
+    chunk_frames: int
+    capacity: int
+
+    @property
+    def frame_tokens(self) -> int:
+        return self.grid[0] * self.grid[1]
+
+    @property
+    def chunk_tokens(self) -> int:
+        return self.frame_tokens * self.chunk_frames
+
+    @property
+    def tokens(self) -> int:
+        return self.chunk_tokens * self.capacity
+
+    def bytes(self, itemsize: int, time_dims: int = 0) -> int:
+        """Memory of the buffers: keys, values, token numbers, and time parts where positions are relative."""
+        rows = self.layers * self.batch * self.heads * self.tokens
+        return rows * ((2 * self.head_dim + time_dims) * itemsize + 4)
+
+
+class Clean(NamedTuple):
+    """The clean part of a history, to be kept beyond a run.
+
+    Attributes:
+        keys, values: [layers, B, heads, tokens, D]; keys are rotated by their place in the video.
+        tokens: [layers, B, heads, tokens] number of each token in the video.
+        queries: [layers, B, query heads, Q, D] for the next compression, or an empty tensor.
+    """
+
+    keys: Tensor
+    values: Tensor
+    tokens: Tensor
+    queries: Tensor
+
+
+class History:
+    """Keys and values of one branch.
+
+    Args:
+        shape: sizes.
+        rotary: gives the rotary table of a run of frames.
+        settings: budget, compression, positions.
+        dtype, device: of the keys; whatever the chunk has.
+    """
+
+    def __init__(self, shape: HistoryShape, rotary, settings: HistorySettings, dtype: torch.dtype, device: torch.device):
+        self.shape = shape
+        self.rotary = rotary
+        self.settings = settings
+        size = (shape.layers, shape.batch, shape.heads, shape.tokens)
+        self.keys = torch.empty(*size, shape.head_dim, dtype=dtype, device=device)
+        self.values = torch.empty_like(self.keys)
+        # Number of each token in the whole video: frame x tokens a frame + place in the frame.
+        self.tokens = torch.zeros(size, dtype=torch.int32, device=device)
+        self.time_dims = rotary.parts[0] if settings.relative else 0
+        self.unrotated = torch.empty(*size, self.time_dims, dtype=dtype, device=device) if self.time_dims else None
+        self.queries: list[Tensor] = []  # a layer: of the chunk that asks at the next compression
+        self._tables: dict[int, Tensor] = {}  # rotary table of each active chunk
+        self.clean = 0  # tokens
+        self.active: list[int] = []  # chunk numbers, oldest first, each with a slot behind the clean tokens
+        self.shift = 0  # frames by which positions are moved towards zero
+
+    @property
+    def bytes(self) -> int:
+        buffers = [self.keys, self.values, self.tokens] + ([] if self.unrotated is None else [self.unrotated])
+        return sum(buffer.nbytes for buffer in buffers)
+
+    @property
+    def bytes_used(self) -> int:
+        """Of the buffers, what clean and active chunks take up now."""
+        filled = self.clean + len(self.active) * self.shape.chunk_tokens
+        return self.bytes * filled // self.shape.tokens
+
+    def open(self, chunk: int) -> None:
+        """Gives a chunk a slot; the clean history is cut first where there is no room."""
+        room = self.shape.tokens - self.clean - len(self.active) * self.shape.chunk_tokens
+        budget = self.settings.budget
+        over = budget is not None and self.clean > budget * self.shape.chunk_tokens
+        if over or room < self.shape.chunk_tokens:
+            if budget is None:
+                raise RuntimeError(f"The history has room for {self.shape.capacity} chunks and is full.")
+            self._compress(budget * self.shape.chunk_tokens)
+        if self.settings.relative:
+            window = self.shape.capacity * self.shape.chunk_frames
+            self._move(max(0, (chunk + 1) * self.shape.chunk_frames - window))
+        self.active.append(chunk)
+        start, end = self.slot(chunk)
+        first = chunk * self.shape.chunk_tokens
+        self.tokens[:, :, :, start:end] = torch.arange(first, first + end - start, device=self.tokens.device)
+
+    def view(self, chunk: int, visible: int | None = None) -> "ChunkView":
+        """What a forward of an active chunk sees.
+
+        Args:
+            chunk: an active chunk; its slot is opened if it has none.
+            visible: how many of the chunks before it may be seen; None for all. Needs an uncut history.
+        """
+        if chunk not in self.active:
+            self.open(chunk)
+        return ChunkView(self, chunk, visible)
+
+    def commit(self, chunk: int) -> None:
+        """The oldest active chunk is clean from now on."""
+        if not self.active or self.active[0] != chunk:
+            raise RuntimeError(f"Chunk {chunk} cannot become clean: the active chunks are {self.active}.")
+        self.active.pop(0)
+        self._tables.pop(chunk, None)
+        self.clean += self.shape.chunk_tokens
+
+    def slot(self, chunk: int) -> tuple[int, int]:
+        """First token and end of an active chunk's slot."""
+        start = self.clean + self.active.index(chunk) * self.shape.chunk_tokens
+        return start, start + self.shape.chunk_tokens
+
+    def table(self, chunk: int) -> Tensor:
+        """Rotary table of an active chunk, [2, tokens, D / 2]."""
+        if chunk not in self._tables:
+            first = chunk * self.shape.chunk_frames - self.shift
+            frames = torch.arange(first, first + self.shape.chunk_frames, device=self.keys.device)
+            self._tables[chunk] = self.rotary.table(frames, *self.shape.grid)
+        return self._tables[chunk]
+
+    def asks(self, chunk: int) -> bool:
+        """Whether a chunk's queries are kept for the next compression."""
+        if self.settings.budget is None:
+            return False
+        return self.settings.compression.asked_by == "newest" or chunk == self.active[0]
+
+    def save(self) -> Clean:
+        """A copy of the clean history on the CPU."""
+        keys, values, tokens = (
+            part[:, :, :, : self.clean].to("cpu", copy=True) for part in (self.keys, self.values, self.tokens)
+        )
+        if self.unrotated is not None:
+            self._turn_to(keys, self.unrotated.cpu(), tokens, shift=0)
+        queries = torch.stack([query.cpu() for query in self.queries]) if self.queries else keys.new_empty(0)
+        return Clean(keys, values, tokens, queries)
+
+    def load(self, saved: Clean) -> None:
+        """Takes over the clean history of an earlier run, cut to this run's budget where it is larger.
+
+        Raises:
+            UserError: the history is of another model, size or batch, or too long for this run's room.
+        """
+        count = saved.keys.shape[3]
+        expected = (self.shape.layers, self.shape.batch, self.shape.heads, count, self.shape.head_dim)
+        if tuple(saved.keys.shape) != expected:
+            raise UserError(
+                f"The state's history has shape {tuple(saved.keys.shape)}, this run needs {expected} "
+                "[layers, batch, heads, tokens, head width]: the state is of another model, size or batch."
+            )
+        budget = self.settings.budget
+        if budget is not None and count > budget * self.shape.chunk_tokens:
+            saved = self._cut(saved, budget * self.shape.chunk_tokens)
+            count = saved.keys.shape[3]
+        if count > self.shape.tokens:
+            raise UserError(f"The state holds {count} tokens of history, and there is room for {self.shape.tokens}.")
+        self.keys[:, :, :, :count].copy_(saved.keys)
+        self.values[:, :, :, :count].copy_(saved.values)
+        self.tokens[:, :, :, :count].copy_(saved.tokens)
+        self.queries = [query.to(self.keys) for query in saved.queries]
+        if self.unrotated is not None:
+            frames = self.tokens[:, :, :, :count] // self.shape.frame_tokens
+            self.unrotated[:, :, :, :count] = self._turn(self.keys[:, :, :, :count, : self.time_dims], -frames)
+        self.clean = count
+
+    def _choose(self, keys: Tensor, queries: Tensor | None, keep: int, layer: int) -> Tensor:
+        settings, shape = self.settings.compression, self.shape
+        return choose(settings, queries, keys, keep, shape.frame_tokens, shape.chunk_tokens, seed=layer)
+
+    def _compress(self, keep: int) -> None:
+        """Cuts the clean tokens to `keep` and moves the active chunks up behind them."""
+        if self.clean <= keep:
+            raise RuntimeError(f"The history is full with {self.clean} clean tokens, and {keep} of them must stay.")
+        filled = self.clean + len(self.active) * self.shape.chunk_tokens
+        buffers = [self.keys, self.values, self.tokens] + ([] if self.unrotated is None else [self.unrotated])
+        for layer in range(self.shape.layers):
+            queries = self.queries[layer] if self.queries else None
+            kept = self._choose(self.keys[layer, :, :, : self.clean], queries, keep, layer)
+            for part in (buffer[layer] for buffer in buffers):
+                part[:, :, :keep] = _gather(part[:, :, : self.clean], kept)
+                part[:, :, keep : keep + filled - self.clean] = part[:, :, self.clean : filled].clone()
+        self.clean = keep
+
+    def _cut(self, saved: Clean, keep: int) -> Clean:
+        layers = []
+        for layer in range(self.shape.layers):
+            queries = saved.queries[layer] if len(saved.queries) else None
+            kept = self._choose(saved.keys[layer], queries, keep, layer)
+            layers.append([_gather(part[layer], kept) for part in saved[:3]])
+        return Clean(*(torch.stack(parts) for parts in zip(*layers, strict=True)), saved.queries)
+
+    def _move(self, shift: int) -> None:
+        """Counts positions from frame `shift` on; tokens from before it that were kept are placed at zero."""
+        if shift == self.shift:
+            return
+        self.shift = shift
+        self._tables.clear()
+        filled = self.clean + len(self.active) * self.shape.chunk_tokens
+        self._turn_to(self.keys[:, :, :, :filled], self.unrotated, self.tokens[:, :, :, :filled], shift)
+
+    def _turn_to(self, keys: Tensor, unrotated: Tensor, tokens: Tensor, shift: int) -> None:
+        """Rotates the time part of keys anew, from the unrotated copy, so that no rounding adds up over a long run."""
+        for layer in range(self.shape.layers):
+            positions = (tokens[layer] // self.shape.frame_tokens - shift).clamp(min=0)
+            keys[layer, ..., : self.time_dims] = self._turn(unrotated[layer, :, :, : keys.shape[3]], positions)
+
+    def _turn(self, keys: Tensor, positions: Tensor) -> Tensor:
+        angles = self.rotary.angles(positions, self.time_dims)
+        return rotate(keys, torch.stack([angles.cos(), angles.sin()]).float())
+
+
+def _gather(part: Tensor, kept: Tensor) -> Tensor:
+    """Tokens `kept` [B, heads, keep] of a part [B, heads, tokens] or [B, heads, tokens, D]."""
+    index = kept if part.ndim == 3 else kept[..., None].expand(*kept.shape, part.shape[-1])
+    return part.gather(2, index)
+
+
+class ChunkView:
+    """One forward of one chunk over its history: writes its keys and values and attends."""
+
+    def __init__(self, history: History, chunk: int, visible: int | None):
+        self.history = history
+        self.start, self.end = history.slot(chunk)
+        self.first = 0 if visible is None else max(0, self.start - visible * history.shape.chunk_tokens)
+        self.table = history.table(chunk)
+        self.asks = history.asks(chunk)
+        if self.asks and not history.queries:
+            history.queries = [None] * history.shape.layers
+
+    def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor, attention: AttentionFunction) -> Tensor:
+        """Unrotated q, k, v [B, heads, chunk tokens, D] to attended values of q's shape."""
+        history = self.history
+        q = rotate(q, self.table)
+        keys, values = history.keys[layer], history.values[layer]
+        keys[:, :, self.start : self.end] = rotate(k, self.table)
+        values[:, :, self.start : self.end] = v
+        if history.unrotated is not None:
+            history.unrotated[layer, :, :, self.start : self.end] = k[..., : history.time_dims]
+        if self.asks:
+            history.queries[layer] = q
+        return attention(q, keys[:, :, self.first : self.end], values[:, :, self.first : self.end])

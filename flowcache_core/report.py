@@ -1,0 +1,110 @@
+"""What a run did: which steps were recomputed, how long it took, how large the history grew."""
+
+from collections.abc import Hashable
+from dataclasses import dataclass, field
+
+from .schedule import CLEAN, ChunkSchedule, Place
+
+
+@dataclass
+class Report:
+    """Filled in while a run goes on.
+
+    Attributes:
+        schedule: of the run.
+        settings: one line that says how it was run.
+        decisions: for each branch and chunk, one entry a step: True recomputed, False reused.
+        clean_passes: extra forwards at noise level 0, in all branches.
+        seconds: wall time of the run.
+        forward_seconds: of them, inside the backbone.
+        history: (tick, bytes in use), one entry a tick.
+        history_bytes_allocated: size of the history's buffers.
+        history_bytes_unbounded: what an unbounded history of the same run would take.
+        chunks_done: chunks finished.
+    """
+
+    schedule: ChunkSchedule
+    settings: str = ""
+    decisions: dict[Hashable, dict[int, list[bool]]] = field(default_factory=dict)
+    clean_passes: int = 0
+    seconds: float = 0.0
+    forward_seconds: float = 0.0
+    history: list[tuple[int, int]] = field(default_factory=list)
+    history_bytes_allocated: int = 0
+    history_bytes_unbounded: int = 0
+    chunks_done: int = 0
+
+    def record(self, place: Place, branch: Hashable, recomputed: bool) -> None:
+        if place.step == CLEAN:
+            self.clean_passes += 1
+        else:
+            self.decisions.setdefault(branch, {}).setdefault(place.chunk, []).append(recomputed)
+
+    @property
+    def steps_done(self) -> int:
+        """Steps taken so far, in all branches."""
+        return sum(len(steps) for chunks in self.decisions.values() for steps in chunks.values())
+
+    @property
+    def forwards_executed(self) -> int:
+        """Forwards that were run, clean passes included."""
+        recomputed = sum(sum(steps) for chunks in self.decisions.values() for steps in chunks.values())
+        return recomputed + self.clean_passes
+
+    @property
+    def forwards_total(self) -> int:
+        """Forwards that a plain run of the same steps takes: every step, and a clean pass a chunk."""
+        return self.steps_done + sum(len(chunks) for chunks in self.decisions.values())
+
+    @property
+    def reused(self) -> float:
+        """Share of steps that were reused, 0 to 1."""
+        steps = self.steps_done
+        return 1.0 - (self.forwards_executed - self.clean_passes) / steps if steps else 0.0
+
+    @property
+    def overhead(self) -> float:
+        """Share of the run's time that was not spent inside the backbone, 0 to 1."""
+        return max(0.0, 1.0 - self.forward_seconds / self.seconds) if self.seconds else 0.0
+
+    @property
+    def history_bytes_peak(self) -> int:
+        return max((used for _, used in self.history), default=0)
+
+    def as_dict(self) -> dict:
+        """Numbers and decisions in a form that JSON takes."""
+        return {
+            "settings": self.settings,
+            "chunks": self.chunks_done,
+            "steps": self.schedule.steps,
+            "lag": self.schedule.lag,
+            "forwards_total": self.forwards_total,
+            "forwards_executed": self.forwards_executed,
+            "clean_passes": self.clean_passes,
+            "reused": round(self.reused, 4),
+            "seconds": round(self.seconds, 4),
+            "overhead": round(self.overhead, 4),
+            "history_bytes_peak": self.history_bytes_peak,
+            "history_bytes_allocated": self.history_bytes_allocated,
+            "history_bytes_unbounded": self.history_bytes_unbounded,
+            "decisions": {
+                str(branch): {str(chunk): "".join("x" if again else "." for again in steps) for chunk, steps in chunks.items()}
+                for branch, chunks in self.decisions.items()
+            },
+        }
+
+    def text(self) -> str:
+        """A few lines for people."""
+        fewer = self.forwards_total / self.forwards_executed if self.forwards_executed else 1.0
+        lines = [
+            self.settings,
+            f"{self.chunks_done} chunks of {self.schedule.steps} steps, lag {self.schedule.lag}",
+            f"forwards: {self.forwards_executed} of {self.forwards_total} ({fewer:.1f}x fewer), {self.reused:.0%} of steps reused",
+            f"time: {self.seconds:.1f} s, {self.seconds / max(1, self.chunks_done):.2f} s a chunk, overhead {self.overhead:.1%}",
+            f"history: peak {megabytes(self.history_bytes_peak)}, unbounded {megabytes(self.history_bytes_unbounded)}",
+        ]
+        return "\n".join(line for line in lines if line)
+
+
+def megabytes(count: int) -> str:
+    return f"{count / 2**20:.1f} MB" if count < 2**30 else f"{count / 2**30:.2f} GB"

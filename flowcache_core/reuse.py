@@ -1,0 +1,199 @@
+"""When a chunk's network is run again, and what stands in for it when it is not.
+
+A policy answers, for each step of each chunk, recompute or reuse. Between recomputed steps the velocity is held or
+forecast through the last recomputed ones, which makes every chunk a multistep solver of its own.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from .schedule import Place
+
+Branch = object  # a hashable name of one side of guidance: "cond", "uncond", ...
+
+
+class Policy(Protocol):
+    """Decides for each chunk and branch. `watches` says whether it needs to see how much the input changed."""
+
+    watches: bool
+
+    def recompute(self, place: Place, steps: int, branch: Branch, change: float | None) -> bool:
+        """Whether to run the network.
+
+        Args:
+            place: the chunk, its step and the tick.
+            steps: how many steps the chunk takes in all.
+            branch: the side of guidance.
+            change: relative L1 change of the chunk's signal since its last step, where the policy watches it.
+        """
+        ...
+
+
+@dataclass
+class Always:
+    """Plain sampling: every step is recomputed."""
+
+    watches = False
+
+    def recompute(self, place: Place, steps: int, branch: Branch, change: float | None) -> bool:
+        return True
+
+
+@dataclass
+class Periodic:
+    """Every n-th step of a chunk. Where n divides the lag, all active chunks recompute on the same ticks."""
+
+    every: int
+    warmup: int = 1
+    last: bool = False  # also a chunk's last step
+
+    watches = False
+
+    def recompute(self, place: Place, steps: int, branch: Branch, change: float | None) -> bool:
+        return _must(place, steps, self.warmup, self.last) or place.step % self.every == 0
+
+
+@dataclass
+class FixedSteps:
+    """A list of steps, the same for every chunk; `align` (a schedule's lag) makes all active chunks share their ticks.
+
+    Aligned, a chunk also recomputes whenever another active chunk's list says so, because a recomputed chunk wants
+    fresh keys from the chunks before it.
+    """
+
+    steps: Sequence[int]
+    align: int | None = None
+
+    watches = False
+
+    def __post_init__(self):
+        self._chosen = frozenset(self.steps)
+        self._phases = frozenset(step % self.align for step in self.steps) if self.align else frozenset()
+
+    def recompute(self, place: Place, steps: int, branch: Branch, change: float | None) -> bool:
+        in_phase = bool(self._phases) and place.step % self.align in self._phases
+        return place.step == 0 or place.step in self._chosen or in_phase
+
+
+@dataclass
+class Chunkwise:
+    """FlowCache's rule (arXiv 2602.10825): each chunk and branch adds up how much its own input has drifted since it
+    was last recomputed, and is recomputed when that reaches the threshold.
+
+    Attributes:
+        threshold: accumulated relative L1 change at which to recompute.
+        warmup: first steps of a chunk that are always recomputed.
+        last: a chunk's last step is always recomputed.
+        rescale: coefficients, highest power first, of a polynomial that the change is put through first. Where it is
+            not positive, the step is recomputed: outside its fitted range the published polynomial would lock in reuse.
+    """
+
+    threshold: float
+    warmup: int = 5
+    last: bool = False
+    rescale: Sequence[float] | None = None
+
+    watches = True
+    drift: dict[tuple[int, Branch], float] = field(default_factory=dict)
+
+    def recompute(self, place: Place, steps: int, branch: Branch, change: float | None) -> bool:
+        key = (place.chunk, branch)
+        step = _rescaled(change, self.rescale)
+        drift = None if step is None else self.drift.get(key, 0.0) + step
+        again = drift is None or drift >= self.threshold or _must(place, steps, self.warmup, self.last)
+        self.drift[key] = 0.0 if again else drift
+        return again
+
+
+@dataclass
+class Global:
+    """TeaCache's rule (arXiv 2411.19108): one decision a tick for all active chunks, from the whole window's change.
+
+    The engine passes every active chunk the same change: the window's. A chunk's first step is still recomputed.
+    """
+
+    threshold: float
+    warmup: int = 5
+    last: bool = False
+    rescale: Sequence[float] | None = None
+
+    watches = True
+    whole_window = True
+    drift: dict[Branch, float] = field(default_factory=dict)
+    _decided: dict[Branch, tuple[int, bool]] = field(default_factory=dict)
+
+    def recompute(self, place: Place, steps: int, branch: Branch, change: float | None) -> bool:
+        tick, again = self._decided.get(branch, (None, False))
+        if tick != place.tick:
+            step = _rescaled(change, self.rescale)
+            drift = None if step is None else self.drift.get(branch, 0.0) + step
+            again = drift is None or drift >= self.threshold
+            self.drift[branch] = 0.0 if again else drift
+            self._decided[branch] = (place.tick, again)
+        return again or _must(place, steps, self.warmup, self.last)
+
+
+def _must(place: Place, steps: int, warmup: int, last: bool) -> bool:
+    return place.step < max(1, warmup) or (last and place.step == steps - 1)
+
+
+def _rescaled(change: float | None, coefficients: Sequence[float] | None) -> float | None:
+    """The change put through the polynomial; None where there is no change to go by or the polynomial is not positive."""
+    if change is None or coefficients is None:
+        return change
+    value = 0.0
+    for coefficient in coefficients:
+        value = value * change + coefficient
+    return value if value > 0 else None
+
+
+def relative_change(now: Sequence[Tensor], before: Sequence[Tensor]) -> list[float]:
+    """mean|now - before| / mean|before| of each pair, read back from the device once."""
+    ratios = [(a - b).abs().mean() / b.abs().mean() for a, b in zip(now, before, strict=True)]
+    return torch.stack(ratios).tolist() if ratios else []
+
+
+class Forecast:
+    """The last recomputed results of one chunk and branch, and what they say about another noise level.
+
+    Args:
+        order: 0 holds the last result; 1 and 2 put a line or a parabola over sigma through the last two or three.
+            With fewer results than that the order is what they allow.
+    """
+
+    def __init__(self, order: int):
+        self.order = order
+        self.sigmas: list[float] = []
+        self.results: list[Tensor] = []
+
+    def add(self, sigma: float, result: Tensor) -> None:
+        if self.sigmas and self.sigmas[-1] == sigma:
+            self.sigmas.pop(), self.results.pop()
+        self.sigmas = [*self.sigmas[-self.order :], sigma] if self.order else [sigma]
+        self.results = [*self.results[-self.order :], result] if self.order else [result]
+
+    def weights(self, sigma: float) -> list[float]:
+        """Lagrange weights of the kept results at a noise level; they add up to 1."""
+        return [
+            _product((sigma - other) / (mine - other) for other in self.sigmas if other != mine) for mine in self.sigmas
+        ]
+
+    def at(self, sigma: float) -> Tensor:
+        if len(self.results) == 1:
+            return self.results[0]
+        weights = self.weights(sigma)
+        total = self.results[-1] * weights[-1]
+        for weight, result in zip(weights[:-1], self.results[:-1], strict=True):
+            total.add_(result, alpha=weight)
+        return total
+
+
+def _product(factors) -> float:
+    product = 1.0
+    for factor in factors:
+        product *= factor
+    return product

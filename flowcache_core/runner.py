@@ -1,0 +1,209 @@
+"""One chunk through the network, or its last result again: where reuse policy, forecast, history and backbone meet.
+
+The runner is driven by the engine, or by a host's own sampler; guidance is its caller's.
+"""
+
+import time
+from collections.abc import Hashable, Sequence
+from dataclasses import replace
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from .errors import UserError
+from .history import AttentionFunction, Clean, History, HistoryShape
+from .presets import Settings
+from .report import Report
+from .reuse import Forecast, relative_change
+from .schedule import CLEAN, ChunkSchedule, Place
+
+
+class Runner:
+    """State of one run: histories and forecasts by branch, the policy, the report.
+
+    Args:
+        backbone: runs one chunk, see `backbones.wan.WanBackbone`.
+        schedule: of the run.
+        settings: what to reuse and how much history to keep.
+        chunk_frames: latent frames of a chunk.
+        attention: used over the history.
+    """
+
+    def __init__(
+        self,
+        backbone,
+        schedule: ChunkSchedule,
+        settings: Settings,
+        chunk_frames: int,
+        attention: AttentionFunction = F.scaled_dot_product_attention,
+    ):
+        self.backbone = backbone
+        self.schedule = schedule
+        self.settings = settings
+        self.chunk_frames = chunk_frames
+        self.attention = attention
+        self.policy = settings.reuse.make(schedule)
+        self.report = Report(schedule)
+        self.histories: dict[Hashable, History] = {}
+        self._loaded: dict[Hashable, Clean] = {}
+        self._forecasts: dict[tuple[int, Hashable], Forecast] = {}
+        self._signals: dict[int, Tensor] = {}
+        self._changes: dict[int, float] = {}
+        self._contexts: dict[Hashable, object] = {}
+
+    def plan(self, places: Sequence[Place], latents: Sequence[Tensor], sigmas: Sequence[float]) -> None:
+        """Measures, before a tick, how much each active chunk's signal has changed: one read-back from the device.
+
+        Args:
+            places: the active chunks' steps.
+            latents, sigmas: their inputs [B, C, T, H, W] and noise levels.
+        """
+        if not self.policy.watches:
+            return
+        signals = {
+            place.chunk: self.backbone.reuse_signal(x, _levels(sigma, x))
+            for place, x, sigma in zip(places, latents, sigmas, strict=True)
+        }
+        known = [chunk for chunk in signals if chunk in self._signals]
+        now, before = [signals[chunk] for chunk in known], [self._signals[chunk] for chunk in known]
+        if getattr(self.policy, "whole_window", False) and known:
+            change = relative_change([torch.cat([s.flatten() for s in now])], [torch.cat([s.flatten() for s in before])])
+            self._changes = {chunk: change[0] for chunk in signals}
+        else:
+            self._changes = dict(zip(known, relative_change(now, before), strict=True))
+        self._signals = signals
+
+    def forward(
+        self, x: Tensor, sigma: float, place: Place, branches: Sequence[Hashable], text: Tensor, text_key: Hashable
+    ) -> Tensor:
+        """Velocity of a chunk for one or more branches of guidance.
+
+        Args:
+            x: [branches * B, C, T, H, W], branch after branch.
+            sigma: noise level of this step.
+            place: chunk and step; at step CLEAN keys and values are stored and the result is zero.
+            branches: a name for each; names key histories and forecasts.
+            text: text embedding, [branches * B, tokens, width].
+            text_key: a name for that text, under which its keys and values are kept for the run.
+
+        Returns:
+            Velocities of x's shape.
+        """
+        rows = x.shape[0] // len(branches)
+        again = [name for name in branches if self._recompute(place, name)]
+        for name in branches:
+            self.report.record(place, name, name in again)
+        if again:
+            begun = time.perf_counter()
+            kept = [i for i, name in enumerate(branches) if name in again]
+            part = _rows(x, kept, rows, len(branches))
+            context = self._context(_rows(text, kept, rows, len(branches)), (text_key, tuple(again)))
+            self._run(part, sigma, place, again, context)
+            self.report.forward_seconds += time.perf_counter() - begun
+        if place.step == CLEAN:
+            return torch.zeros_like(x)
+        results = [self._forecasts[place.chunk, name].at(sigma) for name in branches]
+        result = results[0] if len(results) == 1 else torch.cat(results)
+        if self.settings.reuse.held == "residual":
+            begun = time.perf_counter()
+            result = self.backbone.head(x, _levels(sigma, x), result)
+            self.report.forward_seconds += time.perf_counter() - begun
+        return result
+
+    def commit(self, chunk: int) -> None:
+        """A finished chunk joins the clean history; what was kept for its next steps is dropped."""
+        for name, history in self.histories.items():
+            history.commit(chunk)
+            self._forecasts.pop((chunk, name), None)
+        self._signals.pop(chunk, None)
+        self.report.chunks_done += chunk >= self.schedule.prefix
+
+    def load(self, histories: dict[Hashable, Clean]) -> None:
+        """Starts from the clean history of an earlier run."""
+        self._loaded = dict(histories)
+
+    def save(self) -> dict[Hashable, Clean]:
+        """The clean history of every branch, on the CPU."""
+        return {name: history.save() for name, history in self.histories.items()}
+
+    @property
+    def history_bytes_used(self) -> int:
+        return sum(history.bytes_used for history in self.histories.values())
+
+    def shape(self, x: Tensor, batch: int) -> HistoryShape:
+        """Sizes of a branch's history for chunks of x's shape."""
+        backbone, budget = self.backbone, self.settings.history.budget
+        capacity = self.schedule.total_chunks
+        if budget is not None:
+            capacity = min(capacity, budget + self.schedule.max_active)
+        return HistoryShape(
+            layers=backbone.layers,
+            batch=batch,
+            heads=getattr(backbone, "kv_heads", backbone.heads),
+            head_dim=backbone.head_dim,
+            grid=backbone.grid(*x.shape[-2:]),
+            chunk_frames=self.chunk_frames,
+            capacity=capacity,
+        )
+
+    def _recompute(self, place: Place, branch: Hashable) -> bool:
+        if place.step == CLEAN:
+            return True
+        steps = self.schedule.steps_of(place.chunk)
+        decided = self.policy.recompute(place, steps, branch, self._changes.get(place.chunk))
+        return decided or (place.chunk, branch) not in self._forecasts
+
+    def _run(self, x: Tensor, sigma: float, place: Place, branches: Sequence[Hashable], context) -> None:
+        rows = x.shape[0] // len(branches)
+        views = [self._history(name, x, rows).view(place.chunk) for name in branches]
+
+        def attend(layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+            if len(views) == 1:
+                return views[0].attend(layer, q, k, v, self.attention)
+            parts = zip(views, q.split(rows), k.split(rows), v.split(rows), strict=True)
+            return torch.cat([view.attend(layer, *part, self.attention) for view, *part in parts])
+
+        levels = _levels(sigma, x)
+        residual = self.backbone.trunk(x, levels, context, attend)
+        if place.step == CLEAN:
+            return
+        held = self.settings.reuse.held
+        result = residual if held == "residual" else self.backbone.head(x, levels, residual)
+        for name, part in zip(branches, result.split(rows), strict=True):
+            forecast = self._forecasts.setdefault((place.chunk, name), Forecast(self.settings.reuse.order))
+            forecast.add(sigma, part)
+
+    def _history(self, branch: Hashable, x: Tensor, batch: int) -> History:
+        if branch not in self.histories:
+            shape = self.shape(x, batch)
+            history = History(shape, self.backbone.rotary, self.settings.history, x.dtype, x.device)
+            if self._loaded:
+                if branch not in self._loaded:
+                    raise UserError(
+                        f"The state holds history for the branches {sorted(map(str, self._loaded))}, not for '{branch}': "
+                        "extend with the guidance that it was made with."
+                    )
+                history.load(self._loaded[branch])
+            self.histories[branch] = history
+            self.report.history_bytes_allocated += history.bytes
+            whole = replace(shape, capacity=self.schedule.total_chunks)
+            self.report.history_bytes_unbounded += whole.bytes(history.keys.itemsize)
+        return self.histories[branch]
+
+    def _context(self, text: Tensor, key: Hashable):
+        """Cross-attention keys and values of a text: made once, kept for as many texts as chunks can be active."""
+        if key not in self._contexts:
+            if len(self._contexts) > 2 * self.schedule.max_active:
+                self._contexts.pop(next(iter(self._contexts)))
+            self._contexts[key] = self.backbone.context(text)
+        return self._contexts[key]
+
+
+def _levels(sigma: float, x: Tensor) -> Tensor:
+    return torch.full((x.shape[0],), sigma, dtype=torch.float32, device=x.device)
+
+
+def _rows(x: Tensor, kept: Sequence[int], rows: int, groups: int) -> Tensor:
+    """The row groups `kept` of x; x itself where that is all of them."""
+    return x if len(kept) == groups else torch.cat([x[i * rows : (i + 1) * rows] for i in kept])

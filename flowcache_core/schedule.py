@@ -1,0 +1,91 @@
+"""Which chunk takes which step when: one schedule for every autoregressive sampler."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from .errors import UserError
+
+CLEAN = -1  # step number of the extra pass at noise level 0 that stores a finished chunk's keys and values
+
+
+@dataclass(frozen=True)
+class Place:
+    """One step of one chunk; step CLEAN is the pass after its last."""
+
+    chunk: int
+    step: int
+    tick: int
+
+
+@dataclass(frozen=True)
+class ChunkSchedule:
+    """Chunk i is active in ticks [i * lag, i * lag + steps).
+
+    Self-Forcing and its kin have lag = steps (one chunk at a time), MAGI-1 lag = steps / window, SkyReels-V2 lag =
+    ar_step, Rolling Forcing lag 1, and lag 0 denoises all chunks together.
+
+    Attributes:
+        chunks: how many chunks are generated, at least 1.
+        steps: denoising steps of a chunk.
+        lag: ticks between the starts of two neighbouring chunks.
+        prefix: chunks that are given and come before them; generated chunks are numbered from here.
+        first_steps: steps of the first generated chunk, where it takes more than the others (Causal-Forcing).
+    """
+
+    chunks: int
+    steps: int
+    lag: int
+    prefix: int = 0
+    first_steps: int | None = None
+
+    def __post_init__(self):
+        for name, least in (("chunks", 1), ("steps", 1), ("lag", 0), ("prefix", 0)):
+            if getattr(self, name) < least:
+                raise UserError(f"{name} is {getattr(self, name)}, expected at least {least}.")
+        if self.lag > self.steps:
+            raise UserError(f"lag is {self.lag}, expected at most the {self.steps} steps of a chunk.")
+        if self.first_steps is not None and self.first_steps < self.steps:
+            raise UserError(f"first_steps is {self.first_steps}, expected at least the {self.steps} steps of the others.")
+
+    @property
+    def indices(self) -> range:
+        """Numbers of the generated chunks."""
+        return range(self.prefix, self.prefix + self.chunks)
+
+    @property
+    def total_chunks(self) -> int:
+        return self.prefix + self.chunks
+
+    @property
+    def ticks(self) -> int:
+        return self.start(self.indices[-1]) + self.steps_of(self.indices[-1])
+
+    @property
+    def max_active(self) -> int:
+        """The most chunks that are ever active at once."""
+        return self.chunks if self.lag == 0 else min(self.chunks, -(-self.steps // self.lag))
+
+    def steps_of(self, chunk: int) -> int:
+        return self.first_steps if self.first_steps is not None and chunk == self.prefix else self.steps
+
+    def start(self, chunk: int) -> int:
+        """The tick of a chunk's first step."""
+        order = chunk - self.prefix
+        delay = 0 if self.first_steps is None or order == 0 else self.first_steps - self.steps
+        return order * self.lag + delay
+
+    def active(self, tick: int) -> list[Place]:
+        """What happens in a tick, oldest chunk first."""
+        places = []
+        # Chunks older than this one have finished: no start lies further back than a chunk's own steps.
+        oldest = 0 if self.lag == 0 else max(0, (tick - (self.first_steps or self.steps)) // self.lag)
+        for chunk in self.indices[oldest:]:
+            step = tick - self.start(chunk)
+            if step < 0:
+                break
+            if step < self.steps_of(chunk):
+                places.append(Place(chunk, step, tick))
+        return places
+
+    def __iter__(self) -> Iterator[list[Place]]:
+        return (self.active(tick) for tick in range(self.ticks))

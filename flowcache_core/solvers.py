@@ -1,0 +1,45 @@
+"""One step of a chunk along the flow. A solver object belongs to one chunk and holds what it must remember of it.
+
+Convention: a latent at noise level sigma is (1 - sigma) * clean + sigma * noise; the velocity is its change with sigma,
+noise - clean.
+"""
+
+from collections.abc import Callable, Sequence
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+Noise = Callable[[int], Tensor]  # step -> fresh unit noise of the chunk's shape
+
+
+class Solver(Protocol):
+    def step(self, x: Tensor, velocity: Tensor, step: int) -> Tensor:
+        """The latent after `step`, from the latent before it and the velocity there; shapes [B, C, T, H, W]."""
+        ...
+
+
+SolverFactory = Callable[[Sequence[float], Noise], Solver]  # sigmas [steps + 1], fresh noise -> a chunk's solver
+
+
+class Euler:
+    """First order: x moves along the velocity by the change of sigma."""
+
+    def __init__(self, sigmas: Sequence[float], noise: Noise):
+        self.sigmas = sigmas
+
+    def step(self, x: Tensor, velocity: Tensor, step: int) -> Tensor:
+        return torch.add(x, velocity, alpha=self.sigmas[step + 1] - self.sigmas[step])
+
+
+class Renoise:
+    """Few-step samplers: jump to the clean estimate, then noise it again with fresh noise (Self-Forcing, CausVid)."""
+
+    def __init__(self, sigmas: Sequence[float], noise: Noise):
+        self.sigmas = sigmas
+        self.noise = noise
+
+    def step(self, x: Tensor, velocity: Tensor, step: int) -> Tensor:
+        clean = torch.sub(x, velocity, alpha=self.sigmas[step])
+        level = self.sigmas[step + 1]
+        return clean if level == 0 else (1.0 - level) * clean + level * self.noise(step)

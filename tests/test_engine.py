@@ -1,0 +1,289 @@
+"""The engine against the definition: one masked forward a tick over the whole sequence; and what a user relies on."""
+
+import random
+from dataclasses import replace
+
+import pytest
+import torch
+import torch.nn.functional as F
+from conftest import TINY
+
+from flowcache_core.compression import Compression
+from flowcache_core.engine import Cancelled, Engine, guidance
+from flowcache_core.history import HistorySettings
+from flowcache_core.presets import OFF, PRESETS, ReuseSettings, Settings
+from flowcache_core.rotary import rotate
+from flowcache_core.runner import Runner
+from flowcache_core.schedule import ChunkSchedule
+from flowcache_core.solvers import Euler, Renoise
+from flowcache_core.state import State, load_state, make_state, save_state
+
+SIZE = (6, 4)  # latent height and width
+
+
+def sigmas_of(steps: int) -> list[float]:
+    share = [1 - i / steps for i in range(steps + 1)]
+    return [3 * s / (1 + 2 * s) for s in share]
+
+
+def draw(seed: int, *shape: int) -> torch.Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
+
+
+def start_noise(frames: int, seed: int = 7):
+    return lambda chunk: draw(seed * 1000 + chunk, 1, TINY.in_dim, frames, *SIZE)
+
+
+def text(seed: int = 0) -> torch.Tensor:
+    return draw(seed + 50, 1, 5, TINY.text_dim)
+
+
+def build(backbone, schedule, settings=OFF, frames=2, scale=1.0, state: State | None = None, **kwargs):
+    runner = Runner(backbone, schedule, settings, frames)
+    if state:
+        runner.load(state.by_branch)
+    denoise = guidance(runner, kwargs.pop("positive", text(0)), text(1), scale)
+    return Engine(runner, denoise, sigmas_of(schedule.steps), start_noise(frames), **kwargs)
+
+
+def run(*args, **kwargs) -> torch.Tensor:
+    return torch.cat([chunk.latent for chunk in build(*args, **kwargs).run()], dim=2)
+
+
+def reference(backbone, schedule, frames, prefix=None, scale=1.0) -> torch.Tensor:
+    """One forward a tick over all chunks so far, each at its own noise level, under a block-causal mask."""
+    sigmas = sigmas_of(schedule.steps)
+    x = {i: chunk for i, chunk in enumerate(prefix.split(frames, dim=2))} if prefix is not None else {}
+    level = dict.fromkeys(x, 0.0)
+    for places in schedule:
+        for place in places:
+            if place.step == 0:
+                x[place.chunk] = start_noise(frames)(place.chunk)
+            level[place.chunk] = sigmas[place.step]
+        order = sorted(x)
+        whole = torch.cat([x[i] for i in order], dim=2)
+        per_frame = torch.tensor([[level[i] for i in order for _ in range(frames)]])
+        rows, columns = backbone.grid(*SIZE)
+        table = backbone.rotary.table(torch.arange(len(order) * frames), rows, columns)
+        chunk = torch.arange(len(order)).repeat_interleave(frames * rows * columns)
+        mask = chunk[:, None] >= chunk[None, :]
+
+        def attend(layer, q, k, v):
+            return F.scaled_dot_product_attention(rotate(q, table), rotate(k, table), v, attn_mask=mask)
+
+        def velocity(words):
+            residual = backbone.trunk(whole, per_frame, backbone.context(words), attend)
+            return backbone.head(whole, per_frame, residual)
+
+        guided = velocity(text(0)) if scale == 1 else scale * velocity(text(0)) + (1 - scale) * velocity(text(1))
+        for place in places:
+            at = order.index(place.chunk) * frames
+            x[place.chunk] = x[place.chunk] + guided[:, :, at : at + frames] * (
+                sigmas[place.step + 1] - sigmas[place.step]
+            )
+            level[place.chunk] = sigmas[place.step + 1]
+    return torch.cat([x[i] for i in schedule.indices], dim=2)
+
+
+def test_equals_one_masked_forward_a_tick_over_many_schedules(backbone):
+    rng = random.Random(0)
+    for case in range(25):
+        steps = rng.randint(1, 6)
+        schedule = ChunkSchedule(rng.randint(1, 5), steps, rng.randint(1, steps), rng.randint(0, 2))
+        frames, scale = rng.randint(1, 3), rng.choice([1.0, 2.5])
+        prefix = draw(case, 1, TINY.in_dim, schedule.prefix * frames, *SIZE) if schedule.prefix else None
+        engine = build(backbone, schedule, frames=frames, scale=scale)
+        if prefix is not None:
+            engine.prefill(prefix)
+        ours = torch.cat([chunk.latent for chunk in engine.run()], dim=2)
+        error = (ours - reference(backbone, schedule, frames, prefix, scale)).abs().max()
+        assert error < 1e-4, (schedule, frames, scale, error)
+
+
+def test_a_wrong_position_would_be_noticed(backbone):
+    schedule = ChunkSchedule(3, 4, 2)
+    right = run(backbone, schedule)
+    backbone.rotary = replace(backbone.rotary, theta=500.0)
+    assert (run(backbone, schedule) - right).abs().max() > 1e-2
+
+
+@pytest.mark.parametrize("name", ["off", "balanced", "paper fast"])
+def test_same_seed_same_bits(backbone, name):
+    schedule = ChunkSchedule(4, 12, 4)
+    settings = replace(PRESETS[name], history=HistorySettings(2, Compression()))
+    assert torch.equal(run(backbone, schedule, settings, scale=2.0), run(backbone, schedule, settings, scale=2.0))
+
+
+def test_two_engines_in_turns_do_not_know_of_each_other(backbone):
+    schedule = ChunkSchedule(3, 6, 3)
+    alone = run(backbone, schedule, PRESETS["balanced"])
+    engines = [build(backbone, schedule, PRESETS["balanced"]).run() for _ in range(2)]
+    pairs = list(zip(*engines, strict=True))
+    assert all(torch.equal(a.latent, b.latent) for a, b in pairs)
+    assert torch.equal(torch.cat([a.latent for a, _ in pairs], dim=2), alone)
+
+
+def test_branches_in_one_batch_equal_branches_alone(backbone):
+    """A host may batch both sides of guidance or not; the histories never mix."""
+    schedule = ChunkSchedule(3, 4, 2)
+    runner = Runner(backbone, schedule, OFF, 2)
+
+    def apart(x, sigma, place):
+        positive = runner.forward(x, sigma, place, ["cond"], text(0), "p")
+        return 2.0 * positive - runner.forward(x, sigma, place, ["uncond"], text(1), "n")
+
+    split = Engine(runner, apart, sigmas_of(4), start_noise(2))
+    split = torch.cat([chunk.latent for chunk in split.run()], dim=2)
+    assert (split - run(backbone, schedule, scale=2.0)).abs().max() < 1e-4
+
+
+def test_extension_from_a_state_recomputes_nothing_and_goes_on_exactly(backbone):
+    """With one chunk at a time, two runs joined by a state are one run."""
+    settings = replace(OFF, history=HistorySettings(2, Compression()))
+    whole_schedule = ChunkSchedule(6, 3, 3)
+    whole = run(backbone, whole_schedule, settings)
+    first = build(backbone, ChunkSchedule(3, 3, 3), settings)
+    begun = torch.cat([chunk.latent for chunk in first.run()], dim=2)
+    state = make_state(begun, first.runner.save(), 2)
+    second = build(backbone, ChunkSchedule(3, 3, 3, prefix=3), settings, state=state)
+    rest = torch.cat([chunk.latent for chunk in second.run()], dim=2)
+    assert second.runner.report.forwards_executed == 3 * 4
+    assert (torch.cat([begun, rest], dim=2) - whole).abs().max() < 1e-5
+
+
+def test_a_state_survives_the_disk_bit_for_bit(backbone, tmp_path):
+    settings = replace(OFF, history=HistorySettings(2, Compression(), relative=True))
+    engine = build(backbone, ChunkSchedule(4, 4, 2), settings, scale=2.0)
+    latents = torch.cat([chunk.latent for chunk in engine.run()], dim=2)
+    state = make_state(latents, engine.runner.save(), 2, "tiny")
+    save_state(state, tmp_path / "a.safetensors")
+    again = load_state(tmp_path / "a.safetensors")
+    assert again.branches == state.branches and again.model == "tiny" and again.chunk_frames == 2
+    for mine, theirs in zip(state.histories, again.histories, strict=True):
+        assert all(torch.equal(a, b) for a, b in zip(mine, theirs, strict=True))
+    more = [
+        run(backbone, ChunkSchedule(2, 4, 2, prefix=4), settings, scale=2.0, state=source) for source in (state, again)
+    ]
+    assert torch.equal(*more)
+
+
+def test_one_state_serves_two_extensions(backbone):
+    first = build(backbone, ChunkSchedule(2, 3, 3))
+    state = make_state(torch.cat([c.latent for c in first.run()], dim=2), first.runner.save(), 2)
+    before = [tensor.clone() for history in state.histories for tensor in history]
+    schedule = ChunkSchedule(2, 3, 3, prefix=2)
+    one = run(backbone, schedule, state=state)
+    other = run(backbone, schedule, state=state, positive=text(9))
+    assert not torch.equal(one, other)
+    assert torch.equal(one, run(backbone, schedule, state=state))
+    assert all(torch.equal(a, b) for a, b in zip(before, (t for h in state.histories for t in h), strict=True))
+
+
+def test_relative_positions_equal_absolute_ones_while_all_fits(backbone):
+    schedule = ChunkSchedule(4, 4, 2)
+    absolute = run(backbone, schedule)
+    relative = run(backbone, schedule, replace(OFF, history=HistorySettings(4, relative=True)))
+    assert (absolute - relative).abs().max() < 1e-4
+
+
+def test_relative_positions_never_leave_the_window(backbone):
+    settings = replace(OFF, history=HistorySettings(2, Compression("window"), relative=True))
+    seen = []
+    table = type(backbone.rotary).table
+
+    class Watched(type(backbone.rotary)):
+        def table(self, frames, rows, columns):
+            seen.extend(frames.tolist())
+            return table(self, frames, rows, columns)
+
+        def angles(self, positions, width):
+            seen.extend([positions.min().item(), positions.max().item()])
+            return super().angles(positions, width)
+
+    absolute = run(backbone, ChunkSchedule(12, 2, 2), replace(settings, history=HistorySettings(2, Compression("window"))))
+    backbone.rotary = Watched(backbone.rotary.head_dim)
+    relative = run(backbone, ChunkSchedule(12, 2, 2), settings)
+    assert min(seen) >= 0 and max(seen) < (2 + 1) * 2 + max(SIZE)
+    assert max(seen) < 12 * 2
+    # A sliding window sees the same distances either way, so only rounding may differ.
+    assert (absolute - relative).abs().max() < 1e-3
+
+
+def test_history_never_grows_and_stays_in_order(backbone):
+    settings = replace(OFF, history=HistorySettings(2, Compression()))
+    engine = build(backbone, ChunkSchedule(10, 4, 2), settings)
+    sizes = set()
+    for _ in engine.run():
+        (history,) = engine.runner.histories.values()
+        sizes.add(history.bytes)
+        filled = history.clean + len(history.active) * history.shape.chunk_tokens
+        assert filled <= history.shape.tokens == (2 + 2) * history.shape.chunk_tokens
+        tokens = history.tokens[:, :, :, : history.clean]
+        assert (tokens.diff(dim=-1) > 0).all(), "clean tokens stay in time order"
+    assert len(sizes) == 1
+    report = engine.runner.report
+    assert report.history_bytes_allocated < report.history_bytes_unbounded
+
+
+def test_a_chunk_that_waits_keeps_its_velocity(backbone):
+    """Holding the velocity (order 0) over k steps is one Euler step of their joint length."""
+    schedule = ChunkSchedule(1, 8, 8)
+    held = run(backbone, schedule, Settings(ReuseSettings("fixed", steps=(0, 4), order=0)))
+    sigmas = sigmas_of(8)
+    runner = Runner(backbone, ChunkSchedule(1, 2, 2), OFF, 2)
+    coarse = Engine(runner, guidance(runner, text(0)), [sigmas[0], sigmas[4], sigmas[8]], start_noise(2))
+    assert (held - next(coarse.run()).latent).abs().max() < 1e-4
+
+
+def test_few_step_renoising(backbone):
+    """Each step's velocity gives a clean estimate, which is noised again to the next level."""
+    engine = build(backbone, ChunkSchedule(2, 4, 4), solver=Renoise, noise=lambda chunk, step: torch.zeros(1, 4, 2, *SIZE))
+    estimate = [chunk.latent for chunk in engine.run()]
+    assert all(torch.isfinite(latent).all() for latent in estimate)
+    again = build(backbone, ChunkSchedule(2, 4, 4), solver=Renoise, noise=lambda chunk, step: draw(chunk * 9 + step, 1, 4, 2, *SIZE))
+    assert not torch.equal(estimate[0], next(again.run()).latent)
+
+
+def test_cancel_at_every_moment(backbone):
+    schedule = ChunkSchedule(3, 3, 2)
+    for moment in range(12):
+        calls = iter(range(100))
+        engine = build(backbone, schedule, cancelled=lambda calls=calls, moment=moment: next(calls) == moment)
+        with pytest.raises(Cancelled, match="of 3 chunks"):
+            list(engine.run())
+            raise Cancelled("of 3 chunks: it ended before")  # the schedule has fewer steps than this moment
+
+
+def test_progress_is_told_every_tick(backbone):
+    told = []
+    schedule = ChunkSchedule(3, 4, 2)
+    list(build(backbone, schedule, on_progress=told.append).run())
+    assert [progress.tick for progress in told] == list(range(1, schedule.ticks + 1))
+    assert told[-1].clean == 3
+
+
+def test_prompts_by_chunk(backbone):
+    """The same words for every chunk equal one prompt; other words change only later chunks."""
+    schedule = ChunkSchedule(3, 3, 3)
+    one, words = run(backbone, schedule), text(0)
+    assert torch.equal(run(backbone, schedule, positive=lambda chunk: words), one)
+    switched = run(backbone, schedule, positive=lambda chunk: words if chunk < 2 else text(5))
+    assert torch.equal(switched[:, :, :4], one[:, :, :4]) and not torch.equal(switched[:, :, 4:], one[:, :, 4:])
+
+
+def test_bfloat16_follows_its_input():
+    from conftest import tiny_network
+
+    from flowcache_core.backbones.wan import WanBackbone
+
+    network = tiny_network().bfloat16()
+    network.patch_embedding.float()
+    schedule = ChunkSchedule(2, 4, 2)
+    exact = run(WanBackbone(tiny_network()), schedule)
+    runner = Runner(WanBackbone(network), schedule, OFF, 2)
+    engine = Engine(
+        runner, guidance(runner, text(0).bfloat16()), sigmas_of(4), lambda chunk: start_noise(2)(chunk).bfloat16(), solver=Euler
+    )
+    ours = torch.cat([chunk.latent for chunk in engine.run()], dim=2)
+    assert ours.dtype == torch.bfloat16
+    assert (ours.float() - exact).norm() / exact.norm() < 5e-2
