@@ -1,0 +1,46 @@
+"""Seeded weights for small MAGI-1 networks, large enough that a wrong position, mask or order shows in the output.
+
+Every tensor is drawn from its own stream, seeded by its name, so the values do not depend on the order of parameters.
+numpy's RandomState is used because its streams are frozen for ever.
+"""
+
+import zlib
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from flowcache_core.backbones.magi import MagiConfig
+
+SMALL = MagiConfig(
+    layers=2, width=192, ffn_width=256, heads=6, kv_heads=2, head_dim=32, channels=4, caption_width=48, caption_tokens=64
+)
+SMALL_GATED = MagiConfig(
+    layers=2, width=128, ffn_width=160, heads=8, kv_heads=2, head_dim=16, channels=16, caption_width=48,
+    caption_tokens=64, doubled=True, input_scale=0.1, gated=True,
+)  # fmt: skip
+
+
+def normal(name: str, shape: tuple[int, ...], seed: int = 0) -> Tensor:
+    """Unit normal values of a shape, float32, from the stream of a name."""
+    stream = np.random.RandomState((zlib.crc32(name.encode()) + seed) % 2**32)
+    return torch.from_numpy(stream.standard_normal(shape).astype(np.float32))
+
+
+def fill(module: nn.Module, seed: int = 0) -> None:
+    """Overwrites all parameters of a MAGI-1 network or autoencoder."""
+    with torch.no_grad():
+        for name, parameter in module.named_parameters():
+            value = normal(name, tuple(parameter.shape), seed)
+            if name.endswith("bands"):
+                parameter.copy_(parameter.float() * (1 + 0.3 * value))
+            elif "_layernorm" in name and name.endswith("weight"):
+                parameter.copy_(1.0 + 0.3 * value)  # a gain of 2: sharp attention
+            elif "norm" in name and name.endswith("weight"):
+                parameter.copy_((0.0 if "post_norm" in name else 1.0) + 0.3 * value)
+            elif name.endswith("bias"):
+                parameter.copy_(0.3 * value)
+            elif parameter.ndim >= 2 and not name.endswith(("embedding", "pos_embed", "cls_token")):
+                parameter.copy_(value * 1.5 / parameter[0].numel() ** 0.5)
+            else:
+                parameter.copy_(value)

@@ -1,0 +1,181 @@
+"""The MAGI-1 network against upstream's own modules (tests/golden/README.md says how the tensors were made)."""
+
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from flowcache_core.backbones.magi import MAGI_4_5B, MAGI_24B, MagiBackbone, MagiConfig, MagiNetwork, MagiRotary, grouped_attention
+from flowcache_core.errors import UserError
+from flowcache_core.history import History, HistorySettings, HistoryShape
+from tests.magi_weights import SMALL, SMALL_GATED, fill, normal
+
+GOLDEN = load_file(Path(__file__).parent / "golden" / "magi_network.safetensors")
+TIMES = (0.9, 0.4, 0.05)  # of the three chunks, upstream's count: 1 is clean
+CAPTIONS = (11, 50, 23)  # tokens
+ROWS, COLUMNS, FRAMES = 2, 3, 6
+STEP_SIZE = 16 / 4 * 2
+CONFIGS = {"small": SMALL, "small_distill": replace(SMALL, distilled=True), "gated": SMALL_GATED}
+
+
+def backbone(config: MagiConfig, dtype=torch.float32) -> MagiBackbone:
+    network = MagiNetwork(config, dtype)
+    fill(network)
+    return MagiBackbone(network.requires_grad_(False).eval())
+
+
+def relative_error(found: torch.Tensor, expected: torch.Tensor) -> float:
+    return ((found.float() - expected).norm() / expected.norm()).item()
+
+
+def caption(config: MagiConfig, chunk: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Text [1, tokens, width] and mask [1, tokens] of a chunk of the golden run."""
+    text = normal("y", (len(CAPTIONS), 1, config.caption_tokens, config.caption_width))[chunk]
+    return text, (torch.arange(config.caption_tokens) < CAPTIONS[chunk])[None]
+
+
+def latent(config: MagiConfig) -> torch.Tensor:
+    return normal("x", (1, config.channels, FRAMES * len(TIMES), 2 * ROWS, 2 * COLUMNS))
+
+
+class StretchedRotary(MagiRotary):
+    """Wrong on purpose: frames twice as far apart."""
+
+    def table(self, frames, rows, columns):
+        return super().table(2 * frames, rows, columns)
+
+
+def history(model: MagiBackbone, rotary=MagiRotary) -> History:
+    shape = HistoryShape(model.layers, 1, model.kv_heads, model.head_dim, (ROWS, COLUMNS), FRAMES, len(TIMES))
+    rotary = rotary(model.rotary.bands, model.head_dim)
+    return History(shape, rotary, HistorySettings(), model.network.dtype, torch.device("cpu"))
+
+
+def run(model: MagiBackbone, chunks: int, captioned: bool = True, masks: bool = True, rotary=MagiRotary) -> torch.Tensor:
+    """Upstream's velocity [1, C, T, H, W] of the golden run's first chunks, one after another over a history."""
+    config, velocities, past = model.config, [], history(model, rotary)
+    for chunk in range(chunks):
+        x = latent(config)[:, :, FRAMES * chunk : FRAMES * (chunk + 1)]
+        sigma = torch.tensor([1.0 - TIMES[chunk]], dtype=torch.float64)
+        text, mask = caption(config, chunk)
+        context = model.context(text, mask if masks else torch.ones_like(mask), captioned)
+        context = context.at_step_size(STEP_SIZE) if config.distilled else context
+        view = past.view(chunk)
+
+        def attend(layer, q, k, v, view=view):
+            return view.attend(layer, q, k, v, grouped_attention)
+
+        velocities.append(-model.head(x, sigma, model.trunk(x, sigma, context, attend)))
+    return torch.cat(velocities, dim=2)
+
+
+@pytest.mark.parametrize("name", ["small", "gated"])
+def test_embedders(name):
+    model = backbone(CONFIGS[name])
+    x = latent(model.config)
+    embedded = model.embed(x[:, :, :FRAMES]).flatten(1, 2)
+    assert relative_error(embedded, GOLDEN[f"{name}.embedded"].transpose(0, 1)) < 1e-5
+    text, _ = caption(model.config, 0)
+    tokens = model.network.y_embedder.y_proj_xattn(text)[0, : CAPTIONS[0]]
+    assert relative_error(tokens, GOLDEN[f"{name}.caption"]) < 1e-5
+
+
+@pytest.mark.parametrize("name", ["small", "small_distill", "gated"])
+def test_condition(name):
+    model = backbone(CONFIGS[name])
+    context = model.context(*caption(model.config, 0)).at_step_size(STEP_SIZE)
+    found = [model.condition(torch.tensor([1.0 - t], dtype=torch.float64), context) for t in TIMES]
+    golden = GOLDEN[f"{name}.condition"][0]
+    assert relative_error(torch.cat(found), golden) < 1e-4
+    wrong_kind = model.context(*caption(model.config, 0), captioned=False).at_step_size(STEP_SIZE)
+    assert relative_error(model.condition(torch.tensor([1.0 - TIMES[0]]), wrong_kind), golden[:1]) > 0.1
+    if model.config.distilled:
+        shorter = context.at_step_size(2 * STEP_SIZE)
+        assert relative_error(model.condition(torch.tensor([1.0 - TIMES[0]]), shorter), golden[:1]) > 0.1
+
+
+@pytest.mark.parametrize("name", ["small", "gated"])
+def test_rotary_table(name):
+    model = backbone(CONFIGS[name])
+    cosines, sines = model.rotary.table(torch.arange(FRAMES * len(TIMES)), ROWS, COLUMNS)
+    rotated = sum(model.rotary.parts) // 2
+    assert (cosines[:, :rotated] - GOLDEN[f"{name}.rope.cos"]).abs().max() < 1e-5
+    assert (sines[:, :rotated] - GOLDEN[f"{name}.rope.sin"]).abs().max() < 1e-5
+    assert (cosines[:, rotated:] == 1).all() and (sines[:, rotated:] == 0).all()
+
+
+@pytest.mark.parametrize("name", ["small", "gated"])
+def test_one_block(name):
+    model = backbone(replace(CONFIGS[name], layers=1))
+    x, sigma = latent(model.config)[:, :, :FRAMES], torch.tensor([1.0 - TIMES[0]], dtype=torch.float64)
+    view = history(model).view(0)
+    residual = model.trunk(
+        x, sigma, model.context(*caption(model.config, 0)), lambda *part: view.attend(*part, grouped_attention)
+    )
+    found = (residual + model.embed(x)).flatten(1, 2)
+    assert relative_error(found, GOLDEN[f"{name}.block"].transpose(0, 1)) < 1e-4
+
+
+@pytest.mark.parametrize("name", list(CONFIGS))
+def test_whole_network(name):
+    model = backbone(CONFIGS[name])
+    assert relative_error(run(model, 1), GOLDEN[f"{name}.velocity.one"]) < 1e-4
+    golden = GOLDEN[f"{name}.velocity"]
+    assert relative_error(run(model, len(TIMES)), golden) < 1e-4
+    assert relative_error(run(model, len(TIMES), masks=False), golden) > 1e-2
+    assert relative_error(run(model, len(TIMES), rotary=StretchedRotary), golden) > 1e-2
+
+
+def test_network_without_caption():
+    found = run(backbone(SMALL), len(TIMES), captioned=False)
+    assert relative_error(found, GOLDEN["small.velocity.dropped"]) < 1e-4
+    assert relative_error(found, GOLDEN["small.velocity"]) > 1e-2
+
+
+@pytest.mark.parametrize("name", list(CONFIGS))
+def test_bfloat16_is_near_the_float32_golden(name):
+    found = run(backbone(CONFIGS[name], torch.bfloat16), len(TIMES))
+    assert relative_error(found, GOLDEN[f"{name}.velocity"]) < 2e-2
+
+
+def test_upstream_precision_is_kept_in_bfloat16():
+    network = MagiNetwork(SMALL, torch.bfloat16)
+    precise = {name for name, parameter in network.named_parameters() if parameter.dtype == torch.float32}
+    block = "videodit_blocks.layers.0."
+    assert precise >= {"x_embedder.weight", "rope.bands", "t_embedder.mlp.0.weight", "final_linear.linear.weight"}
+    assert precise >= {block + "self_attention.q_layernorm.weight", block + "mlp_post_norm.weight"}
+    assert not precise & {block + "self_attention.q_layernorm_xattn.weight", block + "self_attention.linear_proj.weight"}
+
+
+def test_rows_of_a_batch_have_captions_of_their_own_length():
+    model = backbone(SMALL)
+    texts, masks = zip(*(caption(SMALL, chunk) for chunk in (0, 1)), strict=True)
+    x = latent(SMALL)[:, :, : 2 * FRAMES].unflatten(2, (2, FRAMES)).transpose(1, 2)[0]  # two rows
+    sigma = torch.tensor([0.1, 0.6])
+
+    def alone(layer, q, k, v):
+        return grouped_attention(q, k, v)
+
+    together = model.trunk(x, sigma, model.context(torch.cat(texts), torch.cat(masks)), alone)
+    for row in (0, 1):
+        single = model.trunk(x[row, None], sigma[row, None], model.context(texts[row], masks[row]), alone)
+        assert relative_error(together[row, None], single) < 1e-5
+
+
+def test_published_sizes():
+    counts = {}
+    for name, config in (("4.5B", MAGI_4_5B), ("24B", MAGI_24B)):
+        with torch.device("meta"):
+            counts[name] = sum(parameter.numel() for parameter in MagiNetwork(config).parameters())
+    assert 4.4e9 < counts["4.5B"] < 4.7e9
+    assert 23e9 < counts["24B"] < 25e9
+
+
+def test_odd_latents_and_missing_step_size_are_told():
+    model = backbone(CONFIGS["small_distill"])
+    with pytest.raises(UserError, match="multiples of 2"):
+        model.embed(torch.zeros(1, 4, 6, 5, 6))
+    with pytest.raises(UserError, match="step size"):
+        model.condition(torch.ones(1), model.context(*caption(SMALL, 0)))
