@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from flowcache_core.backbones.magi import MagiConfig
+from flowcache_core.backbones.magi_config import MagiConfig
 
 SMALL = MagiConfig(
     layers=2, width=192, ffn_width=256, heads=6, kv_heads=2, head_dim=32, channels=4, caption_width=48, caption_tokens=64

@@ -7,7 +7,8 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from flowcache_core.backbones.magi import MAGI_4_5B, MAGI_24B, MagiBackbone, MagiConfig, MagiNetwork, MagiRotary, grouped_attention
+from flowcache_core.backbones.magi import MagiBackbone, MagiNetwork, MagiRotary, MagiText, grouped_attention
+from flowcache_core.backbones.magi_config import MAGI_4_5B, MAGI_24B, MagiConfig
 from flowcache_core.errors import UserError
 from flowcache_core.history import History, HistorySettings, HistoryShape
 from tests.magi_weights import SMALL, SMALL_GATED, fill, normal
@@ -30,10 +31,11 @@ def relative_error(found: torch.Tensor, expected: torch.Tensor) -> float:
     return ((found.float() - expected).norm() / expected.norm()).item()
 
 
-def caption(config: MagiConfig, chunk: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """Text [1, tokens, width] and mask [1, tokens] of a chunk of the golden run."""
+def caption(config: MagiConfig, chunk: int, captioned: bool = True) -> MagiText:
+    """A chunk's text in the golden run."""
     text = normal("y", (len(CAPTIONS), 1, config.caption_tokens, config.caption_width))[chunk]
-    return text, (torch.arange(config.caption_tokens) < CAPTIONS[chunk])[None]
+    mask = (torch.arange(config.caption_tokens) < CAPTIONS[chunk])[None]
+    return MagiText(text, mask, captioned, STEP_SIZE)
 
 
 def latent(config: MagiConfig) -> torch.Tensor:
@@ -59,9 +61,8 @@ def run(model: MagiBackbone, chunks: int, captioned: bool = True, masks: bool = 
     for chunk in range(chunks):
         x = latent(config)[:, :, FRAMES * chunk : FRAMES * (chunk + 1)]
         sigma = torch.tensor([1.0 - TIMES[chunk]], dtype=torch.float64)
-        text, mask = caption(config, chunk)
-        context = model.context(text, mask if masks else torch.ones_like(mask), captioned)
-        context = context.at_step_size(STEP_SIZE) if config.distilled else context
+        text = caption(config, chunk, captioned)
+        context = model.context(text if masks else text._replace(mask=torch.ones_like(text.mask)))
         view = past.view(chunk)
 
         def attend(layer, q, k, v, view=view):
@@ -77,23 +78,22 @@ def test_embedders(name):
     x = latent(model.config)
     embedded = model.embed(x[:, :, :FRAMES]).flatten(1, 2)
     assert relative_error(embedded, GOLDEN[f"{name}.embedded"].transpose(0, 1)) < 1e-5
-    text, _ = caption(model.config, 0)
-    tokens = model.network.y_embedder.y_proj_xattn(text)[0, : CAPTIONS[0]]
+    tokens = model.network.y_embedder.y_proj_xattn(caption(model.config, 0).embedding)[0, : CAPTIONS[0]]
     assert relative_error(tokens, GOLDEN[f"{name}.caption"]) < 1e-5
 
 
 @pytest.mark.parametrize("name", ["small", "small_distill", "gated"])
 def test_condition(name):
     model = backbone(CONFIGS[name])
-    context = model.context(*caption(model.config, 0)).at_step_size(STEP_SIZE)
-    found = [model.condition(torch.tensor([1.0 - t], dtype=torch.float64), context) for t in TIMES]
-    golden = GOLDEN[f"{name}.condition"][0]
-    assert relative_error(torch.cat(found), golden) < 1e-4
-    wrong_kind = model.context(*caption(model.config, 0), captioned=False).at_step_size(STEP_SIZE)
-    assert relative_error(model.condition(torch.tensor([1.0 - TIMES[0]]), wrong_kind), golden[:1]) > 0.1
+    text, golden = caption(model.config, 0), GOLDEN[f"{name}.condition"][0]
+
+    def condition(text, t):
+        return model.condition(torch.tensor([1.0 - t], dtype=torch.float64), model.context(text))
+
+    assert relative_error(torch.cat([condition(text, t) for t in TIMES]), golden) < 1e-4
+    assert relative_error(condition(text._replace(captioned=False), TIMES[0]), golden[:1]) > 0.1
     if model.config.distilled:
-        shorter = context.at_step_size(2 * STEP_SIZE)
-        assert relative_error(model.condition(torch.tensor([1.0 - TIMES[0]]), shorter), golden[:1]) > 0.1
+        assert relative_error(condition(text._replace(step_size=2 * STEP_SIZE), TIMES[0]), golden[:1]) > 0.1
 
 
 @pytest.mark.parametrize("name", ["small", "gated"])
@@ -112,7 +112,7 @@ def test_one_block(name):
     x, sigma = latent(model.config)[:, :, :FRAMES], torch.tensor([1.0 - TIMES[0]], dtype=torch.float64)
     view = history(model).view(0)
     residual = model.trunk(
-        x, sigma, model.context(*caption(model.config, 0)), lambda *part: view.attend(*part, grouped_attention)
+        x, sigma, model.context(caption(model.config, 0)), lambda *part: view.attend(*part, grouped_attention)
     )
     found = (residual + model.embed(x)).flatten(1, 2)
     assert relative_error(found, GOLDEN[f"{name}.block"].transpose(0, 1)) < 1e-4
@@ -151,16 +151,17 @@ def test_upstream_precision_is_kept_in_bfloat16():
 
 def test_rows_of_a_batch_have_captions_of_their_own_length():
     model = backbone(SMALL)
-    texts, masks = zip(*(caption(SMALL, chunk) for chunk in (0, 1)), strict=True)
+    texts = [caption(SMALL, chunk) for chunk in (0, 1)]
+    both = MagiText(torch.cat([text.embedding for text in texts]), torch.cat([text.mask for text in texts]))
     x = latent(SMALL)[:, :, : 2 * FRAMES].unflatten(2, (2, FRAMES)).transpose(1, 2)[0]  # two rows
     sigma = torch.tensor([0.1, 0.6])
 
     def alone(layer, q, k, v):
         return grouped_attention(q, k, v)
 
-    together = model.trunk(x, sigma, model.context(torch.cat(texts), torch.cat(masks)), alone)
+    together = model.trunk(x, sigma, model.context(both), alone)
     for row in (0, 1):
-        single = model.trunk(x[row, None], sigma[row, None], model.context(texts[row], masks[row]), alone)
+        single = model.trunk(x[row, None], sigma[row, None], model.context(texts[row]), alone)
         assert relative_error(together[row, None], single) < 1e-5
 
 
@@ -173,9 +174,42 @@ def test_published_sizes():
     assert 23e9 < counts["24B"] < 25e9
 
 
+@pytest.mark.parametrize("config", [SMALL, SMALL_GATED, MAGI_4_5B, MAGI_24B])
+def test_sizes_are_read_off_the_weights(config):
+    with torch.device("meta"):
+        tensors = MagiNetwork(config).state_dict()
+    assert MagiConfig.from_tensors(tensors, distilled=False) == config
+    del tensors["x_embedder.weight"]
+    with pytest.raises(UserError, match="lacks x_embedder.weight"):
+        MagiConfig.from_tensors(tensors, distilled=False)
+
+
+def upstream_settings(config: MagiConfig) -> dict:
+    """The config file that upstream would have for a network."""
+    model = {
+        "num_layers": config.layers, "hidden_size": config.width, "ffn_hidden_size": config.ffn_width,
+        "num_attention_heads": config.heads, "num_query_groups": config.kv_heads, "kv_channels": config.head_dim,
+        "layernorm_epsilon": 1e-6, "apply_layernorm_1p": True, "x_rescale_factor": config.input_scale,
+        "half_channel_vae": config.doubled, "patch_size": 2, "t_patch_size": 1, "in_channels": config.fed_channels,
+        "out_channels": config.fed_channels, "cond_hidden_ratio": 0.25, "caption_channels": config.caption_width,
+        "caption_max_length": config.caption_tokens, "xattn_cond_hidden_ratio": 1.0, "cond_gating_ratio": 1.0,
+        "gated_linear_unit": config.gated,
+    }  # fmt: skip
+    return {"model_config": model, "engine_config": {"distill": config.distilled}}
+
+
+def test_sizes_from_upstreams_config_file():
+    for config in (MAGI_4_5B, MAGI_24B, replace(MAGI_24B, distilled=True)):
+        assert MagiConfig.from_upstream(upstream_settings(config)) == config
+    odd = upstream_settings(MAGI_4_5B)
+    odd["model_config"]["apply_layernorm_1p"] = False
+    with pytest.raises(UserError, match="apply_layernorm_1p"):
+        MagiConfig.from_upstream(odd)
+
+
 def test_odd_latents_and_missing_step_size_are_told():
     model = backbone(CONFIGS["small_distill"])
     with pytest.raises(UserError, match="multiples of 2"):
         model.embed(torch.zeros(1, 4, 6, 5, 6))
     with pytest.raises(UserError, match="step size"):
-        model.condition(torch.ones(1), model.context(*caption(SMALL, 0)))
+        model.context(caption(SMALL, 0)._replace(step_size=None))

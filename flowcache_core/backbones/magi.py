@@ -13,15 +13,16 @@ Source: MAGI-1, inference/model/dit/dit_model.py and dit_module.py.
 """
 
 import math
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, replace
-from typing import Any, NamedTuple
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..errors import UserError
+from .magi_config import MagiConfig
 
 Attention = Callable[[Tensor, Tensor, Tensor], Tensor]  # q [B, heads, n, D], k, v [B, kv_heads, m, D] -> q's shape
 Attend = Callable[[int, Tensor, Tensor, Tensor], Tensor]  # the same behind a layer number, over the history
@@ -30,80 +31,6 @@ TIME_WIDTH = 256  # of the sinusoid
 TIME_SCALE = 1000.0
 MERGE_GROUPS = 8  # self- and cross-attention are interleaved in this many groups before the output projection
 BASE_AREA = 16 * 16  # tokens of a frame at which rows and columns have rotary positions one apart
-
-
-@dataclass(frozen=True)
-class MagiConfig:
-    """Sizes of a network of the MAGI-1 layout.
-
-    Attributes:
-        width, ffn_width: of the tokens and of the feed-forward's inner layer.
-        heads, kv_heads, head_dim: query heads, key and value heads (a divisor of `heads`), width of each.
-        doubled: the latent's channels are fed twice, and the second half of the output is dropped.
-        input_scale: factor on the latent on the way in, divisor on the way out.
-        gated: the feed-forward is silu(a) * b of two halves; gelu otherwise.
-        condition_width: of the vector (noise level and caption kind) that makes the gates.
-        caption_width, caption_tokens: of the text encoder's output.
-        distilled: the network is also told how long a step is.
-    """
-
-    layers: int
-    width: int
-    ffn_width: int
-    heads: int
-    kv_heads: int = 8
-    head_dim: int = 128
-    channels: int = 16
-    doubled: bool = False
-    input_scale: float = 1.0
-    gated: bool = False
-    caption_width: int = 4096
-    caption_tokens: int = 800
-    patch: int = 2
-    eps: float = 1e-6
-    distilled: bool = False
-
-    @property
-    def condition_width(self) -> int:
-        return self.width // 4
-
-    @property
-    def fed_channels(self) -> int:
-        return self.channels * (2 if self.doubled else 1)
-
-    @classmethod
-    def from_upstream(cls, settings: Mapping[str, Any]) -> "MagiConfig":
-        """From the contents of one of upstream's config files (`model_config` and `engine_config`).
-
-        Raises:
-            UserError: the file asks for a layout that no published MAGI-1 has.
-        """
-        model, doubled = settings["model_config"], settings["model_config"]["half_channel_vae"]
-        fixed = {"apply_layernorm_1p": True, "t_patch_size": 1, "cond_hidden_ratio": 0.25, "cond_gating_ratio": 1.0}
-        for name, expected in (fixed | {"xattn_cond_hidden_ratio": 1.0, "out_channels": model["in_channels"]}).items():
-            if model[name] != expected:
-                raise UserError(f"model_config has {name} = {model[name]}; only {expected} is supported.")
-        return cls(
-            layers=model["num_layers"],
-            width=model["hidden_size"],
-            ffn_width=model["ffn_hidden_size"],
-            heads=model["num_attention_heads"],
-            kv_heads=model["num_query_groups"],
-            head_dim=model["kv_channels"],
-            channels=model["in_channels"] // (2 if doubled else 1),
-            doubled=doubled,
-            input_scale=model["x_rescale_factor"],
-            gated=model["gated_linear_unit"],
-            caption_width=model["caption_channels"],
-            caption_tokens=model["caption_max_length"],
-            patch=model["patch_size"],
-            eps=model["layernorm_epsilon"],
-            distilled=settings["engine_config"]["distill"],
-        )
-
-
-MAGI_4_5B = MagiConfig(layers=34, width=3072, ffn_width=12288, heads=24)
-MAGI_24B = MagiConfig(layers=48, width=6144, ffn_width=16384, heads=48, doubled=True, input_scale=0.1, gated=True)
 
 
 class Casting:
@@ -330,23 +257,32 @@ class CaptionKeys(NamedTuple):
     values: Tensor
 
 
-@dataclass(frozen=True)
-class MagiContext:
+class MagiText(NamedTuple):
+    """A chunk's text in one branch, as `magi_text.py` makes it, and how long its steps are.
+
+    Attributes:
+        embedding: the text encoder's output after the special tokens, [B, tokens, caption_width].
+        mask: [B, tokens], nonzero where there is a token; captions differ in length.
+        captioned: False in branches without text.
+        step_size: what a distilled network is told, `step_size` of magi_sampling.py.
+    """
+
+    embedding: Tensor
+    mask: Tensor
+    captioned: bool = True
+    step_size: float | None = None
+
+
+class MagiContext(NamedTuple):
     """What a chunk's forward is conditioned on besides its noise level.
 
     Attributes:
-        captions: a layer, a row of the batch: keys and values of the caption's tokens. Captions differ in length.
-        kind: [1, condition_width], says whether there is a caption.
-        step_size: for a distilled network: `step_size` of magi_sampling.py. It may differ from step to step:
-            `context.at_step_size(value)`.
+        captions: a layer, a row of the batch: keys and values of the caption's tokens.
+        kind: [1, condition_width], says whether there is a caption and, if distilled, how long a step is.
     """
 
     captions: list[list[CaptionKeys]]
     kind: Tensor
-    step_size: float | None = None
-
-    def at_step_size(self, step_size: float) -> "MagiContext":
-        return replace(self, step_size=step_size)
 
 
 def grouped_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
@@ -388,21 +324,23 @@ class MagiBackbone:
             )
         return height // patch, width // patch
 
-    def context(self, text: Tensor, mask: Tensor, captioned: bool = True) -> MagiContext:
-        """Conditioning of a chunk, computed once for each chunk (its text tokens tell how much is left) and branch.
+    def context(self, text: MagiText) -> MagiContext:
+        """Conditioning of a chunk, computed once for each chunk (its text tells how much is left) and branch.
 
-        Args:
-            text: the text encoder's output with special tokens, [B, tokens, caption_width]; for an empty caption the
-                null embedding (see magi_text.py).
-            mask: [B, tokens], nonzero where there is a token.
-            captioned: False in the branches without text.
+        Raises:
+            UserError: the network is distilled and the text has no step size.
         """
         embedder = self.network.y_embedder
-        embedded = embedder.y_proj_xattn(text.float()).to(self.network.dtype)
-        rows = [row[keep.bool()] for row, keep in zip(embedded, mask, strict=True)]
-        null = embedder.null_caption_embedding[-2 if captioned else -1].to(text.device).float()
+        embedded = embedder.y_proj_xattn(text.embedding.float()).to(self.network.dtype)
+        rows = [row[keep.bool()] for row, keep in zip(embedded, text.mask, strict=True)]
         captions = [[self._caption(block.self_attention, row) for row in rows] for block in self.blocks]
-        return MagiContext(captions, embedder.y_proj_adaln(null[None]))
+        null = embedder.null_caption_embedding[-2 if text.captioned else -1].to(embedded.device).float()
+        kind = embedder.y_proj_adaln(null[None])
+        if self.config.distilled:
+            if text.step_size is None:
+                raise UserError("A distilled MAGI-1 must be told the step size; give the text one (magi_sampling.py).")
+            kind = kind + self._time(torch.full((1,), text.step_size, dtype=torch.float32, device=kind.device))
+        return MagiContext(captions, kind)
 
     def trunk(self, x: Tensor, sigma: Tensor, context: MagiContext, attend: Attend) -> Tensor:
         """The embedding and the blocks.
@@ -444,10 +382,6 @@ class MagiBackbone:
     def condition(self, sigma: Tensor, context: MagiContext) -> Tensor:
         """Noise level [B] and context to what the gates are made of, [B, condition_width]."""
         embedding = self._time((1.0 - sigma.double()).float())
-        if self.config.distilled:
-            if context.step_size is None:
-                raise UserError("A distilled MAGI-1 needs the step size; give the context one with at_step_size().")
-            embedding = embedding + self._time(torch.full_like(sigma, context.step_size, dtype=torch.float32))
         return (embedding + context.kind).to(self.network.dtype)
 
     def _time(self, t: Tensor) -> Tensor:
