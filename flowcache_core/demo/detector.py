@@ -1,8 +1,8 @@
 """Checks a clip against its caption: are the shapes that it names there, in each frame, in their colour?
 
-No network is involved. The background is fitted as a linear gradient, and each pixel is explained as one colour of the
-palette over it. The pixels of a captioned colour are then compared with an ideal circle, square and triangle of the same
-centre and area: the best overlap tells the kind.
+No network is involved. The background is fitted as a linear gradient, and each pixel is explained as one colour of
+the palette over it. The pixels of a captioned colour are then compared with an ideal circle, square and triangle of the
+same centre and area: the best overlap tells the kind.
 """
 
 from dataclasses import dataclass
@@ -97,13 +97,14 @@ def detect(pixels: Tensor, caption: str) -> Detection:
     y, x = torch.meshgrid(torch.arange(height) + 0.5, torch.arange(width) + 0.5, indexing="ij")
     place = torch.stack([x, y], dim=-1).flatten(0, 1)  # [N, 2] pixels
     basis = torch.stack([torch.ones(len(place)), *(place.T / max(height, width) - 0.5)])  # [3, N]
-    covered = torch.cat([_colours(part, basis) for part in images.flatten(2).split(16)])  # [T, K, N], in cache-sized parts
+    parts = images.flatten(2).split(16)  # a few frames at a time stay in the processor's cache
+    covered = torch.cat([_covered(part, basis) for part in parts])  # [T, K, N]
     shapes = [_measure(covered[:, colour], place, kind) for colour, kind in parse_caption(caption)]
     found, centre, area, overlap = (torch.stack(parts, dim=1) for parts in zip(*shapes, strict=True))
     return Detection(found=found, centre=centre, area=area, overlap=overlap)
 
 
-def _colours(images: Tensor, basis: Tensor) -> Tensor:
+def _covered(images: Tensor, basis: Tensor) -> Tensor:
     """Which pixels of images [T, 3, N] each colour of the palette covers: bool [T, K, N].
 
     A pixel p at a shape's soft edge is background + cover * (colour - background); the colour is the one for which

@@ -1,11 +1,11 @@
 """The demo's VAE: the Wan 2.1 architecture at a small width, so that ComfyUI's stock loader reads the same file.
 
-Pixels [B, 3, 1 + 4k, 8h, 8w] in [-1, 1] become latents [B, 16, 1 + k, h, w]. Everything is causal in time: frame 0 is
-coded alone, as an image, and nothing looks ahead, so a video can be decoded chunk by chunk while it is being generated.
-A causal convolution then needs the last two frames of the chunk before; `Memory` holds them.
+Pixels [B, 3, 1 + 4k, 8h, 8w] in [-1, 1] become latents [B, 16, 1 + k, h, w]. Everything is causal in time: frame 0
+is coded alone, as an image, and nothing looks ahead, so a video can be decoded chunk by chunk while it is being
+generated. A causal convolution then needs the last two frames of the chunk before; `Memory` holds them.
 
-Two latent spaces are in play. The file stores *raw* latents, as Wan does: `encode` and `decode`. A diffusion network sees
-*normalised* ones, (raw - LATENT_MEAN) / LATENT_STD: `encode_normalised` and `decode_normalised`.
+Two latent spaces are in play. The file speaks *raw* latents, as Wan's does: `encode` and `decode`. A diffusion network
+sees *normalised* ones, (raw - LATENT_MEAN) / LATENT_STD: `encode_normalised` and `decode_normalised`.
 """
 
 from pathlib import Path
