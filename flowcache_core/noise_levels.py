@@ -57,3 +57,11 @@ def nearest_trained(sigmas: Sequence[float], shift: float = 8.0) -> list[float]:
     """
     trained = linear(TRAINED_LEVELS, shift)[:-1]
     return [min(trained, key=lambda level: abs(level - sigma)) if sigma else 0.0 for sigma in sigmas]
+
+
+def magi(steps: int = 64, shift: float = 3.0) -> list[float]:
+    """MAGI-1's levels: its time is spaced as a square, t = (i / steps)^2 with 0 = noise, then shifted.
+
+    Source: MAGI-1, inference/pipeline/video_generate.py (square, sd3 transform); a level is 1 - t.
+    """
+    return [shifted(1.0 - (step / steps) ** 2, shift) for step in range(steps + 1)]

@@ -10,6 +10,8 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from .schedule import CLEAN
+
 Noise = Callable[[int], Tensor]  # step -> fresh unit noise of the chunk's shape
 
 
@@ -43,3 +45,13 @@ class Renoise:
         clean = torch.sub(x, velocity, alpha=self.sigmas[step])
         level = self.sigmas[step + 1]
         return clean if level == 0 else (1.0 - level) * clean + level * self.noise(step)
+
+
+def chunk_noise(seed: int, chunk: int, shape: Sequence[int], step: int = CLEAN) -> Tensor:
+    """Unit noise of a chunk, on the CPU: its start, or fresh noise for a step.
+
+    It depends on nothing but the seed and the place, so a longer video begins like a shorter one, and an extension goes
+    on like an unbroken run.
+    """
+    generator = torch.Generator("cpu").manual_seed((seed * 1_000_003 + chunk * 1009 + step + 1) % 2**63)
+    return torch.randn(tuple(shape), generator=generator)

@@ -1,0 +1,13 @@
+"""FlowCache for ComfyUI: long autoregressive video, faster, in bounded memory.
+
+ComfyUI imports this file and asks it for the nodes. Anywhere else importing it does nothing.
+"""
+
+try:
+    import comfy_api.latest  # noqa: F401
+except ImportError:
+    pass
+else:
+    from .nodes import comfy_entrypoint
+
+    __all__ = ["comfy_entrypoint"]

@@ -1,0 +1,20 @@
+"""The pack's nodes, as ComfyUI asks for them."""
+
+from comfy_api.latest import ComfyExtension, io
+
+from .ar_sampler import ARSamplerNode
+from .demo_prompt import DemoPrompt
+from .extend import AutoregressiveExtend
+from .flowcache import FlowCache
+from .load_demo_vae import LoadDemoVAE
+from .load_model import LoadARVideoModel
+from .report import FlowCacheReport
+
+
+class FlowCacheExtension(ComfyExtension):
+    async def get_node_list(self) -> list[type[io.ComfyNode]]:
+        return [LoadARVideoModel, LoadDemoVAE, DemoPrompt, FlowCache, AutoregressiveExtend, ARSamplerNode, FlowCacheReport]
+
+
+async def comfy_entrypoint() -> FlowCacheExtension:
+    return FlowCacheExtension()

@@ -1,0 +1,49 @@
+"""AR Sampler (FlowCache): our engine as a SAMPLER."""
+
+from comfy_api.latest import io
+
+from ..flowcache_core.families import SOLVERS
+from . import host
+
+
+class ARSamplerNode(io.ComfyNode):
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return io.Schema(
+            node_id="FlowCacheARSampler",
+            display_name="AR Sampler (FlowCache)",
+            category="FlowCache",
+            description="Samples a video chunk by chunk, for SamplerCustomAdvanced: noise, sigmas and guider stay ComfyUI's. "
+            "Put a FlowCache node before the guider to make it faster.",
+            search_aliases=["autoregressive sampler", "diffusion forcing sampler", "magi", "skyreels"],
+            inputs=[
+                io.Int.Input(
+                    "frames_per_chunk",
+                    default=3,
+                    min=1,
+                    max=64,
+                    tooltip="Latent frames that are denoised together, as the model was trained: 3 for the demo model and "
+                    "chunkwise causal Wan, 1 for framewise, 5 for SkyReels-V2, 6 for MAGI-1.",
+                ),
+                io.Int.Input(
+                    "lag",
+                    default=16,
+                    min=0,
+                    max=1000,
+                    tooltip="Steps that a chunk is ahead of the next. 16 of 64 steps is MAGI-1's schedule, 5 of 50 "
+                    "SkyReels-V2's; the number of steps or more is one chunk after the other; 0 all chunks together.",
+                ),
+                io.Combo.Input(
+                    "solver",
+                    options=list(SOLVERS),
+                    default="euler",
+                    tooltip="euler for the demo model and MAGI-1, renoise for few-step causal models (Self-Forcing), "
+                    "unipc for SkyReels-V2.",
+                ),
+            ],
+            outputs=[io.Sampler.Output()],
+        )
+
+    @classmethod
+    def execute(cls, frames_per_chunk: int, lag: int, solver: str) -> io.NodeOutput:
+        return io.NodeOutput(host.ARSampler(frames_per_chunk, lag, solver))

@@ -1,0 +1,142 @@
+"""Autoregressive Extend: a video, chunk after chunk, for as long as you like."""
+
+from comfy_api.latest import io
+
+from ..flowcache_core.errors import UserError
+from ..flowcache_core.families import SOLVERS, family
+from . import host
+from .types import ReportType, StateType
+from .widgets import advanced
+
+AUTO = 0  # of a number: as recommended for the model's family
+
+
+class AutoregressiveExtend(io.ComfyNode):
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return io.Schema(
+            node_id="FlowCacheAutoregressiveExtend",
+            display_name="Autoregressive Extend",
+            category="FlowCache",
+            description="Generates a video chunk by chunk, or goes on from an earlier one: connect the state of another "
+            "Autoregressive Extend to continue with a new prompt (nothing is computed again), or a latent to continue a "
+            "given image or video.",
+            search_aliases=["long video", "extend video", "autoregressive", "video continuation", "infinite video"],
+            inputs=[
+                io.Model.Input("model", tooltip="An autoregressive video model, best with a FlowCache node before it."),
+                io.Conditioning.Input("positive", tooltip="What these chunks shall show."),
+                io.Conditioning.Input("negative", tooltip="What they shall not show; used when guidance is not 1."),
+                io.Int.Input(
+                    "seed",
+                    default=0,
+                    min=0,
+                    max=0xFFFFFFFFFFFFFFFF,
+                    control_after_generate=True,
+                    tooltip="Chunk i's noise depends on the seed and i alone, so a longer video begins like a shorter one.",
+                ),
+                io.Int.Input(
+                    "chunks",
+                    default=8,
+                    min=1,
+                    max=10000,
+                    tooltip="How many chunks to add. A chunk of 3 latent frames is 12 pixel frames.",
+                ),
+                io.Int.Input(
+                    "steps",
+                    default=AUTO,
+                    min=0,
+                    max=1000,
+                    tooltip="Denoising steps of a chunk; 0: as recommended for the model.",
+                ),
+                io.Float.Input(
+                    "guidance",
+                    default=0.0,
+                    min=0.0,
+                    max=100.0,
+                    step=0.1,
+                    tooltip="Scale of classifier-free guidance; 1 turns it off, 0: as recommended for the model.",
+                ),
+                io.Int.Input(
+                    "frames_per_chunk",
+                    default=AUTO,
+                    min=0,
+                    max=64,
+                    tooltip="Latent frames of a chunk, as the model was trained; 0: as recommended for the model.",
+                ),
+                io.Int.Input(
+                    "lag",
+                    default=-1,
+                    min=-1,
+                    max=1000,
+                    tooltip="Steps that a chunk is ahead of the next; the number of steps is one chunk after the other, 0 "
+                    "all chunks together, -1: as recommended for the model.",
+                ),
+                io.Int.Input(
+                    "width",
+                    default=AUTO,
+                    min=0,
+                    max=8192,
+                    step=16,
+                    tooltip="Pixels; 0: as recommended for the model. Not used when a latent or state is connected.",
+                ),
+                io.Int.Input(
+                    "height",
+                    default=AUTO,
+                    min=0,
+                    max=8192,
+                    step=16,
+                    tooltip="Pixels; 0: as recommended for the model. Not used when a latent or state is connected.",
+                ),
+                advanced(
+                    io.Combo.Input(
+                        "solver",
+                        options=["auto", *SOLVERS],
+                        default="auto",
+                        tooltip="How a step is taken; auto: as recommended for the model.",
+                    )
+                ),
+                io.Latent.Input(
+                    "prefix",
+                    optional=True,
+                    tooltip="A given beginning (an encoded image or video), in whole chunks. It is part of the result.",
+                ),
+                StateType.Input(
+                    "state",
+                    optional=True,
+                    tooltip="The state of another Autoregressive Extend with the same model: goes on from its last chunk.",
+                ),
+            ],
+            outputs=[
+                io.Latent.Output(display_name="latent", tooltip="All frames, those before this extension included."),
+                StateType.Output(display_name="state", tooltip="Connect it to another Autoregressive Extend to go on."),
+                ReportType.Output(display_name="report"),
+            ],
+            hidden=[io.Hidden.unique_id],
+        )
+
+    @classmethod
+    def execute(
+        cls, model, positive, negative, seed, chunks, steps, guidance, frames_per_chunk, lag, width, height,
+        solver="auto", prefix=None, state=None,
+    ) -> io.NodeOutput:  # fmt: skip
+        if prefix is not None and state is not None:
+            raise UserError("Both a prefix and a state are connected; a state already holds what came before. Connect one.")
+        usual = family(host.family_of(model))
+        steps = steps or usual.steps
+        result = host.extend(
+            model,
+            positive,
+            negative,
+            scale=guidance or usual.guidance,
+            seed=seed,
+            levels=usual.levels(steps),
+            chunks=chunks,
+            chunk_frames=frames_per_chunk or usual.chunk_frames,
+            lag=usual.lag if lag < 0 else lag,
+            solver=usual.solver if solver == "auto" else solver,
+            size=(width or usual.size[0], height or usual.size[1]),
+            prefix=None if prefix is None else prefix["samples"],
+            state=state,
+            node_id=cls.hidden.unique_id,
+        )
+        return io.NodeOutput({"samples": result.latent}, result.state, result.report)

@@ -1,0 +1,156 @@
+"""FlowCache: patches a model."""
+
+from dataclasses import replace
+
+from comfy_api.latest import io
+
+from ..flowcache_core.compression import Compression
+from ..flowcache_core.history import HistorySettings
+from ..flowcache_core.presets import DEFAULT_PRESET, PRESETS, ReuseSettings, Settings
+from . import host
+from .widgets import advanced
+
+CUSTOM = "custom"
+
+
+class FlowCache(io.ComfyNode):
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return io.Schema(
+            node_id="FlowCache",
+            display_name="FlowCache",
+            category="FlowCache",
+            description="Makes an autoregressive video model faster without training: each chunk reuses its own last results "
+            "where little changes, and the attention history is kept within a budget. Works with Autoregressive Extend, "
+            "AR Sampler (FlowCache) and ComfyUI's SamplerARVideo. Bypass it to get the plain model back.",
+            search_aliases=["cache", "speed up", "teacache", "easycache", "kv cache", "faster video"],
+            inputs=[
+                io.Model.Input("model", tooltip="An autoregressive video model: causal Wan, SkyReels-V2, the demo model."),
+                io.Combo.Input(
+                    "preset",
+                    options=[*PRESETS, CUSTOM],
+                    default=DEFAULT_PRESET,
+                    tooltip="How much is reused: 'high' stays closest to the plain result, 'fast' is quickest. 'paper slow' "
+                    "and 'paper fast' are the published rule. 'custom' takes the advanced inputs below.",
+                ),
+                io.Int.Input(
+                    "history_budget",
+                    default=0,
+                    min=0,
+                    max=1000,
+                    tooltip="How many finished chunks the model may look back on; older tokens are dropped by importance "
+                    "and redundancy. 0 keeps all of them, so memory grows with the length of the video.",
+                ),
+                advanced(
+                    io.Combo.Input(
+                        "policy",
+                        options=["even", "flowcache", "teacache"],
+                        default="even",
+                        tooltip="Only with preset 'custom'. even: recompute every n-th step; flowcache: when a chunk's own "
+                        "input has drifted past the threshold; teacache: one decision for all active chunks.",
+                    )
+                ),
+                advanced(
+                    io.Int.Input(
+                        "every",
+                        default=8,
+                        min=1,
+                        max=64,
+                        tooltip="Only with policy 'even': recompute every n-th step. Lowered to a divisor of the lag.",
+                    )
+                ),
+                advanced(
+                    io.Float.Input(
+                        "threshold",
+                        default=0.1,
+                        min=0.0,
+                        max=10.0,
+                        step=0.001,
+                        round=0.0001,
+                        tooltip="Only with policies 'flowcache' and 'teacache': drift (accumulated relative change) at "
+                        "which a step is recomputed. Higher is faster and less exact.",
+                    )
+                ),
+                advanced(
+                    io.Int.Input(
+                        "warmup",
+                        default=1,
+                        min=1,
+                        max=64,
+                        tooltip="Only with preset 'custom': first steps of every chunk that are always recomputed.",
+                    )
+                ),
+                advanced(
+                    io.Combo.Input(
+                        "forecast",
+                        options=["hold", "linear", "quadratic"],
+                        default="linear",
+                        tooltip="Only with preset 'custom': what stands in for a step that is not recomputed: the last "
+                        "result as it is, or a line or parabola through the last two or three.",
+                    )
+                ),
+                advanced(
+                    io.Combo.Input(
+                        "granularity",
+                        options=["token", "frame", "chunk"],
+                        default="token",
+                        tooltip="What the history drops at a time when it is over budget.",
+                    )
+                ),
+                advanced(
+                    io.Float.Input(
+                        "importance_weight",
+                        default=0.07,
+                        min=0.0,
+                        max=1.0,
+                        step=0.01,
+                        tooltip="Lambda: a history token's score is lambda x importance - (1 - lambda) x redundancy. The "
+                        "paper uses 0.07.",
+                    )
+                ),
+                advanced(
+                    io.Boolean.Input(
+                        "keep_first_chunk",
+                        default=False,
+                        tooltip="The first chunk always stays in the history (an attention sink).",
+                    )
+                ),
+                advanced(
+                    io.Combo.Input(
+                        "positions",
+                        options=["absolute", "relative"],
+                        default="absolute",
+                        tooltip="relative: positions count from the start of the history window, so that a run of any "
+                        "length only uses positions the model was trained on. Needs a history budget.",
+                    )
+                ),
+            ],
+            outputs=[io.Model.Output()],
+        )
+
+    @classmethod
+    def execute(
+        cls,
+        model,
+        preset: str,
+        history_budget: int,
+        policy: str = "even",
+        every: int = 8,
+        threshold: float = 0.1,
+        warmup: int = 1,
+        forecast: str = "linear",
+        granularity: str = "token",
+        importance_weight: float = 0.07,
+        keep_first_chunk: bool = False,
+        positions: str = "absolute",
+    ) -> io.NodeOutput:
+        compression = Compression(weight=importance_weight, granularity=granularity, protect_first=keep_first_chunk)
+        history = HistorySettings(history_budget or None, compression, relative=positions == "relative")
+        if preset == CUSTOM:
+            order = ("hold", "linear", "quadratic").index(forecast)
+            reuse = ReuseSettings(policy, every=every, least=1, threshold=threshold, warmup=warmup, order=order)
+            settings = Settings(reuse, history)
+        else:
+            settings = replace(PRESETS[preset], history=history)
+        budget = f"history budget {history_budget} chunks" if history_budget else "whole history"
+        return io.NodeOutput(host.patched(model, settings, f"FlowCache {preset}, {budget}"))

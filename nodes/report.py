@@ -1,0 +1,59 @@
+"""FlowCache Report."""
+
+import numpy as np
+import torch
+from comfy_api.latest import io
+
+from ..flowcache_core.errors import UserError
+from ..flowcache_core.pictures import report_picture
+from . import host
+from .types import ReportType
+
+
+class FlowCacheReport(io.ComfyNode):
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return io.Schema(
+            node_id="FlowCacheReport",
+            display_name="FlowCache Report",
+            category="FlowCache",
+            description="What a run did: how many forwards were saved, how long it took, which step of which chunk was "
+            "recomputed, how large the history grew. Connect the report of Autoregressive Extend, or the patched model and "
+            "the latent that a sampler made with it.",
+            inputs=[
+                ReportType.Input("report", optional=True, tooltip="Of Autoregressive Extend."),
+                io.Model.Input("model", optional=True, tooltip="The model that a FlowCache node patched."),
+                io.Latent.Input("latent", optional=True, tooltip="What a sampler made with that model."),
+            ],
+            outputs=[
+                io.String.Output(display_name="text"),
+                io.Image.Output(display_name="image", tooltip="Chunk x step map, and history over time."),
+            ],
+            is_output_node=True,
+        )
+
+    @classmethod
+    def execute(cls, report=None, model=None, latent=None) -> io.NodeOutput:
+        if report is None:
+            report = _find(model, latent)
+        picture = np.asarray(report_picture(report).convert("RGB"), dtype=np.float32) / 255.0
+        text = report.text()
+        return io.NodeOutput(text, torch.from_numpy(picture)[None], ui={"text": (text,)})
+
+
+def _find(model, latent):
+    if model is None or latent is None:
+        raise UserError(
+            "Nothing to report on: connect the report of Autoregressive Extend, or both the model patched by a FlowCache "
+            "node and the latent that was sampled with it."
+        )
+    patch = host.patch_of(model.model_options)
+    if patch is None:
+        raise UserError("The model was not patched by a FlowCache node (or the node is bypassed); connect the patched model.")
+    report = patch.reports.get(host.fingerprint(latent["samples"]))
+    if report is None:
+        raise UserError(
+            "This latent was not sampled with this patched model, or too long ago; connect the latent that comes out of the "
+            "sampler, and queue again."
+        )
+    return report

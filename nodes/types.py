@@ -1,0 +1,6 @@
+"""The pack's own link types."""
+
+from comfy_api.latest import io
+
+StateType = io.Custom("FLOWCACHE_STATE")  # flowcache_core.state.State
+ReportType = io.Custom("FLOWCACHE_REPORT")  # flowcache_core.report.Report

@@ -1,0 +1,31 @@
+"""Host tests run in the ComfyUI found at COMFYUI_PATH, else at ~/comfy/ComfyUI; without one they are skipped."""
+
+from pathlib import Path
+
+import pytest
+from comfy_server import HOST, Server, host_python
+
+FOUND = (HOST / "main.py").exists() and host_python().exists()
+HERE = Path(__file__).parent
+
+
+def pytest_collection_modifyitems(items):
+    for item in items:
+        if HERE in Path(item.path).parents and not FOUND:
+            item.add_marker(pytest.mark.skip(reason="no ComfyUI"))
+
+
+def pytest_terminal_summary(terminalreporter):
+    if not FOUND:
+        terminalreporter.write_line(
+            "Host tests were SKIPPED: there is no ComfyUI with a .venv at COMFYUI_PATH or ~/comfy/ComfyUI. Clone ComfyUI "
+            "there, make a .venv in it with its requirements, and run the tests again."
+        )
+
+
+@pytest.fixture(scope="session")
+def server(tmp_path_factory):
+    """One ComfyUI for all tests of a session."""
+    running = Server(tmp_path_factory.mktemp("comfy"))
+    yield running
+    running.stop()
