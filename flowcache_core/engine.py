@@ -54,20 +54,26 @@ class Guidance:
     runner: Runner
     texts: Mapping[Hashable, Tensor | Callable[[int], Tensor]]
     weights: Mapping[Hashable, float] | Callable[[float], Mapping[Hashable, float]]
-    _named: dict[int, Tensor] = field(default_factory=dict)  # texts are named by identity, so they are kept alive
+    _words: dict[int, tuple[Tensor, tuple[Tensor, ...]]] = field(default_factory=dict)  # of the newest chunks
 
     def __call__(self, x: Tensor, sigma: float, place: Place) -> Tensor:
         weights = self.weights(sigma) if callable(self.weights) else self.weights
         names = list(self.texts)
-        texts = [text(place.chunk) if callable(text) else text for text in self.texts.values()]
-        self._named.update({id(text): text for text in texts})
-        key = tuple(id(text) for text in texts)
-        repeated = x if len(names) == 1 else torch.cat([x] * len(names))
-        text = texts[0] if len(names) == 1 else torch.cat(texts)
-        velocities = self.runner.forward(repeated, sigma, place, names, text, key).split(x.shape[0])
-        if len(names) == 1 and weights[names[0]] == 1:
-            return velocities[0]
+        text, key = self._of(place.chunk)
+        if len(names) == 1:
+            velocity = self.runner.forward(x, sigma, place, names, text, key)
+            return velocity if weights[names[0]] == 1 else weights[names[0]] * velocity
+        velocities = self.runner.forward(torch.cat([x] * len(names)), sigma, place, names, text, key).split(x.shape[0])
         return sum(weights[name] * velocity for name, velocity in zip(names, velocities, strict=True))
+
+    def _of(self, chunk: int) -> tuple[Tensor, tuple[Tensor, ...]]:
+        """All branches' texts of a chunk, branch after branch, and the tensors that they came from as their name."""
+        if chunk not in self._words:
+            if len(self._words) > self.runner.schedule.max_active:
+                self._words.pop(min(self._words))
+            key = tuple(text(chunk) if callable(text) else text for text in self.texts.values())
+            self._words[chunk] = (key[0] if len(key) == 1 else torch.cat(key), key)
+        return self._words[chunk]
 
 
 def guidance(runner: Runner, positive, negative=None, scale: float = 1.0) -> Guidance:

@@ -185,6 +185,9 @@ class Forecast:
     def at(self, sigma: float) -> Tensor:
         if len(self.results) == 1:
             return self.results[0]
+        if len(self.results) == 2:
+            older, newer = self.sigmas
+            return torch.lerp(*self.results, (sigma - older) / (newer - older))
         weights = self.weights(sigma)
         total = self.results[-1] * weights[-1]
         for weight, result in zip(weights[:-1], self.results[:-1], strict=True):
