@@ -13,7 +13,7 @@ import uuid
 from dataclasses import dataclass, field
 from pathlib import Path
 
-PACK = Path(__file__).resolve().parents[2]
+PACK = Path(os.environ.get("FLOWCACHE_PACK", Path(__file__).resolve().parents[2]))
 HOST = Path(os.environ.get("COMFYUI_PATH", Path.home() / "comfy" / "ComfyUI"))
 
 

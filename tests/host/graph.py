@@ -1,0 +1,67 @@
+"""Prompts in API form, written short, and small random models for them."""
+
+import json
+from pathlib import Path
+
+import torch
+from safetensors.torch import load_file, save_file
+
+from flowcache_core.backbones.wan import WanConfig, WanNetwork
+
+SMALL = WanConfig(dim=96, ffn_dim=128, num_heads=2, num_layers=3, text_dim=64)
+
+
+class Graph(dict):
+    """A prompt. `add` gives the new node's id; an input (id, slot) is a link."""
+
+    def add(self, kind: str, **inputs) -> str:
+        name = str(len(self) + 1)
+        linked = {key: list(value) if isinstance(value, tuple) else value for key, value in inputs.items()}
+        self[name] = {"class_type": kind, "inputs": linked}
+        return name
+
+
+def random_network(seed: int = 0, config: WanConfig = SMALL) -> dict[str, torch.Tensor]:
+    """Weights large enough for attention to be far from uniform."""
+    torch.manual_seed(seed)
+    network = WanNetwork(config)
+    weights = {}
+    for name, value in network.state_dict().items():
+        if value.ndim > 1:
+            value = torch.randn_like(value) * 1.2 * value[0].numel() ** -0.5
+        weights[name] = torch.full_like(value, 1.3) if "norm_q" in name or "norm_k" in name else value
+    return weights
+
+
+def write_network(path: Path, weights: dict[str, torch.Tensor], config: WanConfig = SMALL, **stamp) -> None:
+    transformer = {"num_heads": config.num_heads, "text_dim": config.text_dim, "causal_ar": True, **stamp}
+    save_file(weights, path, metadata={"config": json.dumps({"transformer": transformer})})
+
+
+def native(
+    graph: Graph, model: tuple, frames: int = 6, steps: int = 4, cfg: float = 1.0, block: int = 2, seed: int = 5
+) -> str:
+    """The host's own way: SamplerARVideo under SamplerCustomAdvanced. Returns the sampling node."""
+    positive = graph.add("FlowCacheDemoPrompt", caption="a red circle")
+    negative = graph.add("FlowCacheDemoPrompt", caption="")
+    guider = graph.add("CFGGuider", model=model, positive=(positive, 0), negative=(negative, 0), cfg=cfg)
+    noise = graph.add("RandomNoise", noise_seed=seed)
+    sampler = graph.add("SamplerARVideo", num_frame_per_block=block)
+    return custom(graph, model, (guider, 0), (noise, 0), (sampler, 0), frames, steps)
+
+
+def custom(graph: Graph, model: tuple, guider: tuple, noise: tuple, sampler: tuple, frames: int, steps: int) -> str:
+    latent = graph.add("EmptyARVideoLatent", width=64, height=64, length=4 * frames - 3, batch_size=1)
+    sigmas = graph.add("BasicScheduler", model=model, scheduler="simple", steps=steps, denoise=1.0)
+    return graph.add(
+        "SamplerCustomAdvanced", noise=noise, guider=guider, sampler=sampler, sigmas=(sigmas, 0), latent_image=(latent, 0)
+    )
+
+
+def sample(server, graph: Graph, node: str, slot: int = 0) -> torch.Tensor:
+    """Runs a graph and returns the latent that a node gives."""
+    save = graph.add("SaveLatent", samples=(node, slot), filename_prefix="test")
+    outcome = server.run(graph)
+    assert outcome.error is None, outcome.error["exception_message"]
+    (file,) = server.saved(outcome, save)
+    return load_file(file)["latent_tensor"]

@@ -1,0 +1,126 @@
+"""What a user gets wrong: one clear line on the right node, and the server goes on."""
+
+import pytest
+import torch
+from comfy_server import Refused
+from graph import SMALL, Graph, native, random_network, write_network
+from safetensors.torch import save_file
+from test_extend import extend
+
+
+@pytest.fixture(scope="module", autouse=True)
+def files(server):
+    folder = server.base / "models" / "diffusion_models"
+    weights = random_network()
+    write_network(folder / "extend.safetensors", weights)
+    (folder / "text.safetensors").write_bytes(b"this is no model, only some text that goes on for a while")
+    (folder / "pickle.safetensors").write_bytes(b"\x80\x04\x95 a pickle by its first bytes" + bytes(100))
+    (folder / "cut.safetensors").write_bytes((folder / "extend.safetensors").read_bytes()[:100_000])
+    save_file({"some.other.weight": torch.zeros(4, 4)}, folder / "other.safetensors")
+    write_network(folder / "wide.safetensors", random_network(1, type(SMALL)(**{**SMALL.__dict__, "dim": 192})))
+    latents = server.base / "input"
+    version = {"latent_format_version_0": torch.tensor([])}
+    save_file({"latent_tensor": torch.randn(1, 16, 5, 8, 8), **version}, latents / "five.latent")
+    save_file({"latent_tensor": torch.randn(1, 4, 4, 8, 8), **version}, latents / "four_channels.latent")
+    save_file({"latent_tensor": torch.randn(1, 16, 8, 8), **version}, latents / "image.latent")
+    save_file({"latent_tensor": torch.full((1, 16, 4, 8, 8), float("nan")), **version}, latents / "nan.latent")
+
+
+def fails(server, graph: Graph, node: str) -> str:
+    """Runs a graph that must fail on a node; returns the message, which must be one line of plain words."""
+    if not any(entry["class_type"].startswith("Save") for entry in graph.values()):
+        graph.add("SaveLatent", samples=(node, 0), filename_prefix="s")
+    outcome = server.run(graph)
+    assert outcome.error is not None, "it ran"
+    assert outcome.error["node_id"] == node, outcome.error["node_type"]
+    message = outcome.error["exception_message"].strip()
+    assert "\n" not in message, message
+    assert outcome.error["exception_type"].endswith("UserError"), outcome.error["exception_type"] + ": " + message
+    return message
+
+
+@pytest.mark.parametrize("name", ["text", "pickle", "cut", "other"])
+def test_files_that_are_no_model(server, name):
+    graph = Graph()
+    loaded = graph.add(
+        "FlowCacheLoadARVideoModel", model_name=f"{name}.safetensors", family="auto", weight_type="default"
+    )
+    extend(graph, model=(loaded, 0))
+    graph.add("SaveLatent", samples=(str(len(graph)), 0), filename_prefix="s")
+    assert name in fails(server, graph, loaded)
+
+
+@pytest.mark.parametrize(
+    "latent, words",
+    [
+        ("five", "do not fill chunks of 2"),
+        ("four_channels", "16"),
+        ("image", "expected"),
+        ("nan", "NaN"),
+    ],
+)
+def test_prefixes_that_cannot_be_continued(server, latent, words):
+    graph = Graph()
+    prefix = graph.add("LoadLatent", latent=f"{latent}.latent")
+    assert words in fails(server, graph, extend(graph, prefix=(prefix, 0)))
+
+
+def test_a_state_of_another_model(server):
+    graph = Graph()
+    begun = extend(graph)
+    other = graph.add("FlowCacheLoadARVideoModel", model_name="wide.safetensors", family="causal", weight_type="default")
+    assert "another model" in fails(server, graph, extend(graph, model=(other, 0), state=(begun, 1)))
+
+
+def test_a_state_of_other_chunks_or_guidance(server):
+    graph = Graph()
+    begun = extend(graph)
+    assert "frames a chunk" in fails(server, graph, extend(graph, state=(begun, 1), frames_per_chunk=1))
+    graph = Graph()
+    begun = extend(graph)
+    assert "guidance" in fails(server, graph, extend(graph, state=(begun, 1), guidance=5.0))
+
+
+def test_a_prefix_and_a_state_at_once(server):
+    graph = Graph()
+    begun = extend(graph)
+    assert "Connect one" in fails(server, graph, extend(graph, state=(begun, 1), prefix=(begun, 0)))
+
+
+def test_a_budget_smaller_than_what_must_stay(server):
+    graph = Graph()
+    loaded = graph.add("FlowCacheLoadARVideoModel", model_name="extend.safetensors", family="causal", weight_type="default")
+    patched = graph.add("FlowCache", model=(loaded, 0), preset="off", history_budget=0, positions="relative")
+    extend(graph, model=(patched, 0))
+    graph.add("SaveLatent", samples=(str(len(graph)), 0), filename_prefix="s")
+    assert "need a history budget" in fails(server, graph, patched)
+
+
+def test_words_that_the_demo_model_does_not_know(server):
+    graph = Graph()
+    node = extend(graph, caption="a purple dragon")
+    prompt = graph[node]["inputs"]["positive"][0]
+    graph.add("SaveLatent", samples=(node, 0), filename_prefix="s")
+    assert "'purple'" in fails(server, graph, prompt)
+
+
+def test_frames_that_do_not_fill_the_hosts_blocks(server):
+    graph = Graph()
+    loaded = graph.add("UNETLoader", unet_name="extend.safetensors", weight_dtype="default")
+    patched = graph.add("FlowCache", model=(loaded, 0), preset="balanced", history_budget=0)
+    assert "do not fill chunks of 2" in fails(server, graph, native(graph, (patched, 0), frames=5))
+
+
+def test_a_report_of_nothing(server):
+    graph = Graph()
+    node = graph.add("FlowCacheReport")
+    assert "Nothing to report on" in fails(server, graph, node)
+
+
+@pytest.mark.parametrize("wrong", [{"chunks": 0}, {"steps": -1}, {"lag": -2}, {"guidance": -1.0}, {"solver": "best"}])
+def test_widgets_out_of_range_are_refused_before_anything_runs(server, wrong):
+    graph = Graph()
+    node = extend(graph, **wrong)
+    graph.add("SaveLatent", samples=(node, 0), filename_prefix="s")
+    with pytest.raises(Refused, match=next(iter(wrong))):
+        server.run(graph)
