@@ -8,6 +8,7 @@ Source: MAGI-1, inference/pipeline/prompt_process.py, video_generate.py and infe
 """
 
 import html
+import html.entities
 import re
 import unicodedata
 import urllib.parse
@@ -244,7 +245,7 @@ class _TextOnly(HTMLParser):
     SILENT = ("script", "style", "template", "rt", "rp")
 
     def __init__(self):
-        super().__init__(convert_charrefs=True)
+        super().__init__(convert_charrefs=False)
         self.parts: list[str] = []
         self.silent = 0
 
@@ -257,3 +258,9 @@ class _TextOnly(HTMLParser):
     def handle_data(self, data: str) -> None:
         if not self.silent:
             self.parts.append(data)
+
+    def handle_entityref(self, name: str) -> None:
+        self.handle_data(html.entities.html5.get(f"{name};", f"&{name}"))
+
+    def handle_charref(self, name: str) -> None:
+        self.handle_data(html.unescape(f"&#{name};"))
