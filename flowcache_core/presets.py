@@ -112,3 +112,10 @@ def preset(name: str, budget: int | None = None, compression: Compression = Comp
         raise UserError(f"There is no preset '{name}'. There are: {', '.join(PRESETS)}.")
     history = HistorySettings(budget, compression)
     return replace(PRESETS[name], history=history)
+
+
+def describe(settings: Settings) -> str:
+    """A line for a report: the preset's name and the budget."""
+    names = [name for name, known in PRESETS.items() if replace(known, history=settings.history) == settings]
+    budget = settings.history.budget
+    return f"FlowCache {names[0] if names else 'custom'}, " + (f"history budget {budget} chunks" if budget else "whole history")

@@ -87,6 +87,7 @@ class Report:
             "history_bytes_peak": self.history_bytes_peak,
             "history_bytes_allocated": self.history_bytes_allocated,
             "history_bytes_unbounded": self.history_bytes_unbounded,
+            "history_bytes": [used for _, used in self.history],
             "decisions": {
                 str(branch): {str(chunk): "".join("x" if again else "." for again in steps) for chunk, steps in chunks.items()}
                 for branch, chunks in self.decisions.items()

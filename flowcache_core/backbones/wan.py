@@ -130,6 +130,16 @@ class WanBackbone:
         self.head_dim = self.dim // self.heads
         self.rotary = Rotary(self.head_dim)
 
+    @property
+    def channels(self) -> int:
+        """Of the latents."""
+        return self.network.out_dim
+
+    @property
+    def text_dim(self) -> int:
+        """Width of the text embeddings."""
+        return self.network.text_embedding[0].in_features
+
     def grid(self, height: int, width: int) -> tuple[int, int]:
         """Rows and columns of tokens of one frame of latent size height x width."""
         _, patch_height, patch_width = self.network.patch_size
