@@ -23,6 +23,9 @@ from .codec import TIME, LinearCodec
 CONFIG = WanConfig(dim=256, ffn_dim=1024, num_heads=4, num_layers=8, text_dim=TEXT_DIM)
 FRAMES_PER_CHUNK = 3
 CAPTION_DROPOUT = 0.1
+# Share of the training time up to which clips are so many and so long, in chunks. Short clips teach what shapes look
+# like in many cheap steps; the long ones at the end make a long history nothing new.
+STAGES = ((0.45, 8, 5), (0.75, 8, 12), (1.0, 3, 32))
 SHIFT = 3.0
 LAGS = (1 / 16, 1 / 10, 1 / 5, 1 / 4, 1 / 2, 1.0)  # of a chunk's whole way from noise to clean
 
@@ -153,14 +156,15 @@ class Trainer:
 
     def run(self, minutes: float) -> None:
         """Trains until `minutes` in all (earlier runs that were resumed included) are used up."""
-        self.pool.add(64)
+        for _ in range(32):
+            self.pool.add(8)
         total, shown, begun = minutes * 60, [], time.monotonic()
         before = self.seconds
         while self.seconds < total:
             progress = self.seconds / total
-            # The last third trains on long clips, so that a long history is nothing new.
-            batch, chunks = (8, 12) if progress < 0.65 else (3, 32)
-            self.pool.add(4 if self.pool.filled < 512 else 1)
+            batch, chunks = next((batch, chunks) for until, batch, chunks in STAGES if progress < until)
+            if self.step % 3 == 0:
+                self.pool.add(1)
             rate = min(1.0, (self.step + 1) / 100) * min(1.0, (1 - progress) / 0.6 + 0.01)
             for optimizer, base in zip(self.optimizers, self.base_rates, strict=True):
                 for group in optimizer.param_groups:
