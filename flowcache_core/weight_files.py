@@ -179,13 +179,14 @@ def _check_header(path: Path, start: bytes, size: int) -> None:
         b"version https://git-lfs": "a Git LFS pointer, not the weights; fetch them with `git lfs pull` or download the file",
         b"<": "a web page, not weights; download the file itself",
     }
+    length = int.from_bytes(start[:8], "little")
+    begins_well = start[8:9] == b"{" and 2 <= length <= LONGEST_HEADER  # a length's first byte may be any magic's
     for magic, kind in kinds.items():
-        if start.startswith(magic):
+        if start.startswith(magic) and not begins_well:
             raise UserError(f"{path.name} is {kind} (expected safetensors).")
     if size < 10:
         raise UserError(f"{path.name} has {size} bytes, expected a safetensors file; download it again.")
-    length = int.from_bytes(start[:8], "little")
-    if start[8:9] != b"{" or not 2 <= length <= LONGEST_HEADER:
+    if not begins_well:
         raise UserError(f"{path.name} does not begin like a safetensors file, which is expected; give the weights' file.")
     short = f"{path.name} is cut short: it has {size:,} bytes, its header promises {{:,}}; download it again."
     if 8 + length > size:

@@ -15,7 +15,7 @@ from safetensors.torch import save_file
 from flowcache_core.backbones.wan import WanConfig, WanNetwork
 from flowcache_core.checkpoints import CAUSAL_FAMILIES, convert, inspect, load, load_state_dict
 from flowcache_core.errors import UserError
-from flowcache_core.weight_files import write_safetensors
+from flowcache_core.weight_files import open_weights, write_safetensors
 
 CONFIG = WanConfig(dim=128, ffn_dim=96, num_heads=1, num_layers=2, text_dim=40)
 
@@ -263,6 +263,18 @@ def test_pickles_are_never_opened(tmp_path, name):
     torch.save({"generator": Trap(sprung)}, tmp_path / name)
     refused("no torch file of plain tensors", tmp_path / name)
     assert not sprung.exists()
+
+
+@pytest.mark.parametrize("first", [0x80, 0x3C])
+def test_a_header_whose_length_looks_like_another_kind_of_file(tmp_path, first):
+    """The first byte is the header length's lowest: it may be a pickle's or a web page's."""
+    path = tmp_path / "a.safetensors"
+    save_file({"x": torch.zeros(2)}, path, metadata={"note": ""})
+    raw = path.read_bytes()
+    header = raw[8 : 8 + int.from_bytes(raw[:8], "little")].rstrip()
+    length = next(n for n in range(first, 10_000, 256) if n >= len(header))
+    path.write_bytes(length.to_bytes(8, "little") + header.ljust(length) + raw[-8:])
+    assert list(open_weights(path).tensors) == ["x"]
 
 
 def test_cut_short_anywhere(tmp_path):
