@@ -1,8 +1,6 @@
 """Pixels to files: mp4 (h264), animated WebP and GIF. A file appears whole or not at all."""
 
-import os
-import tempfile
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from fractions import Fraction
 from pathlib import Path
 
@@ -12,6 +10,7 @@ from PIL import Image
 from torch import Tensor
 
 from .errors import UserError
+from .files import write_whole
 
 FORMATS = (".mp4", ".webp", ".gif")
 
@@ -53,37 +52,6 @@ def save_video(frames: np.ndarray, path: Path | str, fps: int = 16) -> Path:
 def save_animation(images: Sequence[Image.Image], path: Path | str, fps: int) -> Path:
     """Writes pictures of the same size as an animated .webp or .gif; errors as for `save_video`."""
     return save_video(np.stack([np.asarray(image.convert("RGB")) for image in images]), path, fps)
-
-
-def save_picture(image: Image.Image, path: Path | str) -> Path:
-    """Writes a picture; errors as for `save_video`."""
-    return write_whole(Path(path), lambda partial: image.save(partial))
-
-
-def save_text(text: str, path: Path | str) -> Path:
-    """Writes a text file; errors as for `save_video`."""
-    return write_whole(Path(path), lambda partial: partial.write_text(text))
-
-
-def write_whole(path: Path, write: Callable[[Path], object]) -> Path:
-    """Calls `write` with a temporary name in the path's folder, which is made, and renames it once it is whole.
-
-    Raises:
-        UserError: the folder or file cannot be written.
-    """
-    partial = None
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        if path.is_dir():
-            raise UserError(f"{path} is a folder; give the name of a file.")
-        with tempfile.TemporaryDirectory(prefix=f".{path.stem}.", dir=path.parent) as folder:
-            partial = Path(folder) / path.name
-            write(partial)
-            os.replace(partial, path)
-    except OSError as error:
-        reason = error.strerror or type(error).__name__
-        raise UserError(f"Cannot write {path} ({reason}); choose a folder that you can write to.") from error
-    return path
 
 
 def _write_mp4(frames: np.ndarray, path: Path, fps: int) -> None:

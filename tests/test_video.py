@@ -11,6 +11,7 @@ from PIL import Image
 
 from flowcache_core import video
 from flowcache_core.errors import UserError
+from flowcache_core.files import write_whole
 
 
 def ramp(frames: int = 9, height: int = 32, width: int = 48) -> np.ndarray:
@@ -60,12 +61,12 @@ def test_nothing_half_written_is_left(tmp_path):
         raise OSError(28, "No space left on device")
 
     with pytest.raises(UserError, match="No space left on device"):
-        video.write_whole(tmp_path / "a.mp4", fail)
+        write_whole(tmp_path / "a.mp4", fail)
     assert list(tmp_path.iterdir()) == []
 
 
 def test_an_old_file_stays_when_writing_fails(tmp_path):
-    video.save_text("old", tmp_path / "a.txt")
+    write_whole(tmp_path / "a.txt", lambda partial: partial.write_text("old"))
     with pytest.raises(UserError):
         video.save_video(ramp(), tmp_path / "a.txt")
     assert (tmp_path / "a.txt").read_text() == "old"

@@ -1,0 +1,29 @@
+"""Files that appear whole or not at all."""
+
+import os
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+
+from .errors import UserError
+
+
+def write_whole(path: Path | str, write: Callable[[Path], object]) -> Path:
+    """Calls `write` with a temporary path beside the given one, in a folder that is made, and renames it once it is whole.
+
+    Raises:
+        UserError: the folder or file cannot be written.
+    """
+    path = Path(path)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        if path.is_dir():
+            raise UserError(f"{path} is a folder; give the name of a file.")
+        with tempfile.TemporaryDirectory(prefix=f".{path.stem}.", dir=path.parent) as folder:
+            partial = Path(folder) / path.name
+            write(partial)
+            os.replace(partial, path)
+    except OSError as error:
+        reason = error.strerror or type(error).__name__
+        raise UserError(f"Cannot write {path} ({reason}); choose a folder that you can write to.") from error
+    return path
