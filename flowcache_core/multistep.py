@@ -79,6 +79,20 @@ class UniPC(DPM2M):
         return self.corrected * (now / before) - (last + change) * ((1.0 - now) * shrink)
 
 
+class SkyReelsUniPC(UniPC):
+    """UniPC as SkyReels-V2's pipeline runs it, which is not quite as its scheduler means it.
+
+    The pipeline writes the predicted latent over the one that the scheduler remembers, so the first correction starts
+    from the prediction. From the second on, the scheduler's own copy is used. Over 50 steps it moves the result by 0.2%.
+    Source: skyreels_v2_infer/pipelines/diffusion_forcing_pipeline.py, the loop over `sample_schedulers`.
+    """
+
+    def step(self, x: Tensor, velocity: Tensor, step: int) -> Tensor:
+        if step == 1:
+            self.corrected = x
+        return super().step(x, velocity, step)
+
+
 def gap(sigma: float, lower: float) -> float:
     """How far lambda rises from a noise level to a lower one; infinite from 1 and to 0."""
     return log_ratio(lower) - log_ratio(sigma)

@@ -197,9 +197,13 @@ class WanBackbone:
             x = F.pad(x, (0, columns * patch_width - width, 0, rows * patch_height - height, 0, 0), mode="circular")
         return self.network.patch_embedding(x.float()).to(x.dtype).flatten(3).permute(0, 2, 3, 1)
 
+    def timestep(self, sigma: Tensor) -> Tensor:
+        """What the network is told of a noise level."""
+        return 1000.0 * sigma
+
     def _time(self, sigma: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
         """Noise level [B] or [B, T] to the time embedding [B, T or 1, dim] and its projection [B, T or 1, 6, dim]."""
-        timestep = (1000.0 * sigma).reshape(sigma.shape[0], -1)
+        timestep = self.timestep(sigma).reshape(sigma.shape[0], -1)
         embedding = self.network.time_embedding(sinusoid(timestep, self.network.freq_dim).to(dtype))
         return embedding, self.network.time_projection(embedding).unflatten(-1, (6, self.dim))
 

@@ -1,0 +1,46 @@
+"""SkyReels-V2 diffusion forcing: the Wan layout, told whole time-steps and a frame rate.
+
+Source: SkyReels-V2, skyreels_v2_infer/modules/transformer.py; the signal and its polynomials: FlowCache for SkyReels-V2,
+skyreels_v2_infer/modules/transformer_flowcache.py (there from TeaCache's fit).
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from .wan import Attention, WanBackbone
+
+# Fitted by others: from the relative change of the modulation to that of the output, highest power first.
+POLYNOMIAL_1_3B = (-5.21862437e4, 9.23041404e3, -5.28275948e2, 13.6987616, -4.99875664e-2)
+POLYNOMIAL_14B = (-3.03318725e5, 4.90537029e4, -2.65530556e3, 58.7365115, -0.315583525)
+
+
+class SkyReelsBackbone(WanBackbone):
+    """Runs chunks through a SkyReels-V2 network.
+
+    Args:
+        network: a `WanNetwork`, or the host's WanModel; with `fps_embedding` and `fps_projection` where the checkpoint
+            has them (the 1.3B).
+        fps: frames a second that the video is made for; the network knows 16 and everything else.
+        attention: as for `WanBackbone`.
+    """
+
+    def __init__(self, network: nn.Module, fps: int = 24, attention: Attention = F.scaled_dot_product_attention):
+        super().__init__(network, attention)
+        self.fps = fps
+
+    def reuse_signal(self, x: Tensor, sigma: Tensor) -> Tensor:
+        """What FlowCache watches here: the modulation of the blocks, [B, T or 1, 6, dim]. The latent plays no part."""
+        return self._time(sigma, x.dtype)[1]
+
+    def timestep(self, sigma: Tensor) -> Tensor:
+        """Cut to whole numbers, as upstream hands them over."""
+        return super().timestep(sigma).floor()
+
+    def _time(self, sigma: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+        embedding, modulation = super()._time(sigma, dtype)
+        if hasattr(self.network, "fps_embedding"):
+            rate = torch.tensor([0 if self.fps == 16 else 1], device=sigma.device)
+            rate = self.network.fps_projection(self.network.fps_embedding(rate).to(dtype))
+            modulation = modulation + rate.unflatten(-1, (6, self.dim))  # of the blocks, not of the head
+        return embedding, modulation
