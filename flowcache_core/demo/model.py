@@ -1,13 +1,15 @@
-"""Loads the network that ships."""
+"""Loads the network that ships, and turns its latents into pixels."""
 
 from pathlib import Path
 
 import torch
+from torch import Tensor
 
 from .. import checkpoints
 from ..backbones.wan import WanBackbone, WanNetwork
 from ..errors import UserError
 from . import NETWORK_FILE
+from .vae import Memory, load_vae
 
 
 def load_network(path: Path | str = NETWORK_FILE) -> WanBackbone:
@@ -23,3 +25,16 @@ def load_network(path: Path | str = NETWORK_FILE) -> WanBackbone:
         network = WanNetwork(info.config)
     network.load_state_dict({name: tensor.float() for name, tensor in tensors.items()}, assign=True)
     return WanBackbone(network.eval().requires_grad_(False))
+
+
+def weights_name(backbone: WanBackbone) -> str:
+    """What a state says it was made with."""
+    return f"WanModel {backbone.dim}x{backbone.layers} heads {backbone.heads}"
+
+
+def decode(latents: Tensor, chunk_frames: int) -> Tensor:
+    """Latents [1, 16, T, h, w] of the demo network to pixels [3, 4T - 3, 8h, 8w] in [-1, 1], chunk by chunk."""
+    vae, memory = load_vae(), Memory()
+    with torch.inference_mode():
+        parts = [vae.decode_normalised(chunk, memory)[0] for chunk in latents.split(chunk_frames, dim=2)]
+    return torch.cat(parts, dim=1).clamp(-1, 1)

@@ -1,0 +1,161 @@
+"""The command line: `python -m flowcache_core generate "a red circle"`; `--help` lists the rest."""
+
+import argparse
+import json
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+
+from . import checkpoints
+from .demo.captions import embed_caption
+from .demo.clips import FPS
+from .demo.compare import CAPTION, compare, table
+from .demo.model import decode, load_network, weights_name
+from .demo.train_network import FRAMES_PER_CHUNK
+from .engine import Cancelled
+from .errors import UserError
+from .files import write_whole
+from .generate import generate
+from .pictures import report_picture
+from .presets import DEFAULT_PRESET, PRESETS, preset
+from .progress import Bar
+from .report import megabytes
+from .state import load_state, save_state
+from .video import enlarged, frames_of, save_video
+
+DTYPES = {"as it is": None, "float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
+
+
+def run_generate(options: argparse.Namespace) -> None:
+    settings = preset(options.preset, options.budget)
+    settings = replace(settings, history=replace(settings.history, relative=options.relative))
+    state = load_state(options.state) if options.state else None
+    backbone = load_network(options.network) if options.network else load_network()
+    captions = options.captions
+    if options.chunks < 1:
+        raise UserError(f"chunks is {options.chunks}, expected at least 1.")
+    texts = [embed_caption(caption) for caption in captions]
+    shares = [texts[chunk * len(texts) // options.chunks] for chunk in range(options.chunks)]
+    result = generate(
+        backbone,
+        shares,
+        options.chunks,
+        steps=options.steps,
+        lag=max(1, options.steps // 4) if options.lag is None else options.lag,
+        settings=settings,
+        seed=options.seed,
+        frames_per_chunk=FRAMES_PER_CHUNK,
+        guidance_scale=options.guidance,
+        negative=embed_caption(options.negative),
+        state=state,
+        model=weights_name(backbone),
+        on_progress=Bar("generating", options.chunks + (state.chunks if state else 0)),
+    )
+    frames = frames_of(decode(result.latents, FRAMES_PER_CHUNK))
+    save_video(enlarged(frames, options.enlarge), options.out, FPS)
+    if options.save_state:
+        save_state(result.state, options.save_state)
+    if options.report:
+        if options.report.suffix == ".json":
+            write_whole(options.report, lambda partial: partial.write_text(json.dumps(result.report.as_dict(), indent=1) + "\n"))
+        else:
+            write_whole(options.report, report_picture(result.report).save)
+    print(result.report.text())
+    print(f"{options.out}: {len(frames)} frames")
+
+
+def run_demo(options: argparse.Namespace) -> None:
+    numbers = compare(options.out, options.caption, options.chunks, options.seed, options.network)
+    print(table(numbers))
+    print(f"\n{options.out}: videos, side_by_side.webp, report.png, report.json")
+
+
+def run_info(options: argparse.Namespace) -> None:
+    info = checkpoints.inspect(options.file, options.family)
+    print(f"family    {info.family}: {checkpoints.FAMILIES[info.family]}")
+    if info.config:
+        print(f"network   width {info.config.dim}, {info.config.num_layers} blocks, {info.config.num_heads} heads")
+    print(f"layout    {info.layout}" + (f", names begin with {info.prefix}" if info.prefix else ""))
+    print(f"weights   {str(info.dtype).removeprefix('torch.')}, {megabytes(info.bytes)}")
+    for key, value in info.metadata.items():
+        print(f"metadata  {key} = {value}")
+    for warning in info.warnings:
+        print(f"warning   {warning}")
+
+
+def run_convert(options: argparse.Namespace) -> None:
+    shown = -1
+
+    def progress(written: int, total: int) -> None:
+        nonlocal shown
+        if written * 10 // total > shown:
+            shown = written * 10 // total
+            print(f"writing {written / total:4.0%} of {megabytes(total)}", file=sys.stderr)
+
+    info = checkpoints.convert(options.file, options.out, options.family, DTYPES[options.dtype], progress=progress)
+    print(f"{options.out}: {info.family}, {megabytes(info.bytes)}; put it into ComfyUI's models/diffusion_models")
+
+
+def parser() -> argparse.ArgumentParser:
+    whole = argparse.ArgumentParser(prog="python -m flowcache_core", description="Long autoregressive video, faster.")
+    commands = whole.add_subparsers(required=True, metavar="command")
+
+    part = commands.add_parser("generate", help="a video from captions, or a longer one from a state, with the demo model")
+    part.set_defaults(run=run_generate)
+    part.add_argument("captions", nargs="+", help='such as "a red circle and a blue square"; several share the chunks evenly')
+    part.add_argument("--out", type=Path, default=Path("out/video.mp4"), help=".mp4, .webp or .gif (default: %(default)s)")
+    part.add_argument("--chunks", type=int, default=16, help="new chunks, of 12 frames each (default: %(default)s)")
+    part.add_argument("--preset", choices=PRESETS, default=DEFAULT_PRESET, help="how much is reused (default: %(default)s)")
+    part.add_argument("--budget", type=int, metavar="CHUNKS", help="clean chunks that are kept in the history (default: all)")
+    part.add_argument("--relative", action="store_true", help="positions count from the start of the history (needs --budget)")
+    part.add_argument("--seed", type=int, default=0)
+    part.add_argument("--steps", type=int, default=64, help="denoising steps of a chunk (default: %(default)s)")
+    part.add_argument("--lag", type=int, default=None, help="steps that a chunk is ahead of the next (default: a quarter of the steps)")
+    part.add_argument("--guidance", type=float, default=1.0, help="classifier-free guidance; 1 is off (default: %(default)s)")
+    part.add_argument("--negative", default="", metavar="CAPTION", help="what to keep away from, with guidance")
+    part.add_argument("--state", type=Path, metavar="FILE", help="go on from this state of an earlier run")
+    part.add_argument("--save-state", type=Path, metavar="FILE", help="write the state, to go on from later (.safetensors)")
+    part.add_argument("--report", type=Path, metavar="FILE", help="write what the run did: .json, or a picture .png")
+    part.add_argument("--enlarge", type=int, default=4, choices=range(1, 17), metavar="TIMES", help="pixel size (default: %(default)s)")
+    part.add_argument("--network", type=Path, metavar="FILE", help="another network of the demo's family")
+
+    part = commands.add_parser("demo", help="the same video plain, with FlowCache, and with a short history; compared")
+    part.set_defaults(run=run_demo)
+    part.add_argument("--out", type=Path, default=Path("out/demo"), help="folder (default: %(default)s)")
+    part.add_argument("--caption", default=CAPTION, help="(default: %(default)s)")
+    part.add_argument("--chunks", type=int, default=16, help="(default: %(default)s)")
+    part.add_argument("--seed", type=int, default=0)
+    part.add_argument("--network", type=Path, metavar="FILE", help="another network of the demo's family")
+
+    part = commands.add_parser("info", help="what a checkpoint is")
+    part.set_defaults(run=run_info)
+    part.add_argument("file", type=Path)
+    part.add_argument("--family", default="auto", help=f"auto or {', '.join(checkpoints.FAMILIES)}")
+
+    part = commands.add_parser("convert", help="a checkpoint of any layout to one that ComfyUI's stock loader reads")
+    part.set_defaults(run=run_convert)
+    part.add_argument("file", type=Path)
+    part.add_argument("out", type=Path)
+    part.add_argument("--family", default="auto", help=f"auto or {', '.join(checkpoints.FAMILIES)}")
+    part.add_argument("--dtype", choices=DTYPES, default="as it is", help="of the matrices (default: %(default)s)")
+    return whole
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Runs a command; returns the exit code: 0, 2 for a mistake of input, 130 when interrupted."""
+    options = parser().parse_args(arguments)
+    try:
+        options.run(options)
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    except (KeyboardInterrupt, Cancelled):
+        print("\nCancelled; nothing was written.", file=sys.stderr)
+        return 130
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
