@@ -13,7 +13,7 @@ from torch import Tensor
 
 from .errors import UserError
 
-TILE_BYTES = 16 * 2**20  # of float32 logits held at a time; a tile's softmax and sums stay below 64 MB
+TILE_BYTES = 8 * 2**20  # of float32 numbers in one piece of work; what is alive at once stays below 64 MB
 
 Granularity = Literal["token", "frame", "chunk"]
 
@@ -72,15 +72,13 @@ def importance(queries: Tensor, keys: Tensor, pool: int) -> Tensor:
     """
     batch, heads, count, width = keys.shape
     group = queries.shape[1] // heads
-    asked = queries.unflatten(1, (heads, group)).float() * width**-0.5
     total = keys.new_zeros(batch, heads, count, dtype=torch.float32)
-    tile = max(1, TILE_BYTES // (4 * count * group))
-    for b in range(batch):
-        for head in range(heads):
-            transposed = keys[b, head].float().T  # [D, N]
-            for part in asked[b, head].split(tile, dim=1):  # [group, tile, D]
-                logits = part @ transposed
-                total[b, head] += logits.amax(dim=0).softmax(dim=-1).sum(dim=0)
+    asked = queries.unflatten(1, (heads, group))
+    tile = max(1, TILE_BYTES // (4 * batch * heads * group * count))
+    for part in asked.split(tile, dim=3):  # [B, heads, group, tile, D]
+        part = part.float() * width**-0.5
+        logits = torch.cat([part @ some.float().transpose(-1, -2)[:, :, None] for some in _tiles(keys)], dim=-1)
+        total += logits.amax(dim=2).softmax(dim=-1).sum(dim=2)
     total /= queries.shape[2]
     return F.max_pool1d(total, pool, stride=1, padding=pool // 2) if pool > 1 else total
 
@@ -96,13 +94,15 @@ def redundancy(keys: Tensor) -> Tensor:
     Returns:
         float32 [B, heads, N].
     """
-    count = keys.shape[2]
-    similarity = keys.new_empty(keys.shape[:3], dtype=torch.float32)
-    for b in range(keys.shape[0]):  # one row of the batch and one head at a time: a float32 copy of N x D at the most
-        for head in range(keys.shape[1]):
-            unit = F.normalize(keys[b, head].float(), dim=-1)
-            similarity[b, head] = (unit @ unit.sum(dim=0) - 1.0) / count
-    return similarity.softmax(dim=-1)
+    total = sum(F.normalize(some.float(), dim=-1).sum(dim=2, keepdim=True) for some in _tiles(keys))
+    similarity = torch.cat([(F.normalize(some.float(), dim=-1) * total).sum(dim=-1) for some in _tiles(keys)], dim=-1)
+    return ((similarity - 1.0) / keys.shape[2]).softmax(dim=-1)
+
+
+def _tiles(keys: Tensor) -> tuple[Tensor, ...]:
+    """Keys [B, heads, N, D] cut along the tokens, so that a float32 copy of a piece is small."""
+    batch, heads, _, width = keys.shape
+    return keys.split(max(1, TILE_BYTES // (4 * batch * heads * width)), dim=2)
 
 
 def score(queries: Tensor, keys: Tensor, weight: float, pool: int) -> Tensor:

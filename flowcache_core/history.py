@@ -17,7 +17,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from .compression import Compression, choose
+from .compression import TILE_BYTES, Compression, choose
 from .errors import UserError
 from .rotary import rotate
 
@@ -237,6 +237,14 @@ class History:
         settings, shape = self.settings.compression, self.shape
         return choose(settings, queries, keys, keep, shape.frame_tokens, shape.chunk_tokens, seed=layer)
 
+    def _head_groups(self, queries: Tensor | None) -> list[tuple[slice, slice]]:
+        """Key heads, and the query heads that share them, in groups small enough to be scored at once."""
+        shape = self.shape
+        size = max(1, TILE_BYTES // (4 * shape.batch * self.clean * shape.head_dim))
+        share = queries.shape[1] // shape.heads if queries is not None else 1
+        starts = range(0, shape.heads, size)
+        return [(slice(at, at + size), slice(at * share, (at + size) * share)) for at in starts]
+
     def _compress(self, keep: int) -> None:
         """Cuts the clean tokens to `keep` and moves the active chunks up behind them."""
         if self.clean <= keep:
@@ -245,10 +253,12 @@ class History:
         buffers = [self.keys, self.values, self.tokens] + ([] if self.unrotated is None else [self.unrotated])
         for layer in range(self.shape.layers):
             queries = self.queries[layer] if self.queries else None
-            kept = self._choose(self.keys[layer, :, :, : self.clean], queries, keep, layer)
-            for part in (buffer[layer] for buffer in buffers):
-                part[:, :, :keep] = _gather(part[:, :, : self.clean], kept)
-                part[:, :, keep : keep + filled - self.clean] = part[:, :, self.clean : filled].clone()
+            for heads, query_heads in self._head_groups(queries):
+                asked = None if queries is None else queries[:, query_heads]
+                kept = self._choose(self.keys[layer, :, heads, : self.clean], asked, keep, layer)
+                for part in (buffer[layer, :, heads] for buffer in buffers):
+                    part[:, :, :keep] = _gather(part[:, :, : self.clean], kept)
+                    part[:, :, keep : keep + filled - self.clean] = part[:, :, self.clean : filled].clone()
         self.clean = keep
 
     def _cut(self, saved: Clean, keep: int) -> Clean:

@@ -238,6 +238,7 @@ class ARSampler(comfy.samplers.Sampler):
             engine.prefill(prefix)
         samples = torch.empty_like(noise)
         for index, latent in engine.run():
+            check_finite(latent, f"chunk {index}")
             samples[:, :, frames(index)] = latent
         run.runner.report.settings = patch.label if patch else "FlowCache off"
         if patch:
@@ -264,6 +265,15 @@ def check_frames(latent: Tensor, chunk_frames: int) -> int:
             f"({pixels} pixel frames)."
         )
     return frames // chunk_frames
+
+
+def check_finite(latent: Tensor, what: str) -> None:
+    """Raises UserError where a model gave NaN or infinity."""
+    if not torch.isfinite(latent).all():
+        raise UserError(
+            f"The model gave NaN or infinite values for {what}: its weights are damaged, or overflow in this weight type; "
+            "load the file again, or choose another weight type."
+        )
 
 
 class NativeRun(Run):
@@ -342,6 +352,7 @@ def _outer_sample(executor, noise, latent_image, sampler, sigmas, *args, **kwarg
     finally:
         del network.init_kv_caches
         del options[RUN]
+    check_finite(samples, "the video")
     run.runner.report.settings = patch.label
     run.runner.report.seconds = time.perf_counter() - begun
     patch.remember(samples, run.runner.report)

@@ -16,6 +16,7 @@ def files(server):
     (folder / "text.safetensors").write_bytes(b"this is no model, only some text that goes on for a while")
     (folder / "pickle.safetensors").write_bytes(b"\x80\x04\x95 a pickle by its first bytes" + bytes(100))
     (folder / "cut.safetensors").write_bytes((folder / "extend.safetensors").read_bytes()[:100_000])
+    write_network(folder / "nan.safetensors", weights | {"head.head.bias": torch.full((64,), float("nan"))})
     save_file({"some.other.weight": torch.zeros(4, 4)}, folder / "other.safetensors")
     write_network(folder / "wide.safetensors", random_network(1, type(SMALL)(**{**SMALL.__dict__, "dim": 192})))
     latents = server.base / "input"
@@ -63,6 +64,12 @@ def test_prefixes_that_cannot_be_continued(server, latent, words):
     graph = Graph()
     prefix = graph.add("LoadLatent", latent=f"{latent}.latent")
     assert words in fails(server, graph, extend(graph, prefix=(prefix, 0)))
+
+
+def test_weights_that_are_not_finite(server):
+    graph = Graph()
+    loaded = graph.add("FlowCacheLoadARVideoModel", model_name="nan.safetensors", family="causal", weight_type="default")
+    assert "chunk 0" in fails(server, graph, extend(graph, model=(loaded, 0)))
 
 
 def test_a_state_of_another_model(server):

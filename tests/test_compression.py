@@ -1,0 +1,125 @@
+"""Scores against the paper's formulas written directly, and what must hold for every choice."""
+
+import weakref
+from itertools import product
+
+import pytest
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from flowcache_core import compression
+from flowcache_core.compression import Compression, choose, importance, keep_best, redundancy
+from flowcache_core.errors import UserError
+from flowcache_core.history import History, HistorySettings, HistoryShape
+from flowcache_core.rotary import Rotary
+
+FRAME, CHUNK = 4, 12
+
+
+def draw(*shape: int, seed: int = 0) -> torch.Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
+
+
+def direct_importance(queries, keys, pool):
+    group = queries.shape[1] // keys.shape[1]
+    logits = queries @ keys.repeat_interleave(group, dim=1).transpose(-1, -2) / keys.shape[-1] ** 0.5
+    logits = logits.unflatten(1, (keys.shape[1], group)).amax(dim=2)
+    mean = logits.softmax(dim=-1).mean(dim=2)
+    return torch.nn.functional.max_pool1d(mean, pool, 1, pool // 2)
+
+
+def direct_redundancy(keys):
+    unit = keys / keys.norm(dim=-1, keepdim=True)
+    alike = unit @ unit.transpose(-1, -2)
+    alike.diagonal(dim1=-2, dim2=-1).zero_()
+    return alike.mean(dim=-1).softmax(dim=-1)
+
+
+@pytest.mark.parametrize("group, tile", list(product((1, 3), (2**20, 300))))
+def test_scores_equal_the_formulas(monkeypatch, group, tile):
+    monkeypatch.setattr(compression, "TILE_BYTES", tile)  # the small one cuts everything to single rows
+    queries, keys = draw(2, 2 * group, 9, 16), draw(2, 2, 40, 16, seed=1)
+    assert torch.allclose(importance(queries, keys, 7), direct_importance(queries, keys, 7), atol=1e-6)
+    assert torch.allclose(redundancy(keys), direct_redundancy(keys), atol=1e-6)
+
+
+def test_what_is_looked_at_stays_and_what_repeats_goes():
+    keys = draw(1, 1, 36, 16)
+    queries = keys[:, :, 5:6] * 8
+    kept = choose(Compression(weight=1.0, pool=1), queries, keys, CHUNK, FRAME, CHUNK)
+    assert 5 in kept
+    keys[:, :, 20:32] = keys[:, :, 20:21]  # twelve copies of one token
+    kept = choose(Compression(weight=0.0), queries, keys, 2 * CHUNK, FRAME, CHUNK)[0, 0].tolist()
+    assert sum(20 <= token < 32 for token in kept) == 0
+
+
+@pytest.mark.parametrize("rule, unit", list(product(("flowcache", "window", "random"), ("token", "frame", "chunk"))))
+def test_every_choice_is_whole_ordered_and_repeatable(rule, unit):
+    keys, queries = draw(2, 3, 5 * CHUNK, 8), draw(2, 3, 7, 8, seed=2)
+    settings = Compression(rule, granularity=unit)
+    kept = choose(settings, queries, keys, 3 * CHUNK, FRAME, CHUNK)
+    assert kept.shape == (2, 3, 3 * CHUNK)
+    assert (kept.diff(dim=-1) > 0).all() and kept.min() >= 0 and kept.max() < 5 * CHUNK
+    assert torch.equal(kept, choose(settings, queries, keys, 3 * CHUNK, FRAME, CHUNK))
+    size = {"token": 1, "frame": FRAME, "chunk": CHUNK}[unit]
+    assert (kept.unflatten(-1, (-1, size))[..., 0] % size == 0).all()
+
+
+def test_protected_chunks_stay():
+    keys, queries = draw(1, 2, 5 * CHUNK, 8), draw(1, 2, 7, 8, seed=2)
+    settings = Compression(protect_first=True, protect_newest=True)
+    kept = choose(settings, queries, keys, 3 * CHUNK, FRAME, CHUNK)
+    assert torch.equal(kept[0, 0, :CHUNK], torch.arange(CHUNK))
+    assert torch.equal(kept[0, 1, -CHUNK:], torch.arange(4 * CHUNK, 5 * CHUNK))
+
+
+def test_ties_keep_the_older_token():
+    assert keep_best(torch.zeros(1, 1, 9), 3).tolist() == [[[0, 1, 2]]]
+
+
+def test_a_budget_must_hold_what_is_protected():
+    with pytest.raises(UserError, match="at least 2 must stay"):
+        HistorySettings(1, Compression(protect_first=True, protect_newest=True))
+
+
+class Peak(TorchDispatchMode):
+    """Bytes of tensors made under it, alive at once at the most."""
+
+    def __init__(self):
+        super().__init__()
+        self.alive = self.peak = 0
+        self.seen = weakref.WeakKeyDictionary()
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        given = {t.untyped_storage().data_ptr() for t in torch.utils._pytree.tree_leaves((args, kwargs)) if isinstance(t, torch.Tensor)}
+        result = function(*args, **(kwargs or {}))
+        for tensor in torch.utils._pytree.tree_leaves(result):
+            if isinstance(tensor, torch.Tensor) and tensor.untyped_storage().data_ptr() not in given:
+                size = tensor.untyped_storage().nbytes()
+                self.alive += size
+                self.peak = max(self.peak, self.alive)
+                weakref.finalize(tensor, self._gone, size)
+        return result
+
+    def _gone(self, size: int) -> None:
+        self.alive -= size
+
+
+@pytest.mark.parametrize("chunks, heads, frame", [(6, 8, (20, 26)), (40, 2, (30, 52))])
+def test_a_cut_takes_little_memory_whatever_the_length(chunks, heads, frame):
+    shape = HistoryShape(1, 1, heads, 64, frame, 1, capacity=chunks + 2)
+    history = History(shape, Rotary(64), HistorySettings(chunks), torch.bfloat16, torch.device("cpu"))
+    history.keys.normal_(generator=torch.Generator().manual_seed(0))
+    history.values.zero_()
+    history.clean = (chunks + 1) * shape.chunk_tokens
+    history.queries = [draw(1, heads, 128, 64).bfloat16()]
+    with Peak() as peak:
+        history.open(chunks + 1)
+    assert history.clean == chunks * shape.chunk_tokens
+    assert peak.peak <= 64 * 2**20, peak.peak / 2**20
+
+
+def test_half_precision_chooses_the_same():
+    keys, queries = draw(1, 2, 36, 8).half(), draw(1, 2, 5, 8).half()
+    exact = choose(Compression(), queries.float(), keys.float(), CHUNK, FRAME, CHUNK)
+    assert torch.equal(choose(Compression(), queries, keys, CHUNK, FRAME, CHUNK), exact)
