@@ -11,7 +11,7 @@ Source: MAGI-1, inference/pipeline/video_generate.py and forward_dispatcher in i
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor
@@ -39,7 +39,6 @@ from .report import Report
 from .reuse import Forecast, relative_change
 from .rotary import rotate
 from .schedule import CLEAN, ChunkSchedule, Place
-from .solvers import Euler
 
 SHARED = "past"  # the name that the one history has in a state
 
@@ -54,16 +53,19 @@ class MagiSampling:
             whole chunks: with a budget and token-wise compression a chunk sees everything that is kept.
         order: of 12 steps.
         near_clean: mixes the distilled network's run of the oldest chunk alone into its velocity.
+        held: what a reused step takes again: the velocity, or the latent's last change over one step, however long the
+            step is now.
     """
 
     guidance: GuidanceScales = field(default_factory=GuidanceScales)
     visible: tuple[int, ...] = VISIBLE_CHUNKS
     order: ShortOrder = "8,16,16"
     near_clean: bool = True
+    held: Literal["velocity", "change"] = "velocity"
 
 
-# What the published FlowCache runs MAGI-1 with.
-PUBLISHED_FLOWCACHE = MagiSampling(visible=(), near_clean=False)
+# What the published FlowCache runs a distilled MAGI-1 with, beside no clean pass and a held (order 0) forecast.
+PUBLISHED_FLOWCACHE = MagiSampling(visible=(), near_clean=False, held="change")
 
 
 class Finished(NamedTuple):
@@ -183,6 +185,8 @@ class MagiEngine:
         for place in places:
             x = self.start(place.chunk) if place.step == 0 else self._latents[place.chunk]
             self._latents[place.chunk] = self._with_given(place.chunk, x)
+            if place.step == 0:
+                self._history_of(x).open(place.chunk)  # cuts the history, where it must be cut, before anyone reads it
         changes = self._changes(places)
         weights = {place.chunk: self._mix(place, place is places[0]) for place in places}
         again = [place for place in places if self._recompute(place, changes, weights[place.chunk])]
@@ -190,13 +194,15 @@ class MagiEngine:
         for place in places:
             for branch in weights[place.chunk]:
                 self.report.record(place, branch, place in again)
-            sigma, following = self.sigmas[place.step], self.sigmas[place.step + 1]
+            sigma = self.sigmas[place.step]
+            length = self.sigmas[place.step + 1] - sigma
             forecast = self._forecasts.setdefault(place.chunk, Forecast(self.settings.reuse.order))
             if place.chunk in velocities:
-                forecast.add(sigma, velocities[place.chunk])
+                velocity = velocities[place.chunk]
+                forecast.add(sigma, velocity * length if self.sampling.held == "change" else velocity)
                 self._weights[place.chunk] = weights[place.chunk]
-            x, velocity = self._latents[place.chunk], forecast.at(sigma)
-            self._latents[place.chunk] = torch.add(x, velocity, alpha=following - sigma)
+            step = 1.0 if self.sampling.held == "change" else length
+            self._latents[place.chunk] = torch.add(self._latents[place.chunk], forecast.at(sigma), alpha=step)
         self._commit_finished()
         return [self._finish(place.chunk) for place in places if place.step == self.schedule.steps - 1]
 
