@@ -1,0 +1,46 @@
+"""Our forward over the history against ComfyUI's CausalWanModel on the same weights."""
+
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from flowcache_core.backbones.wan import WanBackbone
+from flowcache_core.presets import OFF
+from flowcache_core.rotary import Rotary
+from flowcache_core.runner import Runner
+from flowcache_core.schedule import CLEAN, ChunkSchedule, Place
+from tests.golden_weights import network, text
+from tests.magi_weights import normal
+
+GOLDEN = load_file(Path(__file__).parent / "golden" / "comfy_causal_wan.safetensors")
+
+
+def velocities(rotary: Rotary | None = None, clean_pass: bool = True) -> list[torch.Tensor]:
+    backbone = WanBackbone(network())
+    backbone.rotary = rotary or backbone.rotary
+    runner = Runner(backbone, ChunkSchedule(3, 1, 1), OFF, 2)
+    found = []
+    for chunk, sigma in enumerate((0.9, 0.5, 0.7)):
+        x = normal(f"chunk{chunk}", (1, 16, 2, 4, 6))
+        found.append(runner.forward(x, sigma, Place(chunk, 0, chunk), ["cond"], text("cond"), "text").clone())
+        if clean_pass:
+            runner.forward(x, 0.0, Place(chunk, CLEAN, chunk), ["cond"], text("cond"), "text")
+        runner.commit(chunk)
+    return found
+
+
+def error(found: list[torch.Tensor], chunk: int) -> float:
+    expected = GOLDEN[f"velocity.{chunk}"]
+    return ((found[chunk] - expected).norm() / expected.norm()).item()
+
+
+@pytest.mark.parametrize("chunk", range(3))
+def test_every_chunk_over_its_history(chunk):
+    assert error(velocities(), chunk) < 1e-4
+
+
+def test_a_wrong_position_or_history_would_be_noticed():
+    assert error(velocities(Rotary(32, theta=3000.0)), 1) > 1e-3
+    assert error(velocities(clean_pass=False), 1) > 1e-2
