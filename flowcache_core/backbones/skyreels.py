@@ -44,3 +44,23 @@ class SkyReelsBackbone(WanBackbone):
             rate = self.network.fps_projection(self.network.fps_embedding(rate).to(dtype))
             modulation = modulation + rate.unflatten(-1, (6, self.dim))  # of the blocks, not of the head
         return embedding, modulation
+
+
+def add_frame_rate(network: nn.Module, weights: dict[str, Tensor], layers=nn) -> None:
+    """Gives a host's WanModel the frame-rate layers that it drops from a SkyReels-V2 checkpoint.
+
+    Args:
+        network: gets `fps_embedding` and `fps_projection`.
+        weights: the checkpoint's, under Wan 2.1's names; without frame-rate layers nothing is added.
+        layers: whose Embedding and Linear to use; the host's own, so that its weight casting works.
+    """
+    if "fps_embedding.weight" not in weights:
+        return
+    rates, dim = weights["fps_embedding.weight"].shape
+    like = {"device": network.head.head.weight.device, "dtype": network.head.head.weight.dtype}
+    embedding = layers.Embedding(rates, dim, **like)
+    projection = nn.Sequential(layers.Linear(dim, dim, **like), nn.SiLU(), layers.Linear(dim, 6 * dim, **like))
+    for name, module in (("fps_embedding", embedding), ("fps_projection", projection)):
+        start = f"{name}."
+        module.load_state_dict({key.removeprefix(start): w for key, w in weights.items() if key.startswith(start)})
+        setattr(network, name, module.requires_grad_(False))
