@@ -5,6 +5,7 @@ numpy's RandomState is used because its streams are frozen for ever.
 """
 
 import zlib
+from dataclasses import replace
 
 import numpy as np
 import torch
@@ -19,6 +20,7 @@ SMALL_GATED = MagiConfig(
     layers=2, width=128, ffn_width=160, heads=8, kv_heads=2, head_dim=16, channels=16, caption_width=48,
     caption_tokens=64, doubled=True, input_scale=0.1, gated=True,
 )  # fmt: skip
+SMALL_FP8 = replace(SMALL, layers=3, distilled=True, fp8=True)
 
 
 def normal(name: str, shape: tuple[int, ...], seed: int = 0) -> Tensor:
@@ -44,8 +46,13 @@ def fill(module: nn.Module, seed: int = 0, velocity: float = 1.0) -> None:
                 parameter.copy_((0.0 if "post_norm" in name else 1.0) + 0.3 * value)
             elif name.endswith("bias"):
                 parameter.copy_(0.3 * value)
+            elif name.endswith("_scale"):
+                # One number, but for the scales of channels: inputs to about 50, matrices as they are.
+                spread = 1 + 0.3 * value.abs() if "smooth" in name else 1.0
+                parameter.fill_(1.0 if "weight" in name else 0.02).mul_(spread)
             elif parameter.ndim >= 2 and not name.endswith(("embedding", "pos_embed", "cls_token")):
-                parameter.copy_(value * 1.5 / parameter[0].numel() ** 0.5)
+                fan_in = value.shape[-1] if parameter.dtype == torch.float8_e4m3fn else value[0].numel()
+                parameter.copy_(value * 1.5 / fan_in**0.5)
             else:
                 parameter.copy_(value)
             if name == "final_linear.linear.weight":

@@ -9,9 +9,10 @@ from safetensors.torch import load_file
 
 from flowcache_core.backbones.magi import MagiBackbone, MagiNetwork, MagiRotary, MagiText, grouped_attention
 from flowcache_core.backbones.magi_config import MAGI_4_5B, MAGI_24B, MagiConfig
+from flowcache_core.backbones.magi_fp8 import Fp8Linear, SmoothFp8Linear
 from flowcache_core.errors import UserError
 from flowcache_core.history import History, HistorySettings, HistoryShape
-from tests.magi_weights import SMALL, SMALL_GATED, fill, normal
+from tests.magi_weights import SMALL, SMALL_FP8, SMALL_GATED, fill, normal
 
 GOLDEN = load_file(Path(__file__).parent / "golden" / "magi_network.safetensors")
 TIMES = (0.9, 0.4, 0.05)  # of the three chunks, upstream's count: 1 is clean
@@ -140,6 +141,30 @@ def test_bfloat16_is_near_the_float32_golden(name):
     assert relative_error(found, GOLDEN[f"{name}.velocity"]) < 2e-2
 
 
+@pytest.mark.parametrize(("layer", "name"), [(Fp8Linear, "fp8.linear"), (SmoothFp8Linear, "fp8.linear.smooth")])
+def test_quantised_layers(layer, name):
+    holder = torch.nn.Module()
+    holder.linear = layer(48, 40)
+    fill(holder)
+    x = 3 * normal("linear input", (2, 9, 48))
+    assert relative_error(holder.linear(x), GOLDEN[name]) < 1e-6
+    assert relative_error(holder.linear(x.bfloat16()), GOLDEN[name]) < 2e-2
+    weight_only = torch.nn.functional.linear(x, holder.linear.weight[0].float())
+    assert relative_error(weight_only, GOLDEN[name]) > 1e-2  # the inputs are rounded too
+
+
+def test_quantised_network():
+    model = backbone(SMALL_FP8)
+    dtypes = {name: parameter.dtype for name, parameter in model.network.named_parameters() if "linear_fc1" in name}
+    assert [dtype == torch.float8_e4m3fn for name, dtype in dtypes.items() if name.endswith("weight")] == [False, True, False]
+    # A value at the edge between two fp8 numbers may fall to either side, so agreement is bounded by such flips.
+    golden = GOLDEN["fp8.velocity"]
+    assert relative_error(run(model, 1), GOLDEN["fp8.velocity.one"]) < 3e-3
+    assert relative_error(run(model, len(TIMES)), golden) < 3e-3
+    assert relative_error(run(backbone(replace(SMALL_FP8, fp8=False)), len(TIMES)), golden) > 1e-2
+    assert relative_error(run(backbone(SMALL_FP8, torch.bfloat16), len(TIMES)), golden) < 5e-2
+
+
 def test_upstream_precision_is_kept_in_bfloat16():
     network = MagiNetwork(SMALL, torch.bfloat16)
     precise = {name for name, parameter in network.named_parameters() if parameter.dtype == torch.float32}
@@ -174,11 +199,11 @@ def test_published_sizes():
     assert 23e9 < counts["24B"] < 25e9
 
 
-@pytest.mark.parametrize("config", [SMALL, SMALL_GATED, MAGI_4_5B, MAGI_24B])
+@pytest.mark.parametrize("config", [SMALL, SMALL_GATED, SMALL_FP8, MAGI_4_5B, MAGI_24B])
 def test_sizes_are_read_off_the_weights(config):
     with torch.device("meta"):
         tensors = MagiNetwork(config).state_dict()
-    assert MagiConfig.from_tensors(tensors, distilled=False) == config
+    assert MagiConfig.from_tensors(tensors, config.distilled) == config
     del tensors["x_embedder.weight"]
     with pytest.raises(UserError, match="lacks x_embedder.weight"):
         MagiConfig.from_tensors(tensors, distilled=False)
@@ -195,7 +220,7 @@ def upstream_settings(config: MagiConfig) -> dict:
         "caption_max_length": config.caption_tokens, "xattn_cond_hidden_ratio": 1.0, "cond_gating_ratio": 1.0,
         "gated_linear_unit": config.gated,
     }  # fmt: skip
-    return {"model_config": model, "engine_config": {"distill": config.distilled}}
+    return {"model_config": model, "engine_config": {"distill": config.distilled, "fp8_quant": config.fp8}}
 
 
 def test_sizes_from_upstreams_config_file():

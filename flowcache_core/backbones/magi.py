@@ -23,6 +23,7 @@ from torch import Tensor, nn
 
 from ..errors import UserError
 from .magi_config import MagiConfig
+from .magi_fp8 import Fp8Linear, SmoothFp8Linear
 
 Attention = Callable[[Tensor, Tensor, Tensor], Tensor]  # q [B, heads, n, D], k, v [B, kv_heads, m, D] -> q's shape
 Attend = Callable[[int, Tensor, Tensor, Tensor], Tensor]  # the same behind a layer number, over the history
@@ -90,23 +91,26 @@ class MagiCaptionEmbedder(nn.Module):
 
 
 class MagiProjections(nn.Module):
-    def __init__(self, config: MagiConfig, operations, **where):
+    def __init__(self, config: MagiConfig, operations, fp8: bool, **where):
         super().__init__()
         queries, keys = config.heads * config.head_dim, config.kv_heads * config.head_dim
+        linear = Fp8Linear if fp8 else operations.Linear
         self.layer_norm = operations.LayerNorm(config.width, eps=config.eps, **where)
-        self.q = operations.Linear(config.width, queries, bias=False, **where)
-        self.qx = operations.Linear(config.width, queries, bias=False, **where)
-        self.k = operations.Linear(config.width, keys, bias=False, **where)
-        self.v = operations.Linear(config.width, keys, bias=False, **where)
+        self.q = linear(config.width, queries, bias=False, **where)
+        self.qx = linear(config.width, queries, bias=False, **where)
+        self.k = linear(config.width, keys, bias=False, **where)
+        self.v = linear(config.width, keys, bias=False, **where)
 
 
 class MagiAttention(nn.Module):
-    def __init__(self, config: MagiConfig, operations, precise: dict, where: dict):
+    def __init__(self, config: MagiConfig, operations, fp8: bool, precise: dict, where: dict):
         super().__init__()
         head, keys = config.head_dim, config.kv_heads * config.head_dim
-        self.linear_qkv = MagiProjections(config, operations, **where)
+        linear = SmoothFp8Linear if fp8 else operations.Linear
+        self.projection_dtype = where["dtype"] if fp8 else torch.float32
+        self.linear_qkv = MagiProjections(config, operations, fp8, **where)
         self.linear_kv_xattn = operations.Linear(config.width, 2 * keys, bias=False, **where)
-        self.linear_proj = operations.Linear(2 * config.heads * head, config.width, bias=False, **where)
+        self.linear_proj = linear(2 * config.heads * head, config.width, bias=False, **where)
         self.q_layernorm = ShiftedLayerNorm(head, config.eps, **precise)
         self.k_layernorm = ShiftedLayerNorm(head, config.eps, **precise)
         self.q_layernorm_xattn = ShiftedLayerNorm(head, config.eps, **where)
@@ -114,13 +118,14 @@ class MagiAttention(nn.Module):
 
 
 class MagiFeedForward(nn.Module):
-    def __init__(self, config: MagiConfig, operations, **where):
+    def __init__(self, config: MagiConfig, operations, fp8: bool, **where):
         super().__init__()
         self.gated = config.gated
         inner = config.ffn_width * (2 if config.gated else 1)
         self.layer_norm = operations.LayerNorm(config.width, eps=config.eps, **where)
-        self.linear_fc1 = operations.Linear(config.width, inner, bias=False, **where)
-        self.linear_fc2 = operations.Linear(config.ffn_width, config.width, bias=False, **where)
+        widen, narrow = (Fp8Linear, SmoothFp8Linear) if fp8 else (operations.Linear, operations.Linear)
+        self.linear_fc1 = widen(config.width, inner, bias=False, **where)
+        self.linear_fc2 = narrow(config.ffn_width, config.width, bias=False, **where)
 
     def forward(self, x: Tensor) -> Tensor:
         x = self.linear_fc1(self.layer_norm(x))
@@ -143,19 +148,22 @@ class MagiGates(nn.Module):
 
 
 class MagiBlock(nn.Module):
-    def __init__(self, config: MagiConfig, operations, precise: dict, where: dict):
+    def __init__(self, config: MagiConfig, operations, fp8: bool, precise: dict, where: dict):
         super().__init__()
         self.ada_modulate_layer = MagiGates(config, operations, **where)
-        self.self_attention = MagiAttention(config, operations, precise, where)
+        self.self_attention = MagiAttention(config, operations, fp8, precise, where)
         self.self_attn_post_norm = ShiftedLayerNorm(config.width, config.eps, **precise)
-        self.mlp = MagiFeedForward(config, operations, **where)
+        self.mlp = MagiFeedForward(config, operations, fp8, **where)
         self.mlp_post_norm = ShiftedLayerNorm(config.width, config.eps, **precise)
 
 
 class MagiBlocks(nn.Module):
     def __init__(self, config: MagiConfig, operations, precise: dict, where: dict):
         super().__init__()
-        self.layers = nn.ModuleList(MagiBlock(config, operations, precise, where) for _ in range(config.layers))
+        ends = (0, config.layers - 1)  # never quantised
+        self.layers = nn.ModuleList(
+            MagiBlock(config, operations, config.fp8 and layer not in ends, precise, where) for layer in range(config.layers)
+        )
         self.final_layernorm = ShiftedLayerNorm(config.width, config.eps, **precise)
 
 
@@ -407,8 +415,8 @@ class MagiBackbone:
         k = self.rotary.paired(attention.k_layernorm(self._split(project.k(y)).float())).to(x.dtype)
         past = attend(layer, q, k, self._split(project.v(y)))
         text = self._read(attention.q_layernorm_xattn(self._split(project.qx(y))), captions)
-        y = attention.linear_proj(self._merge(past, text).float())
-        x = (block.self_attn_post_norm(y * gate_attention) + x).to(x.dtype)
+        y = attention.linear_proj(self._merge(past, text).to(attention.projection_dtype))
+        x = (block.self_attn_post_norm(y.float() * gate_attention) + x).to(x.dtype)
         y = block.mlp(x).float()
         return (block.mlp_post_norm(y * gate_feed_forward) + x).to(x.dtype)
 

@@ -25,6 +25,7 @@ class MagiConfig:
         condition_width: of the vector (noise level and caption kind) that makes the gates.
         caption_width, caption_tokens: of the text encoder's output.
         distilled: the network is also told how long a step is.
+        fp8: all blocks but the first and last hold fp8 matrices (magi_fp8.py).
     """
 
     layers: int
@@ -42,6 +43,7 @@ class MagiConfig:
     patch: int = 2
     eps: float = 1e-6
     distilled: bool = False
+    fp8: bool = False
 
     @property
     def condition_width(self) -> int:
@@ -79,6 +81,7 @@ class MagiConfig:
             patch=model["patch_size"],
             eps=model["layernorm_epsilon"],
             distilled=settings["engine_config"]["distill"],
+            fp8=settings["engine_config"]["fp8_quant"],
         )
 
     @classmethod
@@ -124,6 +127,7 @@ class MagiConfig:
             caption_tokens=shape["caption"][0],
             patch=patch,
             distilled=distilled,
+            fp8=any(name.endswith("linear_qkv.q.weight_scale") for name in tensors),
         )
 
 

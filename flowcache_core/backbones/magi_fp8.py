@@ -1,0 +1,56 @@
+"""The quantised layers of MAGI-1's distill+quant files, run as they are stored.
+
+Matrices stay in fp8, half the memory of bfloat16, and are widened one at a time when they are used. Inputs are rounded to
+fp8 as upstream's kernel wants them, so that results are upstream's; the product itself is taken in the network's own
+precision, for torch has no fp8 product for every device. That costs a copy of one matrix at a time and, next to
+bfloat16 weights, one pass over the input.
+
+Source: MAGI-1, inference/model/dit/dit_module.py (PerTensorQuantizedFp8Linear, PerChannelQuantizedFp8Linear).
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+FP8 = torch.float8_e4m3fn
+
+
+class Fp8Linear(nn.Module):
+    """A matrix with one scale, for inputs with one scale."""
+
+    def __init__(self, inputs: int, outputs: int, bias: bool = False, dtype=None, device=None):
+        super().__init__()
+        self.weight = _parameter(torch.empty(1, outputs, inputs, dtype=FP8, device=device))
+        self.weight_scale = _parameter(torch.ones(1, dtype=torch.float32, device=device))
+        self.input_scale = _parameter(torch.ones(inputs, dtype=torch.float32, device=device))
+
+    def forward(self, x: Tensor) -> Tensor:
+        # Upstream divides by the whole vector, and its kernel multiplies by the first entry.
+        return self._product(x, self.input_scale.to(x.device))
+
+    def _product(self, x: Tensor, scale: Tensor) -> Tensor:
+        rounded = to_fp8(x, scale).to(x.dtype)
+        factor = (self.input_scale[0] * self.weight_scale[0]).to(x.device)
+        return (F.linear(rounded, self.weight[0].to(x.device, x.dtype)).float() * factor).to(x.dtype)
+
+
+class SmoothFp8Linear(Fp8Linear):
+    """The same for inputs that have a scale for each channel."""
+
+    def __init__(self, inputs: int, outputs: int, bias: bool = False, dtype=None, device=None):
+        super().__init__(inputs, outputs, device=device)
+        self.input_scale = _parameter(torch.ones(1, dtype=torch.float32, device=device))
+        self.smooth_scale = _parameter(torch.ones(1, inputs, dtype=torch.float32, device=device))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self._product(x, self.smooth_scale[0].to(x.device))
+
+
+def to_fp8(x: Tensor, scale: Tensor) -> Tensor:
+    """x [..., inputs] over its scale [inputs], cut to fp8's range and rounded, through bfloat16 as upstream."""
+    most = torch.finfo(FP8).max
+    return (x.float() / scale).clamp(-most, most).bfloat16().to(FP8)
+
+
+def _parameter(value: Tensor) -> nn.Parameter:
+    return nn.Parameter(value, requires_grad=False)
