@@ -5,7 +5,6 @@ it is one safetensors file.
 """
 
 import json
-import os
 from collections.abc import Hashable, Mapping
 from pathlib import Path
 from typing import NamedTuple
@@ -16,6 +15,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from .errors import UserError
+from .files import write_whole
 from .history import Clean
 
 FORMAT = "flowcache-state-1"
@@ -65,20 +65,18 @@ def make_state(latents: Tensor, histories: Mapping[Hashable, Clean], chunk_frame
 
 
 def save_state(state: State, path: Path | str) -> None:
-    """Writes a state to a safetensors file; the file appears whole or not at all."""
-    path = Path(path)
+    """Writes a state to a safetensors file; the file appears whole or not at all.
+
+    Raises:
+        UserError: the folder or file cannot be written.
+    """
     tensors = {"latents": state.latents.contiguous()}
     for number, history in enumerate(state.histories):
         for name, tensor in history._asdict().items():
             tensors[f"history.{number}.{name}"] = tensor.contiguous()
     info = {"branches": state.branches, "chunk_frames": state.chunk_frames, "model": state.model}
-    partial = path.with_name(path.name + ".partial")
-    try:
-        save_file(tensors, partial, metadata={"format": FORMAT, "state": json.dumps(info)})
-        os.replace(partial, path)
-    except OSError as error:
-        partial.unlink(missing_ok=True)
-        raise UserError(f"Cannot write the state to '{path}': {error.strerror}. Choose a folder you can write to.") from error
+    metadata = {"format": FORMAT, "state": json.dumps(info)}
+    write_whole(path, lambda partial: save_file(tensors, partial, metadata=metadata))
 
 
 def load_state(path: Path | str) -> State:
