@@ -177,11 +177,15 @@ def convert(
     if info.warnings and family == "auto":
         raise UserError(f"{info.warnings[0]} The family is written into the new file, so it must be named.")
     if dtype is not None and any(QUANTIZATION.search(name) for name in tensors):
-        raise UserError(f"{Path(path).name} holds scaled fp8 weights, which stay as they are; leave the type unchanged.")
+        raise UserError(
+            f"{Path(path).name} holds scaled fp8 weights, which stay as they are; leave the type unchanged."
+        )
     write_safetensors(tensors, stamp(info), Path(out), dtype, progress)
     written = inspect(out)
     if written.family != info.family or written.config != info.config:
-        raise UserError(f"{out} reads back as {written.family} {written.config}, not as it was written; check the disk.")
+        raise UserError(
+            f"{out} reads back as {written.family} {written.config}, not as it was written; check the disk."
+        )
     return written
 
 
@@ -206,7 +210,8 @@ def _layout(path: Path, tensors: dict[str, Tensor]) -> tuple[str, str]:
             raise UserError(f"{path.name} looks like {kind} (expected a video model of the Wan 2.1 or MAGI-1 layout).")
     names = ", ".join(list(tensors)[:3])
     raise UserError(
-        f"{path.name} holds {len(tensors)} tensors like {names}; expected the Wan 2.1 or MAGI-1 layout: choose another file."
+        f"{path.name} holds {len(tensors)} tensors like {names}; expected the Wan 2.1 or MAGI-1 layout: "
+        "choose another file."
     )
 
 
@@ -250,8 +255,8 @@ def _wan_config(path: Path, tensors: dict[str, Tensor], settings: dict) -> WanCo
     def shape(name: str) -> torch.Size:
         if name not in tensors:
             raise UserError(
-                f"{path.name} lacks {name}, which every network of the Wan 2.1 layout has; it is cut down, or one shard of "
-                "several: give the folder or the index.json."
+                f"{path.name} lacks {name}, which every network of the Wan 2.1 layout has; it is cut down, or one "
+                "shard of several: give the folder or the index.json."
             )
         return tensors[name].shape
 
@@ -284,8 +289,8 @@ def _check_names_and_shapes(path: Path, tensors: dict[str, Tensor], config: WanC
     lost = [name for name in expected if name not in tensors]
     if lost:
         raise UserError(
-            f"{path.name} lacks {lost[0]} and {len(lost) - 1} more of {len(expected)} tensors; it is cut down, or one shard "
-            "of several: give the folder or the index.json."
+            f"{path.name} lacks {lost[0]} and {len(lost) - 1} more of {len(expected)} tensors; it is cut down, or one "
+            "shard of several: give the folder or the index.json."
         )
     for name, tensor in tensors.items():
         if name in expected and tensor.shape != expected[name]:
@@ -295,8 +300,8 @@ def _check_names_and_shapes(path: Path, tensors: dict[str, Tensor], config: WanC
             )
         if name not in expected and not QUANTIZATION.search(name):
             raise UserError(
-                f"{path.name} has {name}, which the Wan 2.1 text-to-video layout does not know; it is another kind of Wan "
-                "(image-to-video, VACE, control): use a text-to-video one."
+                f"{path.name} has {name}, which the Wan 2.1 text-to-video layout does not know; it is another kind of "
+                "Wan (image-to-video, VACE, control): use a text-to-video one."
             )
 
 
@@ -318,16 +323,16 @@ def _family(
     return family, warnings if asked == "auto" else ()
 
 
-def _told_family(
-    path: Path, file: WeightFile, config: WanConfig | None, settings: dict
-) -> tuple[str, tuple[str, ...]]:
+def _told_family(path: Path, file: WeightFile, config: WanConfig | None, settings: dict) -> tuple[str, tuple[str, ...]]:
     if STAMP in file.metadata:
         try:
             family = json.loads(file.metadata[STAMP])["family"]
         except (ValueError, KeyError, TypeError) as error:
             raise UserError(f"{path.name} has a broken {STAMP!r} stamp; convert it again from its source.") from error
         if family not in FAMILIES:
-            raise UserError(f"{path.name} is stamped {family!r}, expected one of {', '.join(FAMILIES)}; update FlowCache.")
+            raise UserError(
+                f"{path.name} is stamped {family!r}, expected one of {', '.join(FAMILIES)}; update FlowCache."
+            )
         return family, ()
     if config is None:
         return "magi", ()
@@ -337,9 +342,13 @@ def _told_family(
     if settings.get("causal_ar"):
         return "causal", ()
     if file.wrapper.startswith("generator"):
-        return "causal", (f"{path.name} may be causal or rolling, taken as causal: choose rolling for Rolling Forcing.",)
+        return "causal", (
+            f"{path.name} may be causal or rolling, taken as causal: choose rolling for Rolling Forcing.",
+        )
     choices = "; ".join(f"{name} ({FAMILIES[name]})" for name in ("causal", "skyreels", "rolling", "wan"))
-    return "wan", (f"{path.name} has the Wan 2.1 layout and no stamp, taken as plain Wan 2.1: choose its family: {choices}.",)
+    return "wan", (
+        f"{path.name} has the Wan 2.1 layout and no stamp, taken as plain Wan 2.1: choose its family: {choices}.",
+    )
 
 
 def _check_finite(path: Path, tensors: dict[str, Tensor]) -> None:

@@ -77,7 +77,9 @@ class Given:
 
     def __post_init__(self):
         if self.condition and (self.start is None or self.grain is None):
-            raise UserError(f"The condition noise is {self.condition}, but there are no start frames to put it on; set it to 0.")
+            raise UserError(
+                f"The condition noise is {self.condition}, but there are no start frames to put it on; set it to 0."
+            )
 
     def shown(self, tick: int) -> Tensor:
         """The start frames as a tick sees them."""
@@ -115,7 +117,9 @@ class JointEngine:
         if self.schedule.prefix:
             raise UserError("A joint window takes the frames that it is given beside its chunks, not as prefix chunks.")
         if len(self.sigmas) != self.schedule.steps + 1:
-            raise ValueError(f"{self.schedule.steps} steps need {self.schedule.steps + 1} noise levels, got {len(self.sigmas)}.")
+            raise ValueError(
+                f"{self.schedule.steps} steps need {self.schedule.steps + 1} noise levels, got {len(self.sigmas)}."
+            )
         self.report = Report(self.schedule)
         self.latents: dict[int, Tensor] = {}
         self.solvers: dict[int, Solver] = {}

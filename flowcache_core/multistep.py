@@ -1,7 +1,7 @@
 """Second-order multistep solvers for the flow: DPM-Solver++ (2M) and UniPC (bh2), both on the clean estimate.
 
-Both see the flow in lambda = log((1 - sigma) / sigma), where it is nearly linear. One solver object belongs to one chunk
-and remembers the last clean estimates, so steps must come in order. Scalars are float64.
+Both see the flow in lambda = log((1 - sigma) / sigma), where it is nearly linear. One solver object belongs to one
+chunk and remembers the last clean estimates, so steps must come in order. Scalars are float64.
 
 Source: DPM-Solver++, arXiv 2211.01095, equation 8 (2M); UniPC, arXiv 2302.04867, with B(h) = exp(h) - 1, as
 SkyReels-V2 uses it (skyreels_v2_infer/scheduler/fm_solvers_unipc.py). UniPC's predictor of order 2 is 2M to the letter.
@@ -83,7 +83,8 @@ class SkyReelsUniPC(UniPC):
     """UniPC as SkyReels-V2's pipeline runs it, which is not quite as its scheduler means it.
 
     The pipeline writes the predicted latent over the one that the scheduler remembers, so the first correction starts
-    from the prediction. From the second on, the scheduler's own copy is used. Over 50 steps it moves the result by 0.2%.
+    from the prediction. From the second on, the scheduler's own copy is used. Over 50 steps that moves the result by
+    0.2%.
     Source: skyreels_v2_infer/pipelines/diffusion_forcing_pipeline.py, the loop over `sample_schedulers`.
     """
 

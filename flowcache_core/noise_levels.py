@@ -17,7 +17,7 @@ CAUSVID_4_STEPS = (1000, 750, 500, 250)  # configs/wan_causal_dmd_warp_4step_cfg
 
 
 def shifted(sigma: float, shift: float) -> float:
-    """A noise level moved towards noise: shift x sigma / (1 + (shift - 1) x sigma). SD3, arXiv 2403.03206, equation 23."""
+    """A noise level moved towards noise: s sigma / (1 + (s - 1) sigma). SD3, arXiv 2403.03206, equation 23."""
     return shift * sigma / (1.0 + (shift - 1.0) * sigma)
 
 

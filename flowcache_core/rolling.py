@@ -1,5 +1,5 @@
-"""Rolling Forcing: all active chunks go through the network together and attend to each other both ways, and to a bounded
-history of clean chunks: the first one (sink) and the newest ones.
+"""Rolling Forcing: all active chunks go through the network together and attend to each other both ways, and to a
+bounded history of clean chunks: the first one (sink) and the newest ones.
 
 Source: RollingForcing, pipeline/rolling_forcing_inference.py and wan/modules/causal_model.py.
 """
@@ -29,8 +29,9 @@ class RollingHistory:
 
     chunk_frames: int = 3
     span: int = 21
-    sink: dict[int, tuple[Tensor, Tensor]] = field(default_factory=dict)  # a layer: keys not rotated, values
-    recent: dict[int, list[tuple[Tensor, Tensor]]] = field(default_factory=dict)  # a layer: rotated keys, values, by age
+    # By layer: keys that are not rotated and values of the sink; rotated keys and values of the others, oldest first.
+    sink: dict[int, tuple[Tensor, Tensor]] = field(default_factory=dict)
+    recent: dict[int, list[tuple[Tensor, Tensor]]] = field(default_factory=dict)
 
     @property
     def bytes(self) -> int:

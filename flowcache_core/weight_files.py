@@ -110,7 +110,9 @@ def write_safetensors(
             raise UserError(f"{out.parent} has {free:,} bytes free, the file needs {total + len(header):,}; make room.")
         handle, temporary = tempfile.mkstemp(dir=out.parent, prefix=out.stem, suffix=".part")
     except OSError as error:
-        raise UserError(f"Cannot write to {out.parent} ({error.strerror}); choose a folder you may write to.") from error
+        raise UserError(
+            f"Cannot write to {out.parent} ({error.strerror}); choose a folder you may write to."
+        ) from error
     try:
         with os.fdopen(handle, "wb") as file:
             file.write(header)
@@ -157,7 +159,9 @@ def _only_model(folder: Path) -> Path:
             return found[0]
         if found:
             names = ", ".join(file.name for file in found[:4])
-            raise UserError(f"{folder} holds {len(found)} files {pattern} ({names}), expected one; name the file itself.")
+            raise UserError(
+                f"{folder} holds {len(found)} files {pattern} ({names}), expected one; name the file itself."
+            )
     raise UserError(f"{folder} holds no .safetensors, index.json or .pt; give the folder or file of the weights.")
 
 
@@ -176,7 +180,7 @@ def _check_header(path: Path, start: bytes, size: int) -> None:
     kinds = {
         b"GGUF": "a GGUF file; load it with ComfyUI-GGUF's own loader node",
         b"\x80": "a pickle, which can run code when it is opened, so it is not; ask for a safetensors file",
-        b"version https://git-lfs": "a Git LFS pointer, not the weights; fetch them with `git lfs pull` or download the file",
+        b"version https://git-lfs": "a Git LFS pointer, not the weights; fetch them with `git lfs pull`",
         b"<": "a web page, not weights; download the file itself",
     }
     length = int.from_bytes(start[:8], "little")
@@ -187,7 +191,9 @@ def _check_header(path: Path, start: bytes, size: int) -> None:
     if size < 10:
         raise UserError(f"{path.name} has {size} bytes, expected a safetensors file; download it again.")
     if not begins_well:
-        raise UserError(f"{path.name} does not begin like a safetensors file, which is expected; give the weights' file.")
+        raise UserError(
+            f"{path.name} does not begin like a safetensors file, which is expected; give the weights' file."
+        )
     short = f"{path.name} is cut short: it has {size:,} bytes, its header promises {{:,}}; download it again."
     if 8 + length > size:
         raise UserError(short.format(8 + length))
@@ -208,21 +214,25 @@ def _open_shards(index: Path, settings: dict) -> WeightFile:
         places = json.loads(index.read_text())["weight_map"]
         shards = sorted(set(places.values()))
     except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise UserError(f"{index.name} has no weight_map, expected the index of sharded safetensors; check the file.") from error
+        raise UserError(f"{index.name} has no weight_map, expected an index of shards; check the file.") from error
     tensors, metadata, size = {}, {}, 0
     for name in shards:
         shard = index.parent / name
         if Path(name).name != name:
-            raise UserError(f"{index.name} names the shard {name!r}, expected a file beside it; download the index again.")
+            raise UserError(
+                f"{index.name} names the shard {name!r}, expected a file beside it; download the index again."
+            )
         if not shard.is_file():
-            raise UserError(f"{index.name} names {name}, which is not beside it; put all {len(shards)} shards in {index.parent}.")
+            raise UserError(
+                f"{index.name} names {name}, which is not beside it; put all {len(shards)} shards in {index.parent}."
+            )
         held, held_metadata = _open_safetensors(shard, _first_bytes(shard))
         tensors |= held
         metadata |= held_metadata
         size += shard.stat().st_size
     lost = sorted(places.keys() - tensors.keys())
     if lost:
-        raise UserError(f"{index.name} promises {lost[0]} (and {len(lost) - 1} more) that no shard holds; download them again.")
+        raise UserError(f"{index.name} promises {lost[0]} and {len(lost) - 1} more that no shard holds; download them.")
     return WeightFile(tensors, metadata, size, settings=settings or _settings(index.parent))
 
 
@@ -244,7 +254,9 @@ def _open_torch(path: Path, use_ema: bool, settings: dict) -> WeightFile:
             content, wrapper = content[name], name
             break
     if not isinstance(content, dict):
-        raise UserError(f"{path.name} holds a {type(content).__name__}, expected named tensors; give a checkpoint's file.")
+        raise UserError(
+            f"{path.name} holds a {type(content).__name__}, expected named tensors; give a checkpoint's file."
+        )
     tensors = {name: value for name, value in content.items() if isinstance(value, Tensor)}
     if not tensors:
         entries = ", ".join(map(str, list(content)[:4])) or "nothing"
@@ -256,9 +268,7 @@ def _written_dtype(tensor: Tensor, dtype: torch.dtype | None) -> torch.dtype:
     return dtype if dtype is not None and tensor.is_floating_point() and tensor.ndim > 1 else tensor.dtype
 
 
-def _header(
-    tensors: dict[str, Tensor], metadata: dict[str, str], dtype: torch.dtype | None
-) -> tuple[bytes, int]:
+def _header(tensors: dict[str, Tensor], metadata: dict[str, str], dtype: torch.dtype | None) -> tuple[bytes, int]:
     """A safetensors header with its length in front, and the bytes of data that follow."""
     entries: dict[str, dict] = {"__metadata__": metadata}
     offset = 0

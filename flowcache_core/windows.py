@@ -18,7 +18,9 @@ def window_sizes(frames: int, longest: int, overlap: int, chunk_frames: int = 1)
     Source: SkyReels-V2, skyreels_v2_infer/pipelines/diffusion_forcing_pipeline.py (base_num_frames, overlap_history).
     """
     if not 0 < overlap < longest:
-        raise UserError(f"The overlap is {overlap} of a window's {longest} frames; expected at least 1 and less than the window.")
+        raise UserError(
+            f"The overlap is {overlap} of a window's {longest} frames; expected at least 1 and less than that."
+        )
     sizes = [min(frames, longest)]
     done = sizes[0]
     while done < frames:

@@ -129,7 +129,9 @@ def test_heads_that_do_not_divide(tmp_path):
     refused("width 48 and 0 heads", saved(tmp_path / "a.safetensors", weights(config)))
 
 
-@pytest.mark.parametrize("prefix", ["model.diffusion_model.", "diffusion_model.", "model.", "model._fsdp_wrapped_module."])
+@pytest.mark.parametrize(
+    "prefix", ["model.diffusion_model.", "diffusion_model.", "model.", "model._fsdp_wrapped_module."]
+)
 def test_prefixes(tmp_path, prefix):
     tensors = weights()
     path = saved(tmp_path / "a.safetensors", {prefix + name: tensor for name, tensor in tensors.items()})
@@ -318,7 +320,9 @@ def test_other_models(tmp_path, names, match):
 
 
 def test_other_kinds_of_wan(tmp_path):
-    refused("is another kind of Wan", saved(tmp_path / "a.safetensors", weights() | {"img_emb.proj.0.bias": torch.zeros(2)}))
+    refused(
+        "is another kind of Wan", saved(tmp_path / "a.safetensors", weights() | {"img_emb.proj.0.bias": torch.zeros(2)})
+    )
 
 
 def test_missing_and_misshapen(tmp_path):

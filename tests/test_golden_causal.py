@@ -1,4 +1,4 @@
-"""Self-Forcing, Causal-Forcing and CausVid against upstream's own runs (tests/golden/README.md says how they were made)."""
+"""Self-Forcing, Causal-Forcing and CausVid against upstream's own runs (tests/golden/README.md)."""
 
 from dataclasses import dataclass, field
 from functools import partial

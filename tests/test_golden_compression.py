@@ -17,7 +17,7 @@ ASKED = {"chunk": 0, "frame": 6, "token": 50}  # how many of the last queries as
 
 
 def inputs(name: str, clean: int, after: int, asked: int, heads: int, kv_heads: int):
-    """Clean keys [1, kv heads, N, 32] and queries [1, heads, Q, 32], drawn as [tokens, heads, width] like upstream's."""
+    """Clean keys [1, kv heads, N, 32] and queries [1, heads, Q, 32], drawn as [tokens, heads, width]."""
     keys = 1.5 * normal(f"{name}.keys", (clean + after, kv_heads, 32)) + normal(f"{name}.shared", (1, kv_heads, 32))
     queries = normal(f"{name}.queries", (asked, heads, 32))
     return keys[:clean].transpose(0, 1)[None], queries.transpose(0, 1)[None]

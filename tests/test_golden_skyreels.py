@@ -35,7 +35,7 @@ def window(
     steps: int,
     lag: int,
     given: torch.Tensor | None = None,
-    reuse: ReuseSettings = ReuseSettings(),
+    reuse: ReuseSettings | None = None,
     rotary=Rotary,
     solver=SkyReelsUniPC,
 ) -> Engine:
@@ -43,7 +43,8 @@ def window(
     backbone = SkyReelsBackbone(golden_weights.network(config), fps=24)
     backbone.rotary = rotary(backbone.head_dim)
     prefix = 0 if given is None else 1
-    runner = Runner(backbone, ChunkSchedule(chunks - prefix, steps, lag, prefix), Settings(reuse, clean_pass=False), frames)
+    schedule = ChunkSchedule(chunks - prefix, steps, lag, prefix)
+    runner = Runner(backbone, schedule, Settings(reuse or ReuseSettings(), clean_pass=False), frames)
     noise = normal(f"noise.{number}", (16, chunks * frames, 4, 6))[None].split(frames, dim=2)
     texts = (golden_weights.text(branch, config) for branch in ("cond", "uncond"))
     engine = Engine(runner, guidance(runner, *texts, 3.0), skyreels(steps), noise.__getitem__, solver=solver)
@@ -84,8 +85,10 @@ def test_the_golden_would_notice():
 
 
 def published(preset: str, size: str) -> ReuseSettings:
-    rescale = POLYNOMIALS[size]
-    return ReuseSettings("flowcache", threshold=THRESHOLDS[preset], rescale=rescale, warmup=5, last=True, order=0, held="residual")
+    threshold, rescale = THRESHOLDS[preset], POLYNOMIALS[size]
+    return ReuseSettings(
+        "flowcache", threshold=threshold, rescale=rescale, warmup=5, last=True, order=0, held="residual"
+    )
 
 
 @pytest.mark.parametrize("size", POLYNOMIALS)

@@ -26,7 +26,9 @@ def test_skyreels_levels(steps):
     assert [int(1000 * sigma) for sigma in sigmas[:-1]] == GOLDEN[f"unipc.{steps}.timesteps"].tolist()
 
 
-@pytest.mark.parametrize(("name", "solver", "steps"), [*(("unipc", UniPC, n) for n in SHIFTS), ("predictor", DPM2M, 10)])
+@pytest.mark.parametrize(
+    ("name", "solver", "steps"), [*(("unipc", UniPC, n) for n in SHIFTS), ("predictor", DPM2M, 10)]
+)
 def test_golden(name, solver, steps):
     x, velocities = normal("x", (1, 2, 3, 4, 4)), normal(f"velocity{steps}", (steps, 1, 2, 3, 4, 4))
     chunk = solver(skyreels(steps, SHIFTS[steps]))

@@ -1,7 +1,7 @@
 """SkyReels-V2 diffusion forcing: the Wan layout, told whole time-steps and a frame rate.
 
-Source: SkyReels-V2, skyreels_v2_infer/modules/transformer.py; the signal and its polynomials: FlowCache for SkyReels-V2,
-skyreels_v2_infer/modules/transformer_flowcache.py (there from TeaCache's fit).
+Source: SkyReels-V2, skyreels_v2_infer/modules/transformer.py; the signal and its polynomials: FlowCache for
+SkyReels-V2, skyreels_v2_infer/modules/transformer_flowcache.py (there from TeaCache's fit).
 """
 
 import torch

@@ -30,7 +30,7 @@ from flowcache_core.rotary import rotate  # noqa: E402
 
 
 class PackedOps(comfy.ops.manual_cast):
-    """Layers whose weights are packed in blocks and unpacked when they run, as ComfyUI-GGUF's are (its Q8_0, smaller blocks).
+    """Layers whose weights are packed in blocks and unpacked when they run, as ComfyUI-GGUF's are.
 
     Nobody who reads `.weight` gets a matrix.
     """

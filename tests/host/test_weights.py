@@ -61,7 +61,7 @@ def results(tmp_path_factory):
     weights, with_fps = (golden_weights.network(config).state_dict() for config in (SMALL, SMALL_FPS))
     metadata = {"config": json.dumps({"transformer": {"num_heads": SMALL.num_heads}})}
     save_file({"x": X, "text": TEXT, "sigma": SIGMA}, base / "inputs.safetensors")
-    # Sources in the layouts that people have, without metadata where upstream has none: the heads come from a config.json.
+    # Sources in the layouts that people have; where there is no metadata, the heads come from a config.json.
     sources = {}
     for name, tensors in (("diffusers", {to_diffusers(n): w for n, w in with_fps.items()}), ("upstream", weights)):
         (base / name).mkdir()
@@ -75,7 +75,9 @@ def results(tmp_path_factory):
     sources["repack"] = base / "repack.safetensors"
     (base / "pt").mkdir()
     (base / "pt" / "config.json").write_text(json.dumps({"num_heads": SMALL.num_heads}))
-    torch.save({"generator_ema": {f"model._fsdp_wrapped_module.{n}": w for n, w in weights.items()}}, base / "pt" / "a.pt")
+    torch.save(
+        {"generator_ema": {f"model._fsdp_wrapped_module.{n}": w for n, w in weights.items()}}, base / "pt" / "a.pt"
+    )
     sources["pt"] = base / "pt"
 
     def converted(name: str, family: str, dtype=None, source: str = "upstream") -> str:
@@ -91,7 +93,10 @@ def results(tmp_path_factory):
         "shards": ({"path": converted("shards", "rolling", source="shards")}, weights),
         "repack": ({"path": converted("repack", "wan", source="repack")}, weights),
         "diffusers": ({"path": converted("diffusers", "skyreels", source="diffusers"), "fps": 16}, with_fps),
-        "fp16": ({"path": converted("fp16", "causal", torch.float16), "dtype": "float16"}, rounded(weights, torch.float16)),
+        "fp16": (
+            {"path": converted("fp16", "causal", torch.float16), "dtype": "float16"},
+            rounded(weights, torch.float16),
+        ),
         "fp8": ({"path": plain, "dtype": "float8_e4m3fn"}, rounded(weights, torch.float8_e4m3fn)),
         "lora": ({"path": plain, "lora": str(lora)}, merged),
         "packed": ({"path": plain, "packed": True}, weights),
