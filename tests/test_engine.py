@@ -1,6 +1,8 @@
 """The engine against the definition: one masked forward a tick over the whole sequence; and what a user relies on."""
 
+import gc
 import random
+import weakref
 from dataclasses import replace
 
 import pytest
@@ -252,6 +254,25 @@ def test_cancel_at_every_moment(backbone):
         with pytest.raises(Cancelled, match="of 3 chunks"):
             list(engine.run())
             raise Cancelled("of 3 chunks: it ended before")  # the schedule has fewer steps than this moment
+
+
+def test_a_cancelled_run_leaves_no_memory_behind(backbone):
+    settings = Settings(ReuseSettings("even", every=2, least=1), HistorySettings(2))
+    engine = build(backbone, ChunkSchedule(4, 4, 2), settings, scale=2.0, cancelled=lambda: bool(engine.runner.histories) and later())
+    calls = iter(range(100))
+
+    def later() -> bool:
+        return next(calls) > 9
+
+    generator = engine.run()
+    with pytest.raises(Cancelled):
+        list(generator)
+    held = [weakref.ref(tensor) for history in engine.runner.histories.values() for tensor in (history.keys, history.values)]
+    held += [weakref.ref(result) for forecast in engine.runner._forecasts.values() for result in forecast.results]
+    assert len(held) > 4
+    del engine, generator
+    gc.collect()
+    assert not any(reference() is not None for reference in held)
 
 
 def test_progress_is_told_every_tick(backbone):

@@ -8,11 +8,12 @@ import torch
 from safetensors.torch import load_file
 
 from flowcache_core.backbones.magi import MagiBackbone, MagiNetwork
+from flowcache_core.backbones.magi_config import MAGI_4_5B
 from flowcache_core.compression import Compression
 from flowcache_core.engine import Cancelled
 from flowcache_core.errors import UserError
 from flowcache_core.history import History, HistorySettings
-from flowcache_core.magi_engine import PUBLISHED_FLOWCACHE, MagiEngine, MagiSampling, magi_schedule
+from flowcache_core.magi_engine import PUBLISHED_FLOWCACHE, MagiEngine, MagiSampling, clean_chunks_seen, history_plan, magi_schedule
 from flowcache_core.magi_text import SpecialTokens, caption_text, null_text
 from flowcache_core.presets import OFF, ReuseSettings, Settings
 from tests.magi_weights import SMALL, SMALL_GATED, fill, normal
@@ -173,7 +174,7 @@ def test_chunks_that_no_one_sees_are_dropped_without_effect():
     assert torch.equal(*runs)
     dropping = engine("long")
     list(dropping.run())
-    assert dropping.history.shape.capacity == 9  # 4 seen at most before a chunk, 4 active, 1 waiting for its clean pass
+    assert dropping.history.shape.capacity == 6
     assert dropping.report.history_bytes_allocated < run.report.history_bytes_allocated
 
 
@@ -243,3 +244,24 @@ def test_reuse_of_a_base_network_recomputes_where_the_guidance_changes():
 def test_held_residuals_are_refused():
     with pytest.raises(UserError, match="velocity held"):
         engine("base", Settings(ReuseSettings("even", held="residual")))
+
+
+def test_clean_chunks_that_are_seen():
+    assert clean_chunks_seen((5, 4, 3, 2), 0) == 1
+    assert clean_chunks_seen((5, 4, 3, 2), 3) == 3
+    assert clean_chunks_seen((5, 4, 3, 2), 9) == 4
+    assert clean_chunks_seen((4,), 0) == 3
+    assert clean_chunks_seen((5, 5), 0) == 4
+
+
+def test_memory_plan_of_the_published_network():
+    def gigabytes(seconds: int, settings: Settings, sampling: MagiSampling) -> float:
+        schedule = magi_schedule(seconds * 24 // 4, 64)
+        shape, _ = history_plan(MAGI_4_5B, schedule, settings, sampling, (1, 16, FRAMES, 90, 90))
+        return shape.bytes(2) / 2**30
+
+    everything, budget = replace(OFF, clean_pass=False), published(0.01, budget=5)
+    assert gigabytes(10, everything, PUBLISHED_FLOWCACHE) == pytest.approx(15.9, abs=0.1)  # 10 chunks of 12,150 tokens
+    assert gigabytes(60, everything, PUBLISHED_FLOWCACHE) == pytest.approx(95.3, abs=0.1)
+    assert gigabytes(60, budget, PUBLISHED_FLOWCACHE) == gigabytes(10, budget, PUBLISHED_FLOWCACHE) == pytest.approx(14.3, abs=0.1)
+    assert gigabytes(60, OFF, MagiSampling()) == gigabytes(10, OFF, MagiSampling()) == pytest.approx(9.5, abs=0.1)

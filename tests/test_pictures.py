@@ -53,7 +53,9 @@ def test_an_empty_report_is_a_picture_too():
 def test_a_real_run(backbone):
     settings = Settings(PRESETS["balanced"].reuse, HistorySettings(2))
     text = torch.randn(1, 5, TINY.text_dim, generator=torch.Generator().manual_seed(0))
-    report = generate(backbone, text, 4, steps=16, lag=4, frames_per_chunk=2, latent_size=(6, 4), settings=settings).report
+    report = generate(
+        backbone, text, 4, steps=16, lag=4, frames_per_chunk=2, latent_size=(6, 4), settings=settings
+    ).report
     assert pictures.report_picture(report).width == 800
     kept = report.as_dict()
     assert len(kept["history_bytes"]) == 3 * 4 + 16 and max(kept["history_bytes"]) == kept["history_bytes_peak"]

@@ -1,5 +1,8 @@
 """FlowCache on ComfyUI's own autoregressive path: stock loader, SamplerARVideo, SamplerCustomAdvanced."""
 
+import threading
+import time
+
 import pytest
 import torch
 from graph import Graph, native, random_network, sample, write_network
@@ -153,3 +156,17 @@ def test_another_sampler_runs_as_if_unpatched(server, folder):
         outputs.append(sample(server, graph, node))
     assert torch.equal(*outputs)
     assert "there are no chunks to reuse" in server.log.read_text()
+
+
+def test_interrupt_leaves_the_network_as_it_was(server, folder):
+    before = Graph()
+    expected = sample(server, before, native(before, load(before), seed=31))
+    graph = Graph()
+    native(graph, flowcache(graph, load(graph), "off", 1), frames=256, steps=60, seed=32)
+    graph.add("SaveLatent", samples=(str(len(graph)), 0), filename_prefix="test")
+    threading.Thread(target=lambda: (time.sleep(3), server.post("/interrupt", {}))).start()
+    assert server.run(graph).interrupted
+    after = Graph()
+    sample(server, after, native(after, load(after), seed=33))
+    after = Graph()
+    assert torch.equal(sample(server, after, native(after, load(after), seed=31)), expected)

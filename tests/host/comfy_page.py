@@ -1,0 +1,142 @@
+"""ComfyUI's page in a browser: opens workflows as a user drops them, runs them, looks at them."""
+
+import json
+import time
+import urllib.request
+from pathlib import Path
+
+from browser import Browser
+from comfy_server import PACK, Server
+from PIL import Image
+
+WORKFLOWS = PACK / "workflows"
+NAMES = sorted(path.stem for path in WORKFLOWS.glob("*.json"))
+SETTINGS = {  # no first-run dialogs, nothing floating over the graph
+    "Comfy.TutorialCompleted": True,
+    "Comfy.Minimap.Visible": False,
+    "Comfy.Graph.CanvasInfo": False,
+    "Comfy.Graph.CanvasMenu": False,
+}
+
+
+class ComfyPage(Browser):
+    """The page of a running server, loaded and empty."""
+
+    def __init__(self, server: Server, width: int = 1400, height: int = 900):
+        for name, value in SETTINGS.items():
+            server.post(f"/settings/{name}", value)
+        super().__init__(width, height)
+        try:
+            self.open(server.address)
+            self.wait("window.app?.vueAppReady && app.canvas && app.extensionManager")
+            self.errors.clear()  # its own, while it loads
+        except BaseException:
+            self.close()
+            raise
+
+    def load(self, workflow: Path) -> None:
+        """Opens a workflow file as if it had been dropped on the page."""
+        text = json.dumps(workflow.read_text())
+        name = json.dumps(workflow.name)
+        self.evaluate(f"app.handleFile(new File([{text}], {name}, {{type: 'application/json'}}))")
+        nodes = len(json.loads(workflow.read_text())["nodes"])
+        self.wait(f"app.graph.nodes.length === {nodes}")
+
+    def complaints(self) -> list[str]:
+        """What is wrong with the graph on the page: unknown nodes, open inputs, values that a list does not hold, overlaps."""
+        return self.evaluate(COMPLAINTS)
+
+    def to_api(self) -> dict:
+        """The open graph in the form that is posted to /prompt."""
+        return self.evaluate("app.graphToPrompt().then(made => made.output)")
+
+    def run(self) -> None:
+        """Presses Run and waits for the end.
+
+        Raises:
+            RuntimeError: the server refused the graph, or a node failed.
+        """
+        self.evaluate(RUN)
+
+    def picture(self, path: Path, width: int = 1400) -> None:
+        """A screenshot of the whole graph and nothing else, after a run: videos stand still near their end."""
+        self.evaluate("app.extensionManager.focusMode = true; app.canvas.deselectAll()")
+        across, down = self.evaluate(f"({BOUNDS}).slice(2)")
+        self.resize(width, round(width * down / across))
+        self.wait(f"innerWidth === {width} && app.canvasEl.clientWidth === {width}")
+        self.evaluate(FIT)
+        videos = self.evaluate("app.graph.nodes.filter((node) => node.type === 'SaveVideo').length")
+        self.wait(f"document.querySelectorAll('video').length === {videos} && {VIDEOS}.every((video) => video.readyState > 1)")
+        self.evaluate(STOP)
+        self.wait(f"{VIDEOS}.every((video) => !video.seeking)")
+        time.sleep(2)  # the page draws
+        self.screenshot(path)
+        Image.open(path).quantize(256).save(path, optimize=True)
+
+
+def listed_templates(server: Server) -> list[str]:
+    """The pack's workflows as the page's template browser gets them."""
+    with urllib.request.urlopen(server.address + "/workflow_templates") as answer:
+        return json.load(answer).get("flowcache", [])
+
+
+COMPLAINTS = """(() => {
+  const said = [];
+  const nodes = app.graph.nodes;
+  for (const node of nodes) {
+    const name = `${node.id} ${node.title}`;
+    if (!LiteGraph.registered_node_types[node.type]) said.push(`${name}: no such node`);
+    if (node.has_errors) said.push(`${name}: red`);
+    for (const [index, input] of node.inputs.entries()) {
+      const required = node.constructor.nodeData?.input?.required ?? {};
+      if (!input.widget && input.name in required && !node.isInputConnected(index))
+        said.push(`${name}: input ${input.name} is open`);
+    }
+    for (const widget of node.widgets ?? []) {
+      const values = widget.options?.values;
+      if (Array.isArray(values) && !values.includes(widget.value)) said.push(`${name}: ${widget.name} is ${widget.value}`);
+    }
+    const [x, y, width, height] = node.boundingRect;
+    for (const other of nodes) {
+      const [ox, oy, ow, oh] = other.boundingRect;
+      if (other.id > node.id && x < ox + ow && ox < x + width && y < oy + oh && oy < y + height)
+        said.push(`${name} overlaps ${other.id} ${other.title}`);
+    }
+  }
+  return said;
+})()"""
+
+RUN = """new Promise((done, failed) => {
+  const ends = ['execution_success', 'execution_error', 'execution_interrupted'];
+  const ended = (event) => {
+    ends.forEach((name) => app.api.removeEventListener(name, ended));
+    event.type === 'execution_success' ? done(true) : failed(new Error(`${event.type}: ${JSON.stringify(event.detail)}`));
+  };
+  ends.forEach((name) => app.api.addEventListener(name, ended));
+  app.queuePrompt(0).then(() => {
+    const errors = app.lastNodeErrors;
+    if (errors && Object.keys(errors).length) failed(new Error(JSON.stringify(errors)));
+  });
+})"""
+
+BOUNDS = """(() => {
+  const boxes = [...app.graph.nodes, ...app.graph.groups].map((item) => item.boundingRect);
+  const least = (i) => Math.min(...boxes.map((box) => box[i])) - 20;
+  const most = (i) => Math.max(...boxes.map((box) => box[i] + box[i + 2])) + 20;
+  return [least(0), least(1), most(0) - least(0), most(1) - least(1)];
+})()"""
+
+FIT = f"""(() => {{
+  const [left, top, across] = {BOUNDS};
+  app.canvas.ds.scale = innerWidth / across;
+  app.canvas.ds.offset = [-left, -top];
+  app.canvas.setDirty(true, true);
+  document.querySelectorAll('.no-drag.fixed').forEach((menu) => (menu.style.display = 'none'));
+}})()"""
+
+VIDEOS = "[...document.querySelectorAll('video')]"
+STOP = f"""{VIDEOS}.forEach((video) => {{
+  video.controls = false;
+  video.pause();
+  video.currentTime = 0.75 * video.duration;
+}})"""

@@ -1,0 +1,42 @@
+"""The pack in an older ComfyUI (0.3.64), found at COMFYUI_OLD_PATH, else at ~/comfy/ComfyUI-0.3.64."""
+
+import os
+from pathlib import Path
+
+import pytest
+from comfy_server import Server
+from test_workflows import PATIENCE, node, prompt_of, saved
+from videos import check_video
+
+OLD = Path(os.environ.get("COMFYUI_OLD_PATH", Path.home() / "comfy" / "ComfyUI-0.3.64"))
+pytestmark = pytest.mark.skipif(not (OLD / "main.py").exists(), reason="no older ComfyUI at COMFYUI_OLD_PATH")
+
+
+@pytest.fixture(scope="module")
+def old_server(tmp_path_factory):
+    running = Server(tmp_path_factory.mktemp("old_comfy"), host=OLD)
+    yield running
+    running.stop()
+
+
+def test_pack_loads(old_server):
+    known = old_server.get("/object_info")
+    assert {"FlowCache", "FlowCacheLoadARVideoModel", "FlowCacheAutoregressiveExtend", "FlowCacheReport"} <= known.keys()
+    assert "IMPORT FAILED" not in old_server.log.read_text()
+
+
+def test_text_to_video(old_server):
+    prompt = prompt_of("demo_text_to_video")
+    outcome = old_server.run(prompt, PATIENCE)
+    assert outcome.error is None
+    check_video(saved(old_server, prompt, outcome, "flowcache/text_to_video"), 16 * 12 - 3, 256)
+    (report,) = outcome.outputs[node(prompt, "FlowCacheReport")]["text"]
+    assert "88% of steps reused" in report
+
+
+def test_two_continuations_of_one_state(old_server):
+    prompt = prompt_of("demo_extend")
+    outcome = old_server.run(prompt, PATIENCE)
+    assert outcome.error is None
+    for name, chunks in (("beginning", 8), ("first", 16), ("second", 16)):
+        check_video(saved(old_server, prompt, outcome, f"flowcache/extend_{name}"), chunks * 12 - 3, 256)

@@ -1,0 +1,91 @@
+"""Every API workflow, posted over HTTP and followed on the websocket to the saved video."""
+
+import json
+
+import numpy as np
+import pytest
+from comfy_server import PACK
+from videos import check_video
+
+API = PACK / "workflows" / "api"
+PATIENCE = 1200  # seconds; on a free machine none takes more than one minute
+
+
+def prompt_of(name: str) -> dict:
+    return json.loads((API / f"{name}.json").read_text())
+
+
+def node(prompt: dict, kind: str, title: str | None = None) -> str:
+    """The id of the only node of a kind, or of that kind and title."""
+    (found,) = [key for key, each in prompt.items() if each["class_type"] == kind and title in (None, each["_meta"]["title"])]
+    return found
+
+
+def saved(server, prompt: dict, outcome, prefix: str):
+    """The video that the save node with this file name prefix wrote."""
+    (key,) = [k for k, each in prompt.items() if each["class_type"] == "SaveVideo" and each["inputs"]["filename_prefix"] == prefix]
+    (path,) = server.saved(outcome, key)
+    return path
+
+
+def test_every_workflow_has_an_api_form():
+    assert {path.name for path in API.glob("*.json")} == {path.name for path in API.parent.glob("*.json")}
+
+
+def test_text_to_video(server):
+    prompt = prompt_of("demo_text_to_video")
+    extend = node(prompt, "FlowCacheAutoregressiveExtend")
+    outcome = server.run(prompt, PATIENCE)
+    assert outcome.error is None
+    check_video(saved(server, prompt, outcome, "flowcache/text_to_video"), 16 * 12 - 3, 256)
+    ticks = 64 + 15 * 16  # 16 chunks of 64 steps, each 16 steps ahead of the next
+    told = [value for value, most in outcome.progress if most == ticks]
+    assert told == sorted(told) and told[-1] == ticks and len(set(told)) > 10
+    texts = [text for key, text in outcome.texts if key == extend]
+    assert texts and "chunk 16 of 16" in texts[-1]
+    (report,) = outcome.outputs[node(prompt, "FlowCacheReport")]["text"]
+    assert "16 chunks of 64 steps" in report and "88% of steps reused" in report
+
+
+def test_two_continuations_of_one_state(server):
+    prompt = prompt_of("demo_extend")
+    outcome = server.run(prompt, PATIENCE)
+    assert outcome.error is None
+    beginning = check_video(saved(server, prompt, outcome, "flowcache/extend_beginning"), 8 * 12 - 3, 256)
+    first = check_video(saved(server, prompt, outcome, "flowcache/extend_first"), 16 * 12 - 3, 256)
+    second = check_video(saved(server, prompt, outcome, "flowcache/extend_second"), 16 * 12 - 3, 256)
+    # Coded anew each time, so a little off; the last frames see what comes after them.
+    shared = slice(0, 8 * 12 - 12)
+    assert difference(beginning[shared], first[shared]) < 3
+    assert difference(first[shared], second[shared]) < 3
+    assert difference(first[-12:], second[-12:]) > 3
+
+
+def difference(a: np.ndarray, b: np.ndarray) -> float:
+    """Mean absolute difference in grey levels of 255."""
+    return float(np.abs(a.astype(np.float32) - b.astype(np.float32)).mean())
+
+
+def test_a_new_caption_computes_only_its_own_continuation(server):
+    prompt = prompt_of("demo_extend")
+    server.run(prompt, PATIENCE)
+    (changed,) = [k for k, each in prompt.items() if each["inputs"].get("caption") == "a white triangle"]
+    prompt[changed]["inputs"]["caption"] = "a yellow circle"
+    outcome = server.run(prompt, PATIENCE)
+    assert outcome.error is None
+    extends = [key for key, each in prompt.items() if each["class_type"] == "FlowCacheAutoregressiveExtend"]
+    assert len([key for key in extends if key in outcome.executed]) == 1
+
+
+@pytest.mark.parametrize("preset", ["balanced", "off"])
+def test_native_sampler(server, preset):
+    prompt = prompt_of("demo_native_sampler")
+    prompt[node(prompt, "FlowCache")]["inputs"]["preset"] = preset
+    steps = prompt[node(prompt, "BasicScheduler")]["inputs"]["steps"]
+    outcome = server.run(prompt, PATIENCE)
+    assert outcome.error is None
+    check_video(saved(server, prompt, outcome, "flowcache/native_sampler"), 93, 256)
+    assert (steps, steps) in outcome.progress or (steps - 1, steps) in outcome.progress
+    (report,) = outcome.outputs[node(prompt, "FlowCacheReport")]["text"]
+    assert f"8 chunks of {steps} steps, lag {steps}" in report
+    assert ("0% of steps reused" in report) == (preset == "off")

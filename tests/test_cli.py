@@ -1,0 +1,140 @@
+"""The command line, on a small random network of the demo's family."""
+
+import io
+import json
+import re
+
+import pytest
+import torch
+from PIL import Image
+
+from flowcache_core import __main__ as cli
+from flowcache_core import checkpoints
+from flowcache_core.backbones.wan import WanConfig, WanNetwork
+from flowcache_core.demo import compare as comparison
+from flowcache_core.engine import Progress
+from flowcache_core.progress import Bar
+from flowcache_core.weight_files import write_safetensors
+
+SMALL = WanConfig(dim=48, ffn_dim=64, num_heads=2, num_layers=2, text_dim=64)
+FAST = ["--chunks", "2", "--steps", "4", "--enlarge", "1"]
+
+
+@pytest.fixture(scope="module")
+def network(tmp_path_factory):
+    torch.manual_seed(0)
+    path = tmp_path_factory.mktemp("network") / "small.safetensors"
+    info = checkpoints.CheckpointInfo("demo", SMALL, torch.float16, "wan", "", {}, 0)
+    write_safetensors(WanNetwork(SMALL).state_dict(), checkpoints.stamp(info), path, torch.float16)
+    return path
+
+
+def test_generate_writes_video_report_and_state(network, tmp_path, capsys):
+    common = ["--network", str(network), *FAST]
+    out, state = tmp_path / "new" / "a.webp", tmp_path / "s.safetensors"
+    first = ["generate", "a red circle", "--out", str(out), "--save-state", str(state), *common]
+    assert cli.main([*first, "--report", str(tmp_path / "r.png")]) == 0
+    said = capsys.readouterr()
+    assert "21 frames" in said.out and "2 chunks of 4 steps, lag 1" in said.out and "100%, chunk 2 of 2" in said.err
+    with Image.open(out) as video, Image.open(tmp_path / "r.png") as picture:
+        assert (video.n_frames, video.size, picture.width) == (21, (64, 64), 800)
+    longer, report = tmp_path / "b.webp", tmp_path / "r.json"
+    second = ["generate", "a red circle", "a blue square", "--out", str(longer), "--state", str(state), *common]
+    assert cli.main([*second, "--report", str(report)]) == 0
+    assert "chunk 4 of 4" in capsys.readouterr().err
+    with Image.open(longer) as video:
+        assert video.n_frames == 45
+    assert json.loads(report.read_text())["chunks"] == 2
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["b.webp", "new", "r.json", "r.png", "s.safetensors"]
+
+
+def test_demo_writes_what_it_promises(network, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(comparison, "STEPS", 8)
+    out = tmp_path / "demo"
+    assert cli.main(["demo", "--out", str(out), "--chunks", "12", "--network", str(network)]) == 0
+    names = ["flowcache.mp4", "plain.mp4", "report.json", "report.png", "short_history.mp4", "side_by_side.webp"]
+    assert sorted(path.name for path in out.iterdir()) == names
+    numbers = json.loads((out / "report.json").read_text())
+    promised = (
+        "seconds_plain seconds_flowcache speedup psnr ssim forwards_total forwards_executed overhead chunks psnr_budget "
+        "detector_plain detector_budget history_bytes_peak history_bytes_unbounded"
+    )
+    assert set(promised.split()) <= set(numbers)
+    assert numbers["chunks"] == 12 and numbers["forwards_total"] == 12 * 9
+    assert numbers["history_bytes_peak"] <= 0.45 * numbers["history_bytes_unbounded"]
+    assert numbers["speedup"] == pytest.approx(numbers["seconds_plain"] / numbers["seconds_flowcache"], rel=0.05)
+    with Image.open(out / "side_by_side.webp") as together, Image.open(out / "report.png") as picture:
+        assert together.n_frames == 1 + 4 * (12 * 3 - 1) and picture.width == 800
+    assert "PSNR to plain" in capsys.readouterr().out
+
+
+def test_info_and_convert(network, tmp_path, capsys):
+    assert cli.main(["info", str(network)]) == 0
+    assert "family    demo" in capsys.readouterr().out
+    out = tmp_path / "converted.safetensors"
+    assert cli.main(["convert", str(network), str(out), "--family", "causal", "--dtype", "bfloat16"]) == 0
+    info = checkpoints.inspect(out)
+    assert (info.family, info.dtype) == ("causal", torch.bfloat16)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["generate", "a purple cow"], "does not know the word 'purple'"),
+        (["generate", "a red circle", "--chunks", "0"], "chunks is 0"),
+        (["generate", "a red circle", "--steps", "0"], "steps is 0"),
+        (["generate", "a red circle", "--lag", "99"], "lag is 99"),
+        (["generate", "a red circle", "--budget", "0"], "budget is 0"),
+        (["generate", "a red circle", "--relative"], "need a history budget"),
+        (["generate", "a red circle", "--seed", "-1"], "seed is -1"),
+        (["generate", "a red circle", "--state", "nowhere.safetensors"], "Cannot read a state"),
+        (["generate", "a red circle", "--network", "nowhere.safetensors"], "does not exist"),
+        (["demo", "--chunks", "4"], "too few"),
+        (["demo", "--caption", "circle"], "is no shape"),
+        (["info", "nowhere.safetensors"], "does not exist"),
+    ],
+)
+def test_mistakes_are_one_line_and_write_nothing(network, tmp_path, capsys, monkeypatch, arguments, words):
+    monkeypatch.chdir(tmp_path)
+    if "--network" not in arguments and arguments[0] != "info":
+        arguments = [*arguments, "--network", str(network)]
+    assert cli.main(arguments) == 2
+    said = capsys.readouterr().err.strip().splitlines()
+    assert said[-1].startswith("error: ") and words in said[-1] and len(said) == 1
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_output_that_cannot_be_written_is_told_before_any_work(network, tmp_path, capsys):
+    (tmp_path / "file").write_text("")
+    for command in (
+        ["generate", "a red circle", "--out", str(tmp_path / "file" / "a.mp4")],
+        ["demo", "--out", str(tmp_path / "file")],
+    ):
+        assert cli.main([*command, "--network", str(network)]) == 2
+        said = capsys.readouterr().err.strip().splitlines()
+        assert len(said) == 1 and "Cannot write" in said[0]
+
+
+def test_interrupt_leaves_nothing(network, tmp_path, capsys, monkeypatch):
+    def interrupted(*args, **kwargs):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(cli, "generate", interrupted)
+    assert cli.main(["generate", "a red circle", "--out", str(tmp_path / "a.mp4"), "--network", str(network)]) == 130
+    assert list(tmp_path.iterdir()) == [] and "Cancelled" in capsys.readouterr().err
+
+
+class Terminal(io.StringIO):
+    def isatty(self):
+        return True
+
+
+def test_the_bar_redraws_one_line_on_a_terminal():
+    terminal, pipe = Terminal(), io.StringIO()
+    for stream in (terminal, pipe):
+        bar = Bar("making", 3, stream)
+        for tick in range(1, 101):
+            bar(Progress(tick, 100, [], tick // 34))
+    assert re.search(r"] making 100%, chunk 2 of 3, \d\.\d s\n$", terminal.getvalue())
+    assert terminal.getvalue().count("\n") == 1
+    assert len(pipe.getvalue().splitlines()) == 11
