@@ -1,0 +1,24 @@
+# `make demo`, `make test`: each sets itself up in .venv first, once.
+
+PYTHON ?= python3
+VENV ?= .venv
+PACKAGES = torch==2.13.0 "numpy>=1.26,<3" "pillow>=11" "safetensors>=0.5,<1" "av>=14" "pytest>=8,<10"
+
+.PHONY: demo test clean
+
+demo: $(VENV)/ready
+	$(VENV)/bin/python -m flowcache_core demo --out out/demo
+
+test: $(VENV)/ready
+	$(VENV)/bin/python -m pytest
+
+clean:
+	rm -rf $(VENV) out
+
+$(VENV)/ready: Makefile
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' || \
+		{ echo "Python 3.10 or newer is needed; give one: make PYTHON=/path/to/python3 ..."; exit 1; }
+	@$(PYTHON) -m venv $(VENV) || \
+		{ echo "Python cannot make a virtual environment; on Debian and Ubuntu: apt install python3-venv"; exit 1; }
+	$(VENV)/bin/python -m pip install --quiet $(PACKAGES)
+	@touch $@
