@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from .backbones.magi import Attention, MagiBackbone, MagiContext, MagiText, grouped_attention
+from .backbones.magi_config import MagiConfig
 from .backbones.magi_sampling import (
     CHUNK_FRAMES,
     CLEAN_TIME,
@@ -86,6 +87,43 @@ def magi_schedule(frames: int, steps: int, given_frames: int = 0) -> ChunkSchedu
     """
     chunks, prefix = -(-(frames + given_frames) // CHUNK_FRAMES), given_frames // CHUNK_FRAMES
     return ChunkSchedule(chunks - prefix, steps, len(sigmas(steps)) // WINDOW, prefix=prefix)
+
+
+def history_plan(
+    config: MagiConfig, schedule: ChunkSchedule, settings: Settings, sampling: MagiSampling, latent: Sequence[int]
+) -> tuple[HistoryShape, HistorySettings]:
+    """What a run allocates for its history: `shape.bytes(2)` of it in bfloat16.
+
+    Without a budget, chunks that none will see any more are dropped: with upstream's ranges there are never more than
+    6 in a run from noise (one clean, four active, one waiting for its clean pass), whatever its length.
+
+    Args:
+        latent: shape of a chunk, [B, C, 6, H, W].
+    """
+    history = settings.history
+    if history.budget is None and sampling.visible:
+        history = HistorySettings(clean_chunks_seen(sampling.visible, schedule.prefix), Compression("window"))
+    capacity = schedule.total_chunks
+    if history.budget is not None:
+        capacity = min(capacity, history.budget + schedule.max_active + int(settings.clean_pass))
+    shape = HistoryShape(
+        layers=config.layers,
+        batch=latent[0],
+        heads=config.kv_heads,
+        head_dim=config.head_dim,
+        grid=(latent[3] // config.patch, latent[4] // config.patch),
+        chunk_frames=CHUNK_FRAMES,
+        capacity=capacity,
+    )
+    return shape, history
+
+
+def clean_chunks_seen(visible: Sequence[int], prefix: int) -> int:
+    """How many clean chunks are looked at: in the midst of a run, and by the first chunks after a prefix."""
+    count = len(visible)
+    between = [(count - 1 - stage) * WINDOW // count for stage in range(count)]  # active chunks before one of that stage
+    midst = max(seen - 1 - active for seen, active in zip(visible, between, strict=True))
+    return max(1, midst, min(prefix, max(visible) - 1))
 
 
 class MagiEngine:
@@ -277,8 +315,9 @@ class MagiEngine:
     def _add(self, velocities: dict, place: Place, weights: dict, branch: str, residual: Tensor) -> None:
         if branch not in weights[place.chunk]:
             return
-        x = self._latents[place.chunk]
+        x, begun = self._latents[place.chunk], time.perf_counter()
         velocity = self.backbone.head(x, self._level(place.chunk, self.sigmas[place.step]), residual)
+        self.report.forward_seconds += time.perf_counter() - begun
         velocity = velocity * weights[place.chunk][branch]
         velocities[place.chunk] = velocities[place.chunk] + velocity if place.chunk in velocities else velocity
 
@@ -337,29 +376,13 @@ class MagiEngine:
         history = self.settings.history
         return bool(self.sampling.visible) and (history.budget is None or history.compression.rule == "window")
 
-    def _history_settings(self) -> HistorySettings:
-        """As asked for; without a budget, chunks that none will see any more are dropped."""
-        settings = self.settings.history
-        if settings.budget is None and self.sampling.visible:
-            return HistorySettings(max(1, max(self.sampling.visible) - 1), Compression("window"))
-        return settings
-
     def _history_of(self, x: Tensor) -> History:
         if self.history is None:
-            backbone, settings, total = self.backbone, self._history_settings(), self.schedule.total_chunks
-            active = self.schedule.max_active + int(self.settings.clean_pass)
-            shape = HistoryShape(
-                layers=backbone.layers,
-                batch=x.shape[0],
-                heads=backbone.kv_heads,
-                head_dim=backbone.head_dim,
-                grid=backbone.grid(*x.shape[-2:]),
-                chunk_frames=CHUNK_FRAMES,
-                capacity=total if settings.budget is None else min(total, settings.budget + active),
-            )
-            self.history = History(shape, backbone.rotary, settings, backbone.network.dtype, x.device)
+            shape, settings = history_plan(self.backbone.config, self.schedule, self.settings, self.sampling, x.shape)
+            self.history = History(shape, self.backbone.rotary, settings, self.backbone.network.dtype, x.device)
             if self._loaded is not None:
                 self.history.load(self._loaded)
+            whole = replace(shape, capacity=self.schedule.total_chunks)
             self.report.history_bytes_allocated = self.history.bytes
-            self.report.history_bytes_unbounded = replace(shape, capacity=total).bytes(self.history.keys.itemsize)
+            self.report.history_bytes_unbounded = whole.bytes(self.history.keys.itemsize)
         return self.history
