@@ -1,13 +1,15 @@
 """The MAGI-1 network against upstream's own modules (tests/golden/README.md says how the tensors were made)."""
 
+import json
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
-from flowcache_core.backbones.magi import MagiBackbone, MagiNetwork, MagiRotary, MagiText, grouped_attention
+from flowcache_core import checkpoints
+from flowcache_core.backbones.magi import MagiBackbone, MagiNetwork, MagiRotary, MagiText, grouped_attention, load_network
 from flowcache_core.backbones.magi_config import MAGI_4_5B, MAGI_24B, MagiConfig
 from flowcache_core.backbones.magi_fp8 import Fp8Linear, SmoothFp8Linear
 from flowcache_core.errors import UserError
@@ -207,6 +209,28 @@ def test_sizes_are_read_off_the_weights(config):
     del tensors["x_embedder.weight"]
     with pytest.raises(UserError, match="lacks x_embedder.weight"):
         MagiConfig.from_tensors(tensors, distilled=False)
+
+
+def test_shards_are_loaded_as_they_are(tmp_path):
+    tensors = backbone(SMALL_FP8).network.state_dict()
+    names = sorted(tensors)
+    parts = {"a.safetensors": names[::2], "b.safetensors": names[1::2]}
+    for file, held in parts.items():
+        save_file({name: tensors[name] for name in held}, tmp_path / file)
+    index = {"weight_map": {name: file for file, held in parts.items() for name in held}}
+    (tmp_path / "model.safetensors.index.json").write_text(json.dumps(index))
+    info, loaded = checkpoints.load(tmp_path)
+    assert info.family == "magi"
+    network = load_network(loaded, distilled=True)
+    assert network.config == SMALL_FP8 and network.dtype == torch.float32
+    golden = GOLDEN["fp8.velocity.one"]
+    assert relative_error(run(MagiBackbone(network), 1), golden) < 3e-3
+    for name, change in {"lacks rope.bands": "rope.bands", "also holds more": None}.items():
+        broken = {key: value for key, value in loaded.items() if key != change} | ({} if change else {"more": torch.ones(1)})
+        with pytest.raises(UserError, match=name):
+            load_network(broken, distilled=True)
+    with pytest.raises(UserError, match="rope.bands is"):
+        load_network(loaded | {"rope.bands": torch.ones(3)}, distilled=True)
 
 
 def upstream_settings(config: MagiConfig) -> dict:

@@ -13,7 +13,7 @@ Source: MAGI-1, inference/model/dit/dit_model.py and dit_module.py.
 """
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -196,6 +196,33 @@ class MagiNetwork(nn.Module):
         self.rope = MagiRope(config.head_dim, **precise)
         self.videodit_blocks = MagiBlocks(config, operations, precise, where)
         self.final_linear = MagiFinal(config, operations, **precise)
+
+
+def load_network(
+    tensors: Mapping[str, Tensor], distilled: bool, dtype: torch.dtype | None = None, operations=Casting
+) -> MagiNetwork:
+    """A network over a checkpoint's tensors, which are neither copied nor converted: mapped files stay mapped.
+
+    Args:
+        tensors: under upstream's names; special tokens beside them (magi_text.py) are passed over.
+        distilled: whether the network is told the step size; it cannot be told from the tensors.
+        dtype: precision of the blocks' computation; by default that of the first block's matrices.
+
+    Raises:
+        UserError: tensors are missing, left over or of the wrong shape.
+    """
+    config = MagiConfig.from_tensors(tensors, distilled)
+    stored = tensors["videodit_blocks.layers.0.self_attention.linear_qkv.q.weight"].dtype
+    network = MagiNetwork(config, dtype or stored, "meta", operations)
+    own = {name: tensor for name, tensor in tensors.items() if not name.startswith("special_tokens.")}
+    expected = {name: parameter.shape for name, parameter in network.named_parameters()}
+    for name in sorted(expected.keys() ^ own.keys()):
+        raise UserError(f"The checkpoint {'lacks' if name in expected else 'also holds'} {name}; choose a whole MAGI-1 file.")
+    for name, shape in expected.items():
+        if own[name].shape != shape:
+            raise UserError(f"{name} is {list(own[name].shape)}, expected {list(shape)}; choose a sound MAGI-1 file.")
+    network.load_state_dict(own, assign=True)
+    return network.requires_grad_(False).eval()
 
 
 @dataclass(frozen=True)
