@@ -54,7 +54,7 @@ class StretchedRotary(MagiRotary):
 
 def history(model: MagiBackbone, rotary=MagiRotary) -> History:
     shape = HistoryShape(model.layers, 1, model.kv_heads, model.head_dim, (ROWS, COLUMNS), FRAMES, len(TIMES))
-    rotary = rotary(model.rotary.bands, model.head_dim)
+    rotary = rotary(model.network.rope, model.head_dim)
     return History(shape, rotary, HistorySettings(), model.network.dtype, torch.device("cpu"))
 
 

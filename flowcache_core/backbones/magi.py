@@ -233,8 +233,13 @@ class MagiRotary:
     what a frame of 16 x 16 tokens of the same shape spans.
     """
 
-    bands: Tensor  # [head_dim / 8]
+    rope: MagiRope  # asked anew each time: a host may move its parameter
     head_dim: int
+
+    @property
+    def bands(self) -> Tensor:
+        """Frequencies, [head_dim / 8]."""
+        return self.rope.bands.detach()
 
     @property
     def parts(self) -> tuple[int, int, int]:
@@ -244,7 +249,7 @@ class MagiRotary:
 
     def angles(self, positions: Tensor, width: int) -> Tensor:
         """Positions [...] to angles [..., width / 2] in float64."""
-        return positions.double()[..., None] * self.bands.detach().to(positions.device).double()
+        return positions.double()[..., None] * self.bands.to(positions.device).double()
 
     def table(self, frames: Tensor, rows: int, columns: int) -> Tensor:
         """Cosines and sines of every token of a run of frames.
@@ -344,7 +349,7 @@ class MagiBackbone:
         self.kv_heads = config.kv_heads
         self.head_dim = config.head_dim
         self.blocks = network.videodit_blocks.layers
-        self.rotary = MagiRotary(network.rope.bands, config.head_dim)
+        self.rotary = MagiRotary(network.rope, config.head_dim)
 
     def grid(self, height: int, width: int) -> tuple[int, int]:
         """Rows and columns of tokens of one frame of latent size height x width.
