@@ -16,19 +16,24 @@ from .demo.model import decode, load_network, weights_name
 from .demo.train_network import FRAMES_PER_CHUNK
 from .engine import Cancelled
 from .errors import UserError
-from .files import write_whole
+from .files import check_writable, write_whole
 from .generate import generate
 from .pictures import report_picture
 from .presets import DEFAULT_PRESET, PRESETS, preset
 from .progress import Bar
 from .report import megabytes
 from .state import load_state, save_state
-from .video import enlarged, frames_of, save_video
+from .video import FORMATS, enlarged, frames_of, save_video
 
 DTYPES = {"as it is": None, "float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 
 
 def run_generate(options: argparse.Namespace) -> None:
+    for path in (options.out, options.save_state, options.report):
+        if path is not None:
+            check_writable(path)
+    if options.out.suffix.lower() not in FORMATS:
+        raise UserError(f"The output is called {options.out.name}; give a name that ends in {', '.join(FORMATS)}.")
     settings = preset(options.preset, options.budget)
     settings = replace(settings, history=replace(settings.history, relative=options.relative))
     state = load_state(options.state) if options.state else None
@@ -59,7 +64,9 @@ def run_generate(options: argparse.Namespace) -> None:
         save_state(result.state, options.save_state)
     if options.report:
         if options.report.suffix == ".json":
-            write_whole(options.report, lambda partial: partial.write_text(json.dumps(result.report.as_dict(), indent=1) + "\n"))
+            write_whole(
+                options.report, lambda partial: partial.write_text(json.dumps(result.report.as_dict(), indent=1) + "\n")
+            )
         else:
             write_whole(options.report, report_picture(result.report).save)
     print(result.report.text())
@@ -102,23 +109,51 @@ def parser() -> argparse.ArgumentParser:
     whole = argparse.ArgumentParser(prog="python -m flowcache_core", description="Long autoregressive video, faster.")
     commands = whole.add_subparsers(required=True, metavar="command")
 
-    part = commands.add_parser("generate", help="a video from captions, or a longer one from a state, with the demo model")
+    part = commands.add_parser(
+        "generate", help="a video from captions, or a longer one from a state, with the demo model"
+    )
     part.set_defaults(run=run_generate)
-    part.add_argument("captions", nargs="+", help='such as "a red circle and a blue square"; several share the chunks evenly')
-    part.add_argument("--out", type=Path, default=Path("out/video.mp4"), help=".mp4, .webp or .gif (default: %(default)s)")
+    part.add_argument(
+        "captions", nargs="+", help='such as "a red circle and a blue square"; several share the chunks evenly'
+    )
+    part.add_argument(
+        "--out", type=Path, default=Path("out/video.mp4"), help=".mp4, .webp or .gif (default: %(default)s)"
+    )
     part.add_argument("--chunks", type=int, default=16, help="new chunks, of 12 frames each (default: %(default)s)")
-    part.add_argument("--preset", choices=PRESETS, default=DEFAULT_PRESET, help="how much is reused (default: %(default)s)")
-    part.add_argument("--budget", type=int, metavar="CHUNKS", help="clean chunks that are kept in the history (default: all)")
-    part.add_argument("--relative", action="store_true", help="positions count from the start of the history (needs --budget)")
+    part.add_argument(
+        "--preset", choices=PRESETS, default=DEFAULT_PRESET, help="how much is reused (default: %(default)s)"
+    )
+    part.add_argument(
+        "--budget", type=int, metavar="CHUNKS", help="clean chunks that are kept in the history (default: all)"
+    )
+    part.add_argument(
+        "--relative", action="store_true", help="positions count from the start of the history (needs --budget)"
+    )
     part.add_argument("--seed", type=int, default=0)
     part.add_argument("--steps", type=int, default=64, help="denoising steps of a chunk (default: %(default)s)")
-    part.add_argument("--lag", type=int, default=None, help="steps that a chunk is ahead of the next (default: a quarter of the steps)")
-    part.add_argument("--guidance", type=float, default=1.0, help="classifier-free guidance; 1 is off (default: %(default)s)")
+    part.add_argument(
+        "--lag",
+        type=int,
+        default=None,
+        help="steps that a chunk is ahead of the next (default: a quarter of the steps)",
+    )
+    part.add_argument(
+        "--guidance", type=float, default=1.0, help="classifier-free guidance; 1 is off (default: %(default)s)"
+    )
     part.add_argument("--negative", default="", metavar="CAPTION", help="what to keep away from, with guidance")
     part.add_argument("--state", type=Path, metavar="FILE", help="go on from this state of an earlier run")
-    part.add_argument("--save-state", type=Path, metavar="FILE", help="write the state, to go on from later (.safetensors)")
+    part.add_argument(
+        "--save-state", type=Path, metavar="FILE", help="write the state, to go on from later (.safetensors)"
+    )
     part.add_argument("--report", type=Path, metavar="FILE", help="write what the run did: .json, or a picture .png")
-    part.add_argument("--enlarge", type=int, default=4, choices=range(1, 17), metavar="TIMES", help="pixel size (default: %(default)s)")
+    part.add_argument(
+        "--enlarge",
+        type=int,
+        default=4,
+        choices=range(1, 17),
+        metavar="TIMES",
+        help="pixel size (default: %(default)s)",
+    )
     part.add_argument("--network", type=Path, metavar="FILE", help="another network of the demo's family")
 
     part = commands.add_parser("demo", help="the same video plain, with FlowCache, and with a short history; compared")
@@ -152,7 +187,7 @@ def main(arguments: list[str] | None = None) -> int:
         print(f"error: {error}", file=sys.stderr)
         return 2
     except (KeyboardInterrupt, Cancelled):
-        print("\nCancelled; nothing was written.", file=sys.stderr)
+        print("\nCancelled.", file=sys.stderr)
         return 130
     return 0
 

@@ -8,8 +8,20 @@ from pathlib import Path
 from .errors import UserError
 
 
+def check_writable(path: Path | str) -> None:
+    """Raises UserError where `path` could not be written later on; changes nothing on the disk."""
+    path = Path(path)
+    if path.is_dir():
+        raise UserError(f"{path} is a folder; give the name of a file.")
+    folder = next(parent for parent in path.absolute().parents if parent.exists())
+    if not folder.is_dir() or not os.access(folder, os.W_OK | os.X_OK):
+        raise UserError(f"Cannot write {path}: {folder} is no folder that may be written to; choose another one.")
+
+
 def write_whole(path: Path | str, write: Callable[[Path], object]) -> Path:
-    """Calls `write` with a temporary path beside the given one, in a folder that is made, and renames it once it is whole.
+    """Calls `write` with a temporary path beside the given one, and renames what it wrote once it is whole.
+
+    The folder is made where it is missing.
 
     Raises:
         UserError: the folder or file cannot be written.

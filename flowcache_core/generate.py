@@ -1,11 +1,11 @@
 """From a caption's embedding to a video's latents in one call: the engine for Python users.
 
-    from flowcache_core import presets
-    from flowcache_core.demo.captions import embed_caption
-    from flowcache_core.demo.model import load_network
+from flowcache_core import presets
+from flowcache_core.demo.captions import embed_caption
+from flowcache_core.demo.model import load_network
 
-    result = generate(load_network(), embed_caption("a red circle"), chunks=16, settings=presets.preset("balanced"))
-    longer = generate(load_network(), embed_caption("a red circle"), chunks=8, state=result.state)
+result = generate(load_network(), embed_caption("a red circle"), chunks=16, settings=presets.preset("balanced"))
+longer = generate(load_network(), embed_caption("a red circle"), chunks=8, state=result.state)
 """
 
 from collections.abc import Callable, Sequence
@@ -89,7 +89,9 @@ def generate(
     texts = _checked_texts(text, "text", backbone)
     batch, device, dtype = texts[0].shape[0], texts[0].device, texts[0].dtype
     if guidance_scale != 1.0 and negative is None:
-        raise UserError(f"Guidance {guidance_scale} needs a negative text (its embedding may be empty); give one, or scale 1.")
+        raise UserError(
+            f"Guidance {guidance_scale} needs a negative text (its embedding may be empty); give one, or scale 1."
+        )
     against = _checked_texts(negative, "negative text", backbone) if negative is not None else None
     if frames_per_chunk < 1:
         raise UserError(f"frames_per_chunk is {frames_per_chunk}, expected at least 1.")
@@ -109,7 +111,9 @@ def generate(
     runner.report.settings = describe(settings)
     if state is not None:
         runner.load(state.by_branch)
-    denoise = guidance(runner, _by_chunk(texts, done), None if against is None else _by_chunk(against, done), guidance_scale)
+    denoise = guidance(
+        runner, _by_chunk(texts, done), None if against is None else _by_chunk(against, done), guidance_scale
+    )
     engine = Engine(
         runner,
         denoise,
@@ -126,8 +130,8 @@ def generate(
     for chunk in engine.run():
         if not torch.isfinite(chunk.latent).all():
             raise UserError(
-                f"Chunk {chunk.index} came out with NaN or infinite values: the weights are damaged or overflow in {dtype}; "
-                "use a sound checkpoint, or float32."
+                f"Chunk {chunk.index} came out with NaN or infinite values: the weights are damaged or overflow in "
+                f"{dtype}; use a sound checkpoint, or float32."
             )
         latents.append(chunk.latent.cpu())
         on_chunk(chunk)
@@ -138,16 +142,18 @@ def generate(
 def _checked_texts(text: Text, name: str, backbone) -> list[Tensor]:
     texts = [text] if isinstance(text, Tensor) else list(text)
     if not texts:
-        raise UserError(f"The {name} is an empty list, expected an embedding [batch, tokens, width] or one for each chunk.")
+        raise UserError(f"The {name} is an empty list; give an embedding [batch, tokens, width] or one for each chunk.")
     width = backbone.text_dim
     for one in texts:
         if not isinstance(one, Tensor) or one.ndim != 3 or one.shape[2] != width:
             found = list(one.shape) if isinstance(one, Tensor) else type(one).__name__
             raise UserError(
-                f"The {name} is {found}, expected an embedding [batch, tokens, {width}]; embed it with this model's encoder."
+                f"The {name} is {found}, expected an embedding [batch, tokens, {width}]; use this model's encoder."
             )
         if one.shape[0] != texts[0].shape[0]:
-            raise UserError(f"The {name}s have batches of {texts[0].shape[0]} and {one.shape[0]}, expected the same for all.")
+            raise UserError(
+                f"The {name}s have batches of {texts[0].shape[0]} and {one.shape[0]}, expected the same for all."
+            )
         if not torch.isfinite(one).all():
             raise UserError(f"The {name} holds NaN or infinite values; check the text encoder that made it.")
     return texts
@@ -160,18 +166,21 @@ def _given(state: State | None, prefix: Tensor | None, shape: tuple[int, ...], m
     if state is not None:
         batch, channels, frames, *_ = shape
         state.check(model, frames, (batch, channels, frames, *state.latents.shape[3:]))
+        if not torch.isfinite(state.latents).all():
+            raise UserError("The state holds NaN or infinite latents; go on from another one.")
         return state.latents
     if prefix is None:
         return None
     batch, channels, frames, *_ = shape
     if prefix.ndim != 5 or prefix.shape[:2] != (batch, channels):
         raise UserError(
-            f"The prefix has shape {list(prefix.shape)}, expected [{batch}, {channels}, frames, height, width]; encode it with "
-            "this model's VAE, one video for each text."
+            f"The prefix has shape {list(prefix.shape)}, expected [{batch}, {channels}, frames, height, width]; "
+            "encode it with this model's VAE, one video for each text."
         )
     if prefix.shape[2] == 0 or prefix.shape[2] % frames:
         raise UserError(
-            f"The prefix has {prefix.shape[2]} latent frames, which do not fill chunks of {frames}; cut it to a multiple of {frames}."
+            f"The prefix has {prefix.shape[2]} latent frames, which do not fill chunks of {frames}; cut it to a "
+            f"multiple of {frames}."
         )
     if not torch.isfinite(prefix).all():
         raise UserError("The prefix holds NaN or infinite values; check the VAE or file that it comes from.")
@@ -190,7 +199,7 @@ def _checked_sigmas(sigmas: Sequence[float] | None, steps: int) -> list[float]:
     falling = all(after < before for before, after in zip(levels, levels[1:], strict=False))
     if len(levels) != steps + 1 or not falling or levels[-1] != 0.0 or levels[0] > 1.0:
         raise UserError(
-            f"The {len(levels)} noise levels do not fit {steps} steps: expected {steps + 1}, falling from at most 1 to 0."
+            f"The {len(levels)} noise levels do not fit {steps} steps: give {steps + 1}, falling from at most 1 to 0."
         )
     return levels
 

@@ -68,4 +68,6 @@ def _blur(planes: Tensor) -> Tensor:
 
 def _same_shape(a: Tensor, b: Tensor) -> None:
     if a.shape != b.shape:
-        raise UserError(f"The videos have shapes {list(a.shape)} and {list(b.shape)}; compare videos of the same size and length.")
+        raise UserError(
+            f"The videos have shapes {list(a.shape)} and {list(b.shape)}; compare videos of the same size and length."
+        )

@@ -53,7 +53,9 @@ class Canvas:
 
     def box(self, x0: float, y0: float, x1: float, y1: float, colour: str, round: float = 0) -> None:
         edges = tuple(int(v * FINE + 0.5) for v in (x0, y0, x1, y1))
-        self.draw.rounded_rectangle((edges[0], edges[1], max(edges[0], edges[2] - 1), max(edges[1], edges[3] - 1)), round * FINE, colour)
+        self.draw.rounded_rectangle(
+            (edges[0], edges[1], max(edges[0], edges[2] - 1), max(edges[1], edges[3] - 1)), round * FINE, colour
+        )
 
     def line(self, points: Sequence[tuple[float, float]], colour: str, width: float = 1, dash: float = 0) -> None:
         for (x0, y0), (x1, y1) in zip(points, points[1:], strict=False):
@@ -61,7 +63,9 @@ class Canvas:
                 self.draw.line((x0 * FINE, y0 * FINE, x1 * FINE, y1 * FINE), colour, int(width * FINE))
                 continue
             for start in np.arange(x0, x1, 2 * dash):  # dashed lines are level
-                self.draw.line((start * FINE, y0 * FINE, min(start + dash, x1) * FINE, y0 * FINE), colour, int(width * FINE))
+                self.draw.line(
+                    (start * FINE, y0 * FINE, min(start + dash, x1) * FINE, y0 * FINE), colour, int(width * FINE)
+                )
 
     def paste(self, x: float, y: float, frame: np.ndarray, side: float) -> None:
         """A frame [H, W, 3], `side` wide, with its pixels kept square and sharp."""
@@ -226,7 +230,9 @@ def _history_chart(canvas: Canvas, lines: Sequence[tuple[str, Report, str]]) -> 
     canvas.line([(LEFT, y), (right, y)], FAINT, 1, dash=4)
     canvas.text(LEFT + 6, y + 4, f"room for the whole history: {megabytes(unbounded)}", 12, FAINT)
     for number, (_, report, colour) in enumerate(lines):  # wider ones below, so that equal lines all show
-        canvas.line([at(tick, used) for tick, (_, used) in enumerate(report.history)], colour, 2 * (len(lines) - number))
+        canvas.line(
+            [at(tick, used) for tick, (_, used) in enumerate(report.history)], colour, 2 * (len(lines) - number)
+        )
     for tick in _ticks(ticks, 9):
         canvas.text(at(tick, 0)[0], top + height + 5, str(tick + 1), 12, FAINT, "ma")
     canvas.text((LEFT + right) / 2, top + height + 22, "tick (every active chunk takes one step)", 12, FAINT, "ma")
@@ -251,15 +257,17 @@ def _filmstrips(canvas: Canvas, runs: Sequence[Run]) -> None:
         for line, fact in enumerate(run.facts):
             canvas.text(MARGIN, canvas.y + 24 + 16 * line, fact, 12, FAINT)
         for number, frame in enumerate(frames):
-            canvas.paste(MARGIN + names + number * (side + gap), canvas.y, run.frames[min(frame, len(run.frames) - 1)], side)
+            canvas.paste(
+                MARGIN + names + number * (side + gap), canvas.y, run.frames[min(frame, len(run.frames) - 1)], side
+            )
         canvas.y += max(24 + 16 * len(run.facts), side * run.frames.shape[1] / run.frames.shape[2]) + 10
     canvas.y += 18
 
 
 def _ticks(count: int, most: int, last: bool = False) -> list[int]:
     """Which of `count` places to number: the first and then even steps of 1, 2, 4, 5, 8, 10, … places."""
-    step = next(step for power in range(9) for step in (10**power, 2 * 10**power, 4 * 10**power, 5 * 10**power, 8 * 10**power)
-                if count / step <= max(1, most))  # fmt: skip
+    steps = (times * 10**power for power in range(9) for times in (1, 2, 4, 5, 8))
+    step = next(step for step in steps if count / step <= max(1, most))
     places = [place for place in range(count) if place == 0 or (place + 1) % step == 0]
     if last and places[-1] != count - 1 and count - 1 - places[-1] > step / 2:
         places.append(count - 1)

@@ -58,7 +58,9 @@ def _write_mp4(frames: np.ndarray, path: Path, fps: int) -> None:
     try:
         import av
     except ImportError as error:
-        raise UserError("Writing mp4 needs the package 'av': pip install av, or choose a name that ends in .webp.") from error
+        raise UserError(
+            "Writing mp4 needs the package 'av': pip install av, or choose a name that ends in .webp."
+        ) from error
     _, height, width, _ = frames.shape
     frames = np.pad(frames, ((0, 0), (0, height % 2), (0, width % 2), (0, 0)), mode="edge")  # yuv420p halves both
     with av.open(str(path), "w") as container:

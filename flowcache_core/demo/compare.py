@@ -12,7 +12,7 @@ import numpy as np
 from torch import Tensor
 
 from ..errors import UserError
-from ..files import write_whole
+from ..files import check_writable, write_whole
 from ..generate import Result, generate
 from ..metrics import psnr, ssim
 from ..pictures import Run, comparison_picture, side_by_side
@@ -59,7 +59,7 @@ def compare(out: Path, caption: str = CAPTION, chunks: int = 16, seed: int = 0, 
         parse_caption(caption)
     except ValueError as error:
         raise UserError(str(error)) from error
-    write_whole(out / "report.json", lambda partial: partial.write_text("{}\n"))  # before minutes are spent
+    check_writable(out / "report.json")
     backbone = load_network() if network is None else load_network(network)
     text = embed_caption(caption)
 
@@ -122,7 +122,11 @@ def table(numbers: dict) -> str:
     rows = [
         ("", *runs),
         ("seconds", *(f"{numbers[f'seconds_{run}']:.2f}" for run in ("plain", "flowcache", "budget"))),
-        ("faster", "", *(f"{numbers['seconds_plain'] / numbers[f'seconds_{run}']:.1f}x" for run in ("flowcache", "budget"))),
+        (
+            "faster",
+            "",
+            *(f"{numbers['seconds_plain'] / numbers[f'seconds_{run}']:.1f}x" for run in ("flowcache", "budget")),
+        ),
         ("forwards", *(f"{run['forwards_executed']:,}" for run in runs.values())),
         ("overhead", *(f"{run['overhead']:.1%}" for run in runs.values())),
         ("PSNR to plain, dB", "", f"{numbers['psnr']:.1f}", f"{numbers['psnr_budget']:.1f}"),

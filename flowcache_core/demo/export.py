@@ -26,7 +26,9 @@ def export(trained: Path, out: Path = NETWORK_FILE) -> Path:
         saved = torch.load(trained, map_location="cpu", weights_only=True)
         weights, steps, minutes = saved["average"], saved["step"], saved["seconds"] / 60
     except (OSError, KeyError, TypeError, RuntimeError, ValueError) as error:
-        raise UserError(f"{trained} is no checkpoint of train_network ({error!r}); give the file that it saved.") from error
+        raise UserError(
+            f"{trained} is no checkpoint of train_network ({error!r}); give the file that it saved."
+        ) from error
     overflown = [name for name, weight in weights.items() if not weight.half().isfinite().all()]
     if overflown:
         raise UserError(f"{overflown[0]} holds values that float16 cannot: the training has gone wrong; train again.")

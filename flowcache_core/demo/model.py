@@ -20,7 +20,9 @@ def load_network(path: Path | str = NETWORK_FILE) -> WanBackbone:
     """
     info, tensors = checkpoints.load(path, check_finite=True)
     if info.family != "demo":
-        raise UserError(f"{Path(path).name} is of the family '{info.family}', expected 'demo': this command has no text encoder.")
+        raise UserError(
+            f"{Path(path).name} is of the family '{info.family}', expected 'demo': this command has no text encoder."
+        )
     with torch.device("meta"):
         network = WanNetwork(info.config)
     network.load_state_dict({name: tensor.float() for name, tensor in tensors.items()}, assign=True)
