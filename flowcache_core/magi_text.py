@@ -106,8 +106,10 @@ def caption_text(
         names: keys of `ROWS`.
 
     Raises:
-        UserError: an unknown token, or tokens of another width than the caption.
+        UserError: a caption without a token, an unknown special token, or tokens of another width than the caption.
     """
+    if not mask.bool().any(dim=1).all():
+        raise UserError("A caption has no token; use the empty caption (null_text) in its place.")
     unknown = [name for name in names if name not in ROWS]
     if unknown:
         raise UserError(f"There is no special token '{unknown[0]}'. There are: {', '.join(ROWS)}.")

@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .errors import UserError
+from .fit import fit
 
 LATENT_SCALE = 0.18215  # the network sees the autoencoder's latent times this
 OVERLAP = 0.25  # of a tile's side
@@ -294,6 +295,19 @@ class MagiVae(nn.Module):
                 rows.append(torch.cat(row, dim=4))
             stretches.append(torch.cat(rows, dim=3))
         return torch.cat(stretches, dim=2)
+
+
+def load_vae(
+    tensors: Mapping[str, Tensor], config: MagiVaeConfig, attention: Attention = F.scaled_dot_product_attention
+) -> MagiVae:
+    """The autoencoder over a checkpoint's tensors under upstream's names, neither copied nor converted.
+
+    Raises:
+        UserError: tensors are missing, left over or of the wrong shape.
+    """
+    with torch.device("meta"):
+        vae = MagiVae(config, attention)
+    return fit(vae, tensors, "MAGI-1 autoencoder with its own config.json")
 
 
 def cross_fade(before: Tensor, after: Tensor, extent: int, dim: int) -> None:

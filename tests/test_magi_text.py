@@ -98,5 +98,7 @@ def test_wrong_files_are_told(tmp_path, tokens):
             SpecialTokens.from_file(path)
     with pytest.raises(UserError, match="48 wide and the caption 64"):
         caption_text(torch.zeros(1, 5, 64), torch.ones(1, 5), tokens, 0)
+    with pytest.raises(UserError, match="no token; use the empty"):
+        caption_text(CAPTION, torch.zeros(1, 800), tokens, 0)
     with pytest.raises(UserError, match="no special token 'loud'"):
         caption_text(CAPTION, MASK, tokens, 0, ["loud"])

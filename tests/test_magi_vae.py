@@ -1,5 +1,6 @@
 """MAGI-1's autoencoder against upstream's own modules (tests/golden/README.md says how the tensors were made)."""
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -7,7 +8,7 @@ import torch
 from safetensors.torch import load_file
 
 from flowcache_core.errors import UserError
-from flowcache_core.magi_vae import MagiVae, MagiVaeConfig
+from flowcache_core.magi_vae import MagiVae, MagiVaeConfig, load_vae
 from tests.magi_weights import fill, normal
 
 GOLDEN = load_file(Path(__file__).parent / "golden" / "magi_vae.safetensors")
@@ -77,6 +78,16 @@ def test_bfloat16_is_near_the_float32_golden(name):
 def test_a_latent_frame_left_over_gives_four_pixel_frames():
     vae = codec("heads")
     assert vae.decode(LATENT[:, :, :4]).shape[2] == 16
+
+
+def test_loading_over_a_checkpoints_tensors():
+    made = codec("heads")
+    tensors = {name: tensor.clone() for name, tensor in made.state_dict().items()}
+    loaded = load_vae(tensors, made.config)
+    assert torch.equal(loaded.encode(VIDEO[:, :, :4]), codec("heads", tile=256).encode(VIDEO[:, :, :4]))
+    assert loaded.decoder.cls_token.data_ptr() == tensors["decoder.cls_token"].data_ptr()
+    with pytest.raises(UserError, match=r"pos_embed is \[1, 257, 256\], expected \[1, 1025, 256\]"):
+        load_vae(tensors, replace(made.config, size=128))
 
 
 def test_wrong_inputs_are_told():

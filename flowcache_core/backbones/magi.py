@@ -22,6 +22,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..errors import UserError
+from ..fit import fit
 from .magi_config import MagiConfig
 from .magi_fp8 import Fp8Linear, SmoothFp8Linear
 
@@ -215,14 +216,7 @@ def load_network(
     stored = tensors["videodit_blocks.layers.0.self_attention.linear_qkv.q.weight"].dtype
     network = MagiNetwork(config, dtype or stored, "meta", operations)
     own = {name: tensor for name, tensor in tensors.items() if not name.startswith("special_tokens.")}
-    expected = {name: parameter.shape for name, parameter in network.named_parameters()}
-    for name in sorted(expected.keys() ^ own.keys()):
-        raise UserError(f"The checkpoint {'lacks' if name in expected else 'also holds'} {name}; choose a whole MAGI-1 file.")
-    for name, shape in expected.items():
-        if own[name].shape != shape:
-            raise UserError(f"{name} is {list(own[name].shape)}, expected {list(shape)}; choose a sound MAGI-1 file.")
-    network.load_state_dict(own, assign=True)
-    return network.requires_grad_(False).eval()
+    return fit(network, own, "MAGI-1 network")
 
 
 @dataclass(frozen=True)
