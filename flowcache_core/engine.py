@@ -118,6 +118,8 @@ class Engine:
         self.start = start
         self.noise = noise
         self.solver = solver
+        if getattr(solver, "adds_noise", False):
+            runner.hold_clean()
         self.on_progress = on_progress
         self.cancelled = cancelled
         for chunk in {self.schedule.indices[0], self.schedule.indices[-1]}:

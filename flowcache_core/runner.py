@@ -44,6 +44,8 @@ class Runner:
         self.chunk_frames = chunk_frames
         self.attention = attention
         self.policy = settings.reuse.make(schedule)
+        self.held = settings.reuse.held
+        self.order = settings.reuse.order
         self.report = Report(schedule)
         self.histories: dict[Hashable, History] = {}
         self._loaded: dict[Hashable, Clean] = {}
@@ -51,6 +53,12 @@ class Runner:
         self._signals: dict[int, Tensor] = {}
         self._changes: dict[int, float] = {}
         self._contexts: dict[Hashable, object] = {}
+
+    def hold_clean(self) -> None:
+        """For solvers that add fresh noise at every step: a velocity leads away from noise that is no longer there, so
+        the clean estimate is held instead; each has seen another noise, so no line is put through them."""
+        if self.held == "velocity":
+            self.held, self.order = "clean", 0
 
     def plan(self, places: Sequence[Place], latents: Sequence[Tensor], sigmas: Sequence[float]) -> None:
         """Measures, before a tick, how much each active chunk's signal has changed: one read-back from the device.
@@ -99,13 +107,17 @@ class Runner:
             kept = [i for i, name in enumerate(branches) if name in again]
             part = _rows(x, kept, rows, len(branches))
             context = self._context(_rows(text, kept, rows, len(branches)), (text_key, tuple(again)))
-            self._run(part, sigma, place, again, context)
+            fresh = self._run(part, sigma, place, again, context)
             self.report.forward_seconds += time.perf_counter() - begun
         if place.step == CLEAN:
             return torch.zeros_like(x)
+        if len(again) == len(branches):
+            return fresh
         results = [self._forecasts[place.chunk, name].at(sigma) for name in branches]
         result = results[0] if len(results) == 1 else torch.cat(results)
-        if self.settings.reuse.held == "residual":
+        if self.held == "clean":
+            return (x - result) / sigma
+        if self.held == "residual":
             begun = time.perf_counter()
             result = self.backbone.head(x, _levels(sigma, x), result)
             self.report.forward_seconds += time.perf_counter() - begun
@@ -167,12 +179,15 @@ class Runner:
         levels = _levels(sigma, x)
         residual = self.backbone.trunk(x, levels, context, attend)
         if place.step == CLEAN:
-            return
-        held = self.settings.reuse.held
-        result = residual if held == "residual" else self.backbone.head(x, levels, residual)
-        for name, part in zip(branches, result.split(rows), strict=True):
-            forecast = self._forecasts.setdefault((place.chunk, name), Forecast(self.settings.reuse.order))
+            return residual
+        velocity = self.backbone.head(x, levels, residual)
+        kept = residual if self.held == "residual" else velocity
+        if self.held == "clean":
+            kept = x - sigma * velocity
+        for name, part in zip(branches, kept.split(rows), strict=True):
+            forecast = self._forecasts.setdefault((place.chunk, name), Forecast(self.order))
             forecast.add(sigma, part)
+        return velocity
 
     def _history(self, branch: Hashable, x: Tensor, batch: int) -> History:
         if branch not in self.histories:

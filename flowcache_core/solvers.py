@@ -37,6 +37,8 @@ class Euler:
 class Renoise:
     """Few-step samplers: jump to the clean estimate, then noise it again with fresh noise (Self-Forcing, CausVid)."""
 
+    adds_noise = True
+
     def __init__(self, sigmas: Sequence[float], noise: Noise):
         self.sigmas = sigmas
         self.noise = noise

@@ -288,6 +288,7 @@ class NativeRun(Run):
         schedule = ChunkSchedule(chunks - prefix, steps, steps, prefix)
         # The host always makes a clean pass, which costs a forward whether its keys are kept or not.
         super().__init__(patch.settings, schedule, self.chunk_frames, noise.device)
+        self.runner.hold_clean()  # the host's sampler adds fresh noise at every step
         self.calls = 0
 
     def predict(self, executor, x: Tensor, timestep: Tensor, model_options: dict, seed):

@@ -246,6 +246,25 @@ def test_few_step_renoising(backbone):
     assert not torch.equal(estimate[0], next(again.run()).latent)
 
 
+def test_reuse_between_fresh_noises(backbone):
+    """A held clean estimate, noised again and again, is one step of the few-step sampler to the last level."""
+    sigmas = sigmas_of(8)
+
+    def noise(chunk: int, step: int) -> torch.Tensor:
+        return draw(chunk * 9 + step, 1, 4, 2, *SIZE)
+
+    settings = Settings(ReuseSettings("fixed", steps=(0, 3, 5), order=1))
+    held = run(backbone, ChunkSchedule(2, 8, 8), settings, solver=Renoise, noise=noise)
+    schedule = ChunkSchedule(2, 3, 3)
+    runner = Runner(backbone, schedule, OFF, 2)
+    levels = [sigmas[0], sigmas[3], sigmas[5], 0.0]
+    last = {0: 2, 1: 4}  # step of the short run -> the noise that its next level is made with
+    coarse = Engine(
+        runner, guidance(runner, text(0)), levels, start_noise(2), lambda chunk, step: noise(chunk, last[step]), Renoise
+    )
+    assert (held - torch.cat([chunk.latent for chunk in coarse.run()], dim=2)).abs().max() < 1e-4
+
+
 def test_cancel_at_every_moment(backbone):
     schedule = ChunkSchedule(3, 3, 2)
     for moment in range(12):
