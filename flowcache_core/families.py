@@ -1,20 +1,28 @@
 """What each family of models is run with, where the user does not say otherwise, and where each number comes from."""
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
+from torch import nn
+
 from . import noise_levels
+from .backbones.skyreels import POLYNOMIAL_1_3B, POLYNOMIAL_14B, SkyReelsBackbone
+from .backbones.wan import Attention, WanBackbone
 from .errors import UserError
-from .multistep import UniPC
+from .history import HistorySettings
+from .multistep import SkyReelsUniPC, UniPC
+from .presets import PRESETS, ReuseSettings, Settings
 from .solvers import Euler, Renoise, SolverFactory
 
-SolverName = Literal["euler", "renoise", "unipc"]
+SolverName = Literal["euler", "renoise", "unipc", "skyreels unipc"]
 SOLVERS: dict[str, SolverFactory] = {
     "euler": Euler,
     "renoise": Renoise,
     "unipc": UniPC,
+    "skyreels unipc": SkyReelsUniPC,  # with its upstream's slip: see `multistep`
 }
+PAPER_PRESETS = ("paper slow", "paper fast")
 
 
 @dataclass(frozen=True)
@@ -29,6 +37,7 @@ class Family:
         guidance: scale of classifier-free guidance.
         size: width and height in pixels.
         source: where the numbers come from.
+        condition: noise level at which given frames are shown.
     """
 
     steps: int
@@ -39,6 +48,7 @@ class Family:
     guidance: float
     size: tuple[int, int]
     source: str
+    condition: float = 0.0
 
 
 FAMILIES: dict[str, Family] = {
@@ -48,7 +58,8 @@ FAMILIES: dict[str, Family] = {
         "Self-Forcing, configs/self_forcing_dmd.yaml; Causal-Forcing, configs/causal_forcing_dmd_chunkwise.yaml",
     ),
     "skyreels": Family(
-        50, 5, 5, "unipc", noise_levels.skyreels, 6.0, (960, 544), "SkyReels-V2, README (asynchronous inference)"
+        50, 5, 5, "skyreels unipc", noise_levels.skyreels, 6.0, (960, 544),
+        "SkyReels-V2, README (asynchronous inference, addnoise_condition 20)", condition=0.02,
     ),
     "wan": Family(50, 50, 3, "unipc", lambda steps: noise_levels.linear(steps, 8.0), 6.0, (832, 480), "Wan 2.1, README"),
 }  # fmt: skip
@@ -58,8 +69,36 @@ def family(name: str) -> Family:
     """A family's settings.
 
     Raises:
-        UserError: it cannot be run yet.
+        UserError: it cannot be run here.
     """
     if name not in FAMILIES:
         raise UserError(f"The family '{name}' is not supported here; expected one of {', '.join(FAMILIES)}.")
     return FAMILIES[name]
+
+
+def make_backbone(name: str, network: nn.Module, fps: int, attention: Attention) -> WanBackbone:
+    """What runs a network of that family; `fps` matters to SkyReels-V2 alone."""
+    if name == "skyreels":
+        return SkyReelsBackbone(network, fps, attention)
+    return WanBackbone(network, attention)
+
+
+def family_preset(preset: str, name: str, dim: int, history: HistorySettings) -> Settings:
+    """A preset as a family takes it: the paper's presets are the published settings for that family.
+
+    Args:
+        preset: a key of `presets.PRESETS`.
+        dim: width of the network; it tells SkyReels-V2's 1.3B, for which one polynomial was fitted, from the 14B.
+    """
+    if name == "skyreels" and preset in PAPER_PRESETS:
+        reuse = ReuseSettings(
+            "flowcache",
+            threshold=0.1 if preset == "paper slow" else 0.15,
+            rescale=POLYNOMIAL_1_3B if dim < 3000 else POLYNOMIAL_14B,
+            warmup=5,
+            last=True,
+            order=0,
+            held="residual",
+        )
+        return Settings(reuse, history, clean_pass=False)
+    return replace(PRESETS[preset], history=history)

@@ -1,10 +1,9 @@
 """FlowCache: patches a model."""
 
-from dataclasses import replace
-
 from comfy_api.latest import io
 
 from ..flowcache_core.compression import Compression
+from ..flowcache_core.families import family_preset
 from ..flowcache_core.history import HistorySettings
 from ..flowcache_core.presets import DEFAULT_PRESET, PRESETS, ReuseSettings, Settings
 from . import host
@@ -151,6 +150,7 @@ class FlowCache(io.ComfyNode):
             reuse = ReuseSettings(policy, every=every, least=1, threshold=threshold, warmup=warmup, order=order)
             settings = Settings(reuse, history)
         else:
-            settings = replace(PRESETS[preset], history=history)
+            network = model.model.diffusion_model
+            settings = family_preset(preset, host.family_of(model), getattr(network, "dim", 0), history)
         budget = f"history budget {history_budget} chunks" if history_budget else "whole history"
         return io.NodeOutput(host.patched(model, settings, f"FlowCache {preset}, {budget}"))

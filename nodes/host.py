@@ -11,6 +11,7 @@ import inspect
 import json
 import logging
 import math
+import os
 import time
 from collections import OrderedDict
 from collections.abc import Callable
@@ -19,6 +20,7 @@ from dataclasses import dataclass, field
 import comfy.k_diffusion.sampling
 import comfy.model_management
 import comfy.model_patcher
+import comfy.ops
 import comfy.samplers
 import comfy.sd
 import comfy.supported_models
@@ -30,10 +32,12 @@ from comfy.patcher_extension import WrappersMP, add_wrapper_with_key
 from server import PromptServer
 from torch import Tensor
 
-from ..flowcache_core.backbones.wan import WanBackbone, WanConfig
+from ..flowcache_core import checkpoints
+from ..flowcache_core.backbones.skyreels import add_frame_rate
+from ..flowcache_core.backbones.wan import WanConfig
 from ..flowcache_core.engine import Engine, Progress
 from ..flowcache_core.errors import UserError
-from ..flowcache_core.families import SOLVERS
+from ..flowcache_core.families import FAMILIES, SOLVERS, make_backbone
 from ..flowcache_core.presets import OFF, Settings
 from ..flowcache_core.report import Report, megabytes
 from ..flowcache_core.runner import Runner
@@ -44,6 +48,7 @@ from ..flowcache_core.state import State, make_state
 KEY = "flowcache"  # our wrappers' key on a patched model, and the patch's in transformer_options
 RUN = "flowcache_run"  # a run's key in transformer_options, while it goes on
 CHUNK = "flowcache_chunk_frames"  # frames that go through the network at once, told to the memory estimate
+FPS = "flowcache_fps"  # frames a second that SkyReels-V2 is told, in transformer_options
 FAMILY = "flowcache_family"  # the family that our loader found, in transformer_options
 
 
@@ -113,8 +118,9 @@ class Run:
         """Stands in for the network's own forward, for all branches of this call. x [rows, C, T, H, W]."""
         if self.runner.backbone is None:
             check_network(network)
-            self.runner.backbone = WanBackbone(network, _host_attention(options))
             self.runner.attention = _host_attention(options)
+            name, fps = options.get(FAMILY, ""), options.get(FPS, 24)
+            self.runner.backbone = make_backbone(name, network, fps, self.runner.attention)
         names = [self._branch(index, uuid) for index, uuid in zip(options["cond_or_uncond"], options["uuids"], strict=True)]
         if context.shape[0] != x.shape[0]:
             context = context.expand(x.shape[0], -1, -1)
@@ -396,23 +402,42 @@ def _prepare_sampling(executor, model, noise_shape, conds, *args, **kwargs):
     return executor(model, shape, conds, *args, **kwargs)
 
 
-def load_wan(
-    weights: dict[str, Tensor], config: WanConfig, causal: bool, dtype: torch.dtype | None
+def load_model(
+    path: str, family: str, dtype: torch.dtype | None, fps: int, disable_dynamic: bool = False
 ) -> comfy.model_patcher.ModelPatcher:
-    """The host's model from weights under Wan 2.1's names.
+    """The host's model from a checkpoint of any layout that `checkpoints` reads.
 
     Args:
-        weights: mapped from disk; the host copies what it needs.
-        causal: build the host's causal network where it has one.
+        path: of the file.
+        family: "auto", or what the user says it is; causal ones get the host's causal network, where it has one.
         dtype: of the weights, or None for the host's choice.
+        fps: frames a second that SkyReels-V2 is told.
+        disable_dynamic: asked for by the host when it loads the model again.
     """
+    info, weights = checkpoints.load(path, family)
+    for warning in info.warnings:
+        logging.warning("FlowCache: %s", warning)
+    if info.family not in FAMILIES:
+        raise UserError(f"'{os.path.basename(path)}' is a {checkpoints.FAMILIES[info.family]} file, which has no node yet.")
+    model = _load_wan(weights, info.config, info.family in checkpoints.CAUSAL_FAMILIES, dtype, disable_dynamic)
+    add_frame_rate(model.model.diffusion_model, weights, comfy.ops.manual_cast)
+    model.model_options.setdefault("transformer_options", {}).update({FAMILY: info.family, FPS: fps})
+    model.cached_patcher_init = (load_model, (path, family, dtype, fps))
+    return model
+
+
+def _load_wan(
+    weights: dict[str, Tensor], config: WanConfig, causal: bool, dtype: torch.dtype | None, disable_dynamic: bool
+) -> comfy.model_patcher.ModelPatcher:
     options = {} if dtype is None else {"dtype": dtype}
-    transformer = {"num_heads": config.num_heads, "text_dim": config.text_dim, "causal_ar": causal}
     load = comfy.sd.load_diffusion_model_state_dict
-    if "metadata" in inspect.signature(load).parameters:
-        metadata = {"config": json.dumps({"transformer": {k: v for k, v in transformer.items() if v}})}
-        return load(dict(weights), model_options=options, metadata=metadata)
-    return _load_wan_by_hand(weights, config, dtype)
+    known = inspect.signature(load).parameters
+    if "metadata" not in known:
+        return _load_wan_by_hand(weights, config, dtype)
+    transformer = {"num_heads": config.num_heads, "text_dim": config.text_dim}
+    metadata = {"config": json.dumps({"transformer": transformer | ({"causal_ar": True} if causal else {})})}
+    more = {"disable_dynamic": disable_dynamic} if "disable_dynamic" in known else {}
+    return load(dict(weights), model_options=options, metadata=metadata, **more)
 
 
 def _load_wan_by_hand(weights: dict[str, Tensor], config: WanConfig, dtype: torch.dtype | None):

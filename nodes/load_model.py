@@ -1,15 +1,13 @@
 """Load AR Video Model (FlowCache)."""
 
-import logging
-
 import folder_paths
 import torch
 from comfy_api.latest import io
 
-from ..flowcache_core import checkpoints
 from ..flowcache_core.demo import NETWORK_FILE
-from ..flowcache_core.errors import UserError
+from ..flowcache_core.families import FAMILIES
 from . import host
+from .widgets import advanced
 
 DEMO = "demo model (ships with FlowCache)"
 WEIGHT_TYPES = {
@@ -25,7 +23,7 @@ WEIGHT_TYPES = {
 class LoadARVideoModel(io.ComfyNode):
     @classmethod
     def define_schema(cls) -> io.Schema:
-        families = ["auto", *(name for name in checkpoints.FAMILIES if name not in ("magi", "rolling"))]
+        families = ["auto", *FAMILIES]
         return io.Schema(
             node_id="FlowCacheLoadARVideoModel",
             display_name="Load AR Video Model (FlowCache)",
@@ -52,19 +50,20 @@ class LoadARVideoModel(io.ComfyNode):
                     default="default",
                     tooltip="Type of the weights in memory. 'default' lets ComfyUI choose for your device.",
                 ),
+                advanced(
+                    io.Int.Input(
+                        "fps",
+                        default=24,
+                        min=1,
+                        max=120,
+                        tooltip="Frames a second the video is made for. Only SkyReels-V2's 1.3B is told: it knows 16 and 24.",
+                    )
+                ),
             ],
             outputs=[io.Model.Output()],
         )
 
     @classmethod
-    def execute(cls, model_name: str, family: str, weight_type: str) -> io.NodeOutput:
+    def execute(cls, model_name: str, family: str, weight_type: str, fps: int = 24) -> io.NodeOutput:
         path = NETWORK_FILE if model_name == DEMO else folder_paths.get_full_path_or_raise("diffusion_models", model_name)
-        info, weights = checkpoints.load(path, family)
-        for warning in info.warnings:
-            logging.warning("FlowCache: %s", warning)
-        if info.config is None:
-            raise UserError(f"'{model_name}' is a {checkpoints.FAMILIES[info.family]} file, which this node cannot run yet.")
-        causal = info.family in checkpoints.CAUSAL_FAMILIES
-        model = host.load_wan(weights, info.config, causal, WEIGHT_TYPES[weight_type])
-        model.model_options.setdefault("transformer_options", {})[host.FAMILY] = info.family
-        return io.NodeOutput(model)
+        return io.NodeOutput(host.load_model(str(path), family, WEIGHT_TYPES[weight_type], fps))

@@ -25,7 +25,7 @@ FRAMES_PER_CHUNK = 3
 CAPTION_DROPOUT = 0.1
 # Share of the training time up to which clips are so many and so long, in chunks. Short clips teach what shapes look
 # like in many cheap steps; the long ones at the end make a long history nothing new.
-STAGES = ((0.45, 8, 5), (0.75, 8, 12), (1.0, 3, 32))
+STAGES = ((0.75, 8, 5), (0.87, 8, 12), (1.0, 3, 32))
 SHIFT = 3.0
 LAGS = (1 / 16, 1 / 10, 1 / 5, 1 / 4, 1 / 2, 1.0)  # of a chunk's whole way from noise to clean
 
