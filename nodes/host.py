@@ -592,7 +592,7 @@ def progress_text(text: str, node_id: str | None) -> None:
 
 
 def describe(told: Progress, runner: Runner, begun: float) -> str:
-    """One line on how a run goes."""
+    """Two lines on how a run goes; they fit a node's width."""
     report = runner.report
     spent = time.perf_counter() - begun
     left = spent / told.tick * (told.ticks - told.tick)
@@ -600,5 +600,6 @@ def describe(told: Progress, runner: Runner, begun: float) -> str:
     total = sum(history.bytes for history in runner.histories.values())
     return (
         f"chunk {min(report.chunks_done + 1, runner.schedule.chunks)} of {runner.schedule.chunks}, {each:.1f} s a chunk, "
-        f"{report.reused:.0%} reused, history {megabytes(runner.history_bytes_used)} of {megabytes(total)}, {left:.0f} s left"
+        f"{left:.0f} s left\n"
+        f"{report.reused:.0%} reused, history {megabytes(runner.history_bytes_used)} of {megabytes(total)}"
     )
