@@ -128,16 +128,19 @@ class Engine:
                 raise ValueError(f"Chunk {chunk} takes {steps} steps and needs {steps + 1} noise levels, got {len(levels)}.")
 
     @torch.inference_mode()
-    def prefill(self, latent: Tensor) -> None:
-        """Runs given chunks at noise level 0, so that generated ones attend to them.
+    def prefill(self, latent: Tensor, condition: float = 0.0) -> None:
+        """Runs given chunks, so that generated ones attend to them.
 
         Args:
             latent: [B, C, prefix chunks * T, H, W].
+            condition: noise level that they are shown at, with noise of step CLEAN mixed in (SkyReels-V2's
+                addnoise_condition, 0.02 for 20).
         """
         begun = time.perf_counter()
         for index, chunk in enumerate(latent.split(self.runner.chunk_frames, dim=2)):
             self._check()
-            self.denoise(chunk, 0.0, Place(index, CLEAN, 0))
+            shown = torch.lerp(chunk, self.noise(index, CLEAN), condition) if condition else chunk
+            self.denoise(shown, condition, Place(index, CLEAN, 0))
             self.runner.commit(index)
         self.runner.report.seconds += time.perf_counter() - begun
 

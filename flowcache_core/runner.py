@@ -28,6 +28,7 @@ class Runner:
         settings: what to reuse and how much history to keep.
         chunk_frames: latent frames of a chunk.
         attention: used over the history.
+        dtype: what the backbone computes in, where latents are kept in another type.
     """
 
     def __init__(
@@ -37,12 +38,14 @@ class Runner:
         settings: Settings,
         chunk_frames: int,
         attention: AttentionFunction = F.scaled_dot_product_attention,
+        dtype: torch.dtype | None = None,
     ):
         self.backbone = backbone
         self.schedule = schedule
         self.settings = settings
         self.chunk_frames = chunk_frames
         self.attention = attention
+        self.dtype = dtype
         self.policy = settings.reuse.make(schedule)
         self.held = settings.reuse.held
         self.order = settings.reuse.order
@@ -70,7 +73,7 @@ class Runner:
         if not self.policy.watches:
             return
         signals = {
-            place.chunk: self.backbone.reuse_signal(x, _levels(sigma, x))
+            place.chunk: self.backbone.reuse_signal(x.to(self.dtype or x.dtype), _levels(sigma, x))
             for place, x, sigma in zip(places, latents, sigmas, strict=True)
         }
         known = [chunk for chunk in signals if chunk in self._signals]

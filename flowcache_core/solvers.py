@@ -53,7 +53,7 @@ def chunk_noise(seed: int, chunk: int, shape: Sequence[int], step: int = CLEAN) 
     """Unit noise of a chunk, on the CPU: its start, or fresh noise for a step.
 
     It depends on nothing but the seed and the place, so a longer video begins like a shorter one, and an extension goes
-    on like an unbroken run.
+    on like an unbroken run. A step's noise is the one that ComfyUI's own sampler draws (sample_ar_video).
     """
-    generator = torch.Generator("cpu").manual_seed((seed * 1_000_003 + chunk * 1009 + step + 1) % 2**63)
-    return torch.randn(tuple(shape), generator=generator)
+    place = (seed * 1_000_003 + chunk * 1009) if step == CLEAN else seed + chunk * 1000 + step
+    return torch.randn(tuple(shape), generator=torch.Generator("cpu").manual_seed(place % 2**63))

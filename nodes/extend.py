@@ -136,6 +136,7 @@ class AutoregressiveExtend(io.ComfyNode):
             solver=usual.solver if solver == "auto" else solver,
             size=(width or usual.size[0], height or usual.size[1]),
             prefix=None if prefix is None else prefix["samples"],
+            condition=usual.condition,
             state=state,
             node_id=cls.hidden.unique_id,
         )

@@ -107,20 +107,24 @@ def model_name(model: comfy.model_patcher.ModelPatcher) -> str:
 class Run:
     """One run in the host: holds the engine's runner and knows which chunk and step the guider is asked for."""
 
-    def __init__(self, settings: Settings, schedule: ChunkSchedule, chunk_frames: int, device: torch.device):
-        self.runner = Runner(None, schedule, settings, chunk_frames)
+    def __init__(self, model, settings: Settings, schedule: ChunkSchedule, chunk_frames: int, options: dict):
+        """`model` is the host's BaseModel, `options` the transformer options of this run."""
+        check_network(model.diffusion_model)
+        self.runner = Runner(None, schedule, settings, chunk_frames, dtype=model.get_dtype_inference())
         self.place: Place | None = None
         self.sigma = 0.0
-        self.device = device
         self._branches: dict[int, list] = {}
+        self._bind(model.diffusion_model, options)
+
+    def _bind(self, network: torch.nn.Module, options: dict) -> None:
+        self.runner.attention = _host_attention(options)
+        name, fps = options.get(FAMILY, ""), options.get(FPS, 24)
+        self.runner.backbone = make_backbone(name, network, fps, self.runner.attention)
 
     def forward(self, network: torch.nn.Module, x: Tensor, context: Tensor, options: dict) -> Tensor:
         """Stands in for the network's own forward, for all branches of this call. x [rows, C, T, H, W]."""
-        if self.runner.backbone is None:
-            check_network(network)
-            self.runner.attention = _host_attention(options)
-            name, fps = options.get(FAMILY, ""), options.get(FPS, 24)
-            self.runner.backbone = make_backbone(name, network, fps, self.runner.attention)
+        if network is not self.runner.backbone.network:  # hooks and several GPUs swap it
+            self._bind(network, options)
         names = [self._branch(index, uuid) for index, uuid in zip(options["cond_or_uncond"], options["uuids"], strict=True)]
         if context.shape[0] != x.shape[0]:
             context = context.expand(x.shape[0], -1, -1)
@@ -165,6 +169,7 @@ class ARSampler(comfy.samplers.Sampler):
         lag: ticks between the starts of two chunks; the number of steps, or more, is one chunk at a time.
         solver: a key of `SOLVERS`.
         prefix: latent [B, C, T, H, W] in the host's space that comes before the generated frames.
+        condition: noise level that the prefix is shown at.
         state: an earlier run's state to go on from.
         on_progress: told the progress and the runner after every tick.
         on_done: given the samples in the network's latent space, and the runner, at the end.
@@ -176,6 +181,7 @@ class ARSampler(comfy.samplers.Sampler):
         lag: int,
         solver: str,
         prefix: Tensor | None = None,
+        condition: float = 0.0,
         state: State | None = None,
         on_progress: Callable[[Progress, Runner], None] = lambda told, runner: None,
         on_done: Callable[[Tensor, Runner], None] = lambda samples, runner: None,
@@ -184,6 +190,7 @@ class ARSampler(comfy.samplers.Sampler):
         self.lag = lag
         self.solver = solver
         self.prefix = prefix
+        self.condition = condition
         self.state = state
         self.on_progress = on_progress
         self.on_done = on_done
@@ -204,7 +211,7 @@ class ARSampler(comfy.samplers.Sampler):
         done = self.state.chunks if self.state else 0 if prefix is None else check_frames(prefix, self.chunk_frames)
         schedule = ChunkSchedule(chunks, steps, min(self.lag, steps), prefix=done)
         settings = patch.settings if patch else OFF
-        run = Run(settings, schedule, self.chunk_frames, noise.device)
+        run = Run(model, settings, schedule, self.chunk_frames, options["transformer_options"])
         if self.state:
             run.runner.load(self.state.by_branch)
         options["transformer_options"][RUN] = run
@@ -235,13 +242,12 @@ class ARSampler(comfy.samplers.Sampler):
                 shown = estimate if told.tick == told.ticks else estimate[:, :, oldest.start :]
                 callback(told.tick - 1, shown, shown, told.ticks)
 
-        def fresh(chunk: int, step: int) -> Tensor:  # the host's own sampler draws the same numbers
-            generator = torch.Generator("cpu").manual_seed(seed + chunk * 1000 + step)
-            return torch.randn(noise[:, :, frames(chunk)].shape, generator=generator).to(noise)
+        def fresh(chunk: int, step: int) -> Tensor:
+            return chunk_noise(seed, chunk, start(done).shape, step).to(noise)
 
         engine = Engine(run.runner, denoise, levels, start, fresh, SOLVERS[self.solver], on_progress=progress)
         if prefix is not None:
-            engine.prefill(prefix)
+            engine.prefill(prefix, self.condition)
         samples = torch.empty_like(noise)
         for index, latent in engine.run():
             check_finite(latent, f"chunk {index}")
@@ -285,7 +291,8 @@ def check_finite(latent: Tensor, what: str) -> None:
 class NativeRun(Run):
     """A run of the host's own `ar_video` sampler: place and step are read off its calls."""
 
-    def __init__(self, patch: Patch, sampler, sigmas: Tensor, noise: Tensor, initial: Tensor | None):
+    def __init__(self, model, patch: Patch, sampler, sigmas: Tensor, noise: Tensor, options: dict):
+        initial = options.get("ar_config", {}).get("initial_latent")
         self.chunk_frames = sampler.extra_options.get("num_frame_per_block", 1)
         chunks = check_frames(noise, self.chunk_frames)
         prefix = 0 if initial is None else check_frames(initial, self.chunk_frames)
@@ -293,7 +300,7 @@ class NativeRun(Run):
         steps = len(self.levels) - 1
         schedule = ChunkSchedule(chunks - prefix, steps, steps, prefix)
         # The host always makes a clean pass, which costs a forward whether its keys are kept or not.
-        super().__init__(patch.settings, schedule, self.chunk_frames, noise.device)
+        super().__init__(model, patch.settings, schedule, self.chunk_frames, options)
         self.runner.hold_clean()  # the host's sampler adds fresh noise at every step
         self.calls = 0
 
@@ -345,8 +352,7 @@ def _outer_sample(executor, noise, latent_image, sampler, sigmas, *args, **kwarg
         )
         return executor(noise, latent_image, sampler, sigmas, *args, **kwargs)
     network = guider.model_patcher.model.diffusion_model
-    check_network(network)
-    run = NativeRun(patch, sampler, sigmas, noise, options.get("ar_config", {}).get("initial_latent"))
+    run = NativeRun(guider.model_patcher.model, patch, sampler, sigmas, noise, options)
     options[RUN], options[CHUNK] = run, run.chunk_frames
     add_wrapper_with_key(WrappersMP.APPLY_MODEL, KEY, _apply_model, options)
     add_wrapper_with_key(WrappersMP.DIFFUSION_MODEL, KEY, _diffusion_model, options)
@@ -519,6 +525,7 @@ def extend(
     solver: str,
     size: tuple[int, int],
     prefix: Tensor | None,
+    condition: float,
     state: State | None,
     node_id: str | None,
 ) -> Extended:
@@ -529,6 +536,7 @@ def extend(
         levels: noise levels, [steps + 1].
         size: width and height in pixels, where neither prefix nor state gives one.
         prefix: latent [B, C, T, H, W] in the host's space, or None.
+        condition: noise level that the prefix is shown at.
         state: to go on from, or None.
         node_id: of the node that shows the progress, or None.
     """
@@ -553,6 +561,7 @@ def extend(
         lag,
         solver,
         prefix=prefix,
+        condition=condition,
         state=state,
         on_progress=lambda told, runner: progress_text(describe(told, runner, begun), node_id),
         on_done=lambda samples, runner: kept.update(samples=samples.cpu(), runner=runner),

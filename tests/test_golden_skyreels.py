@@ -15,7 +15,7 @@ from flowcache_core.presets import ReuseSettings, Settings
 from flowcache_core.reuse import relative_change
 from flowcache_core.rotary import Rotary
 from flowcache_core.runner import Runner
-from flowcache_core.schedule import CLEAN, ChunkSchedule, Place
+from flowcache_core.schedule import ChunkSchedule
 from tests import golden_weights
 from tests.golden_weights import SMALL, SMALL_FPS
 from tests.magi_weights import normal
@@ -49,10 +49,8 @@ def window(
     texts = (golden_weights.text(branch, config) for branch in ("cond", "uncond"))
     engine = Engine(runner, guidance(runner, *texts, 3.0), skyreels(steps), noise.__getitem__, solver=solver)
     if given is not None:
-        grain = normal("condition.0", tuple(given.shape[1:]))[None]
-        with torch.inference_mode():
-            engine.denoise(torch.lerp(given, grain, CONDITION), CONDITION, Place(0, CLEAN, 0))
-            runner.commit(0)
+        engine.noise = lambda chunk, step: normal("condition.0", tuple(given.shape[1:]))[None]
+        engine.prefill(given, CONDITION)
     return engine
 
 

@@ -48,6 +48,19 @@ def test_reuse_is_close_and_reported(server, folder):
     assert server.saved(outcome, save)
 
 
+@pytest.mark.parametrize("policy", ["flowcache", "teacache"])
+@pytest.mark.parametrize("name", ["small", "small_bf16"])
+def test_policies_that_watch_the_input(server, folder, policy, name):
+    graph = Graph()
+    model = flowcache(graph, load(graph, f"{name}.safetensors"), "custom", policy=policy, threshold=2.0)
+    node = native(graph, model, steps=12)
+    report = graph.add("FlowCacheReport", model=model, latent=(node, 0))
+    outcome = server.run(graph)
+    assert outcome.error is None, outcome.error["exception_message"]
+    executed = int(outcome.outputs[report]["text"][0].split("forwards: ")[1].split(" of 39")[0])
+    assert 6 < executed < 39
+
+
 def test_a_budget_bounds_the_history(server, folder):
     texts = []
     for budget in (0, 1):
