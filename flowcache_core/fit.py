@@ -19,7 +19,9 @@ def fit(module: nn.Module, tensors: Mapping[str, Tensor], kind: str) -> nn.Modul
     """
     expected = {name: parameter.shape for name, parameter in module.named_parameters()}
     for name in sorted(expected.keys() ^ tensors.keys()):
-        raise UserError(f"The checkpoint {'lacks' if name in expected else 'also holds'} {name}; choose a whole {kind}.")
+        raise UserError(
+            f"The checkpoint {'lacks' if name in expected else 'also holds'} {name}; choose a whole {kind}."
+        )
     for name, shape in expected.items():
         if tensors[name].shape != shape:
             raise UserError(f"{name} is {list(tensors[name].shape)}, expected {list(shape)}; choose a sound {kind}.")

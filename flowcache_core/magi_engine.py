@@ -82,8 +82,8 @@ def magi_schedule(frames: int, steps: int, given_frames: int = 0) -> ChunkSchedu
     Args:
         frames: latent frames to generate.
         steps: of a chunk, a multiple of 4.
-        given_frames: latent frames that come before; whole chunks of them are not generated, the rest is pasted into the
-            first active chunk at every step.
+        given_frames: latent frames that come before; whole chunks of them are not generated, the rest is pasted into
+            the first active chunk at every step.
     """
     chunks, prefix = -(-(frames + given_frames) // CHUNK_FRAMES), given_frames // CHUNK_FRAMES
     return ChunkSchedule(chunks - prefix, steps, len(sigmas(steps)) // WINDOW, prefix=prefix)
@@ -121,7 +121,9 @@ def history_plan(
 def clean_chunks_seen(visible: Sequence[int], prefix: int) -> int:
     """How many clean chunks are looked at: in the midst of a run, and by the first chunks after a prefix."""
     count = len(visible)
-    between = [(count - 1 - stage) * WINDOW // count for stage in range(count)]  # active chunks before one of that stage
+    between = [
+        (count - 1 - stage) * WINDOW // count for stage in range(count)
+    ]  # active chunks before one of that stage
     midst = max(seen - 1 - active for seen, active in zip(visible, between, strict=True))
     return max(1, midst, min(prefix, max(visible) - 1))
 
@@ -161,7 +163,9 @@ class MagiEngine:
         cancelled: Callable[[], bool] = lambda: False,
     ):
         if settings.reuse.held == "residual":
-            raise UserError("MAGI-1 is run with the velocity held, not the residual, of which there would be three a chunk.")
+            raise UserError(
+                "MAGI-1 is run with the velocity held, not the residual, of which there would be three a chunk."
+            )
         self.backbone = backbone
         self.schedule = schedule
         self.settings = settings
@@ -270,7 +274,9 @@ class MagiEngine:
         if not self.policy.watches:
             return {}
         signals = {
-            place.chunk: self.backbone.reuse_signal(self._latents[place.chunk], self._level(place.chunk, self.sigmas[place.step]))
+            place.chunk: self.backbone.reuse_signal(
+                self._latents[place.chunk], self._level(place.chunk, self.sigmas[place.step])
+            )
             for place in places
         }
         known = [chunk for chunk in signals if chunk in self._signals]
@@ -295,7 +301,9 @@ class MagiEngine:
             return {"text": NEAR_CLEAN_WEIGHT, "alone": 1.0 - NEAR_CLEAN_WEIGHT}
         return {"text": 1.0}
 
-    def _velocities(self, places: Sequence[Place], weights: dict[int, dict[str, float]], tick: int) -> dict[int, Tensor]:
+    def _velocities(
+        self, places: Sequence[Place], weights: dict[int, dict[str, float]], tick: int
+    ) -> dict[int, Tensor]:
         """Guided velocities of the chunks that are recomputed in this tick."""
         velocities: dict[int, Tensor] = {}
         for branch in self.branches:

@@ -60,7 +60,7 @@ class SpecialTokens:
                 found = {name: torch.from_numpy(arrays[name]) for name in ARRAYS}
         except (OSError, ValueError, KeyError, TypeError) as error:
             raise UserError(
-                f"{Path(path).name} is not MAGI-1's special_tokens.npz ({error}); take it from example/assets of its repository."
+                f"{Path(path).name} is not MAGI-1's special_tokens.npz ({error}); take it from its example/assets."
             ) from error
         return cls._checked(found, Path(path).name)
 
@@ -76,7 +76,10 @@ class SpecialTokens:
 
     def tensors(self) -> dict[str, Tensor]:
         """Under the names that a converted checkpoint has them by."""
-        return {TOKEN_PREFIX + name: token for name, token in zip(ARRAYS, (self.caption, self.logo, self.other), strict=True)}
+        return {
+            TOKEN_PREFIX + name: token
+            for name, token in zip(ARRAYS, (self.caption, self.logo, self.other), strict=True)
+        }
 
     def duration(self, remaining: int) -> Tensor:
         """Says how many chunks are still to come after this one, [1, width]."""
@@ -85,11 +88,15 @@ class SpecialTokens:
 
     @classmethod
     def _checked(cls, arrays: dict[str, Tensor], source: str) -> "SpecialTokens":
-        caption, logo, other = (arrays[name].to(torch.float16) for name in ARRAYS)  # upstream keeps them in half precision
+        caption, logo, other = (
+            arrays[name].to(torch.float16) for name in ARRAYS
+        )  # upstream keeps them in half precision
         width, rows = caption.shape[-1], max(ROWS.values()) + 1
         if caption.shape != (1, width) or logo.shape != (1, width) or other.shape[1:] != (width,) or len(other) < rows:
             shapes = [tuple(token.shape) for token in (caption, logo, other)]
-            raise UserError(f"The special tokens of {source} are {shapes}, expected [1, w], [1, w] and [{rows} or more, w].")
+            raise UserError(
+                f"The special tokens of {source} are {shapes}, expected [1, w], [1, w] and [{rows} or more, w]."
+            )
         return cls(caption, logo, other)
 
 
@@ -117,8 +124,8 @@ def caption_text(
         return MagiText(embedding[:, :CAPTION_TOKENS], mask[:, :CAPTION_TOKENS])
     if tokens.other.shape[1] != embedding.shape[-1]:
         raise UserError(
-            f"The special tokens are {tokens.other.shape[1]} wide and the caption {embedding.shape[-1]}; MAGI-1 needs the "
-            "output of T5 v1.1 XXL, 4096 wide: choose that text encoder."
+            f"The special tokens are {tokens.other.shape[1]} wide and the caption {embedding.shape[-1]}; MAGI-1 needs "
+            "the output of T5 v1.1 XXL, 4096 wide: choose that text encoder."
         )
     rows = [ROWS[name] for name in ROWS if name in names]
     front = [tokens.duration(remaining), *(tokens.other[row : row + 1] for row in reversed(rows))]
@@ -150,7 +157,10 @@ def _in_front(front: Sequence[Tensor], embedding: Tensor, mask: Tensor) -> MagiT
 
 DOMAINS = "com|co|ru|net|org|edu|gov|it"
 MEDIA = "png|jpg|jpeg|bmp|webp|eps|pdf|apk|mp4"
-DASHES = "-\u058a\u05be\u1400\u1806\u2010-\u2015\u2e17\u2e1a\u2e3a\u2e3b\u2e40\u301c\u3030\u30a0\ufe31\ufe32\ufe58\ufe63\uff0d"
+DASHES = (
+    "-\u058a\u05be\u1400\u1806\u2010-\u2015\u2e17\u2e1a\u2e3a\u2e3b\u2e40\u301c\u3030\u30a0\ufe31\ufe32\ufe58"
+    "\ufe63\uff0d"
+)
 ORNAMENTS = "#®•©™&@·º½¾¿¡§~()\\[\\]{}|\\\\/*"
 
 

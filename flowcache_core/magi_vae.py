@@ -69,7 +69,9 @@ class MagiVaeConfig:
         }
         for name, expected in fixed.items():
             if sizes.get(name, expected) != expected:
-                raise UserError(f"The autoencoder's config.json has {name} = {sizes[name]}; only {expected} is supported.")
+                raise UserError(
+                    f"The autoencoder's config.json has {name} = {sizes[name]}; only {expected} is supported."
+                )
         return cls(
             width=sizes.get("embed_dim", 768),
             depth=sizes.get("depth", 12),
@@ -264,7 +266,14 @@ class MagiVae(nn.Module):
         return self.encoder(video)[:, : self.config.latent_channels]
 
     def _tiled(
-        self, run: Callable[[Tensor], Tensor], x: Tensor, frames: int, side: int, frame_gain: float, gain: float, settle: bool
+        self,
+        run: Callable[[Tensor], Tensor],
+        x: Tensor,
+        frames: int,
+        side: int,
+        frame_gain: float,
+        gain: float,
+        settle: bool,
     ) -> Tensor:
         """Runs tiles of x [B, C, T, H, W] and joins them, cross-faded over a quarter of their sides.
 

@@ -14,7 +14,15 @@ from torch import Tensor, nn
 from flowcache_core.backbones.magi_config import MagiConfig
 
 SMALL = MagiConfig(
-    layers=2, width=192, ffn_width=256, heads=6, kv_heads=2, head_dim=32, channels=4, caption_width=48, caption_tokens=64
+    layers=2,
+    width=192,
+    ffn_width=256,
+    heads=6,
+    kv_heads=2,
+    head_dim=32,
+    channels=4,
+    caption_width=48,
+    caption_tokens=64,
 )
 SMALL_GATED = MagiConfig(
     layers=2, width=128, ffn_width=160, heads=8, kv_heads=2, head_dim=16, channels=16, caption_width=48,

@@ -9,7 +9,14 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from flowcache_core import checkpoints
-from flowcache_core.backbones.magi import MagiBackbone, MagiNetwork, MagiRotary, MagiText, grouped_attention, load_network
+from flowcache_core.backbones.magi import (
+    MagiBackbone,
+    MagiNetwork,
+    MagiRotary,
+    MagiText,
+    grouped_attention,
+    load_network,
+)
 from flowcache_core.backbones.magi_config import MAGI_4_5B, MAGI_24B, MagiConfig
 from flowcache_core.backbones.magi_fp8 import Fp8Linear, SmoothFp8Linear
 from flowcache_core.errors import UserError
@@ -58,7 +65,9 @@ def history(model: MagiBackbone, rotary=MagiRotary) -> History:
     return History(shape, rotary, HistorySettings(), model.network.dtype, torch.device("cpu"))
 
 
-def run(model: MagiBackbone, chunks: int, captioned: bool = True, masks: bool = True, rotary=MagiRotary) -> torch.Tensor:
+def run(
+    model: MagiBackbone, chunks: int, captioned: bool = True, masks: bool = True, rotary=MagiRotary
+) -> torch.Tensor:
     """Upstream's velocity [1, C, T, H, W] of the golden run's first chunks, one after another over a history."""
     config, velocities, past = model.config, [], history(model, rotary)
     for chunk in range(chunks):
@@ -158,7 +167,11 @@ def test_quantised_layers(layer, name):
 def test_quantised_network():
     model = backbone(SMALL_FP8)
     dtypes = {name: parameter.dtype for name, parameter in model.network.named_parameters() if "linear_fc1" in name}
-    assert [dtype == torch.float8_e4m3fn for name, dtype in dtypes.items() if name.endswith("weight")] == [False, True, False]
+    assert [dtype == torch.float8_e4m3fn for name, dtype in dtypes.items() if name.endswith("weight")] == [
+        False,
+        True,
+        False,
+    ]
     # A value at the edge between two fp8 numbers may fall to either side, so agreement is bounded by such flips.
     golden = GOLDEN["fp8.velocity"]
     assert relative_error(run(model, 1), GOLDEN["fp8.velocity.one"]) < 3e-3
@@ -173,7 +186,10 @@ def test_upstream_precision_is_kept_in_bfloat16():
     block = "videodit_blocks.layers.0."
     assert precise >= {"x_embedder.weight", "rope.bands", "t_embedder.mlp.0.weight", "final_linear.linear.weight"}
     assert precise >= {block + "self_attention.q_layernorm.weight", block + "mlp_post_norm.weight"}
-    assert not precise & {block + "self_attention.q_layernorm_xattn.weight", block + "self_attention.linear_proj.weight"}
+    assert not precise & {
+        block + "self_attention.q_layernorm_xattn.weight",
+        block + "self_attention.linear_proj.weight",
+    }
 
 
 def test_rows_of_a_batch_have_captions_of_their_own_length():
@@ -226,7 +242,9 @@ def test_shards_are_loaded_as_they_are(tmp_path):
     golden = GOLDEN["fp8.velocity.one"]
     assert relative_error(run(MagiBackbone(network), 1), golden) < 3e-3
     for name, change in {"lacks rope.bands": "rope.bands", "also holds more": None}.items():
-        broken = {key: value for key, value in loaded.items() if key != change} | ({} if change else {"more": torch.ones(1)})
+        broken = {key: value for key, value in loaded.items() if key != change} | (
+            {} if change else {"more": torch.ones(1)}
+        )
         with pytest.raises(UserError, match=name):
             load_network(broken, distilled=True)
     with pytest.raises(UserError, match="rope.bands is"):

@@ -13,7 +13,14 @@ from flowcache_core.compression import Compression
 from flowcache_core.engine import Cancelled
 from flowcache_core.errors import UserError
 from flowcache_core.history import History, HistorySettings
-from flowcache_core.magi_engine import PUBLISHED_FLOWCACHE, MagiEngine, MagiSampling, clean_chunks_seen, history_plan, magi_schedule
+from flowcache_core.magi_engine import (
+    PUBLISHED_FLOWCACHE,
+    MagiEngine,
+    MagiSampling,
+    clean_chunks_seen,
+    history_plan,
+    magi_schedule,
+)
 from flowcache_core.magi_text import SpecialTokens, caption_text, null_text
 from flowcache_core.presets import OFF, ReuseSettings, Settings
 from tests.magi_weights import SMALL, SMALL_GATED, fill, normal
@@ -79,7 +86,9 @@ def trace(run: MagiEngine) -> torch.Tensor:
         return finish(chunk)
 
     def after(progress):
-        ticks.extend(ready.pop(place.chunk) if place.chunk in ready else run._latents[place.chunk] for place in progress.places)
+        ticks.extend(
+            ready.pop(place.chunk) if place.chunk in ready else run._latents[place.chunk] for place in progress.places
+        )
 
     run._finish, run.on_progress = keep, after
     list(run.run())
@@ -102,7 +111,9 @@ def published(threshold: float, budget: int | None = None, weight: float = 0.07)
     return Settings(reuse, HistorySettings(budget, Compression(weight=weight)), clean_pass=False)
 
 
-@pytest.mark.parametrize(("name", "threshold", "budget"), [("reuse", 0.05, None), ("compressed", 0.02, 1), ("last", 0.12, None)])
+@pytest.mark.parametrize(
+    ("name", "threshold", "budget"), [("reuse", 0.05, None), ("compressed", 0.02, 1), ("last", 0.12, None)]
+)
 def test_published_flowcache(name, threshold, budget, monkeypatch):
     run = engine(name, published(threshold, budget), PUBLISHED_FLOWCACHE)
     kept, compress = [], History._compress
@@ -263,5 +274,9 @@ def test_memory_plan_of_the_published_network():
     everything, budget = replace(OFF, clean_pass=False), published(0.01, budget=5)
     assert gigabytes(10, everything, PUBLISHED_FLOWCACHE) == pytest.approx(15.9, abs=0.1)  # 10 chunks of 12,150 tokens
     assert gigabytes(60, everything, PUBLISHED_FLOWCACHE) == pytest.approx(95.3, abs=0.1)
-    assert gigabytes(60, budget, PUBLISHED_FLOWCACHE) == gigabytes(10, budget, PUBLISHED_FLOWCACHE) == pytest.approx(14.3, abs=0.1)
+    assert (
+        gigabytes(60, budget, PUBLISHED_FLOWCACHE)
+        == gigabytes(10, budget, PUBLISHED_FLOWCACHE)
+        == pytest.approx(14.3, abs=0.1)
+    )
     assert gigabytes(60, OFF, MagiSampling()) == gigabytes(10, OFF, MagiSampling()) == pytest.approx(9.5, abs=0.1)

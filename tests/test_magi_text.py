@@ -93,7 +93,12 @@ def test_wrong_files_are_told(tmp_path, tokens):
     other.write_text("not an archive")
     thin = tmp_path / "thin.npz"
     np.savez(thin, caption_token=np.zeros((1, 8)), logo_token=np.zeros((1, 8)), other_tokens=np.zeros((3, 8)))
-    for path, message in ((pickled, "not MAGI-1's"), (other, "not MAGI-1's"), (tmp_path / "none", "not MAGI-1's"), (thin, "3, 8")):
+    for path, message in (
+        (pickled, "not MAGI-1's"),
+        (other, "not MAGI-1's"),
+        (tmp_path / "none", "not MAGI-1's"),
+        (thin, "3, 8"),
+    ):
         with pytest.raises(UserError, match=message):
             SpecialTokens.from_file(path)
     with pytest.raises(UserError, match="48 wide and the caption 64"):

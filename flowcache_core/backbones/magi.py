@@ -163,7 +163,8 @@ class MagiBlocks(nn.Module):
         super().__init__()
         ends = (0, config.layers - 1)  # never quantised
         self.layers = nn.ModuleList(
-            MagiBlock(config, operations, config.fp8 and layer not in ends, precise, where) for layer in range(config.layers)
+            MagiBlock(config, operations, config.fp8 and layer not in ends, precise, where)
+            for layer in range(config.layers)
         )
         self.final_layernorm = ShiftedLayerNorm(config.width, config.eps, **precise)
 
@@ -329,8 +330,8 @@ class MagiBackbone:
 
     Args:
         network: its blocks' precision is that of the computation.
-        attention: used for cross-attention here; the history uses its own. It must accept fewer heads in keys and values
-            than in queries.
+        attention: used for cross-attention here; the history uses its own. It must accept fewer heads in keys and
+            values than in queries.
     """
 
     def __init__(self, network: MagiNetwork, attention: Attention = grouped_attention):
@@ -396,7 +397,7 @@ class MagiBackbone:
         return hidden.view_as(embedded).float() - embedded.float()
 
     def head(self, x: Tensor, sigma: Tensor, residual: Tensor) -> Tensor:
-        """Velocity [B, C, T, H, W] from the latent and a residual that `trunk` gave. The noise level has no part in it."""
+        """Velocity [B, C, T, H, W] from the latent and a residual that `trunk` gave; the noise level plays no part."""
         hidden = self.network.videodit_blocks.final_layernorm(self.embed(x).float() + residual)
         velocity = self._unpatch(self.network.final_linear.linear(hidden), x.shape)
         return -(velocity[:, : self.config.channels] / self.config.input_scale).to(x.dtype)

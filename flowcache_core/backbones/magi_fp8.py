@@ -1,9 +1,9 @@
 """The quantised layers of MAGI-1's distill+quant files, run as they are stored.
 
-Matrices stay in fp8, half the memory of bfloat16, and are widened one at a time when they are used. Inputs are rounded to
-fp8 as upstream's kernel wants them, so that results are upstream's; the product itself is taken in the network's own
-precision, for torch has no fp8 product for every device. That costs a copy of one matrix at a time and, next to
-bfloat16 weights, one pass over the input.
+Matrices stay in fp8, half the memory of bfloat16, and are widened one at a time when they are used. Inputs are
+rounded to fp8 as upstream's kernel wants them, so that results are upstream's; the product itself is taken in the
+network's own precision, for torch has no fp8 product for every device. That costs a copy of one matrix at a time and,
+next to bfloat16 weights, one pass over the input.
 
 Source: MAGI-1, inference/model/dit/dit_module.py (PerTensorQuantizedFp8Linear, PerChannelQuantizedFp8Linear).
 """
