@@ -25,7 +25,7 @@ def export(trained: Path, out: Path = NETWORK_FILE) -> Path:
     try:
         saved = torch.load(trained, map_location="cpu", weights_only=True)
         weights, steps, minutes = saved["average"], saved["step"], saved["seconds"] / 60
-    except (OSError, KeyError, TypeError, RuntimeError, ValueError) as error:
+    except Exception as error:  # torch raises many kinds for what it will not read
         raise UserError(
             f"{trained} is no checkpoint of train_network ({error!r}); give the file that it saved."
         ) from error
