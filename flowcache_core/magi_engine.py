@@ -1,9 +1,10 @@
 """MAGI-1's sampler: the loop of `engine.py` with what is MAGI-1's own.
 
 A tick goes branch by branch, not chunk by chunk. All branches share one history: in each branch the active chunks write
-their keys anew, oldest first, before a later one reads them, and the last branch's stay. A finished chunk's clean pass
-opens every branch of the next tick; there it sees itself alone, without caption. Some forwards run a chunk alone: to
-guide away from the lack of a past (base), or to mix into the oldest chunk's velocity (distilled).
+their keys anew, oldest first, before a later one reads them, and the last branch's stay; of a chunk whose step is
+reused, every branch reads those. A finished chunk's clean pass opens every branch of the next tick; there it sees itself
+alone, without caption. Some forwards run a chunk alone: to guide away from the lack of a past (base), or to mix into the
+oldest chunk's velocity (distilled).
 
 Source: MAGI-1, inference/pipeline/video_generate.py and forward_dispatcher in inference/model/dit/dit_model.py.
 """
@@ -192,7 +193,13 @@ class MagiEngine:
 
     def run(self) -> Iterator[Chunk]:
         """Generates the schedule's chunks, oldest first; given whole chunks are run first, at `CLEAN_TIME`."""
-        if self.given is not None and self._loaded is None:
+        frames = 0 if self.given is None else self.given.shape[2]
+        if self._loaded is None and frames // CHUNK_FRAMES != self.schedule.prefix:
+            raise UserError(
+                f"{frames} latent frames are given, but the schedule is one for {self.schedule.prefix} given chunks of "
+                f"{CHUNK_FRAMES}: tell magi_schedule() how many frames are given, or load a state."
+            )
+        if self._loaded is None:
             self._prefill()
         for tick, places in enumerate(self.schedule):
             begun = time.perf_counter()

@@ -7,7 +7,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from flowcache_core.backbones.magi import MagiBackbone, MagiNetwork
+from flowcache_core.backbones.magi import MagiBackbone, MagiNetwork, MagiText
 from flowcache_core.backbones.magi_config import MAGI_4_5B
 from flowcache_core.compression import Compression
 from flowcache_core.engine import Cancelled
@@ -280,3 +280,25 @@ def test_memory_plan_of_the_published_network():
         == pytest.approx(14.3, abs=0.1)
     )
     assert gigabytes(60, OFF, MagiSampling()) == gigabytes(10, OFF, MagiSampling()) == pytest.approx(9.5, abs=0.1)
+
+
+def test_a_batch_equals_its_rows():
+    run, single = engine("distill_other_order"), engine("distill_other_order")
+    start, text = run.start, run.text
+
+    def other(chunk: int) -> torch.Tensor:
+        return start(chunk).flip(-1)
+
+    run.start = lambda chunk: torch.cat([start(chunk), other(chunk)])
+    run.text = lambda chunk: MagiText(*(torch.cat([part, part]) for part in text(chunk)[:2]))
+    run.null = MagiText(*(torch.cat([part, part]) for part in run.null[:2]))
+    both = torch.cat([chunk.latent for chunk in run.run()], dim=2)
+    single.start = other
+    assert relative_error(both[1:], torch.cat([chunk.latent for chunk in single.run()], dim=2)) < 1e-5
+
+
+def test_given_frames_that_do_not_fit_the_schedule_are_told():
+    run = engine("video")
+    run.given = run.given[:, :, :6]
+    with pytest.raises(UserError, match="6 latent frames are given, but the schedule is one for 2"):
+        list(run.run())
