@@ -2,9 +2,9 @@
 
 A tick goes branch by branch, not chunk by chunk. All branches share one history: in each branch the active chunks write
 their keys anew, oldest first, before a later one reads them, and the last branch's stay; of a chunk whose step is
-reused, every branch reads those. A finished chunk's clean pass opens every branch of the next tick; there it sees itself
-alone, without caption. Some forwards run a chunk alone: to guide away from the lack of a past (base), or to mix into the
-oldest chunk's velocity (distilled).
+reused, every branch reads those. A finished chunk's clean pass opens every branch of the next tick; there it sees
+itself alone, without caption. Some forwards run a chunk alone: to guide away from the lack of a past (base), or to mix
+into the oldest chunk's velocity (distilled).
 
 Source: MAGI-1, inference/pipeline/video_generate.py and forward_dispatcher in inference/model/dit/dit_model.py.
 """
