@@ -4,6 +4,7 @@ from comfy_api.latest import io
 
 from ..flowcache_core.families import SOLVERS
 from . import host
+from .widgets import found_by
 
 
 class ARSamplerNode(io.ComfyNode):
@@ -15,7 +16,7 @@ class ARSamplerNode(io.ComfyNode):
             category="FlowCache",
             description="Samples a video chunk by chunk, for SamplerCustomAdvanced: noise, sigmas and guider stay ComfyUI's. "
             "Put a FlowCache node before the guider to make it faster.",
-            search_aliases=["autoregressive sampler", "diffusion forcing sampler", "magi", "skyreels"],
+            **found_by("autoregressive sampler", "diffusion forcing sampler", "magi", "skyreels"),
             inputs=[
                 io.Int.Input(
                     "frames_per_chunk",

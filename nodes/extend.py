@@ -6,7 +6,7 @@ from ..flowcache_core.errors import UserError
 from ..flowcache_core.families import SOLVERS, family
 from . import host
 from .types import ReportType, StateType
-from .widgets import advanced
+from .widgets import advanced, found_by
 
 AUTO = 0  # of a number: as recommended for the model's family
 
@@ -21,7 +21,7 @@ class AutoregressiveExtend(io.ComfyNode):
             description="Generates a video chunk by chunk, or goes on from an earlier one: connect the state of another "
             "Autoregressive Extend to continue with a new prompt (nothing is computed again), or a latent to continue a "
             "given image or video.",
-            search_aliases=["long video", "extend video", "autoregressive", "video continuation", "infinite video"],
+            **found_by("long video", "extend video", "autoregressive", "video continuation", "infinite video"),
             inputs=[
                 io.Model.Input("model", tooltip="An autoregressive video model, best with a FlowCache node before it."),
                 io.Conditioning.Input("positive", tooltip="What these chunks shall show."),

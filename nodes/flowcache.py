@@ -7,7 +7,7 @@ from ..flowcache_core.families import family_preset
 from ..flowcache_core.history import HistorySettings
 from ..flowcache_core.presets import DEFAULT_PRESET, PRESETS, ReuseSettings, Settings
 from . import host
-from .widgets import advanced
+from .widgets import advanced, found_by
 
 CUSTOM = "custom"
 
@@ -22,7 +22,7 @@ class FlowCache(io.ComfyNode):
             description="Makes an autoregressive video model faster without training: each chunk reuses its own last results "
             "where little changes, and the attention history is kept within a budget. Works with Autoregressive Extend, "
             "AR Sampler (FlowCache) and ComfyUI's SamplerARVideo. Bypass it to get the plain model back.",
-            search_aliases=["cache", "speed up", "teacache", "easycache", "kv cache", "faster video"],
+            **found_by("cache", "speed up", "teacache", "easycache", "kv cache", "faster video"),
             inputs=[
                 io.Model.Input("model", tooltip="An autoregressive video model: causal Wan, SkyReels-V2, the demo model."),
                 io.Combo.Input(

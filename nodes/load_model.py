@@ -7,7 +7,7 @@ from comfy_api.latest import io
 from ..flowcache_core.demo import NETWORK_FILE
 from ..flowcache_core.families import FAMILIES
 from . import host
-from .widgets import advanced
+from .widgets import advanced, found_by
 
 DEMO = "demo model (ships with FlowCache)"
 WEIGHT_TYPES = {
@@ -30,7 +30,7 @@ class LoadARVideoModel(io.ComfyNode):
             category="FlowCache",
             description="Loads an autoregressive video model: causal Wan (Self-Forcing, Causal-Forcing, CausVid), "
             "SkyReels-V2, or the small demo model that ships with this pack.",
-            search_aliases=["self-forcing", "causal forcing", "causvid", "skyreels", "diffusion forcing", "autoregressive"],
+            **found_by("self-forcing", "causal forcing", "causvid", "skyreels", "diffusion forcing", "autoregressive"),
             inputs=[
                 io.Combo.Input(
                     "model_name",

@@ -70,6 +70,8 @@ class Server:
             at = command.index("--database-url")
             del command[at : at + 2]
         environment = {name: value for name, value in os.environ.items() if not name.startswith("PYTEST")}
+        if host != HOST:
+            environment["PYTHONPATH"] = str(_older_templates(base))
         self.process = subprocess.Popen(
             command, cwd=host, stdout=self.log.open("w"), stderr=subprocess.STDOUT, env=environment
         )
@@ -157,6 +159,14 @@ class Server:
         except subprocess.TimeoutExpired:
             self.process.kill()
             self.process.wait()
+
+
+def _older_templates(base: Path) -> Path:
+    """A stand-in for the page's template package, in which an older host asks for a folder that newer ones lack."""
+    package = base / "packages" / "comfyui_workflow_templates"
+    (package / "templates").mkdir(parents=True, exist_ok=True)
+    (package / "__init__.py").touch()
+    return package.parent
 
 
 class WebSocket:
