@@ -104,13 +104,20 @@ def model_name(model: comfy.model_patcher.ModelPatcher) -> str:
     return f"{type(network).__name__.replace('Causal', '')} {network.dim}x{len(network.blocks)} heads {network.num_heads}"
 
 
+def compute_dtype(model) -> torch.dtype:
+    """What the network computes in, whatever its weights are stored as; ComfyUI 0.3.64 has no method for it."""
+    if hasattr(model, "get_dtype_inference"):
+        return model.get_dtype_inference()
+    return model.manual_cast_dtype or model.get_dtype()
+
+
 class Run:
     """One run in the host: holds the engine's runner and knows which chunk and step the guider is asked for."""
 
     def __init__(self, model, settings: Settings, schedule: ChunkSchedule, chunk_frames: int, options: dict):
         """`model` is the host's BaseModel, `options` the transformer options of this run."""
         check_network(model.diffusion_model)
-        self.runner = Runner(None, schedule, settings, chunk_frames, dtype=model.get_dtype_inference())
+        self.runner = Runner(None, schedule, settings, chunk_frames, dtype=compute_dtype(model))
         self.place: Place | None = None
         self.sigma = 0.0
         self._branches: dict[int, list] = {}
