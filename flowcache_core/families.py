@@ -38,6 +38,7 @@ class Family:
         size: width and height in pixels.
         source: where the numbers come from.
         condition: noise level at which given frames are shown.
+        attention: chunk by chunk over a history, or the active chunks together and both ways ("rolling").
     """
 
     steps: int
@@ -49,6 +50,7 @@ class Family:
     size: tuple[int, int]
     source: str
     condition: float = 0.0
+    attention: Literal["causal", "joint", "rolling"] = "causal"
 
 
 FAMILIES: dict[str, Family] = {
@@ -60,6 +62,10 @@ FAMILIES: dict[str, Family] = {
     "skyreels": Family(
         50, 5, 5, "skyreels unipc", noise_levels.skyreels, 6.0, (960, 544),
         "SkyReels-V2, README (asynchronous inference, addnoise_condition 20)", condition=0.02,
+    ),
+    "rolling": Family(
+        5, 1, 3, "renoise", lambda steps: noise_levels.linear(steps, 5.0), 1.0, (832, 480),
+        "Rolling Forcing, configs/rolling_forcing_dmd.yaml", attention="rolling",
     ),
     "wan": Family(50, 50, 3, "unipc", lambda steps: noise_levels.linear(steps, 8.0), 6.0, (832, 480), "Wan 2.1, README"),
 }  # fmt: skip

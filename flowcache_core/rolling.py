@@ -132,11 +132,12 @@ class RollingEngine(JointEngine):
         return list(steps)
 
     def _first_frame(self, places: Sequence[Place]) -> int:
-        return places[0].chunk * self.denoise.history.chunk_frames
+        chunk = places[0].chunk
+        return chunk * self.latents[chunk].shape[2]
 
     def _finish(self, chunk: int) -> Chunk:
         x = self.latents.pop(chunk)
         del self.solvers[chunk]
-        self.denoise.clean(x, chunk * self.denoise.history.chunk_frames)
+        self.denoise.clean(x, chunk * x.shape[2])
         self.report.chunks_done += 1
         return Chunk(chunk, x)

@@ -3,8 +3,8 @@
 from comfy_api.latest import io
 
 from ..flowcache_core.families import SOLVERS
-from . import host
-from .widgets import found_by
+from .host_sampler import ARSampler
+from .widgets import advanced, found_by
 
 
 class ARSamplerNode(io.ComfyNode):
@@ -39,12 +39,21 @@ class ARSamplerNode(io.ComfyNode):
                     options=list(SOLVERS),
                     default="euler",
                     tooltip="euler for the demo model and MAGI-1, renoise for few-step causal models (Self-Forcing), "
-                    "unipc for SkyReels-V2.",
+                    "skyreels unipc for SkyReels-V2.",
+                ),
+                advanced(
+                    io.Combo.Input(
+                        "attention",
+                        options=["causal", "joint", "rolling"],
+                        default="causal",
+                        tooltip="causal: chunk by chunk over the history; joint: all chunks in every forward (SkyReels-V2 "
+                        "without acceleration); rolling: the active chunks together (Rolling Forcing).",
+                    )
                 ),
             ],
             outputs=[io.Sampler.Output()],
         )
 
     @classmethod
-    def execute(cls, frames_per_chunk: int, lag: int, solver: str) -> io.NodeOutput:
-        return io.NodeOutput(host.ARSampler(frames_per_chunk, lag, solver))
+    def execute(cls, frames_per_chunk: int, lag: int, solver: str, attention: str = "causal") -> io.NodeOutput:
+        return io.NodeOutput(ARSampler(frames_per_chunk, lag, solver, attention))

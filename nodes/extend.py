@@ -5,6 +5,7 @@ from comfy_api.latest import io
 from ..flowcache_core.errors import UserError
 from ..flowcache_core.families import SOLVERS, family
 from . import host
+from .host_sampler import extend
 from .types import ReportType, StateType
 from .widgets import advanced, found_by
 
@@ -95,10 +96,25 @@ class AutoregressiveExtend(io.ComfyNode):
                         tooltip="How a step is taken; auto: as recommended for the model.",
                     )
                 ),
+                advanced(
+                    io.Combo.Input(
+                        "attention",
+                        options=["auto", "causal", "joint"],
+                        default="auto",
+                        tooltip="causal: chunk by chunk over the history, as FlowCache runs; joint: all chunks in every "
+                        "forward, seeing each other both ways (SkyReels-V2 without acceleration; allows an end latent). "
+                        "auto: as the model was made for.",
+                    )
+                ),
                 io.Latent.Input(
                     "prefix",
                     optional=True,
                     tooltip="A given beginning (an encoded image or video), in whole chunks. It is part of the result.",
+                ),
+                io.Latent.Input(
+                    "end",
+                    optional=True,
+                    tooltip="A given end (an encoded image); needs the attention 'joint'. It is part of the result.",
                 ),
                 StateType.Input(
                     "state",
@@ -117,13 +133,13 @@ class AutoregressiveExtend(io.ComfyNode):
     @classmethod
     def execute(
         cls, model, positive, negative, seed, chunks, steps, guidance, frames_per_chunk, lag, width, height,
-        solver="auto", prefix=None, state=None,
+        solver="auto", attention="auto", prefix=None, end=None, state=None,
     ) -> io.NodeOutput:  # fmt: skip
         if prefix is not None and state is not None:
             raise UserError("Both a prefix and a state are connected; a state already holds what came before. Connect one.")
         usual = family(host.family_of(model))
         steps = steps or usual.steps
-        result = host.extend(
+        result = extend(
             model,
             positive,
             negative,
@@ -135,7 +151,9 @@ class AutoregressiveExtend(io.ComfyNode):
             lag=usual.lag if lag < 0 else lag,
             solver=usual.solver if solver == "auto" else solver,
             size=(width or usual.size[0], height or usual.size[1]),
+            kind=usual.attention if attention == "auto" else attention,
             prefix=None if prefix is None else prefix["samples"],
+            end=None if end is None else end["samples"],
             condition=usual.condition,
             state=state,
             node_id=cls.hidden.unique_id,

@@ -1,4 +1,5 @@
-"""Everything that touches ComfyUI's internals: how a run of ours lives inside a run of the host's.
+"""How a run of ours lives inside a run of the host's. With `host_sampler` and `host_models` beside it this is all that
+touches ComfyUI's internals.
 
 A run goes through the host's guider, chunk by chunk, so that guidance, LoRA, memory management, interrupt, progress bar
 and previews are ComfyUI's own. Three wrappers on a patched model connect the two: OUTER_SAMPLE makes the run's state and
@@ -7,43 +8,27 @@ network's. Without a run they all pass through.
 """
 
 import hashlib
-import inspect
-import json
 import logging
 import math
-import os
 import time
 from collections import OrderedDict
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
 import comfy.k_diffusion.sampling
-import comfy.model_management
 import comfy.model_patcher
-import comfy.ops
 import comfy.samplers
-import comfy.sd
-import comfy.supported_models
-import comfy.utils
-import latent_preview
 import torch
 from comfy.ldm.modules.attention import optimized_attention
 from comfy.patcher_extension import WrappersMP, add_wrapper_with_key
-from server import PromptServer
 from torch import Tensor
 
-from ..flowcache_core import checkpoints
-from ..flowcache_core.backbones.skyreels import add_frame_rate
-from ..flowcache_core.backbones.wan import WanConfig
-from ..flowcache_core.engine import Engine, Progress
 from ..flowcache_core.errors import UserError
-from ..flowcache_core.families import FAMILIES, SOLVERS, make_backbone
-from ..flowcache_core.presets import OFF, Settings
-from ..flowcache_core.report import Report, megabytes
+from ..flowcache_core.families import make_backbone
+from ..flowcache_core.presets import Settings
+from ..flowcache_core.report import Report
 from ..flowcache_core.runner import Runner
 from ..flowcache_core.schedule import CLEAN, ChunkSchedule, Place
-from ..flowcache_core.solvers import chunk_noise
-from ..flowcache_core.state import State, make_state
 
 KEY = "flowcache"  # our wrappers' key on a patched model, and the patch's in transformer_options
 RUN = "flowcache_run"  # a run's key in transformer_options, while it goes on
@@ -111,38 +96,62 @@ def compute_dtype(model) -> torch.dtype:
     return model.manual_cast_dtype or model.get_dtype()
 
 
-class Run:
-    """One run in the host: holds the engine's runner and knows which chunk and step the guider is asked for."""
+class HostRun:
+    """What all runs in the host have: a backbone over the host's network, and names for the branches of guidance.
+
+    Args:
+        model: the host's BaseModel.
+        options: the transformer options of this run.
+    """
+
+    def __init__(self, model, options: dict):
+        check_network(model.diffusion_model)
+        self._branches: dict[int, list] = {}
+        self.bind(model.diffusion_model, options)
+
+    def bind(self, network: torch.nn.Module, options: dict) -> None:
+        """Runs this network from now on; hooks and several GPUs swap it."""
+        self.attention = _host_attention(options)
+        name, fps = options.get(FAMILY, ""), options.get(FPS, 24)
+        self.backbone = make_backbone(name, network, fps, self.attention)
+
+    def names(self, options: dict) -> list[str]:
+        """A name for each branch of a call, which outlives the run: the side of guidance, and the how-manieth there."""
+        found = []
+        for index, uuid in zip(options["cond_or_uncond"], options["uuids"], strict=True):
+            known = self._branches.setdefault(index, [])
+            if uuid not in known:
+                known.append(uuid)
+            found.append(f"{index}.{known.index(uuid)}")
+        return found
+
+
+class Run(HostRun):
+    """A run chunk by chunk: holds the engine's runner and knows which chunk and step the guider is asked for."""
 
     def __init__(self, model, settings: Settings, schedule: ChunkSchedule, chunk_frames: int, options: dict):
-        """`model` is the host's BaseModel, `options` the transformer options of this run."""
-        check_network(model.diffusion_model)
         self.runner = Runner(None, schedule, settings, chunk_frames, dtype=compute_dtype(model))
         self.place: Place | None = None
         self.sigma = 0.0
-        self._branches: dict[int, list] = {}
-        self._bind(model.diffusion_model, options)
+        super().__init__(model, options)
 
-    def _bind(self, network: torch.nn.Module, options: dict) -> None:
-        self.runner.attention = _host_attention(options)
-        name, fps = options.get(FAMILY, ""), options.get(FPS, 24)
-        self.runner.backbone = make_backbone(name, network, fps, self.runner.attention)
+    def bind(self, network: torch.nn.Module, options: dict) -> None:
+        super().bind(network, options)
+        self.runner.backbone, self.runner.attention = self.backbone, self.attention
 
     def forward(self, network: torch.nn.Module, x: Tensor, context: Tensor, options: dict) -> Tensor:
         """Stands in for the network's own forward, for all branches of this call. x [rows, C, T, H, W]."""
-        if network is not self.runner.backbone.network:  # hooks and several GPUs swap it
-            self._bind(network, options)
-        names = [self._branch(index, uuid) for index, uuid in zip(options["cond_or_uncond"], options["uuids"], strict=True)]
+        if network is not self.backbone.network:
+            self.bind(network, options)
         if context.shape[0] != x.shape[0]:
             context = context.expand(x.shape[0], -1, -1)
-        return self.runner.forward(x, self.sigma, self.place, names, context, tuple(options["uuids"]))
+        return self.runner.forward(x, self.sigma, self.place, self.names(options), context, tuple(options["uuids"]))
 
-    def _branch(self, index: int, uuid) -> str:
-        """A branch's name that outlives the run: which side of guidance, and the how-manieth condition there."""
-        known = self._branches.setdefault(index, [])
-        if uuid not in known:
-            known.append(uuid)
-        return f"{index}.{known.index(uuid)}"
+
+class ChunkSampler(comfy.samplers.Sampler):
+    """A sampler of ours, which makes its own run. `chunk_frames` go through the network at once."""
+
+    chunk_frames: int
 
 
 def check_network(network: torch.nn.Module) -> None:
@@ -168,104 +177,6 @@ def _host_attention(options: dict) -> Callable[[Tensor, Tensor, Tensor], Tensor]
     return attention
 
 
-class ARSampler(comfy.samplers.Sampler):
-    """Our engine as a host's sampler: chunk after chunk through the guider that it is given.
-
-    Args:
-        chunk_frames: latent frames of a chunk.
-        lag: ticks between the starts of two chunks; the number of steps, or more, is one chunk at a time.
-        solver: a key of `SOLVERS`.
-        prefix: latent [B, C, T, H, W] in the host's space that comes before the generated frames.
-        condition: noise level that the prefix is shown at.
-        state: an earlier run's state to go on from.
-        on_progress: told the progress and the runner after every tick.
-        on_done: given the samples in the network's latent space, and the runner, at the end.
-    """
-
-    def __init__(
-        self,
-        chunk_frames: int,
-        lag: int,
-        solver: str,
-        prefix: Tensor | None = None,
-        condition: float = 0.0,
-        state: State | None = None,
-        on_progress: Callable[[Progress, Runner], None] = lambda told, runner: None,
-        on_done: Callable[[Tensor, Runner], None] = lambda samples, runner: None,
-    ):
-        self.chunk_frames = chunk_frames
-        self.lag = lag
-        self.solver = solver
-        self.prefix = prefix
-        self.condition = condition
-        self.state = state
-        self.on_progress = on_progress
-        self.on_done = on_done
-
-    def sample(
-        self, guider, sigmas, extra_args, callback, noise, latent_image=None, denoise_mask=None, disable_pbar=False
-    ) -> Tensor:
-        """Called by the host with a [B, C, T, H, W] noise; returns the sampled latent of that shape."""
-        model = guider.inner_model
-        options = comfy.model_patcher.create_model_options_clone(extra_args["model_options"])
-        patch = patch_of(options)
-        chunks = check_frames(noise, self.chunk_frames)
-        if denoise_mask is not None:
-            raise UserError("A noise mask was given; FlowCache extends videos instead: give the frames to keep as a prefix.")
-        levels = sigmas.tolist()
-        steps = len(levels) - 1
-        prefix = None if self.prefix is None else model.process_latent_in(self.prefix.to(noise))
-        done = self.state.chunks if self.state else 0 if prefix is None else check_frames(prefix, self.chunk_frames)
-        schedule = ChunkSchedule(chunks, steps, min(self.lag, steps), prefix=done)
-        settings = patch.settings if patch else OFF
-        run = Run(model, settings, schedule, self.chunk_frames, options["transformer_options"])
-        if self.state:
-            run.runner.load(self.state.by_branch)
-        options["transformer_options"][RUN] = run
-        add_wrapper_with_key(WrappersMP.DIFFUSION_MODEL, KEY, _diffusion_model, options, is_model_options=True)
-        seed = extra_args.get("seed") or 0
-        estimate = torch.zeros_like(noise)
-
-        def frames(chunk: int) -> slice:
-            return slice((chunk - done) * self.chunk_frames, (chunk - done + 1) * self.chunk_frames)
-
-        def denoise(x: Tensor, sigma: float, place: Place) -> Tensor:
-            run.place, run.sigma = place, sigma
-            level = torch.full((x.shape[0],), sigma, device=x.device, dtype=torch.float32)
-            clean = guider(x, level, model_options=options, seed=seed)
-            if place.step == CLEAN:
-                return torch.zeros_like(x)
-            estimate[:, :, frames(place.chunk)] = clean
-            return (x - clean) / sigma
-
-        def start(chunk: int) -> Tensor:
-            x = noise[:, :, frames(chunk)] * levels[0]
-            return x if latent_image is None else x + (1 - levels[0]) * latent_image[:, :, frames(chunk)]
-
-        def progress(told: Progress) -> None:
-            self.on_progress(told, run.runner)
-            if callback:
-                oldest = frames(told.places[0].chunk)
-                shown = estimate if told.tick == told.ticks else estimate[:, :, oldest.start :]
-                callback(told.tick - 1, shown, shown, told.ticks)
-
-        def fresh(chunk: int, step: int) -> Tensor:
-            return chunk_noise(seed, chunk, start(done).shape, step).to(noise)
-
-        engine = Engine(run.runner, denoise, levels, start, fresh, SOLVERS[self.solver], on_progress=progress)
-        if prefix is not None:
-            engine.prefill(prefix, self.condition)
-        samples = torch.empty_like(noise)
-        for index, latent in engine.run():
-            check_finite(latent, f"chunk {index}")
-            samples[:, :, frames(index)] = latent
-        run.runner.report.settings = patch.label if patch else "FlowCache off"
-        if patch:
-            patch.remember(model.process_latent_out(samples.to(torch.float32)), run.runner.report)
-        self.on_done(samples, run.runner)
-        return samples
-
-
 def check_frames(latent: Tensor, chunk_frames: int) -> int:
     """How many chunks a latent [B, C, T, H, W] holds.
 
@@ -284,6 +195,17 @@ def check_frames(latent: Tensor, chunk_frames: int) -> int:
             f"({pixels} pixel frames)."
         )
     return frames // chunk_frames
+
+
+def check_latent(latent: Tensor, channels: int) -> None:
+    """Raises UserError for a latent that is no video of that many channels, or not finite."""
+    if latent.ndim != 5 or latent.shape[1] != channels:
+        raise UserError(
+            f"The latent has shape {tuple(latent.shape)}, expected [batch, {channels}, frames, height, width]; use the VAE of "
+            "this model family."
+        )
+    if not torch.isfinite(latent).all():
+        raise UserError("The latent holds NaN or infinite values; check the node that made it.")
 
 
 def check_finite(latent: Tensor, what: str) -> None:
@@ -348,7 +270,7 @@ def _outer_sample(executor, noise, latent_image, sampler, sigmas, *args, **kwarg
     guider = executor.class_obj
     patch = patch_of(guider.model_options)
     options = guider.model_options.setdefault("transformer_options", {})
-    if isinstance(sampler, ARSampler):
+    if isinstance(sampler, ChunkSampler):
         options[CHUNK] = sampler.chunk_frames
         return executor(noise, latent_image, sampler, sigmas, *args, **kwargs)
     native = getattr(comfy.k_diffusion.sampling, "sample_ar_video", None)
@@ -362,7 +284,7 @@ def _outer_sample(executor, noise, latent_image, sampler, sigmas, *args, **kwarg
     run = NativeRun(guider.model_patcher.model, patch, sampler, sigmas, noise, options)
     options[RUN], options[CHUNK] = run, run.chunk_frames
     add_wrapper_with_key(WrappersMP.APPLY_MODEL, KEY, _apply_model, options)
-    add_wrapper_with_key(WrappersMP.DIFFUSION_MODEL, KEY, _diffusion_model, options)
+    add_wrapper_with_key(WrappersMP.DIFFUSION_MODEL, KEY, diffusion_model, options)
     layers = len(network.blocks)
     # The sampler would allocate history for the whole video; it only ever counts in what it is given.
     network.init_kv_caches = lambda *_args, **_kwargs: [{"end": 0} for _ in range(layers)]
@@ -392,7 +314,8 @@ def _apply_model(executor, x, t, c_concat=None, c_crossattn=None, control=None, 
     return executor(x, t, c_concat, c_crossattn, control, options, **kwargs)
 
 
-def _diffusion_model(executor, x, timestep, context, clip_fea=None, time_dim_concat=None, transformer_options={}, **kwargs):
+def diffusion_model(executor, x, timestep, context, clip_fea=None, time_dim_concat=None, transformer_options={}, **kwargs):
+    """The DIFFUSION_MODEL wrapper: the run that goes on answers instead of the network's own forward."""
     return transformer_options[RUN].forward(executor.class_obj, x, context, transformer_options)
 
 
@@ -415,207 +338,3 @@ def _prepare_sampling(executor, model, noise_shape, conds, *args, **kwargs):
     return executor(model, shape, conds, *args, **kwargs)
 
 
-def load_model(
-    path: str, family: str, dtype: torch.dtype | None, fps: int, disable_dynamic: bool = False
-) -> comfy.model_patcher.ModelPatcher:
-    """The host's model from a checkpoint of any layout that `checkpoints` reads.
-
-    Args:
-        path: of the file.
-        family: "auto", or what the user says it is; causal ones get the host's causal network, where it has one.
-        dtype: of the weights, or None for the host's choice.
-        fps: frames a second that SkyReels-V2 is told.
-        disable_dynamic: asked for by the host when it loads the model again.
-    """
-    info, weights = checkpoints.load(path, family)
-    for warning in info.warnings:
-        logging.warning("FlowCache: %s", warning)
-    if info.family not in FAMILIES:
-        raise UserError(f"'{os.path.basename(path)}' is a {checkpoints.FAMILIES[info.family]} file, which has no node yet.")
-    model = _load_wan(weights, info.config, info.family in checkpoints.CAUSAL_FAMILIES, dtype, disable_dynamic)
-    add_frame_rate(model.model.diffusion_model, weights, comfy.ops.manual_cast)
-    model.model_options.setdefault("transformer_options", {}).update({FAMILY: info.family, FPS: fps})
-    model.cached_patcher_init = (load_model, (path, family, dtype, fps))
-    return model
-
-
-def _load_wan(
-    weights: dict[str, Tensor], config: WanConfig, causal: bool, dtype: torch.dtype | None, disable_dynamic: bool
-) -> comfy.model_patcher.ModelPatcher:
-    options = {} if dtype is None else {"dtype": dtype}
-    load = comfy.sd.load_diffusion_model_state_dict
-    known = inspect.signature(load).parameters
-    if "metadata" not in known:
-        return _load_wan_by_hand(weights, config, dtype)
-    transformer = {"num_heads": config.num_heads, "text_dim": config.text_dim}
-    metadata = {"config": json.dumps({"transformer": transformer | ({"causal_ar": True} if causal else {})})}
-    more = {"disable_dynamic": disable_dynamic} if "disable_dynamic" in known else {}
-    return load(dict(weights), model_options=options, metadata=metadata, **more)
-
-
-def _load_wan_by_hand(weights: dict[str, Tensor], config: WanConfig, dtype: torch.dtype | None):
-    """For hosts that take head count and text width as given (before 0.4): the same network with our sizes."""
-    management = comfy.model_management
-    sizes = {
-        "image_model": "wan2.1",
-        "model_type": "t2v",
-        "dim": config.dim,
-        "out_dim": config.out_dim,
-        "num_heads": config.num_heads,
-        "ffn_dim": config.ffn_dim,
-        "num_layers": config.num_layers,
-        "patch_size": config.patch_size,
-        "freq_dim": config.freq_dim,
-        "text_dim": config.text_dim,
-        "in_dim": config.in_dim,
-        "window_size": (-1, -1),
-        "qk_norm": True,
-        "cross_attn_norm": True,
-        "eps": config.eps,
-    }
-    model_config = comfy.supported_models.WAN21_T2V(sizes)
-    supported = list(model_config.supported_inference_dtypes)
-    count = comfy.utils.calculate_parameters(weights)
-    stored = comfy.utils.weight_dtype(weights)
-    chosen = dtype or management.unet_dtype(model_params=count, supported_dtypes=supported, weight_dtype=stored)
-    device, offload = management.get_torch_device(), management.unet_offload_device()
-    model_config.set_inference_dtype(chosen, management.unet_manual_cast(chosen, device, supported))
-    model = model_config.get_model(weights, "").to(offload)
-    model.load_model_weights(dict(weights), "")
-    return comfy.model_patcher.ModelPatcher(model, load_device=device, offload_device=offload)
-
-
-def video_vae(module: torch.nn.Module) -> comfy.sd.VAE:
-    """The host's VAE object around a module with Wan's `encode` and `decode`, for any width and on any host.
-
-    Args:
-        module: encode [B, 3, T, H, W] in [-1, 1] to raw latents [B, 16, 1 + (T - 1) / 4, H / 8, W / 8], and decode.
-    """
-    vae = comfy.sd.VAE(sd={})  # finds no weights and leaves the object to be filled
-    vae.first_stage_model = module.eval()
-    vae.latent_dim, vae.latent_channels, vae.output_channels = 3, 16, 3
-    vae.upscale_ratio = (lambda frames: max(0, 4 * frames - 3), 8, 8)
-    vae.upscale_index_formula = (4, 8, 8)
-    vae.downscale_ratio = (lambda frames: max(0, (frames + 3) // 4), 8, 8)
-    vae.downscale_index_formula = (4, 8, 8)
-    # Bytes that a decode or encode takes, after the stock entry for the Wan 2.1 VAE (whose width is 96).
-    vae.memory_used_decode = lambda shape, dtype: 7000 * shape[3] * shape[4] * 64 * dtype.itemsize
-    vae.memory_used_encode = lambda shape, dtype: 6000 * shape[3] * shape[4] * dtype.itemsize
-    management = comfy.model_management
-    vae.working_dtypes = [torch.float32]
-    vae.vae_dtype = torch.float32
-    vae.device, vae.output_device = management.vae_device(), management.intermediate_device()
-    patcher = getattr(comfy.model_patcher, "CoreModelPatcher", comfy.model_patcher.ModelPatcher)
-    vae.patcher = patcher(vae.first_stage_model, load_device=vae.device, offload_device=management.vae_offload_device())
-    return vae
-
-
-@dataclass(frozen=True)
-class Extended:
-    """What Autoregressive Extend gives: all frames in the host's latent space, a state and a report."""
-
-    latent: Tensor
-    state: State
-    report: Report
-
-
-def extend(
-    model: comfy.model_patcher.ModelPatcher,
-    positive,
-    negative,
-    scale: float,
-    seed: int,
-    levels: list[float],
-    chunks: int,
-    chunk_frames: int,
-    lag: int,
-    solver: str,
-    size: tuple[int, int],
-    prefix: Tensor | None,
-    condition: float,
-    state: State | None,
-    node_id: str | None,
-) -> Extended:
-    """Runs the host's guider over `chunks` new chunks.
-
-    Args:
-        scale: of classifier-free guidance.
-        levels: noise levels, [steps + 1].
-        size: width and height in pixels, where neither prefix nor state gives one.
-        prefix: latent [B, C, T, H, W] in the host's space, or None.
-        condition: noise level that the prefix is shown at.
-        state: to go on from, or None.
-        node_id: of the node that shows the progress, or None.
-    """
-    if patch_of(model.model_options) is None:
-        model = patched(model, OFF, "FlowCache off")
-    channels = model.get_model_object("latent_format").latent_channels
-    shape = [1, channels, chunk_frames, size[1] // 8, size[0] // 8]
-    done = 0
-    if state is not None:
-        shape = [*state.latents.shape[:2], chunk_frames, *state.latents.shape[3:]]
-        state.check(model_name(model), chunk_frames, shape)
-        done = state.chunks
-    elif prefix is not None:
-        check_latent(prefix, channels)
-        done = check_frames(prefix, chunk_frames)
-        shape = [*prefix.shape[:2], chunk_frames, *prefix.shape[3:]]
-    noise = torch.cat([chunk_noise(seed, done + i, shape) for i in range(chunks)], dim=2)
-    begun = time.perf_counter()
-    kept = {}
-    sampler = ARSampler(
-        chunk_frames,
-        lag,
-        solver,
-        prefix=prefix,
-        condition=condition,
-        state=state,
-        on_progress=lambda told, runner: progress_text(describe(told, runner, begun), node_id),
-        on_done=lambda samples, runner: kept.update(samples=samples.cpu(), runner=runner),
-    )
-    guider = comfy.samplers.CFGGuider(model)
-    guider.set_conds(positive, negative)
-    guider.set_cfg(scale)
-    ticks = ChunkSchedule(chunks, len(levels) - 1, min(lag, len(levels) - 1), done).ticks
-    callback = latent_preview.prepare_callback(model, ticks)
-    sigmas = torch.tensor(levels, dtype=torch.float32)
-    guider.sample(noise, torch.zeros_like(noise), sampler, sigmas, callback=callback, disable_pbar=True, seed=seed)
-    latents, runner = kept["samples"], kept["runner"]
-    if state is not None:
-        latents = torch.cat([state.latents, latents], dim=2)
-    elif prefix is not None:
-        latents = torch.cat([model.model.process_latent_in(prefix.cpu().float()), latents], dim=2)
-    made = make_state(latents, runner.save(), chunk_frames, model_name(model))
-    return Extended(model.model.process_latent_out(latents.float()), made, runner.report)
-
-
-def check_latent(latent: Tensor, channels: int) -> None:
-    """Raises UserError for a latent that is no video of that many channels, or not finite."""
-    if latent.ndim != 5 or latent.shape[1] != channels:
-        raise UserError(
-            f"The latent has shape {tuple(latent.shape)}, expected [batch, {channels}, frames, height, width]; use the VAE of "
-            "this model family."
-        )
-    if not torch.isfinite(latent).all():
-        raise UserError("The latent holds NaN or infinite values; check the node that made it.")
-
-
-def progress_text(text: str, node_id: str | None) -> None:
-    """Shows a line on the node that is running."""
-    server = getattr(PromptServer, "instance", None)
-    if server is not None and node_id is not None:
-        server.send_progress_text(text, node_id)
-
-
-def describe(told: Progress, runner: Runner, begun: float) -> str:
-    """Two lines on how a run goes; they fit a node's width."""
-    report = runner.report
-    spent = time.perf_counter() - begun
-    left = spent / told.tick * (told.ticks - told.tick)
-    each = spent / max(1, report.chunks_done)
-    total = sum(history.bytes for history in runner.histories.values())
-    return (
-        f"chunk {min(report.chunks_done + 1, runner.schedule.chunks)} of {runner.schedule.chunks}, {each:.1f} s a chunk, "
-        f"{left:.0f} s left\n"
-        f"{report.reused:.0%} reused, history {megabytes(runner.history_bytes_used)} of {megabytes(total)}"
-    )

@@ -3,7 +3,7 @@
 from comfy_api.latest import io
 
 from ..flowcache_core.demo.vae import load_vae
-from . import host
+from .host_models import video_vae
 
 
 class LoadDemoVAE(io.ComfyNode):
@@ -20,4 +20,4 @@ class LoadDemoVAE(io.ComfyNode):
 
     @classmethod
     def execute(cls) -> io.NodeOutput:
-        return io.NodeOutput(host.video_vae(load_vae()))
+        return io.NodeOutput(video_vae(load_vae()))

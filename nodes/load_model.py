@@ -6,7 +6,7 @@ from comfy_api.latest import io
 
 from ..flowcache_core.demo import NETWORK_FILE
 from ..flowcache_core.families import FAMILIES
-from . import host
+from .host_models import load_model
 from .widgets import advanced, found_by
 
 DEMO = "demo model (ships with FlowCache)"
@@ -66,4 +66,4 @@ class LoadARVideoModel(io.ComfyNode):
     @classmethod
     def execute(cls, model_name: str, family: str, weight_type: str, fps: int = 24) -> io.NodeOutput:
         path = NETWORK_FILE if model_name == DEMO else folder_paths.get_full_path_or_raise("diffusion_models", model_name)
-        return io.NodeOutput(host.load_model(str(path), family, WEIGHT_TYPES[weight_type], fps))
+        return io.NodeOutput(load_model(str(path), family, WEIGHT_TYPES[weight_type], fps))

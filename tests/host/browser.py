@@ -1,4 +1,4 @@
-"""A headless Chromium, driven through its DevTools protocol: enough to load ComfyUI's page, act on it and look at it."""
+"""A headless Chromium, driven through its DevTools protocol: enough to load a page, act on it, look at it."""
 
 import base64
 import json
@@ -21,10 +21,14 @@ class Devtools(WebSocket):
     def send(self, text: str) -> None:
         payload = text.encode()
         size = len(payload)
-        head = bytes([0x81]) + (
-            bytes([0x80 | size]) if size < 126 else struct.pack(">BH", 0xFE, size) if size < 1 << 16 else struct.pack(">BQ", 0xFF, size)
-        )
-        self.socket.sendall(head + bytes(4) + payload)  # a mask of zeros leaves the payload as it is
+        if size < 126:
+            length = bytes([0x80 | size])
+        elif size < 1 << 16:
+            length = struct.pack(">BH", 0xFE, size)
+        else:
+            length = struct.pack(">BQ", 0xFF, size)
+        mask = bytes(4)  # of zeros: it leaves the payload as it is
+        self.socket.sendall(b"\x81" + length + mask + payload)
 
 
 class Browser:
@@ -40,8 +44,9 @@ class Browser:
         self._number = 0
         self.process = subprocess.Popen(
             [
-                CHROMIUM, "--headless=new", "--no-sandbox", "--disable-gpu", "--disable-dev-shm-usage", "--no-first-run",
-                "--autoplay-policy=no-user-gesture-required", "--remote-debugging-port=0", "--hide-scrollbars",
+                CHROMIUM, "--headless=new", "--no-sandbox", "--disable-gpu", "--disable-dev-shm-usage",
+                "--no-first-run", "--autoplay-policy=no-user-gesture-required", "--remote-debugging-port=0",
+                "--hide-scrollbars",
                 f"--user-data-dir={self._profile.name}", f"--window-size={width},{height}", "about:blank",
             ],
             stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
@@ -79,14 +84,15 @@ class Browser:
                 details = message["params"]["exceptionDetails"]
                 self.errors.append(details.get("exception", {}).get("description", details["text"]))
             elif message.get("method") == "Runtime.consoleAPICalled" and message["params"]["type"] == "error":
-                self.errors.append(" ".join(str(part.get("value", part.get("description"))) for part in message["params"]["args"]))
+                parts = message["params"]["args"]
+                self.errors.append(" ".join(str(part.get("value", part.get("description"))) for part in parts))
             elif message.get("id") == self._number:
                 if "error" in message:
                     raise RuntimeError(f"{method}: {message['error']['message']}")
                 return message["result"]
 
-    def resize(self, width: int, height: int, scale: float = 1.0) -> None:
-        self.call("Emulation.setDeviceMetricsOverride", width=width, height=height, deviceScaleFactor=scale, mobile=False)
+    def resize(self, width: int, height: int) -> None:
+        self.call("Emulation.setDeviceMetricsOverride", width=width, height=height, deviceScaleFactor=1, mobile=False)
 
     def open(self, address: str) -> None:
         self.call("Page.navigate", url=address)

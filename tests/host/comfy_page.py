@@ -43,7 +43,7 @@ class ComfyPage(Browser):
         self.wait(f"app.graph.nodes.length === {nodes}")
 
     def complaints(self) -> list[str]:
-        """What is wrong with the graph on the page: unknown nodes, open inputs, values that a list does not hold, overlaps."""
+        """What is wrong with the graph: unknown nodes, open inputs, values that a list does not hold, overlaps."""
         return self.evaluate(COMPLAINTS)
 
     def to_api(self) -> dict:
@@ -66,12 +66,13 @@ class ComfyPage(Browser):
         self.wait(f"innerWidth === {width} && app.canvasEl.clientWidth === {width}")
         self.evaluate(FIT)
         videos = self.evaluate("app.graph.nodes.filter((node) => node.type === 'SaveVideo').length")
-        self.wait(f"document.querySelectorAll('video').length === {videos} && {VIDEOS}.every((video) => video.readyState > 1)")
+        self.wait(f"{VIDEOS}.length === {videos} && {VIDEOS}.every((video) => video.readyState > 1)")
         self.evaluate(STOP)
         self.wait(f"{VIDEOS}.every((video) => !video.seeking)")
         time.sleep(2)  # the page draws
         self.screenshot(path)
-        Image.open(path).quantize(256).save(path, optimize=True)
+        shot = Image.open(path).convert("RGB")
+        shot.quantize(palette=shot.quantize(256, kmeans=1)).save(path, optimize=True)
 
 
 def listed_templates(server: Server) -> list[str]:
@@ -94,7 +95,8 @@ COMPLAINTS = """(() => {
     }
     for (const widget of node.widgets ?? []) {
       const values = widget.options?.values;
-      if (Array.isArray(values) && !values.includes(widget.value)) said.push(`${name}: ${widget.name} is ${widget.value}`);
+      if (Array.isArray(values) && !values.includes(widget.value))
+        said.push(`${name}: ${widget.name} is ${widget.value}`);
     }
     const [x, y, width, height] = node.boundingRect;
     for (const other of nodes) {
@@ -110,7 +112,8 @@ RUN = """new Promise((done, failed) => {
   const ends = ['execution_success', 'execution_error', 'execution_interrupted'];
   const ended = (event) => {
     ends.forEach((name) => app.api.removeEventListener(name, ended));
-    event.type === 'execution_success' ? done(true) : failed(new Error(`${event.type}: ${JSON.stringify(event.detail)}`));
+    if (event.type === 'execution_success') done(true);
+    else failed(new Error(`${event.type}: ${JSON.stringify(event.detail)}`));
   };
   ends.forEach((name) => app.api.addEventListener(name, ended));
   app.queuePrompt(0).then(() => {

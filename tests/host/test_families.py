@@ -11,18 +11,22 @@ from flowcache_core.demo.captions import embed_caption
 from flowcache_core.families import FAMILIES, SOLVERS, family_preset, make_backbone
 from flowcache_core.generate import generate
 from flowcache_core.history import HistorySettings
+from flowcache_core.joint import Given, JointEngine, JointGuidance
+from flowcache_core.rolling import RollingDenoise, RollingEngine, RollingHistory
+from flowcache_core.schedule import ChunkSchedule
+from flowcache_core.solvers import chunk_noise
 
-CONFIGS = {"causal": SMALL, "skyreels": replace(SMALL, fps=True), "wan": SMALL}
+CONFIGS = {"causal": SMALL, "skyreels": replace(SMALL, fps=True), "rolling": SMALL, "wan": SMALL}
 
 
 def extend(graph: Graph, family: str, preset: str, guidance: float, **inputs) -> str:
     model = graph.add("FlowCacheLoadARVideoModel", model_name=f"{family}.safetensors", family=family, weight_type="fp32")
     patched = graph.add("FlowCache", model=(model, 0), preset=preset, history_budget=0)
     words = [graph.add("FlowCacheDemoPrompt", caption=caption) for caption in ("a red circle", "")]
+    settings = dict(seed=4, chunks=3, steps=20 if family == "skyreels" else 4, frames_per_chunk=2, lag=4, width=64, height=64)
     return graph.add(
         "FlowCacheAutoregressiveExtend", model=(patched, 0), positive=(words[0], 0), negative=(words[1], 0),
-        seed=4, chunks=3, steps=20 if family == "skyreels" else 4, guidance=guidance, frames_per_chunk=2, lag=4,
-        width=64, height=64, **inputs,
+        guidance=guidance, **settings | inputs,
     )  # fmt: skip
 
 
@@ -33,14 +37,17 @@ def files(server):
         write_network(folder / f"{family}.safetensors", random_network(2, config), config)
 
 
+def network_of(family: str):
+    network = WanNetwork(CONFIGS[family])
+    network.load_state_dict(random_network(2, CONFIGS[family]))
+    return make_backbone(family, network.eval().requires_grad_(False), 24, torch.nn.functional.scaled_dot_product_attention)
+
+
 def alone(family: str, preset: str, guidance: float, prefix: torch.Tensor | None = None):
     usual, config = FAMILIES[family], CONFIGS[family]
-    network = WanNetwork(config)
-    network.load_state_dict(random_network(2, config))
-    backbone = make_backbone(family, network.eval().requires_grad_(False), 24, torch.nn.functional.scaled_dot_product_attention)
     steps = 20 if family == "skyreels" else 4
     return generate(
-        backbone, embed_caption("a red circle"), 3, steps=steps, lag=4, frames_per_chunk=2, seed=4,
+        network_of(family), embed_caption("a red circle"), 3, steps=steps, lag=4, frames_per_chunk=2, seed=4,
         settings=family_preset(preset, family, config.dim, HistorySettings()), guidance_scale=guidance,
         negative=embed_caption(""), sigmas=usual.levels(steps), solver=SOLVERS[usual.solver], prefix=prefix,
     )  # fmt: skip
@@ -73,3 +80,65 @@ def test_the_frame_rate_reaches_the_network(server):
         graph["1"]["inputs"]["fps"] = fps
         results.append(sample(server, graph, node))
     assert not torch.allclose(*results, atol=1e-3)
+
+
+def joint_alone(family: str, steps: int, lag: int, chunks: int, guidance: float, given: Given = Given()) -> torch.Tensor:
+    backbone, usual = network_of(family), FAMILIES[family]
+    texts = {"cond": embed_caption("a red circle"), "uncond": embed_caption("")}
+    kind, denoise = JointEngine, JointGuidance(backbone, texts, {"cond": guidance, "uncond": 1 - guidance})
+    if family == "rolling":
+        kind, denoise = RollingEngine, RollingDenoise(backbone, texts["cond"], RollingHistory(2))
+    shape = (1, 16, 2, 8, 8)
+    engine = kind(
+        ChunkSchedule(chunks, steps, lag), denoise, usual.levels(steps), lambda chunk: chunk_noise(4, chunk, shape),
+        lambda chunk, step: chunk_noise(4, chunk, shape, step), SOLVERS[usual.solver], given,
+    )  # fmt: skip
+    with torch.inference_mode():
+        return torch.cat([chunk.latent for chunk in engine.run()], dim=2)
+
+
+@pytest.mark.parametrize("lag", [0, 4])
+def test_joint_attention_equals_the_engine(server, lag):
+    """Synchronous and asynchronous, as SkyReels-V2 runs without acceleration."""
+    graph = Graph()
+    ours = normalised(sample(server, graph, extend(graph, "skyreels", "off", 3.0, attention="joint", lag=lag)))
+    expected = joint_alone("skyreels", 20, lag, 3, 3.0)
+    assert (ours - expected).norm() / expected.norm() < 2e-3
+    graph = Graph()
+    causal = normalised(sample(server, graph, extend(graph, "skyreels", "off", 3.0, lag=lag)))
+    assert (causal - expected).norm() / expected.norm() > 1e-2
+
+
+def test_rolling_forcing_equals_the_engine(server):
+    graph = Graph()
+    ours = normalised(sample(server, graph, extend(graph, "rolling", "off", 1.0, steps=5, lag=1, chunks=9)))
+    expected = joint_alone("rolling", 5, 1, 9, 1.0)
+    assert (ours - expected).norm() / expected.norm() < 2e-3
+
+
+def test_a_start_and_an_end_image(server):
+    graph = Graph()
+    images = [
+        graph.add("VAEEncode", pixels=(graph.add("EmptyImage", width=64, height=64, batch_size=1, color=color), 0),
+                  vae=(graph.add("FlowCacheLoadDemoVAE"), 0))
+        for color in (0xFF0000, 0x0000FF)
+    ]  # fmt: skip
+    node = extend(graph, "skyreels", "off", 3.0, attention="joint", prefix=(images[0], 0), end=(images[1], 0))
+    video = sample(server, graph, node)
+    assert video.shape[2] == 1 + 6 + 1
+    given = [sample(server, Graph(graph), image) for image in images]
+    assert torch.allclose(video[:, :, :1], given[0], atol=1e-4) and torch.allclose(video[:, :, -1:], given[1], atol=1e-4)
+
+
+def test_what_joint_runs_cannot_do_is_said(server):
+    for inputs, words in (({"attention": "causal", "end": None}, "both ways"), ({"state": None}, "keeps no history")):
+        graph = Graph()
+        begun = extend(graph, "skyreels", "off", 3.0, attention="joint")
+        if "end" in inputs:
+            inputs["end"] = (begun, 0)
+        else:
+            inputs["state"] = (begun, 1)
+        node = extend(graph, "skyreels", "off", 3.0, **inputs)
+        graph.add("SaveLatent", samples=(node, 0), filename_prefix="s")
+        outcome = server.run(graph)
+        assert outcome.error["node_id"] == node and words in outcome.error["exception_message"]

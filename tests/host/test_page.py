@@ -6,7 +6,7 @@ import pytest
 from browser import CHROMIUM
 from comfy_page import NAMES, WORKFLOWS, ComfyPage, listed_templates
 
-pytestmark = pytest.mark.skipif(CHROMIUM is None, reason="no chromium: install it (apt-get install chromium) to test the page")
+pytestmark = pytest.mark.skipif(CHROMIUM is None, reason="no chromium: apt-get install chromium, to test the page")
 
 
 @pytest.fixture(scope="module")

@@ -15,15 +15,15 @@ def prompt_of(name: str) -> dict:
     return json.loads((API / f"{name}.json").read_text())
 
 
-def node(prompt: dict, kind: str, title: str | None = None) -> str:
-    """The id of the only node of a kind, or of that kind and title."""
-    (found,) = [key for key, each in prompt.items() if each["class_type"] == kind and title in (None, each["_meta"]["title"])]
+def node(prompt: dict, kind: str) -> str:
+    """The id of the only node of a kind."""
+    (found,) = [key for key, each in prompt.items() if each["class_type"] == kind]
     return found
 
 
 def saved(server, prompt: dict, outcome, prefix: str):
     """The video that the save node with this file name prefix wrote."""
-    (key,) = [k for k, each in prompt.items() if each["class_type"] == "SaveVideo" and each["inputs"]["filename_prefix"] == prefix]
+    (key,) = [key for key, each in prompt.items() if each["inputs"].get("filename_prefix") == prefix]
     (path,) = server.saved(outcome, key)
     return path
 
@@ -56,9 +56,9 @@ def test_two_continuations_of_one_state(server):
     second = check_video(saved(server, prompt, outcome, "flowcache/extend_second"), 16 * 12 - 3, 256)
     # Coded anew each time, so a little off; the last frames see what comes after them.
     shared = slice(0, 8 * 12 - 12)
-    assert difference(beginning[shared], first[shared]) < 3
-    assert difference(first[shared], second[shared]) < 3
-    assert difference(first[-12:], second[-12:]) > 3
+    assert difference(beginning[shared], first[shared]) < 2
+    assert difference(first[shared], second[shared]) < 2
+    assert difference(first[-12:], second[-12:]) > 4 * difference(first[shared], second[shared])
 
 
 def difference(a: np.ndarray, b: np.ndarray) -> float:

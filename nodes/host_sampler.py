@@ -1,0 +1,310 @@
+"""Our engine as a sampler of the host, and what Autoregressive Extend does with it."""
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Literal
+
+import comfy.model_patcher
+import comfy.samplers
+import latent_preview
+import torch
+from comfy.patcher_extension import WrappersMP, add_wrapper_with_key
+from server import PromptServer
+from torch import Tensor
+
+from ..flowcache_core.engine import Engine, Progress
+from ..flowcache_core.errors import UserError
+from ..flowcache_core.families import SOLVERS
+from ..flowcache_core.joint import Given, JointEngine, JointGuidance
+from ..flowcache_core.presets import OFF
+from ..flowcache_core.report import Report, megabytes
+from ..flowcache_core.rolling import RollingDenoise, RollingEngine, RollingHistory
+from ..flowcache_core.schedule import CLEAN, ChunkSchedule, Place
+from ..flowcache_core.solvers import chunk_noise
+from ..flowcache_core.state import State, make_state
+from . import host
+
+
+Kind = Literal["causal", "joint", "rolling"]  # how chunks see each other
+
+
+@dataclass
+class ARSampler(host.ChunkSampler):
+    """Our engine as a host's sampler: through the guider that it is given, so that guidance is the host's.
+
+    Attributes:
+        chunk_frames: latent frames of a chunk.
+        lag: ticks between the starts of two chunks; the number of steps, or more, is one chunk at a time.
+        solver: a key of `SOLVERS`.
+        kind: "causal" goes chunk by chunk over a history; "joint" runs all chunks of a window together and "rolling" the
+            active ones, seeing each other both ways (SkyReels-V2 and Rolling Forcing as upstream runs them).
+        prefix: latent [B, C, T, H, W] in the host's space that comes before the generated frames.
+        end: such a latent that comes after them; for "joint".
+        condition: noise level that the prefix is shown at.
+        state: an earlier run's state to go on from; for "causal".
+        on_progress: told after every tick, with the report and the bytes of history in use and in all.
+        on_done: given the samples in the network's latent space, the report and what the run keeps, at the end.
+    """
+
+    chunk_frames: int
+    lag: int
+    solver: str
+    kind: Kind = "causal"
+    prefix: Tensor | None = None
+    end: Tensor | None = None
+    condition: float = 0.0
+    state: State | None = None
+    on_progress: Callable[[Progress, Report, int, int], None] = lambda told, report, used, total: None
+    on_done: Callable[[Tensor, Report, dict], None] = lambda samples, report, histories: None
+
+    def sample(
+        self, guider, sigmas, extra_args, callback, noise, latent_image=None, denoise_mask=None, disable_pbar=False
+    ) -> Tensor:
+        """Called by the host with a [B, C, T, H, W] noise; returns the sampled latent of that shape."""
+        model = guider.inner_model
+        options = comfy.model_patcher.create_model_options_clone(extra_args["model_options"])
+        patch = host.patch_of(options)
+        host.check_frames(noise, self.chunk_frames)
+        if denoise_mask is not None:
+            raise UserError("A noise mask was given; FlowCache extends videos instead: give the frames to keep as a prefix.")
+        add_wrapper_with_key(WrappersMP.DIFFUSION_MODEL, host.KEY, host.diffusion_model, options, is_model_options=True)
+        seed = extra_args.get("seed") or 0
+        levels = sigmas.tolist()
+        samples, estimate = torch.empty_like(noise), torch.zeros_like(noise)
+        done = self.chunks_before()
+
+        def frames(chunk: int) -> slice:
+            return slice((chunk - done) * self.chunk_frames, (chunk - done + 1) * self.chunk_frames)
+
+        def guided(x: Tensor, sigma: float) -> Tensor:
+            level = torch.full((x.shape[0],), sigma, device=x.device, dtype=torch.float32)
+            return guider(x, level, model_options=options, seed=seed)
+
+        def start(chunk: int) -> Tensor:
+            x = noise[:, :, frames(chunk)] * levels[0]
+            return x if latent_image is None else x + (1 - levels[0]) * latent_image[:, :, frames(chunk)]
+
+        def fresh(chunk: int, step: int) -> Tensor:
+            return chunk_noise(seed, chunk, start(done).shape, step).to(noise)
+
+        def progress(told: Progress) -> None:
+            histories = getattr(engine, "runner", None) and engine.runner.histories.values()
+            used, total = (sum(getattr(one, what) for one in histories or ()) for what in ("bytes_used", "bytes"))
+            self.on_progress(told, report, used, total)
+            if callback:
+                oldest = frames(told.places[0].chunk)
+                shown = estimate if told.tick == told.ticks else estimate[:, :, oldest.start :]
+                callback(told.tick - 1, shown, shown, told.ticks)
+
+        prefix, end = (None if x is None else model.process_latent_in(x.to(noise)) for x in (self.prefix, self.end))
+        steps = len(levels) - 1
+        schedule = ChunkSchedule(noise.shape[2] // self.chunk_frames, steps, min(self.lag, steps), prefix=done)
+        common = {"noise": fresh, "solver": SOLVERS[self.solver], "on_progress": progress}
+        if self.kind == "causal":
+            if end is not None:
+                raise UserError("An end latent needs attention both ways; choose the attention 'joint'.")
+            settings = patch.settings if patch else OFF
+            run = host.Run(model, settings, schedule, self.chunk_frames, options["transformer_options"])
+            if self.state:
+                run.runner.load(self.state.by_branch)
+
+            def denoise(x: Tensor, sigma: float, place: Place) -> Tensor:
+                run.place, run.sigma = place, sigma
+                clean = guided(x, sigma)
+                if place.step == CLEAN:
+                    return torch.zeros_like(x)
+                estimate[:, :, frames(place.chunk)] = clean
+                return (x - clean) / sigma
+
+            engine = Engine(run.runner, denoise, levels, start, **common)
+            report = run.runner.report
+        else:
+            run = JointRun(model, options["transformer_options"], self.kind, self.chunk_frames)
+            engine = self._joint_engine(schedule, Window(run, guided), levels, start, prefix, end, seed, common)
+            report = engine.report
+        options["transformer_options"][host.RUN] = run
+        if self.kind == "causal" and prefix is not None:
+            engine.prefill(prefix, self.condition)
+        for index, latent in engine.run():
+            host.check_finite(latent, f"chunk {index}")
+            samples[:, :, frames(index)] = estimate[:, :, frames(index)] = latent
+        report.settings = patch.label if patch else "FlowCache off"
+        if patch:
+            patch.remember(model.process_latent_out(samples.to(torch.float32)), report)
+        self.on_done(samples, report, run.runner.save() if self.kind == "causal" else {})
+        return samples
+
+    def chunks_before(self) -> int:
+        """Chunks that a causal run has behind it when it starts."""
+        if self.kind != "causal":
+            return 0
+        if self.state is not None:
+            return self.state.chunks
+        return 0 if self.prefix is None else host.check_frames(self.prefix, self.chunk_frames)
+
+    def _joint_engine(self, schedule, window, levels, start, prefix, end, seed, common) -> JointEngine:
+        if self.state is not None:
+            raise UserError(f"A run with attention '{self.kind}' keeps no history to go on from; connect a prefix instead.")
+        if self.kind == "rolling":
+            if prefix is not None or end is not None:
+                raise UserError("Rolling Forcing takes no given frames; leave prefix and end unconnected.")
+            return RollingEngine(schedule, window, levels, start, **common)
+        condition = self.condition if prefix is not None else 0.0
+
+        def grain(tick: int) -> Tensor:
+            return chunk_noise(seed, -1, prefix.shape, tick).to(prefix)
+
+        return JointEngine(schedule, window, levels, start, given=Given(prefix, end, condition, grain), **common)
+
+
+class JointRun(host.HostRun):
+    """A run whose chunks go through the network together. Each branch has what denoises it, history included."""
+
+    def __init__(self, model, options: dict, kind: Kind, chunk_frames: int):
+        super().__init__(model, options)
+        self.kind, self.chunk_frames = kind, chunk_frames
+        self.levels: Tensor | None = None  # noise level of each frame; None stores a finished chunk
+        self.first = 0
+        self._denoise: dict[str, JointGuidance | RollingDenoise] = {}
+
+    def forward(self, network: torch.nn.Module, x: Tensor, context: Tensor, options: dict) -> Tensor:
+        """Stands in for the network's own forward, branch after branch. x [rows, C, T, H, W]."""
+        names = self.names(options)
+        rows = x.shape[0] // len(names)
+        parts = []
+        for name, part, text in zip(names, x.split(rows), context.split(rows), strict=True):
+            if name not in self._denoise:
+                self._denoise[name] = self._make(text)
+            if self.levels is None:
+                self._denoise[name].clean(part, self.first)
+                parts.append(torch.zeros_like(part))
+            else:
+                parts.append(self._denoise[name](part, self.levels, self.first))
+        return torch.cat(parts)
+
+    def _make(self, text: Tensor) -> JointGuidance | RollingDenoise:
+        if self.kind == "rolling":
+            return RollingDenoise(self.backbone, text, RollingHistory(self.chunk_frames), self.attention)
+        return JointGuidance(self.backbone, {"": text}, {"": 1.0}, self.attention)
+
+
+@dataclass
+class Window:
+    """What a joint engine calls: the guider, at noise level 1 for all, where a clean estimate is x minus the velocity.
+
+    The frames' own levels go beside it, since the host knows one level a call.
+    """
+
+    run: JointRun
+    guided: Callable[[Tensor, float], Tensor]
+
+    def __call__(self, x: Tensor, levels: Tensor, first: int) -> Tensor:
+        self.run.levels, self.run.first = levels, first
+        return x - self.guided(x, 1.0)
+
+    def clean(self, x: Tensor, first: int) -> None:
+        self.run.levels, self.run.first = None, first
+        self.guided(x, 1.0)
+
+
+@dataclass(frozen=True)
+class Extended:
+    """What Autoregressive Extend gives: all frames in the host's latent space, a state and a report."""
+
+    latent: Tensor
+    state: State
+    report: Report
+
+
+def extend(
+    model: comfy.model_patcher.ModelPatcher,
+    positive,
+    negative,
+    scale: float,
+    seed: int,
+    levels: list[float],
+    chunks: int,
+    chunk_frames: int,
+    lag: int,
+    solver: str,
+    size: tuple[int, int],
+    kind: Kind,
+    prefix: Tensor | None,
+    end: Tensor | None,
+    condition: float,
+    state: State | None,
+    node_id: str | None,
+) -> Extended:
+    """Runs the host's guider over `chunks` new chunks.
+
+    Args:
+        scale: of classifier-free guidance.
+        levels: noise levels, [steps + 1].
+        size: width and height in pixels, where neither prefix nor state gives one.
+        kind: how chunks see each other, see `ARSampler`.
+        prefix, end: latents [B, C, T, H, W] in the host's space that come before and after, or None.
+        condition: noise level that the prefix is shown at.
+        state: to go on from, or None.
+        node_id: of the node that shows the progress, or None.
+    """
+    if host.patch_of(model.model_options) is None:
+        model = host.patched(model, OFF, "FlowCache off")
+    channels = model.get_model_object("latent_format").latent_channels
+    shape = [1, channels, chunk_frames, size[1] // 8, size[0] // 8]
+    for given in (prefix, end):
+        if given is not None:
+            host.check_latent(given, channels)
+            shape = [*given.shape[:2], chunk_frames, *given.shape[3:]]
+    if state is not None:
+        shape = [*state.latents.shape[:2], chunk_frames, *state.latents.shape[3:]]
+        state.check(host.model_name(model), chunk_frames, shape)
+        if not state.histories:
+            raise UserError("The state is of a run that keeps no history; connect that run's latent as a prefix instead.")
+    kept = {}
+    begun = time.perf_counter()
+    sampler = ARSampler(
+        chunk_frames,
+        lag,
+        solver,
+        kind,
+        prefix,
+        end,
+        condition,
+        state,
+        on_progress=lambda told, *figures: progress_text(describe(told, *figures, begun), node_id),
+        on_done=lambda samples, report, histories: kept.update(latents=samples.cpu(), report=report, histories=histories),
+    )
+    done = sampler.chunks_before()
+    noise = torch.cat([chunk_noise(seed, done + i, shape) for i in range(chunks)], dim=2)
+    guider = comfy.samplers.CFGGuider(model)
+    guider.set_conds(positive, negative)
+    guider.set_cfg(scale)
+    ticks = ChunkSchedule(chunks, len(levels) - 1, min(lag, len(levels) - 1), done).ticks
+    callback = latent_preview.prepare_callback(model, ticks)
+    sigmas = torch.tensor(levels, dtype=torch.float32)
+    guider.sample(noise, torch.zeros_like(noise), sampler, sigmas, callback=callback, disable_pbar=True, seed=seed)
+    before, after = (None if x is None else model.model.process_latent_in(x.cpu().float()) for x in (prefix, end))
+    parts = [before if state is None else state.latents, kept["latents"], after]
+    latents = torch.cat([part for part in parts if part is not None], dim=2)
+    made = make_state(latents, kept["histories"], chunk_frames, host.model_name(model))
+    return Extended(model.model.process_latent_out(latents.float()), made, kept["report"])
+
+
+def progress_text(text: str, node_id: str | None) -> None:
+    """Shows a line on the node that is running."""
+    server = getattr(PromptServer, "instance", None)
+    if server is not None and node_id is not None:
+        server.send_progress_text(text, node_id)
+
+
+def describe(told: Progress, report: Report, used: int, total: int, begun: float) -> str:
+    """Two lines on how a run goes; they fit a node's width. `used` and `total` are bytes of history."""
+    chunks = report.schedule.chunks
+    spent = time.perf_counter() - begun
+    left = spent / told.tick * (told.ticks - told.tick)
+    each = spent / max(1, report.chunks_done)
+    return (
+        f"chunk {min(report.chunks_done + 1, chunks)} of {chunks}, {each:.1f} s a chunk, {left:.0f} s left\n"
+        f"{report.reused:.0%} reused, history {megabytes(used)} of {megabytes(total)}"
+    )
