@@ -17,6 +17,7 @@ from torch import Tensor
 from ..flowcache_core import checkpoints
 from ..flowcache_core.backbones.skyreels import add_frame_rate
 from ..flowcache_core.backbones.wan import WanConfig
+from ..flowcache_core.demo.preview import RGB_BIAS, RGB_FACTORS
 from ..flowcache_core.errors import UserError
 from ..flowcache_core.families import FAMILIES
 from .host import FAMILY, FPS
@@ -42,6 +43,9 @@ def load_model(
     model = _load_wan(weights, info.config, info.family in checkpoints.CAUSAL_FAMILIES, dtype, disable_dynamic)
     add_frame_rate(model.model.diffusion_model, weights, comfy.ops.manual_cast)
     model.model_options.setdefault("transformer_options", {}).update({FAMILY: info.family, FPS: fps})
+    if info.family == "demo":  # its latent space is not Wan's
+        colours = model.model.latent_format
+        colours.latent_rgb_factors, colours.latent_rgb_factors_bias = RGB_FACTORS, RGB_BIAS
     model.cached_patcher_init = (load_model, (path, family, dtype, fps))
     return model
 

@@ -86,7 +86,7 @@ class ARSampler(host.ChunkSampler):
             return x if latent_image is None else x + (1 - levels[0]) * latent_image[:, :, frames(chunk)]
 
         def fresh(chunk: int, step: int) -> Tensor:
-            return chunk_noise(seed, chunk, start(done).shape, step).to(noise)
+            return chunk_noise(seed, chunk, noise[:, :, frames(done)].shape, step).to(noise)
 
         def progress(told: Progress) -> None:
             histories = getattr(engine, "runner", None) and engine.runner.histories.values()
