@@ -12,7 +12,12 @@ PATIENCE = 1200  # seconds; on a free machine none takes more than one minute
 
 
 def prompt_of(name: str) -> dict:
-    return json.loads((API / f"{name}.json").read_text())
+    """A workflow with other seeds than a test of the page has run, which the server would answer from its cache."""
+    prompt = json.loads((API / f"{name}.json").read_text())
+    for each in prompt.values():
+        for seed in each["inputs"].keys() & {"seed", "noise_seed"}:
+            each["inputs"][seed] += 10
+    return prompt
 
 
 def node(prompt: dict, kind: str) -> str:
