@@ -1,6 +1,6 @@
 """What each family of models is run with, where the user does not say otherwise, and where each number comes from."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Literal
 
@@ -13,12 +13,20 @@ from .errors import UserError
 from .history import HistorySettings
 from .multistep import SkyReelsUniPC, UniPC
 from .presets import PRESETS, ReuseSettings, Settings
-from .solvers import Euler, Renoise, SolverFactory
+from .solvers import Euler, Noise, Renoise, SolverFactory
 
-SolverName = Literal["euler", "renoise", "unipc", "skyreels unipc"]
+class CausVidRenoise(Renoise):
+    """CausVid's: the levels that its solver uses are the nearest of those it was trained on."""
+
+    def __init__(self, sigmas: Sequence[float], noise: Noise):
+        super().__init__(noise_levels.nearest_trained(sigmas), noise)
+
+
+SolverName = Literal["euler", "renoise", "causvid", "unipc", "skyreels unipc"]
 SOLVERS: dict[str, SolverFactory] = {
     "euler": Euler,
     "renoise": Renoise,
+    "causvid": CausVidRenoise,
     "unipc": UniPC,
     "skyreels unipc": SkyReelsUniPC,  # with its upstream's slip: see `multistep`
 }
@@ -32,42 +40,61 @@ class Family:
     Attributes:
         steps, lag: of its schedule; see `schedule.ChunkSchedule`.
         chunk_frames: latent frames of a chunk.
-        solver: a key of `SOLVERS`.
+        solver: a key of `SOLVERS`, from the number of steps.
         levels: noise levels from the number of steps.
         guidance: scale of classifier-free guidance.
         size: width and height in pixels.
         source: where the numbers come from.
         condition: noise level at which given frames are shown.
+        first_levels: noise levels of the first chunk, from the number of steps, where it takes more of them.
         attention: chunk by chunk over a history, or the active chunks together and both ways ("rolling").
     """
 
     steps: int
     lag: int
     chunk_frames: int
-    solver: SolverName
+    solver: Callable[[int], SolverName]
     levels: Callable[[int], list[float]]
     guidance: float
     size: tuple[int, int]
     source: str
     condition: float = 0.0
+    first_levels: Callable[[int], list[float] | None] = lambda steps: None
     attention: Literal["causal", "joint", "rolling"] = "causal"
 
 
+def always(name: SolverName) -> Callable[[int], SolverName]:
+    return lambda steps: name
+
+
+def few_steps(steps: int) -> list[float]:
+    """Levels of the few-step causal models, which their number of steps tells apart: CausVid has 3."""
+    if steps == 3:
+        return noise_levels.unwarped(noise_levels.CAUSVID_3_STEPS)
+    if steps in (1, 2):
+        lists = (noise_levels.CAUSAL_FORCING_1_STEP, noise_levels.CAUSAL_FORCING_2_STEPS)
+        return noise_levels.warped(lists[steps - 1])
+    return noise_levels.linear(steps, 5.0)  # 4: Self-Forcing's list, warped
+
+
 FAMILIES: dict[str, Family] = {
-    "demo": Family(64, 16, 3, "euler", noise_levels.magi, 1.0, (64, 64), "the project's own trials"),
+    "demo": Family(64, 16, 3, always("euler"), noise_levels.magi, 1.0, (64, 64), "the project's own trials"),
     "causal": Family(
-        4, 4, 3, "renoise", lambda steps: noise_levels.linear(steps, 5.0), 1.0, (832, 480),
-        "Self-Forcing, configs/self_forcing_dmd.yaml; Causal-Forcing, configs/causal_forcing_dmd_chunkwise.yaml",
+        4, 4, 3, lambda steps: "causvid" if steps == 3 else "renoise", few_steps, 1.0, (832, 480),
+        "Self-Forcing, configs/self_forcing_dmd.yaml; Causal-Forcing, configs/causal_forcing_dmd_*.yaml; CausVid, configs/",
+        first_levels=lambda steps: few_steps(4) if steps < 3 else None,
     ),
     "skyreels": Family(
-        50, 5, 5, "skyreels unipc", noise_levels.skyreels, 6.0, (960, 544),
+        50, 5, 5, always("skyreels unipc"), noise_levels.skyreels, 6.0, (960, 544),
         "SkyReels-V2, README (asynchronous inference, addnoise_condition 20)", condition=0.02,
     ),
     "rolling": Family(
-        5, 1, 3, "renoise", lambda steps: noise_levels.linear(steps, 5.0), 1.0, (832, 480),
+        5, 1, 3, always("renoise"), lambda steps: noise_levels.linear(steps, 5.0), 1.0, (832, 480),
         "Rolling Forcing, configs/rolling_forcing_dmd.yaml", attention="rolling",
     ),
-    "wan": Family(50, 50, 3, "unipc", lambda steps: noise_levels.linear(steps, 8.0), 6.0, (832, 480), "Wan 2.1, README"),
+    "wan": Family(
+        50, 50, 3, always("unipc"), lambda steps: noise_levels.linear(steps, 8.0), 6.0, (832, 480), "Wan 2.1, README"
+    ),
 }  # fmt: skip
 
 

@@ -39,6 +39,7 @@ class ARSampler(host.ChunkSampler):
         solver: a key of `SOLVERS`.
         kind: "causal" goes chunk by chunk over a history; "joint" runs all chunks of a window together and "rolling" the
             active ones, seeing each other both ways (SkyReels-V2 and Rolling Forcing as upstream runs them).
+        first_levels: noise levels of the first chunk where it takes more steps than the others; for "causal".
         prefix: latent [B, C, T, H, W] in the host's space that comes before the generated frames.
         end: such a latent that comes after them; for "joint".
         condition: noise level that the prefix is shown at.
@@ -51,6 +52,7 @@ class ARSampler(host.ChunkSampler):
     lag: int
     solver: str
     kind: Kind = "causal"
+    first_levels: list[float] | None = None
     prefix: Tensor | None = None
     end: Tensor | None = None
     condition: float = 0.0
@@ -98,8 +100,7 @@ class ARSampler(host.ChunkSampler):
                 callback(told.tick - 1, shown, shown, told.ticks)
 
         prefix, end = (None if x is None else model.process_latent_in(x.to(noise)) for x in (self.prefix, self.end))
-        steps = len(levels) - 1
-        schedule = ChunkSchedule(noise.shape[2] // self.chunk_frames, steps, min(self.lag, steps), prefix=done)
+        schedule = self.schedule(noise.shape[2] // self.chunk_frames, len(levels) - 1)
         common = {"noise": fresh, "solver": SOLVERS[self.solver], "on_progress": progress}
         if self.kind == "causal":
             if end is not None:
@@ -117,7 +118,8 @@ class ARSampler(host.ChunkSampler):
                 estimate[:, :, frames(place.chunk)] = clean
                 return (x - clean) / sigma
 
-            engine = Engine(run.runner, denoise, levels, start, **common)
+            first = self.first_levels if schedule.first_steps else None
+            engine = Engine(run.runner, denoise, levels, start, first_sigmas=first, **common)
             report = run.runner.report
         else:
             run = JointRun(model, options["transformer_options"], self.kind, self.chunk_frames)
@@ -134,6 +136,12 @@ class ARSampler(host.ChunkSampler):
             patch.remember(model.process_latent_out(samples.to(torch.float32)), report)
         self.on_done(samples, report, run.runner.save() if self.kind == "causal" else {})
         return samples
+
+    def schedule(self, chunks: int, steps: int) -> ChunkSchedule:
+        """Of a run of so many new chunks. Only a video's very first chunk takes more steps."""
+        done = self.chunks_before()
+        first = None if done or self.first_levels is None else len(self.first_levels) - 1
+        return ChunkSchedule(chunks, steps, min(self.lag, steps), done, first)
 
     def chunks_before(self) -> int:
         """Chunks that a causal run has behind it when it starts."""
@@ -224,6 +232,7 @@ def extend(
     scale: float,
     seed: int,
     levels: list[float],
+    first_levels: list[float] | None,
     chunks: int,
     chunk_frames: int,
     lag: int,
@@ -241,6 +250,7 @@ def extend(
     Args:
         scale: of classifier-free guidance.
         levels: noise levels, [steps + 1].
+        first_levels: of the first chunk where it takes more steps.
         size: width and height in pixels, where neither prefix nor state gives one.
         kind: how chunks see each other, see `ARSampler`.
         prefix, end: latents [B, C, T, H, W] in the host's space that come before and after, or None.
@@ -268,6 +278,7 @@ def extend(
         lag,
         solver,
         kind,
+        first_levels,
         prefix,
         end,
         condition,
@@ -280,8 +291,7 @@ def extend(
     guider = comfy.samplers.CFGGuider(model)
     guider.set_conds(positive, negative)
     guider.set_cfg(scale)
-    ticks = ChunkSchedule(chunks, len(levels) - 1, min(lag, len(levels) - 1), done).ticks
-    callback = latent_preview.prepare_callback(model, ticks)
+    callback = latent_preview.prepare_callback(model, sampler.schedule(chunks, len(levels) - 1).ticks)
     sigmas = torch.tensor(levels, dtype=torch.float32)
     guider.sample(noise, torch.zeros_like(noise), sampler, sigmas, callback=callback, disable_pbar=True, seed=seed)
     before, after = (None if x is None else model.model.process_latent_in(x.cpu().float()) for x in (prefix, end))

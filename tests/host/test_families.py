@@ -49,7 +49,7 @@ def alone(family: str, preset: str, guidance: float, prefix: torch.Tensor | None
     return generate(
         network_of(family), embed_caption("a red circle"), 3, steps=steps, lag=4, frames_per_chunk=2, seed=4,
         settings=family_preset(preset, family, config.dim, HistorySettings()), guidance_scale=guidance,
-        negative=embed_caption(""), sigmas=usual.levels(steps), solver=SOLVERS[usual.solver], prefix=prefix,
+        negative=embed_caption(""), sigmas=usual.levels(steps), solver=SOLVERS[usual.solver(steps)], prefix=prefix,
     )  # fmt: skip
 
 
@@ -91,7 +91,7 @@ def joint_alone(family: str, steps: int, lag: int, chunks: int, guidance: float,
     shape = (1, 16, 2, 8, 8)
     engine = kind(
         ChunkSchedule(chunks, steps, lag), denoise, usual.levels(steps), lambda chunk: chunk_noise(4, chunk, shape),
-        lambda chunk, step: chunk_noise(4, chunk, shape, step), SOLVERS[usual.solver], given,
+        lambda chunk, step: chunk_noise(4, chunk, shape, step), SOLVERS[usual.solver(steps)], given,
     )  # fmt: skip
     with torch.inference_mode():
         return torch.cat([chunk.latent for chunk in engine.run()], dim=2)
@@ -142,3 +142,14 @@ def test_what_joint_runs_cannot_do_is_said(server):
         graph.add("SaveLatent", samples=(node, 0), filename_prefix="s")
         outcome = server.run(graph)
         assert outcome.error["node_id"] == node and words in outcome.error["exception_message"]
+
+
+@pytest.mark.parametrize("steps, forwards", [(1, 5 + 2 * 2), (2, 5 + 2 * 3), (3, 3 * 4), (4, 3 * 5)])
+def test_few_step_models_take_their_steps(server, steps, forwards):
+    """Causal-Forcing's 1- and 2-step models take 4 steps for the very first chunk; each chunk has a clean pass."""
+    graph = Graph()
+    node = extend(graph, "causal", "balanced", 1.0, steps=steps)
+    report = graph.add("FlowCacheReport", report=(node, 2))
+    outcome = server.run(graph)
+    assert outcome.error is None, outcome.error["exception_message"]
+    assert f"forwards: {forwards} of {forwards} " in outcome.outputs[report]["text"][0]
