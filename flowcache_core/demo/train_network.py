@@ -12,6 +12,7 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.nn.functional as F
+from safetensors.torch import load_file
 from torch import Tensor
 
 from ..backbones.wan import WanBackbone, WanConfig, WanNetwork
@@ -203,6 +204,12 @@ class Trainer:
         )
         self.out.with_suffix(".tmp").replace(self.out)
 
+    def start_from(self, exported: Path) -> None:
+        """Begins with the weights of an exported file instead of random ones."""
+        weights = {name: tensor.float() for name, tensor in load_file(exported).items()}
+        self.network.load_state_dict(weights)
+        self.average.load_state_dict(weights)
+
     def resume(self) -> None:
         saved = torch.load(self.out, weights_only=True)
         self.network.load_state_dict(saved["network"])
@@ -217,11 +224,14 @@ def main() -> None:
     parser.add_argument("--minutes", type=float, default=150, help="training time in all")
     parser.add_argument("--out", type=Path, default=Path("out/demo_network.pt"), help="checkpoint, saved as it goes")
     parser.add_argument("--resume", action="store_true", help="go on from the checkpoint")
+    parser.add_argument("--start", type=Path, help="begin with the weights of an exported network.safetensors")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--pool", type=int, default=3000, help="encoded clips kept in memory (0.4 MB each)")
     options = parser.parse_args()
     options.out.parent.mkdir(parents=True, exist_ok=True)
     trainer = Trainer(options.out, options.seed, options.pool)
+    if options.start:
+        trainer.start_from(options.start)
     if options.resume:
         trainer.resume()
     trainer.run(options.minutes)
