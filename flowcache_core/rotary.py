@@ -7,6 +7,7 @@ position x theta^(-2i / part). Angles are computed in float64, so that a run may
 from dataclasses import dataclass
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 
@@ -37,18 +38,33 @@ class Rotary:
         Returns:
             float32 [2, T * rows * columns, head_dim / 2].
         """
-        time, row, column = self.parts
         at = frames.device
-        shape = (len(frames), rows, columns)
-        angles = torch.cat(
-            [
-                self.angles(frames, time)[:, None, None].expand(*shape, -1),
-                self.angles(torch.arange(rows, device=at), row)[None, :, None].expand(*shape, -1),
-                self.angles(torch.arange(columns, device=at), column)[None, None, :].expand(*shape, -1),
-            ],
-            dim=-1,
-        ).flatten(0, 2)
-        return torch.stack([angles.cos(), angles.sin()]).float()
+        places = (frames, torch.arange(rows, device=at), torch.arange(columns, device=at))
+        return grid_table([self.angles(place, part) for place, part in zip(places, self.parts, strict=True)])
+
+
+def grid_table(angles: list[Tensor], pairs: int | None = None) -> Tensor:
+    """Cosines and sines of every token of a grid, from the angles along each axis.
+
+    Args:
+        angles: for frames, rows and columns, [places on the axis, pairs of its part].
+        pairs: of a whole head, where some are not turned; those come last.
+
+    Returns:
+        float32 [2, T * rows * columns, pairs].
+    """
+    time, row, column = angles
+    shape = (len(time), len(row), len(column))
+    whole = torch.cat(
+        [
+            time[:, None, None].expand(*shape, -1),
+            row[None, :, None].expand(*shape, -1),
+            column[None, None, :].expand(*shape, -1),
+        ],
+        dim=-1,
+    ).flatten(0, 2)
+    whole = F.pad(whole, (0, (pairs or whole.shape[-1]) - whole.shape[-1]))
+    return torch.stack([whole.cos(), whole.sin()]).float()
 
 
 def rotate(x: Tensor, table: Tensor) -> Tensor:

@@ -23,6 +23,7 @@ from torch import Tensor, nn
 
 from ..errors import UserError
 from ..fit import fit
+from ..rotary import grid_table
 from .magi_config import MagiConfig
 from .magi_fp8 import Fp8Linear, SmoothFp8Linear
 
@@ -255,19 +256,10 @@ class MagiRotary:
         Returns:
             float32 [2, T * rows * columns, head_dim / 2].
         """
-        time, row, column = self.parts
-        shape = (len(frames), rows, columns)
         unit = math.sqrt(rows * columns / BASE_AREA)
-        angles = torch.cat(
-            [
-                self.angles(frames, time)[:, None, None].expand(*shape, -1),
-                self.angles(centred(rows, unit, frames.device), row)[None, :, None].expand(*shape, -1),
-                self.angles(centred(columns, unit, frames.device), column)[None, None, :].expand(*shape, -1),
-            ],
-            dim=-1,
-        ).flatten(0, 2)
-        angles = F.pad(angles, (0, self.head_dim // 2 - angles.shape[-1]))
-        return torch.stack([angles.cos(), angles.sin()]).float()
+        places = (frames, centred(rows, unit, frames.device), centred(columns, unit, frames.device))
+        angles = [self.angles(place, part) for place, part in zip(places, self.parts, strict=True)]
+        return grid_table(angles, self.head_dim // 2)
 
     def paired(self, x: Tensor) -> Tensor:
         """Heads [..., D] from upstream's order, where partners are 3 D / 8 apart, to neighbouring pairs.
