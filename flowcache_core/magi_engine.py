@@ -38,7 +38,7 @@ from .errors import UserError
 from .history import Clean, History, HistorySettings, HistoryShape
 from .presets import Settings
 from .report import Report
-from .reuse import Forecast, relative_change
+from .reuse import Forecast, changes
 from .rotary import rotate
 from .schedule import CLEAN, ChunkSchedule, Place
 
@@ -286,13 +286,8 @@ class MagiEngine:
             )
             for place in places
         }
-        known = [chunk for chunk in signals if chunk in self._signals]
-        now, before = [signals[chunk] for chunk in known], [self._signals[chunk] for chunk in known]
-        self._signals = signals
-        if getattr(self.policy, "whole_window", False) and known:
-            now, before = ([torch.cat([signal.flatten() for signal in part])] for part in (now, before))
-            return dict.fromkeys(signals, relative_change(now, before)[0])
-        return dict(zip(known, relative_change(now, before), strict=True))
+        before, self._signals = self._signals, signals
+        return changes(signals, before, self.policy.whole_window)
 
     def _recompute(self, place: Place, changes: dict[int, float], weights: dict[str, float]) -> bool:
         """The policy's decision; a step at which the branches are weighed anew, and the run's last, always."""

@@ -17,9 +17,15 @@ Branch = object  # a hashable name of one side of guidance: "cond", "uncond", ..
 
 
 class Policy(Protocol):
-    """Decides for each chunk and branch. `watches` says whether it needs to see how much the input changed."""
+    """Decides for each chunk and branch.
+
+    Attributes:
+        watches: whether it needs to see how much the input changed.
+        whole_window: whether it wants one change for all active chunks rather than each chunk's own.
+    """
 
     watches: bool
+    whole_window: bool
 
     def recompute(self, place: Place, steps: int, branch: Branch, change: float | None) -> bool:
         """Whether to run the network.
@@ -37,7 +43,7 @@ class Policy(Protocol):
 class Always:
     """Plain sampling: every step is recomputed."""
 
-    watches = False
+    watches = whole_window = False
 
     def recompute(self, place: Place, steps: int, branch: Branch, change: float | None) -> bool:
         return True
@@ -51,7 +57,7 @@ class Periodic:
     warmup: int = 1
     last: bool = False  # also a chunk's last step
 
-    watches = False
+    watches = whole_window = False
 
     def recompute(self, place: Place, steps: int, branch: Branch, change: float | None) -> bool:
         return _must(place, steps, self.warmup, self.last) or place.step % self.every == 0
@@ -68,7 +74,7 @@ class FixedSteps:
     steps: Sequence[int]
     align: int | None = None
 
-    watches = False
+    watches = whole_window = False
 
     def __post_init__(self):
         self._chosen = frozenset(self.steps)
@@ -98,6 +104,7 @@ class Chunkwise:
     rescale: Sequence[float] | None = None
 
     watches = True
+    whole_window = False
     drift: dict[tuple[int, Branch], float] = field(default_factory=dict)
 
     def recompute(self, place: Place, steps: int, branch: Branch, change: float | None) -> bool:
@@ -155,6 +162,21 @@ def relative_change(now: Sequence[Tensor], before: Sequence[Tensor]) -> list[flo
     """mean|now - before| / mean|before| of each pair, read back from the device once."""
     ratios = [(a - b).abs().mean() / b.abs().mean() for a, b in zip(now, before, strict=True)]
     return torch.stack(ratios).tolist() if ratios else []
+
+
+def changes(signals: dict[int, Tensor], before: dict[int, Tensor], whole_window: bool) -> dict[int, float]:
+    """How much each chunk's signal has changed since the last tick, for the chunks that were active then.
+
+    Args:
+        signals, before: of this tick and the last, by chunk.
+        whole_window: one change for all, of all known signals together; chunks that are new get it too.
+    """
+    known = [chunk for chunk in signals if chunk in before]
+    now, then = [signals[chunk] for chunk in known], [before[chunk] for chunk in known]
+    if whole_window and known:
+        now, then = ([torch.cat([signal.flatten() for signal in part])] for part in (now, then))
+        return dict.fromkeys(signals, relative_change(now, then)[0])
+    return dict(zip(known, relative_change(now, then), strict=True))
 
 
 class Forecast:

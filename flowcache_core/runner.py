@@ -15,7 +15,7 @@ from .errors import UserError
 from .history import AttentionFunction, Clean, History, HistoryShape
 from .presets import Settings
 from .report import Report
-from .reuse import Forecast, relative_change
+from .reuse import Forecast, changes
 from .schedule import CLEAN, ChunkSchedule, Place
 
 
@@ -76,13 +76,7 @@ class Runner:
             place.chunk: self.backbone.reuse_signal(x.to(self.dtype or x.dtype), _levels(sigma, x))
             for place, x, sigma in zip(places, latents, sigmas, strict=True)
         }
-        known = [chunk for chunk in signals if chunk in self._signals]
-        now, before = [signals[chunk] for chunk in known], [self._signals[chunk] for chunk in known]
-        if getattr(self.policy, "whole_window", False) and known:
-            change = relative_change([torch.cat([s.flatten() for s in now])], [torch.cat([s.flatten() for s in before])])
-            self._changes = {chunk: change[0] for chunk in signals}
-        else:
-            self._changes = dict(zip(known, relative_change(now, before), strict=True))
+        self._changes = changes(signals, self._signals, self.policy.whole_window)
         self._signals = signals
 
     def forward(

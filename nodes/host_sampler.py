@@ -91,9 +91,8 @@ class ARSampler(host.ChunkSampler):
             return chunk_noise(seed, chunk, noise[:, :, frames(done)].shape, step).to(noise)
 
         def progress(told: Progress) -> None:
-            histories = getattr(engine, "runner", None) and engine.runner.histories.values()
-            used, total = (sum(getattr(one, what) for one in histories or ()) for what in ("bytes_used", "bytes"))
-            self.on_progress(told, report, used, total)
+            used = sum(history.bytes_used for history in histories.values())
+            self.on_progress(told, report, used, sum(history.bytes for history in histories.values()))
             if callback:
                 oldest = frames(told.places[0].chunk)
                 shown = estimate if told.tick == told.ticks else estimate[:, :, oldest.start :]
@@ -120,11 +119,11 @@ class ARSampler(host.ChunkSampler):
 
             first = self.first_levels if schedule.first_steps else None
             engine = Engine(run.runner, denoise, levels, start, first_sigmas=first, **common)
-            report = run.runner.report
+            report, histories = run.runner.report, run.runner.histories
         else:
             run = JointRun(model, options["transformer_options"], self.kind, self.chunk_frames)
             engine = self._joint_engine(schedule, Window(run, guided), levels, start, prefix, end, seed, common)
-            report = engine.report
+            report, histories = engine.report, {}
         options["transformer_options"][host.RUN] = run
         if self.kind == "causal" and prefix is not None:
             engine.prefill(prefix, self.condition)
