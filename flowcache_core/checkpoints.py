@@ -18,14 +18,15 @@ from .errors import UserError
 from .weight_files import Progress, WeightFile, open_weights, write_safetensors
 
 FAMILIES = {
-    "causal": "Self-Forcing, Causal-Forcing, CausVid",
+    "causal": "Self-Forcing, Causal-Forcing",
+    "causvid": "CausVid",
     "skyreels": "SkyReels-V2 diffusion forcing",
     "rolling": "Rolling Forcing",
     "wan": "plain Wan 2.1, which was not trained to go chunk by chunk",
     "magi": "MAGI-1",
     "demo": "the model that ships",
 }
-CAUSAL_FAMILIES = ("causal", "rolling", "demo")  # read by ComfyUI as causal AR
+CAUSAL_FAMILIES = ("causal", "causvid", "rolling", "demo")  # read by ComfyUI as causal AR
 STAMP = "flowcache"  # metadata key, beside ComfyUI's own "config"
 
 # Names of the diffusers library's WanTransformer3DModel and SkyReelsV2Transformer3DModel, longest first where one
@@ -315,7 +316,7 @@ def _family(
     elif config.fps:
         possible = ["skyreels"]
     else:
-        possible = ["causal", "skyreels", "rolling", "wan"] + ["demo"] * (found == "demo")
+        possible = ["causal", "causvid", "skyreels", "rolling", "wan"] + ["demo"] * (found == "demo")
     family = found if asked == "auto" else asked
     if family not in possible:
         kind = "MAGI-1's names" if config is None else "an fps embedding" if config.fps else "the Wan 2.1 layout"
@@ -343,9 +344,10 @@ def _told_family(path: Path, file: WeightFile, config: WanConfig | None, setting
         return "causal", ()
     if file.wrapper.startswith("generator"):
         return "causal", (
-            f"{path.name} may be causal or rolling, taken as causal: choose rolling for Rolling Forcing.",
+            f"{path.name} may be causal, causvid or rolling, taken as causal: choose the family for CausVid or Rolling "
+            "Forcing.",
         )
-    choices = "; ".join(f"{name} ({FAMILIES[name]})" for name in ("causal", "skyreels", "rolling", "wan"))
+    choices = "; ".join(f"{name} ({FAMILIES[name]})" for name in ("causal", "causvid", "skyreels", "rolling", "wan"))
     return "wan", (
         f"{path.name} has the Wan 2.1 layout and no stamp, taken as plain Wan 2.1: choose its family: {choices}.",
     )

@@ -44,6 +44,7 @@ class Family:
         levels: noise levels from the number of steps.
         guidance: scale of classifier-free guidance.
         size: width and height in pixels.
+        shift: that `levels` are moved towards noise by.
         source: where the numbers come from.
         condition: noise level at which given frames are shown.
         first_levels: noise levels of the first chunk, from the number of steps, where it takes more of them.
@@ -57,10 +58,15 @@ class Family:
     levels: Callable[[int], list[float]]
     guidance: float
     size: tuple[int, int]
+    shift: float
     source: str
     condition: float = 0.0
     first_levels: Callable[[int], list[float] | None] = lambda steps: None
     attention: Literal["causal", "joint", "rolling"] = "causal"
+
+    def shifted_levels(self, steps: int, shift: float) -> list[float]:
+        """Noise levels with another shift than the family's: shifts multiply."""
+        return [noise_levels.shifted(level, shift / self.shift) for level in self.levels(steps)]
 
 
 def always(name: SolverName) -> Callable[[int], SolverName]:
@@ -68,32 +74,40 @@ def always(name: SolverName) -> Callable[[int], SolverName]:
 
 
 def few_steps(steps: int) -> list[float]:
-    """Levels of the few-step causal models, which their number of steps tells apart: CausVid has 3."""
-    if steps == 3:
-        return noise_levels.unwarped(noise_levels.CAUSVID_3_STEPS)
+    """Levels of Self-Forcing and Causal-Forcing, from their number of steps."""
     if steps in (1, 2):
         lists = (noise_levels.CAUSAL_FORCING_1_STEP, noise_levels.CAUSAL_FORCING_2_STEPS)
         return noise_levels.warped(lists[steps - 1])
     return noise_levels.linear(steps, 5.0)  # 4: Self-Forcing's list, warped
 
 
+def causvid_steps(steps: int) -> list[float]:
+    """CausVid's levels: its 3 steps are taken as they are, those of its other variant are warped."""
+    return noise_levels.unwarped(noise_levels.CAUSVID_3_STEPS) if steps == 3 else noise_levels.linear(steps, 8.0)
+
+
 FAMILIES: dict[str, Family] = {
-    "demo": Family(64, 16, 3, always("euler"), noise_levels.magi, 1.0, (64, 64), "the project's own trials"),
+    "demo": Family(64, 16, 3, always("euler"), noise_levels.magi, 1.0, (64, 64), 3.0, "the project's own trials"),
     "causal": Family(
-        4, 4, 3, lambda steps: "causvid" if steps == 3 else "renoise", few_steps, 1.0, (832, 480),
-        "Self-Forcing, configs/self_forcing_dmd.yaml; Causal-Forcing, configs/causal_forcing_dmd_*.yaml; CausVid, configs/",
+        4, 4, 3, always("renoise"), few_steps, 1.0, (832, 480), 5.0,
+        "Self-Forcing, configs/self_forcing_dmd.yaml; Causal-Forcing, configs/causal_forcing_dmd_*.yaml",
         first_levels=lambda steps: few_steps(4) if steps < 3 else None,
     ),
-    "skyreels": Family(
-        50, 5, 5, always("skyreels unipc"), noise_levels.skyreels, 6.0, (960, 544),
-        "SkyReels-V2, README (asynchronous inference, addnoise_condition 20)", condition=0.02,
+    "causvid": Family(
+        3, 3, 3, always("causvid"), causvid_steps, 1.0, (832, 480), 8.0,
+        "CausVid, configs/wan_causal_dmd.yaml (3 steps) and wan_causal_dmd_warp_4step_cfg2.yaml (4 steps)",
     ),
     "rolling": Family(
-        5, 1, 3, always("renoise"), lambda steps: noise_levels.linear(steps, 5.0), 1.0, (832, 480),
+        5, 1, 3, always("renoise"), lambda steps: noise_levels.linear(steps, 5.0), 1.0, (832, 480), 5.0,
         "Rolling Forcing, configs/rolling_forcing_dmd.yaml", attention="rolling",
     ),
+    "skyreels": Family(
+        50, 5, 5, always("skyreels unipc"), noise_levels.skyreels, 6.0, (960, 544), 8.0,
+        "SkyReels-V2, README (asynchronous inference, addnoise_condition 20)", condition=0.02,
+    ),
     "wan": Family(
-        50, 50, 3, always("unipc"), lambda steps: noise_levels.linear(steps, 8.0), 6.0, (832, 480), "Wan 2.1, README"
+        50, 50, 3, always("unipc"), lambda steps: noise_levels.linear(steps, 8.0), 6.0, (832, 480), 8.0,
+        "Wan 2.1, README",
     ),
 }  # fmt: skip
 

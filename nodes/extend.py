@@ -106,6 +106,28 @@ class AutoregressiveExtend(io.ComfyNode):
                         "auto: as the model was made for.",
                     )
                 ),
+                advanced(
+                    io.Float.Input(
+                        "shift",
+                        default=0.0,
+                        min=0.0,
+                        max=100.0,
+                        step=0.1,
+                        tooltip="Moves the noise levels towards noise; 0: as recommended for the model. SkyReels-V2 advises "
+                        "8 for text and 5 for image input.",
+                    )
+                ),
+                advanced(
+                    io.Float.Input(
+                        "condition_noise",
+                        default=-1.0,
+                        min=-1.0,
+                        max=1.0,
+                        step=0.01,
+                        tooltip="Noise level that given frames are shown at (SkyReels-V2's addnoise_condition 20 is 0.02); "
+                        "-1: as recommended for the model.",
+                    )
+                ),
                 io.Latent.Input(
                     "prefix",
                     optional=True,
@@ -133,7 +155,7 @@ class AutoregressiveExtend(io.ComfyNode):
     @classmethod
     def execute(
         cls, model, positive, negative, seed, chunks, steps, guidance, frames_per_chunk, lag, width, height,
-        solver="auto", attention="auto", prefix=None, end=None, state=None,
+        solver="auto", attention="auto", shift=0.0, condition_noise=-1.0, prefix=None, end=None, state=None,
     ) -> io.NodeOutput:  # fmt: skip
         if prefix is not None and state is not None:
             raise UserError("Both a prefix and a state are connected; a state already holds what came before. Connect one.")
@@ -145,7 +167,7 @@ class AutoregressiveExtend(io.ComfyNode):
             negative,
             scale=guidance or usual.guidance,
             seed=seed,
-            levels=usual.levels(steps),
+            levels=usual.shifted_levels(steps, shift) if shift else usual.levels(steps),
             chunks=chunks,
             chunk_frames=frames_per_chunk or usual.chunk_frames,
             lag=usual.lag if lag < 0 else lag,
@@ -155,7 +177,7 @@ class AutoregressiveExtend(io.ComfyNode):
             kind=usual.attention if attention == "auto" else attention,
             prefix=None if prefix is None else prefix["samples"],
             end=None if end is None else end["samples"],
-            condition=usual.condition,
+            condition=usual.condition if condition_noise < 0 else condition_noise,
             state=state,
             node_id=cls.hidden.unique_id,
         )

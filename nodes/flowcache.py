@@ -123,6 +123,15 @@ class FlowCache(io.ComfyNode):
                         "length only uses positions the model was trained on. Needs a history budget.",
                     )
                 ),
+                advanced(
+                    io.Combo.Input(
+                        "history_rule",
+                        options=["flowcache", "window"],
+                        default="flowcache",
+                        tooltip="What stays in a history over budget. flowcache: the tokens that score best; window: the "
+                        "newest chunks, as Self-Forcing's local_attn_size keeps them (with keep_first_chunk as its sink).",
+                    )
+                ),
             ],
             outputs=[io.Model.Output()],
         )
@@ -142,8 +151,11 @@ class FlowCache(io.ComfyNode):
         importance_weight: float = 0.07,
         keep_first_chunk: bool = False,
         positions: str = "absolute",
+        history_rule: str = "flowcache",
     ) -> io.NodeOutput:
-        compression = Compression(weight=importance_weight, granularity=granularity, protect_first=keep_first_chunk)
+        compression = Compression(
+            rule=history_rule, weight=importance_weight, granularity=granularity, protect_first=keep_first_chunk
+        )
         history = HistorySettings(history_budget or None, compression, relative=positions == "relative")
         if preset == CUSTOM:
             order = ("hold", "linear", "quadratic").index(forecast)

@@ -1,0 +1,36 @@
+"""Recommended settings of the families."""
+
+import pytest
+
+from flowcache_core import noise_levels as levels
+from flowcache_core.errors import UserError
+from flowcache_core.families import FAMILIES, family
+
+
+def test_few_step_models_take_the_published_levels():
+    causal, causvid, rolling = FAMILIES["causal"], FAMILIES["causvid"], FAMILIES["rolling"]
+    assert causal.levels(4) == levels.warped(levels.SELF_FORCING)
+    assert causal.levels(2) == levels.warped(levels.CAUSAL_FORCING_2_STEPS)
+    assert causal.levels(1) == levels.warped(levels.CAUSAL_FORCING_1_STEP)
+    assert causal.first_levels(2) == causal.first_levels(1) == levels.warped(levels.SELF_FORCING)
+    assert causal.first_levels(4) is None
+    assert causvid.levels(causvid.steps) == levels.unwarped(levels.CAUSVID_3_STEPS)
+    assert causvid.levels(4) == levels.warped(levels.CAUSVID_4_STEPS, 8.0)
+    assert rolling.levels(5) == pytest.approx(levels.warped(levels.ROLLING_FORCING))
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_a_shift_moves_the_levels(name):
+    usual = FAMILIES[name]
+    assert usual.shifted_levels(6, usual.shift) == pytest.approx(usual.levels(6))
+    more = usual.shifted_levels(6, 2 * usual.shift)
+    assert all(ours > theirs for ours, theirs in zip(more[1:-1], usual.levels(6)[1:-1], strict=True))
+
+
+def test_skyreels_with_the_shift_for_images():
+    assert FAMILIES["skyreels"].shifted_levels(50, 5.0) == pytest.approx(levels.skyreels(50, 5.0))
+
+
+def test_an_unknown_family_is_told():
+    with pytest.raises(UserError, match="expected one of demo"):
+        family("sora")
