@@ -10,4 +10,6 @@ except ImportError:
 else:
     from .nodes import comfy_entrypoint
 
-    __all__ = ["comfy_entrypoint"]
+    WEB_DIRECTORY = "./nodes/web"  # the page finds a node's help in docs/ under it
+
+    __all__ = ["WEB_DIRECTORY", "comfy_entrypoint"]
