@@ -33,6 +33,7 @@ from ..flowcache_core.schedule import CLEAN, ChunkSchedule, Place
 KEY = "flowcache"  # our wrappers' key on a patched model, and the patch's in transformer_options
 RUN = "flowcache_run"  # a run's key in transformer_options, while it goes on
 CHUNK = "flowcache_chunk_frames"  # frames that go through the network at once, told to the memory estimate
+FRAMES = "flowcache_frames"  # frames of the whole video, told to the memory estimate
 FPS = "flowcache_fps"  # frames a second that SkyReels-V2 is told, in transformer_options
 FAMILY = "flowcache_family"  # the family that our loader found, in transformer_options
 
@@ -133,6 +134,7 @@ class Run(HostRun):
         self.runner = Runner(None, schedule, settings, chunk_frames, dtype=compute_dtype(model))
         self.place: Place | None = None
         self.sigma = 0.0
+        self.caption = 0  # tells texts apart that hold for some chunks only
         super().__init__(model, options)
 
     def bind(self, network: torch.nn.Module, options: dict) -> None:
@@ -145,13 +147,18 @@ class Run(HostRun):
             self.bind(network, options)
         if context.shape[0] != x.shape[0]:
             context = context.expand(x.shape[0], -1, -1)
-        return self.runner.forward(x, self.sigma, self.place, self.names(options), context, tuple(options["uuids"]))
+        text = (self.caption, *options["uuids"])
+        return self.runner.forward(x, self.sigma, self.place, self.names(options), context, text)
 
 
 class ChunkSampler(comfy.samplers.Sampler):
     """A sampler of ours, which makes its own run. `chunk_frames` go through the network at once."""
 
     chunk_frames: int
+
+    def frames(self, noise: Tensor) -> int:
+        """Latent frames of the whole video, as far as the history may hold them."""
+        return noise.shape[2]
 
 
 def check_network(network: torch.nn.Module) -> None:
@@ -271,7 +278,7 @@ def _outer_sample(executor, noise, latent_image, sampler, sigmas, *args, **kwarg
     patch = patch_of(guider.model_options)
     options = guider.model_options.setdefault("transformer_options", {})
     if isinstance(sampler, ChunkSampler):
-        options[CHUNK] = sampler.chunk_frames
+        options[CHUNK], options[FRAMES] = sampler.chunk_frames, sampler.frames(noise)
         return executor(noise, latent_image, sampler, sigmas, *args, **kwargs)
     native = getattr(comfy.k_diffusion.sampling, "sample_ar_video", None)
     if native is None or getattr(sampler, "sampler_function", None) is not native:
@@ -282,7 +289,7 @@ def _outer_sample(executor, noise, latent_image, sampler, sigmas, *args, **kwarg
         return executor(noise, latent_image, sampler, sigmas, *args, **kwargs)
     network = guider.model_patcher.model.diffusion_model
     run = NativeRun(guider.model_patcher.model, patch, sampler, sigmas, noise, options)
-    options[RUN], options[CHUNK] = run, run.chunk_frames
+    options[RUN], options[CHUNK], options[FRAMES] = run, run.chunk_frames, noise.shape[2]
     add_wrapper_with_key(WrappersMP.APPLY_MODEL, KEY, _apply_model, options)
     add_wrapper_with_key(WrappersMP.DIFFUSION_MODEL, KEY, diffusion_model, options)
     layers = len(network.blocks)
@@ -325,9 +332,9 @@ def _prepare_sampling(executor, model, noise_shape, conds, *args, **kwargs):
     chunk_frames = options.get(CHUNK)
     if chunk_frames is None or len(noise_shape) != 5:
         return executor(model, noise_shape, conds, *args, **kwargs)
-    batch, channels, frames, height, width = noise_shape
+    batch, channels, _, height, width = noise_shape
     network = model.model.diffusion_model
-    kept = frames
+    kept = frames = options[FRAMES]
     if options[KEY].settings.history.budget is not None:
         kept = min(frames, 2 * chunk_frames * options[KEY].settings.history.budget)
     tokens = kept * math.ceil(height / 2) * math.ceil(width / 2)

@@ -13,9 +13,10 @@ from comfy.patcher_extension import WrappersMP, add_wrapper_with_key
 from server import PromptServer
 from torch import Tensor
 
-from ..flowcache_core.engine import Engine, Progress
+from ..flowcache_core.engine import Chunk, Engine, Progress
 from ..flowcache_core.errors import UserError
 from ..flowcache_core.families import SOLVERS
+from ..flowcache_core.history import Clean
 from ..flowcache_core.joint import Given, JointEngine, JointGuidance
 from ..flowcache_core.presets import OFF
 from ..flowcache_core.report import Report, megabytes
@@ -24,8 +25,9 @@ from ..flowcache_core.schedule import CLEAN, ChunkSchedule, Place
 from ..flowcache_core.solvers import chunk_noise
 from ..flowcache_core.state import State, make_state
 from . import host
+from .host_captions import ChunkCaptions
 
-
+Histories = dict[str, Clean]
 Kind = Literal["causal", "joint", "rolling"]  # how chunks see each other
 
 
@@ -44,8 +46,12 @@ class ARSampler(host.ChunkSampler):
         end: such a latent that comes after them; for "joint".
         condition: noise level that the prefix is shown at.
         state: an earlier run's state to go on from; for "causal".
+        chunks: how many to generate from a noise of a single chunk, each with its own noise of the run's seed; what is
+            returned is then the last one. 0: as many as the noise holds, all of which are returned.
         on_progress: told after every tick, with the report and the bytes of history in use and in all.
-        on_done: given the samples in the network's latent space, the report and what the run keeps, at the end.
+        on_chunk: given each finished chunk in the network's latent space, oldest first, and a function that copies the
+            clean history of every branch as it is now.
+        on_done: given the report and what the run keeps, at the end.
     """
 
     chunk_frames: int
@@ -58,7 +64,9 @@ class ARSampler(host.ChunkSampler):
     condition: float = 0.0
     state: State | None = None
     on_progress: Callable[[Progress, Report, int, int], None] = lambda told, report, used, total: None
-    on_done: Callable[[Tensor, Report, dict], None] = lambda samples, report, histories: None
+    chunks: int = 0
+    on_chunk: Callable[[Chunk, Callable[[], Histories]], None] = lambda chunk, save: None
+    on_done: Callable[[Report, Histories], None] = lambda report, histories: None
 
     def sample(
         self, guider, sigmas, extra_args, callback, noise, latent_image=None, denoise_mask=None, disable_pbar=False
@@ -67,14 +75,17 @@ class ARSampler(host.ChunkSampler):
         model = guider.inner_model
         options = comfy.model_patcher.create_model_options_clone(extra_args["model_options"])
         patch = host.patch_of(options)
-        host.check_frames(noise, self.chunk_frames)
+        chunks = self.chunks or host.check_frames(noise, self.chunk_frames)
         if denoise_mask is not None:
             raise UserError("A noise mask was given; FlowCache extends videos instead: give the frames to keep as a prefix.")
         add_wrapper_with_key(WrappersMP.DIFFUSION_MODEL, host.KEY, host.diffusion_model, options, is_model_options=True)
         seed = extra_args.get("seed") or 0
         levels = sigmas.tolist()
-        samples, estimate = torch.empty_like(noise), torch.zeros_like(noise)
+        shape = (*noise.shape[:2], self.chunk_frames, *noise.shape[3:])
+        samples: list[Tensor] = []  # finished chunks, where they are returned
+        estimates: dict[int, Tensor] = {}  # clean estimates of chunks that are not finished
         done = self.chunks_before()
+        captions = ChunkCaptions(guider.conds)
 
         def frames(chunk: int) -> slice:
             return slice((chunk - done) * self.chunk_frames, (chunk - done + 1) * self.chunk_frames)
@@ -84,22 +95,25 @@ class ARSampler(host.ChunkSampler):
             return guider(x, level, model_options=options, seed=seed)
 
         def start(chunk: int) -> Tensor:
+            if self.chunks:
+                return fresh(chunk, CLEAN) * levels[0]
             x = noise[:, :, frames(chunk)] * levels[0]
             return x if latent_image is None else x + (1 - levels[0]) * latent_image[:, :, frames(chunk)]
 
         def fresh(chunk: int, step: int) -> Tensor:
-            return chunk_noise(seed, chunk, noise[:, :, frames(done)].shape, step).to(noise)
+            return chunk_noise(seed, chunk, shape, step).to(noise)
 
         def progress(told: Progress) -> None:
             used = sum(history.bytes_used for history in histories.values())
             self.on_progress(told, report, used, sum(history.bytes for history in histories.values()))
             if callback:
-                oldest = frames(told.places[0].chunk)
-                shown = estimate if told.tick == told.ticks else estimate[:, :, oldest.start :]
+                # SamplerCustomAdvanced takes its clean estimate of the whole video from the last call.
+                before = samples if told.tick == told.ticks else []
+                shown = torch.cat([*before, *estimates.values()], dim=2) if estimates else torch.zeros_like(noise)
                 callback(told.tick - 1, shown, shown, told.ticks)
 
         prefix, end = (None if x is None else model.process_latent_in(x.to(noise)) for x in (self.prefix, self.end))
-        schedule = self.schedule(noise.shape[2] // self.chunk_frames, len(levels) - 1)
+        schedule = self.schedule(chunks, len(levels) - 1)
         common = {"noise": fresh, "solver": SOLVERS[self.solver], "on_progress": progress}
         if self.kind == "causal":
             if end is not None:
@@ -111,36 +125,48 @@ class ARSampler(host.ChunkSampler):
 
             def denoise(x: Tensor, sigma: float, place: Place) -> Tensor:
                 run.place, run.sigma = place, sigma
+                guider.conds, run.caption = captions.of(place.chunk)
                 clean = guided(x, sigma)
                 if place.step == CLEAN:
                     return torch.zeros_like(x)
-                estimate[:, :, frames(place.chunk)] = clean
+                estimates[place.chunk] = clean
                 return (x - clean) / sigma
 
             first = self.first_levels if schedule.first_steps else None
             engine = Engine(run.runner, denoise, levels, start, first_sigmas=first, **common)
             report, histories = run.runner.report, run.runner.histories
         else:
+            captions.refuse(f"attention '{self.kind}'")
             run = JointRun(model, options["transformer_options"], self.kind, self.chunk_frames)
             engine = self._joint_engine(schedule, Window(run, guided), levels, start, prefix, end, seed, common)
             report, histories = engine.report, {}
         options["transformer_options"][host.RUN] = run
         if self.kind == "causal" and prefix is not None:
             engine.prefill(prefix, self.condition)
-        for index, latent in engine.run():
-            host.check_finite(latent, f"chunk {index}")
-            samples[:, :, frames(index)] = estimate[:, :, frames(index)] = latent
+        save = run.runner.save if self.kind == "causal" else dict
+        for chunk in engine.run():
+            host.check_finite(chunk.latent, f"chunk {chunk.index}")
+            estimates.pop(chunk.index, None)
+            if self.chunks:
+                samples.clear()
+            samples.append(chunk.latent)
+            self.on_chunk(chunk, save)
         report.settings = patch.label if patch else "FlowCache off"
-        if patch:
-            patch.remember(model.process_latent_out(samples.to(torch.float32)), report)
-        self.on_done(samples, report, run.runner.save() if self.kind == "causal" else {})
-        return samples
+        result = torch.cat(samples, dim=2)
+        if patch and not self.chunks:
+            patch.remember(model.process_latent_out(result.to(torch.float32)), report)
+        self.on_done(report, save())
+        return result
 
     def schedule(self, chunks: int, steps: int) -> ChunkSchedule:
         """Of a run of so many new chunks. Only a video's very first chunk takes more steps."""
         done = self.chunks_before()
         first = None if done or self.first_levels is None else len(self.first_levels) - 1
         return ChunkSchedule(chunks, steps, min(self.lag, steps), done, first)
+
+    def frames(self, noise: Tensor) -> int:
+        """Latent frames of the whole video, as far as the history may hold them."""
+        return max(noise.shape[2], (self.chunks_before() + self.chunks) * self.chunk_frames)
 
     def chunks_before(self) -> int:
         """Chunks that a causal run has behind it when it starts."""
@@ -270,7 +296,7 @@ def extend(
         state.check(host.model_name(model), chunk_frames, shape)
         if not state.histories:
             raise UserError("The state is of a run that keeps no history; connect that run's latent as a prefix instead.")
-    kept = {}
+    finished, kept = [], {}
     begun = time.perf_counter()
     sampler = ARSampler(
         chunk_frames,
@@ -283,10 +309,11 @@ def extend(
         condition,
         state,
         on_progress=lambda told, *figures: progress_text(describe(told, *figures, begun), node_id),
-        on_done=lambda samples, report, histories: kept.update(latents=samples.cpu(), report=report, histories=histories),
+        on_chunk=lambda chunk, save: finished.append(chunk.latent.cpu()),
+        on_done=lambda report, histories: kept.update(report=report, histories=histories),
+        chunks=chunks,
     )
-    done = sampler.chunks_before()
-    noise = torch.cat([chunk_noise(seed, done + i, shape) for i in range(chunks)], dim=2)
+    noise = torch.zeros(shape)  # the sampler draws each chunk's own
     guider = comfy.samplers.CFGGuider(model)
     guider.set_conds(positive, negative)
     guider.set_cfg(scale)
@@ -294,10 +321,12 @@ def extend(
     sigmas = torch.tensor(levels, dtype=torch.float32)
     guider.sample(noise, torch.zeros_like(noise), sampler, sigmas, callback=callback, disable_pbar=True, seed=seed)
     before, after = (None if x is None else model.model.process_latent_in(x.cpu().float()) for x in (prefix, end))
-    parts = [before if state is None else state.latents, kept["latents"], after]
+    parts = [before if state is None else state.latents, *finished, after]
     latents = torch.cat([part for part in parts if part is not None], dim=2)
     made = make_state(latents, kept["histories"], chunk_frames, host.model_name(model))
-    return Extended(model.model.process_latent_out(latents.float()), made, kept["report"])
+    shown = model.model.process_latent_out(latents.float())
+    host.patch_of(model.model_options).remember(shown, kept["report"])
+    return Extended(shown, made, kept["report"])
 
 
 def progress_text(text: str, node_id: str | None) -> None:
