@@ -1,16 +1,23 @@
-# `make demo`, `make test`: each sets itself up in .venv first, once.
+# `make demo`, `make test`, `make lint`: each sets itself up in .venv first, once.
 
 PYTHON ?= python3
 VENV ?= .venv
 PACKAGES = torch==2.13.0 "numpy>=1.26,<3" "pillow>=11" "safetensors>=0.5,<1" "av>=14" "pytest>=8,<10"
 
-.PHONY: demo test clean
+LINTERS = "ruff>=0.15,<1" "mypy>=1.19,<3"
+
+.PHONY: demo test lint clean
 
 demo: $(VENV)/ready
 	$(VENV)/bin/python -m flowcache_core demo --out out/demo
 
 test: $(VENV)/ready
 	$(VENV)/bin/python -m pytest
+
+lint: $(VENV)/lint
+	$(VENV)/bin/ruff check .
+	$(VENV)/bin/ruff format --check .
+	$(VENV)/bin/mypy
 
 clean:
 	rm -rf $(VENV) out
@@ -21,4 +28,8 @@ $(VENV)/ready: Makefile
 	@$(PYTHON) -m venv $(VENV) || \
 		{ echo "Python cannot make a virtual environment; on Debian and Ubuntu: apt install python3-venv"; exit 1; }
 	$(VENV)/bin/python -m pip install --quiet $(PACKAGES)
+	@touch $@
+
+$(VENV)/lint: $(VENV)/ready
+	$(VENV)/bin/python -m pip install --quiet $(LINTERS)
 	@touch $@

@@ -9,6 +9,7 @@ import math
 import re
 from dataclasses import dataclass
 from pathlib import Path
+from typing import cast
 
 import torch
 from torch import Tensor
@@ -278,7 +279,7 @@ def _wan_config(path: Path, tensors: dict[str, Tensor], settings: dict) -> WanCo
         out_dim=shape("head.head.weight")[0] // math.prod(patch_size),
         text_dim=shape("text_embedding.0.weight")[1],
         freq_dim=shape("time_embedding.0.weight")[1],
-        patch_size=tuple(patch_size),
+        patch_size=cast(tuple[int, int, int], tuple(patch_size)),
         fps="fps_embedding.weight" in tensors,
     )
 

@@ -169,6 +169,7 @@ def choose(
         scores = torch.rand(batch, heads, middle.shape[2], generator=generator).to(keys.device)
         best = keep_best(scores, free, unit)
     else:
+        assert queries is not None
         asked = queries[:, :, -settings.queries :] if settings.queries else queries
         best = keep_best(score(asked, middle, settings.weight, settings.pool), free, unit)
     fixed = torch.arange(count, device=keys.device).expand(batch, heads, count)

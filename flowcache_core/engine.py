@@ -10,7 +10,7 @@ from torch import Tensor
 
 from .runner import Runner
 from .schedule import CLEAN, Place
-from .solvers import Euler, SolverFactory
+from .solvers import Euler, Solver, SolverFactory, no_noise
 
 Denoise = Callable[[Tensor, float, Place], Tensor]  # latent, noise level, place -> guided velocity
 
@@ -27,7 +27,7 @@ class Chunk(NamedTuple):
         latent: [B, C, T, H, W].
     """
 
-    index: int
+    index: int  # type: ignore[assignment]  # hides a tuple's own index()
     latent: Tensor
 
 
@@ -104,7 +104,7 @@ class Engine:
         denoise: Denoise,
         sigmas: Sequence[float],
         start: Callable[[int], Tensor],
-        noise: Callable[[int, int], Tensor] | None = None,
+        noise: Callable[[int, int], Tensor] = no_noise,
         solver: SolverFactory = Euler,
         first_sigmas: Sequence[float] | None = None,
         on_progress: Callable[[Progress], None] = lambda progress: None,
@@ -147,7 +147,7 @@ class Engine:
     def run(self) -> Iterator[Chunk]:
         """Generates the schedule's chunks, oldest first."""
         latents: dict[int, Tensor] = {}
-        solvers: dict[int, object] = {}
+        solvers: dict[int, Solver] = {}
         report = self.runner.report
         for tick, places in enumerate(self.schedule):
             begun = time.perf_counter()
@@ -159,7 +159,7 @@ class Engine:
             yield from finished
 
     @torch.inference_mode()
-    def _tick(self, places: Sequence[Place], latents: dict[int, Tensor], solvers: dict[int, object]) -> list[Chunk]:
+    def _tick(self, places: Sequence[Place], latents: dict[int, Tensor], solvers: dict[int, Solver]) -> list[Chunk]:
         for place in places:
             if place.step == 0:
                 latents[place.chunk] = self.start(place.chunk)

@@ -15,6 +15,7 @@ from .multistep import SkyReelsUniPC, UniPC
 from .presets import PRESETS, ReuseSettings, Settings
 from .solvers import Euler, Noise, Renoise, SolverFactory
 
+
 class CausVidRenoise(Renoise):
     """CausVid's: the levels that its solver uses are the nearest of those it was trained on."""
 

@@ -1,13 +1,16 @@
 """A module over a checkpoint's tensors: every name and shape is checked, nothing is copied or converted."""
 
 from collections.abc import Mapping
+from typing import TypeVar
 
 from torch import Tensor, nn
 
 from .errors import UserError
 
+Module = TypeVar("Module", bound=nn.Module)
 
-def fit(module: nn.Module, tensors: Mapping[str, Tensor], kind: str) -> nn.Module:
+
+def fit(module: Module, tensors: Mapping[str, Tensor], kind: str) -> Module:
     """Puts the tensors in the place of the module's parameters; mapped files stay mapped.
 
     Args:

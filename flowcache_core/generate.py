@@ -124,7 +124,7 @@ def generate(
         on_progress=on_progress,
         cancelled=cancelled,
     )
-    if prefix is not None:
+    if prefix is not None and given is not None:
         engine.prefill(given.to(device, dtype))
     latents = [] if given is None else [given.cpu()]
     for chunk in engine.run():

@@ -267,11 +267,12 @@ class History:
             queries = saved.queries[layer] if len(saved.queries) else None
             kept = self._choose(saved.keys[layer], queries, keep, layer)
             layers.append([_gather(part[layer], kept) for part in saved[:3]])
-        return Clean(*(torch.stack(parts) for parts in zip(*layers, strict=True)), saved.queries)
+        keys, values, tokens = (torch.stack(parts) for parts in zip(*layers, strict=True))
+        return Clean(keys, values, tokens, saved.queries)
 
     def _move(self, shift: int) -> None:
         """Counts positions from frame `shift` on; tokens from before it that were kept are placed at zero."""
-        if shift == self.shift:
+        if shift == self.shift or self.unrotated is None:
             return
         self.shift = shift
         self._tables.clear()
@@ -305,7 +306,7 @@ class ChunkView:
         self.table = history.table(chunk)
         self.asks = history.asks(chunk)
         if self.asks and not history.queries:
-            history.queries = [None] * history.shape.layers
+            history.queries = [torch.empty(0)] * history.shape.layers
 
     def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor, attention: AttentionFunction) -> Tensor:
         """Unrotated q, k, v [B, heads, chunk tokens, D] to attended values of q's shape."""

@@ -20,7 +20,7 @@ from .errors import UserError
 from .report import Report
 from .rotary import rotate
 from .schedule import ChunkSchedule, Place
-from .solvers import Euler, Solver, SolverFactory
+from .solvers import Euler, Solver, SolverFactory, no_noise
 
 # Latent of the window [B, C, T, H, W], noise level of each frame [T], number of its first frame -> guided velocity.
 JointDenoise = Callable[[Tensor, Tensor, int], Tensor]
@@ -81,8 +81,10 @@ class Given:
                 f"The condition noise is {self.condition}, but there are no start frames to put it on; set it to 0."
             )
 
-    def shown(self, tick: int) -> Tensor:
+    def shown(self, tick: int) -> Tensor | None:
         """The start frames as a tick sees them."""
+        if self.start is None or self.grain is None:
+            return self.start
         return torch.lerp(self.start, self.grain(tick), self.condition) if self.condition else self.start
 
 
@@ -106,7 +108,7 @@ class JointEngine:
     denoise: JointDenoise
     sigmas: Sequence[float]
     start: Callable[[int], Tensor]
-    noise: Callable[[int, int], Tensor] | None = None
+    noise: Callable[[int, int], Tensor] = no_noise
     solver: SolverFactory = Euler
     given: Given = Given()
     on_progress: Callable[[Progress], None] = lambda progress: None
@@ -180,8 +182,9 @@ class JointEngine:
     def _window(self, tick: int, steps: Mapping[int, int]) -> tuple[list[Tensor], list[float]]:
         """What goes through the network at a tick, part by part, and each part's noise level."""
         parts, levels = [], []
-        if self.given.start is not None:
-            parts.append(self.given.shown(tick))
+        start = self.given.shown(tick)
+        if start is not None:
+            parts.append(start)
             levels.append(self.given.condition)
         for chunk in self._chunks(steps):
             parts.append(self.latents[chunk])

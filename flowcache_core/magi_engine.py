@@ -182,7 +182,7 @@ class MagiEngine:
         self.sigmas = sigmas(schedule.steps, sampling.order)
         self.policy = settings.reuse.make(schedule)
         self.report = Report(schedule)
-        self.history: History | None = None
+        self.history: History = None  # type: ignore[assignment]  # made at the first forward, which tells its size
         self._loaded: Clean | None = None
         self._latents: dict[int, Tensor] = {}
         self._forecasts: dict[int, Forecast] = {}
@@ -225,6 +225,7 @@ class MagiEngine:
     @torch.inference_mode()
     def _prefill(self) -> None:
         for chunk in range(self.schedule.prefix):
+            assert self.given is not None
             self._finished = Finished(chunk, self.given[:, :, chunk * CHUNK_FRAMES : (chunk + 1) * CHUNK_FRAMES])
             self._clean_pass(self.branches[-1], 0)
             self._commit_finished()
@@ -340,7 +341,7 @@ class MagiEngine:
         if self._whole_chunks:
             visible = visible_before(place.step, self.schedule.steps, self.sampling.visible)
         view = self._history_of(x).view(place.chunk, visible)
-        return self._trunk(x, level, context, lambda *part: view.attend(*part, self.attention))
+        return self._trunk(x, level, context, lambda layer, q, k, v: view.attend(layer, q, k, v, self.attention))
 
     def _clean_pass(self, branch: str, tick: int) -> None:
         """Writes the finished chunk's keys and values as it sees itself alone, without caption."""
@@ -350,7 +351,7 @@ class MagiEngine:
         view = self._history_of(x).view(chunk, visible=0)
         level = torch.full((x.shape[0],), 1.0 - CLEAN_TIME, dtype=torch.float32, device=x.device)
         context = self._context(CLEAN, branch, 0)
-        self._trunk(x, level, context, lambda *part: view.attend(*part, self.attention))
+        self._trunk(x, level, context, lambda layer, q, k, v: view.attend(layer, q, k, v, self.attention))
         self.report.record(Place(chunk, CLEAN, tick), branch, True)
 
     def _trunk(self, x: Tensor, level: Tensor, context: MagiContext, attend) -> Tensor:

@@ -51,7 +51,7 @@ class UniPC(DPM2M):
 
     def __init__(self, sigmas: Sequence[float], noise=None):
         super().__init__(sigmas)
-        self.corrected: Tensor | None = None  # the latent before the last prediction
+        self.corrected: Tensor  # the latent before the last prediction, from the first step on
 
     def step(self, x: Tensor, velocity: Tensor, step: int) -> Tensor:
         """As `DPM2M.step`; `x` is what the last call gave, and is corrected before it is used."""

@@ -43,7 +43,7 @@ class Canvas:
     def __init__(self, longest: int):
         self.image = Image.new("RGB", (WIDTH * FINE, longest * FINE), PAPER)
         self.draw = ImageDraw.Draw(self.image)
-        self.y = MARGIN
+        self.y: float = MARGIN
 
     def text(self, x: float, y: float, words: str, size: int = 13, colour: str = INK, anchor: str = "la") -> float:
         """Writes a line and returns its width. The anchor is Pillow's: l, m, r and a (top), m, s, d (bottom)."""
@@ -185,7 +185,7 @@ def _decision_map(canvas: Canvas, report: Report, branch, of: str = "") -> None:
     owner = f" ({of})" if of else f" (branch {branch})" if len(report.decisions) > 1 else ""
     canvas.heading(f"What each chunk recomputed{owner}")
     right = WIDTH - MARGIN
-    x = right
+    x: float = right
     for words, colour in (("reused", REUSED), ("recomputed", RECOMPUTED)):
         x -= ImageFont.load_default(12).getlength(words)
         canvas.text(x, canvas.y - 24, words, 12)
@@ -237,7 +237,7 @@ def _history_chart(canvas: Canvas, lines: Sequence[tuple[str, Report, str]]) -> 
         canvas.text(at(tick, 0)[0], top + height + 5, str(tick + 1), 12, FAINT, "ma")
     canvas.text((LEFT + right) / 2, top + height + 22, "tick (every active chunk takes one step)", 12, FAINT, "ma")
     canvas.y = top + height + 48
-    x = LEFT
+    x: float = LEFT
     for words, report, colour in lines:
         canvas.box(x, canvas.y + 3, x + 18, canvas.y + 6, colour)
         x += 24 + canvas.text(x + 24, canvas.y - 4, f"{words}: peak {megabytes(report.history_bytes_peak)}", 12) + 24

@@ -81,7 +81,7 @@ class FixedSteps:
         self._phases = frozenset(step % self.align for step in self.steps) if self.align else frozenset()
 
     def recompute(self, place: Place, steps: int, branch: Branch, change: float | None) -> bool:
-        in_phase = bool(self._phases) and place.step % self.align in self._phases
+        in_phase = place.step % self.align in self._phases if self.align else False
         return place.step == 0 or place.step in self._chosen or in_phase
 
 
@@ -112,7 +112,7 @@ class Chunkwise:
         step = _rescaled(change, self.rescale)
         drift = None if step is None else self.drift.get(key, 0.0) + step
         again = drift is None or drift >= self.threshold or _must(place, steps, self.warmup, self.last)
-        self.drift[key] = 0.0 if again else drift
+        self.drift[key] = 0.0 if again or drift is None else drift
         return again
 
 
@@ -139,7 +139,7 @@ class Global:
             step = _rescaled(change, self.rescale)
             drift = None if step is None else self.drift.get(branch, 0.0) + step
             again = drift is None or drift >= self.threshold
-            self.drift[branch] = 0.0 if again else drift
+            self.drift[branch] = 0.0 if again or drift is None else drift
             self._decided[branch] = (place.tick, again)
         return again or _must(place, steps, self.warmup, self.last)
 
@@ -209,7 +209,7 @@ class Forecast:
             return self.results[0]
         if len(self.results) == 2:
             older, newer = self.sigmas
-            return torch.lerp(*self.results, (sigma - older) / (newer - older))
+            return torch.lerp(self.results[0], self.results[1], (sigma - older) / (newer - older))
         weights = self.weights(sigma)
         total = self.results[-1] * weights[-1]
         for weight, result in zip(weights[:-1], self.results[:-1], strict=True):

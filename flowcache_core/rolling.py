@@ -6,6 +6,7 @@ Source: RollingForcing, pipeline/rolling_forcing_inference.py and wan/modules/ca
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import Protocol
 
 import torch
 import torch.nn.functional as F
@@ -116,12 +117,22 @@ class RollingDenoise:
         return self.backbone.head(x, levels, self.backbone.trunk(x, levels, self.context, attend))
 
 
+class CleaningDenoise(Protocol):
+    """What a `RollingEngine` calls: a `RollingDenoise`, or the host's guider over one."""
+
+    def __call__(self, x: Tensor, levels: Tensor, first: int) -> Tensor: ...
+
+    def clean(self, x: Tensor, first: int) -> None: ...
+
+
 @dataclass
 class RollingEngine(JointEngine):
     """One run: a generator of finished chunks. Lag 1: at every tick the oldest active chunk becomes clean.
 
-    `denoise` is a `RollingDenoise`; memory does not grow with the length of the video.
+    Memory does not grow with the length of the video.
     """
+
+    denoise: CleaningDenoise
 
     def _begin(self, places: Sequence[Place]) -> None:
         for place in places:

@@ -6,6 +6,7 @@ The runner is driven by the engine, or by a host's own sampler; guidance is its 
 import time
 from collections.abc import Hashable, Sequence
 from dataclasses import replace
+from typing import Literal
 
 import torch
 import torch.nn.functional as F
@@ -47,7 +48,7 @@ class Runner:
         self.attention = attention
         self.dtype = dtype
         self.policy = settings.reuse.make(schedule)
-        self.held = settings.reuse.held
+        self.held: Literal["velocity", "residual", "clean"] = settings.reuse.held
         self.order = settings.reuse.order
         self.report = Report(schedule)
         self.histories: dict[Hashable, History] = {}
@@ -163,7 +164,7 @@ class Runner:
         decided = self.policy.recompute(place, steps, branch, self._changes.get(place.chunk))
         return decided or (place.chunk, branch) not in self._forecasts
 
-    def _run(self, x: Tensor, sigma: float, place: Place, branches: Sequence[Hashable], context) -> None:
+    def _run(self, x: Tensor, sigma: float, place: Place, branches: Sequence[Hashable], context) -> Tensor:
         rows = x.shape[0] // len(branches)
         views = [self._history(name, x, rows).view(place.chunk) for name in branches]
 
@@ -171,7 +172,7 @@ class Runner:
             if len(views) == 1:
                 return views[0].attend(layer, q, k, v, self.attention)
             parts = zip(views, q.split(rows), k.split(rows), v.split(rows), strict=True)
-            return torch.cat([view.attend(layer, *part, self.attention) for view, *part in parts])
+            return torch.cat([view.attend(layer, q, k, v, self.attention) for view, q, k, v in parts])
 
         levels = _levels(sigma, x)
         residual = self.backbone.trunk(x, levels, context, attend)

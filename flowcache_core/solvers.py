@@ -15,6 +15,11 @@ from .schedule import CLEAN
 Noise = Callable[[int], Tensor]  # step -> fresh unit noise of the chunk's shape
 
 
+def no_noise(chunk: int, step: int) -> Tensor:
+    """Stands where a run was given no source of fresh noise."""
+    raise ValueError(f"Chunk {chunk} wants fresh noise at step {step}, but the run was given no source of it.")
+
+
 class Solver(Protocol):
     def step(self, x: Tensor, velocity: Tensor, step: int) -> Tensor:
         """The latent after `step`, from the latent before it and the velocity there; shapes [B, C, T, H, W]."""

@@ -119,7 +119,7 @@ def write_safetensors(
             written = 0
             for tensor in tensors.values():
                 data = tensor.detach().to("cpu", _written_dtype(tensor, dtype)).contiguous().flatten().view(torch.uint8)
-                file.write(memoryview(data.numpy()))
+                file.write(data.numpy().data)
                 written += data.numel()
                 if progress:
                     progress(written, total)
@@ -215,7 +215,9 @@ def _open_shards(index: Path, settings: dict) -> WeightFile:
         shards = sorted(set(places.values()))
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise UserError(f"{index.name} has no weight_map, expected an index of shards; check the file.") from error
-    tensors, metadata, size = {}, {}, 0
+    tensors: dict[str, Tensor] = {}
+    metadata: dict[str, str] = {}
+    size = 0
     for name in shards:
         shard = index.parent / name
         if Path(name).name != name:

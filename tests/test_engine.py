@@ -277,11 +277,12 @@ def test_cancel_at_every_moment(backbone):
 
 def test_a_cancelled_run_leaves_no_memory_behind(backbone):
     settings = Settings(ReuseSettings("even", every=2, least=1), HistorySettings(2))
-    engine = build(backbone, ChunkSchedule(4, 4, 2), settings, scale=2.0, cancelled=lambda: bool(engine.runner.histories) and later())
     calls = iter(range(100))
 
     def later() -> bool:
-        return next(calls) > 9
+        return bool(engine.runner.histories) and next(calls) > 9
+
+    engine = build(backbone, ChunkSchedule(4, 4, 2), settings, scale=2.0, cancelled=later)
 
     generator = engine.run()
     with pytest.raises(Cancelled):

@@ -40,7 +40,7 @@ def test_a_chunk_starts_after_the_one_before_and_never_overtakes():
     for schedule in schedules():
         starts = [schedule.start(chunk) for chunk in schedule.indices]
         assert starts == sorted(starts)
-        assert all(later - earlier == schedule.lag for earlier, later in zip(starts, starts[1:]))
+        assert all(later - earlier == schedule.lag for earlier, later in zip(starts, starts[1:], strict=False))
 
 
 def test_a_longer_first_chunk_delays_all_others():

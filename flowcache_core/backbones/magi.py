@@ -13,9 +13,9 @@ Source: MAGI-1, inference/model/dit/dit_model.py and dit_module.py.
 """
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import NamedTuple, cast
 
 import torch
 import torch.nn.functional as F
@@ -335,7 +335,7 @@ class MagiBackbone:
         self.heads = config.heads
         self.kv_heads = config.kv_heads
         self.head_dim = config.head_dim
-        self.blocks = network.videodit_blocks.layers
+        self.blocks = cast(Sequence[MagiBlock], network.videodit_blocks.layers)
         self.rotary = MagiRotary(network.rope, config.head_dim)
 
     def grid(self, height: int, width: int) -> tuple[int, int]:

@@ -4,6 +4,8 @@ Source: SkyReels-V2, skyreels_v2_infer/modules/transformer.py; the signal and it
 SkyReels-V2, skyreels_v2_infer/modules/transformer_flowcache.py (there from TeaCache's fit).
 """
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -46,7 +48,7 @@ class SkyReelsBackbone(WanBackbone):
         return embedding, modulation
 
 
-def add_frame_rate(network: nn.Module, weights: dict[str, Tensor], layers=nn) -> None:
+def add_frame_rate(network: Any, weights: dict[str, Tensor], layers=nn) -> None:
     """Gives a host's WanModel the frame-rate layers that it drops from a SkyReels-V2 checkpoint.
 
     Args:

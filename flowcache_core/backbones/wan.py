@@ -11,6 +11,7 @@ Source of the architecture: Wan 2.1, wan/modules/model.py.
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -120,13 +121,13 @@ class WanBackbone:
         attention: used for cross-attention here; the history uses its own.
     """
 
-    def __init__(self, network: nn.Module, attention: Attention = F.scaled_dot_product_attention):
+    def __init__(self, network: Any, attention: Attention = F.scaled_dot_product_attention):
         self.network = network
         self.attention = attention
         self.layers = len(network.blocks)
-        self.heads = network.num_heads
+        self.heads: int = network.num_heads
         # A normalised query is as wide as the model, whatever class the linear layers are of.
-        self.dim = network.blocks[0].modulation.shape[-1]
+        self.dim: int = network.blocks[0].modulation.shape[-1]
         self.head_dim = self.dim // self.heads
         self.rotary = Rotary(self.head_dim)
 

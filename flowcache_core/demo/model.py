@@ -19,7 +19,7 @@ def load_network(path: Path | str = NETWORK_FILE) -> WanBackbone:
         UserError: no such file, or not a sound checkpoint of the demo's family.
     """
     info, tensors = checkpoints.load(path, check_finite=True)
-    if info.family != "demo":
+    if info.family != "demo" or info.config is None:
         raise UserError(
             f"{Path(path).name} is of the family '{info.family}', expected 'demo': this command has no text encoder."
         )

@@ -70,8 +70,8 @@ class ClipPool:
         clips = self.rng.integers(self.filled, size=batch)
         starts = self.rng.integers(self.frames - frames + 1, size=batch)
         begins = torch.from_numpy(self.rng.random(batch) < 0.7)
-        latents = torch.stack([self.latents[c, 0, :, s : s + frames] for c, s in zip(clips, starts)]).float()
-        firsts = torch.stack([self.latents[c, 1, :, s] for c, s in zip(clips, starts)]).float()
+        latents = torch.stack([self.latents[c, 0, :, s : s + frames] for c, s in zip(clips, starts, strict=True)]).float()
+        firsts = torch.stack([self.latents[c, 1, :, s] for c, s in zip(clips, starts, strict=True)]).float()
         latents[:, :, 0] = torch.where(begins[:, None, None, None], firsts, latents[:, :, 0])
         text = torch.stack([self.text[c] for c in clips])
         return latents, text, begins

@@ -59,13 +59,14 @@ def fast_copy(network: nn.Module) -> nn.Module:
     network = copy.deepcopy(network).bfloat16()
     for module in list(network.modules()):
         if isinstance(module, nn.Conv3d):
-            module.to(memory_format=torch.channels_last_3d)
+            module.to(memory_format=torch.channels_last_3d)  # type: ignore[call-overload]
         elif isinstance(module, nn.Conv2d):
-            module.to(memory_format=torch.channels_last)
+            module.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
         elif isinstance(module, Chain):
             for index in range(len(module) - 1):
-                if isinstance(module[index], Norm) and isinstance(module[index + 1], nn.SiLU):
-                    module[index], module[index + 1] = NormSiLU(module[index]), nn.Identity()
+                norm, after = module[index], module[index + 1]
+                if isinstance(norm, Norm) and isinstance(after, nn.SiLU):
+                    module[index], module[index + 1] = NormSiLU(norm), nn.Identity()
     return network
 
 
@@ -138,7 +139,7 @@ def fresh_vae(width: int) -> WanVAE:
             nn.init.zeros_(weight)  # every block starts as the identity
     for conv in (vae.conv1, vae.conv2):
         nn.init.dirac_(conv.weight)
-        nn.init.zeros_(conv.bias)
+        nn.init.zeros_(conv.get_parameter("bias"))
     return vae
 
 
@@ -152,9 +153,9 @@ def export(encoder: dict[str, Tensor], decoder: dict[str, Tensor], path: Path) -
     with torch.no_grad():
         for conv, scale, shift in ((vae.conv1, std, mean), (vae.conv2, 1 / std, -mean / std)):
             conv.weight.zero_()
-            conv.bias.zero_()
+            conv.get_parameter("bias").zero_()
             conv.weight[:LATENT_CHANNELS, :LATENT_CHANNELS, 0, 0, 0] = torch.diag(scale)
-            conv.bias[:LATENT_CHANNELS] = shift
+            conv.get_parameter("bias")[:LATENT_CHANNELS] = shift
     state = {name: tensor.half().contiguous() for name, tensor in vae.state_dict().items()}
     temporary = path.with_suffix(".partial")
     save_file(state, temporary, metadata={"format": "pt"})

@@ -162,7 +162,7 @@ class Encoder(nn.Module):
         super().__init__()
         channels = width
         self.conv1 = CausalConv3d(3, channels, 3)
-        layers = []
+        layers: list[nn.Module] = []
         for level, widening in enumerate(WIDENING):
             for _ in range(BLOCKS):
                 layers.append(Residual(channels, width * widening))
@@ -183,7 +183,7 @@ class Decoder(nn.Module):
         channels = width * WIDENING[-1]
         self.conv1 = CausalConv3d(LATENT_CHANNELS, channels, 3)
         self.middle = _middle(channels)
-        layers = []
+        layers: list[nn.Module] = []
         for level, widening in enumerate(reversed(WIDENING)):
             for _ in range(BLOCKS + 1):
                 layers.append(Residual(channels, width * widening))
@@ -204,6 +204,9 @@ class WanVAE(nn.Module):
     Args:
         width: channels at full resolution; Wan 2.1 itself has 96.
     """
+
+    mean: Tensor
+    std: Tensor
 
     def __init__(self, width: int = 8):
         super().__init__()
