@@ -142,7 +142,8 @@ def choose(
     """Indices of the clean tokens that stay.
 
     Args:
-        queries: [B, query heads, Q, D] of the newest chunk; only the "flowcache" rule needs them.
+        queries: [B, query heads, Q, D] of the newest chunk, for the "flowcache" rule; None where the history comes from a
+            run without a budget, which keeps none: then redundancy alone decides.
         keys: [B, key heads, N, D], the clean history in time order.
         keep: how many tokens stay, a whole number of chunks and less than N.
         frame_tokens, chunk_tokens: tokens of a frame and of a chunk.
@@ -169,8 +170,10 @@ def choose(
         scores = torch.rand(batch, heads, middle.shape[2], generator=generator).to(keys.device)
         best = keep_best(scores, free, unit)
     else:
-        assert queries is not None
-        asked = queries[:, :, -settings.queries :] if settings.queries else queries
-        best = keep_best(score(asked, middle, settings.weight, settings.pool), free, unit)
+        if queries is None:
+            scores = -redundancy(middle)
+        else:
+            scores = score(queries[:, :, -settings.queries :], middle, settings.weight, settings.pool)
+        best = keep_best(scores, free, unit)
     fixed = torch.arange(count, device=keys.device).expand(batch, heads, count)
     return torch.cat([fixed[..., :head], best + head, fixed[..., count - tail :]], dim=-1)

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from .runner import Runner
-from .schedule import CLEAN, Place
+from .schedule import CLEAN, END, LEAD, Place
 from .solvers import Euler, Solver, SolverFactory, no_noise
 
 Denoise = Callable[[Tensor, float, Place], Tensor]  # latent, noise level, place -> guided velocity
@@ -129,19 +129,35 @@ class Engine:
 
     @torch.inference_mode()
     def prefill(self, latent: Tensor, condition: float = 0.0) -> None:
-        """Runs given chunks, so that generated ones attend to them.
+        """Runs given frames, so that generated chunks attend to them.
 
         Args:
-            latent: [B, C, prefix chunks * T, H, W].
+            latent: [B, C, lead + prefix chunks * T, H, W]; the runner knows how many frames the lead has.
             condition: noise level that they are shown at, with noise of step CLEAN mixed in (SkyReels-V2's
                 addnoise_condition, 0.02 for 20).
         """
+        lead = self.runner.given.lead
+        if lead:
+            self._show(LEAD, latent[:, :, :lead], condition)
+        for index in range(self.schedule.prefix):
+            first = lead + index * self.runner.chunk_frames
+            self._show(index, latent[:, :, first : first + self.runner.chunk_frames], condition)
+
+    @torch.inference_mode()
+    def prefill_end(self, latent: Tensor) -> None:
+        """Runs frames [B, C, T, H, W] that come after the last chunk, at their place in time; all chunks attend to them.
+
+        Call it after `prefill`: an end attends to everything that is given.
+        """
+        self._show(END, latent, 0.0)
+
+    def _show(self, index: int, latent: Tensor, condition: float) -> None:
         begun = time.perf_counter()
-        for index, chunk in enumerate(latent.split(self.runner.chunk_frames, dim=2)):
-            self._check()
-            shown = torch.lerp(chunk, self.noise(index, CLEAN), condition) if condition else chunk
-            self.denoise(shown, condition, Place(index, CLEAN, 0))
-            self.runner.commit(index)
+        self._check()
+        if condition:
+            latent = torch.lerp(latent, self.noise(index, CLEAN)[:, :, : latent.shape[2]], condition)
+        self.denoise(latent, condition, Place(index, CLEAN, 0))
+        self.runner.commit(index)
         self.runner.report.seconds += time.perf_counter() - begun
 
     def run(self) -> Iterator[Chunk]:

@@ -20,7 +20,7 @@ from .noise_levels import magi
 from .presets import DEFAULT_PRESET, PRESETS, Settings, describe
 from .report import Report
 from .runner import Runner
-from .schedule import ChunkSchedule
+from .schedule import END, ChunkSchedule
 from .solvers import Euler, SolverFactory, chunk_noise
 from .state import State, make_state
 
@@ -56,6 +56,7 @@ def generate(
     solver: SolverFactory = Euler,
     state: State | None = None,
     prefix: Tensor | None = None,
+    end: Tensor | None = None,
     model: str = "",
     on_progress: Callable[[Progress], None] = lambda progress: None,
     on_chunk: Callable[[Chunk], None] = lambda chunk: None,
@@ -77,7 +78,10 @@ def generate(
         negative: text of the unconditional branch; needed where the scale is not 1.
         sigmas: noise levels [steps + 1], falling to 0; MAGI-1's by default.
         state: an earlier run's; nothing of it is computed again.
-        prefix: given latents [B, C, T, H, W] in whole chunks.
+        prefix: given latents [B, C, T, H, W] that come before. Those that fill no chunk (an image) stay in the history
+            whatever its budget is.
+        end: given latents [B, C, T, H, W] that come after, which every chunk sees at their place in time. What ends so
+            leaves no state to go on from.
         model: a name for the weights, kept in the state, so that another model does not go on from it.
         on_progress: called after every tick.
         on_chunk: called with each finished chunk, oldest first.
@@ -99,15 +103,19 @@ def generate(
         raise UserError(f"The seed is {seed}, expected 0 or more.")
     shape = (batch, backbone.channels, frames_per_chunk, *latent_size)
     given = _given(state, prefix, shape, model)
-    done = 0
+    done = lead = 0
     if given is not None:
-        done = given.shape[2] // frames_per_chunk
+        done, lead = divmod(given.shape[2], frames_per_chunk)
         shape = (*shape[:3], *given.shape[3:])
+    if end is not None:
+        _check_latents(end, "end", (*shape[:3], *(end.shape[3:] if given is None else given.shape[3:])))
+        shape = (*shape[:3], *end.shape[3:])
     _check_size(shape)
     levels = _checked_sigmas(sigmas, steps)
     schedule = ChunkSchedule(chunks, steps, lag, prefix=done)
 
-    runner = Runner(backbone, schedule, settings, frames_per_chunk)
+    after = 0 if end is None else end.shape[2]
+    runner = Runner(backbone, schedule, settings, frames_per_chunk, lead=lead, end=after)
     runner.report.settings = describe(settings)
     if state is not None:
         runner.load(state.by_branch)
@@ -126,6 +134,8 @@ def generate(
     )
     if prefix is not None and given is not None:
         engine.prefill(given.to(device, dtype))
+    if end is not None:
+        engine.prefill_end(end.to(device, dtype))
     latents = [] if given is None else [given.cpu()]
     for chunk in engine.run():
         if not torch.isfinite(chunk.latent).all():
@@ -135,8 +145,9 @@ def generate(
             )
         latents.append(chunk.latent.cpu())
         on_chunk(chunk)
-    whole = torch.cat(latents, dim=2)
-    return Result(whole, make_state(whole, runner.save(), frames_per_chunk, model), runner.report)
+    whole = torch.cat(latents if end is None else [*latents, end.cpu()], dim=2)
+    histories = runner.save() if end is None else {}
+    return Result(whole, make_state(whole, histories, frames_per_chunk, model), runner.report)
 
 
 def _checked_texts(text: Text, name: str, backbone) -> list[Tensor]:
@@ -166,25 +177,30 @@ def _given(state: State | None, prefix: Tensor | None, shape: tuple[int, ...], m
     if state is not None:
         batch, channels, frames, *_ = shape
         state.check(model, frames, (batch, channels, frames, *state.latents.shape[3:]))
+        if not state.histories:
+            raise UserError("The state is of a video that has its end and keeps no history; go on from another one.")
         if not torch.isfinite(state.latents).all():
             raise UserError("The state holds NaN or infinite latents; go on from another one.")
         return state.latents
     if prefix is None:
         return None
-    batch, channels, frames, *_ = shape
-    if prefix.ndim != 5 or prefix.shape[:2] != (batch, channels):
+    _check_latents(prefix, "prefix", (*shape[:3], *prefix.shape[3:]))
+    return prefix
+
+
+def _check_latents(given: Tensor, name: str, shape: tuple[int, ...]) -> None:
+    """Of frames that are given, whatever their number."""
+    batch, channels, _, *size = shape
+    if given.ndim != 5 or given.shape[:2] != (batch, channels) or list(given.shape[3:]) != size:
+        wanted = "height, width" if given.shape[:2] != (batch, channels) else ", ".join(map(str, size))
         raise UserError(
-            f"The prefix has shape {list(prefix.shape)}, expected [{batch}, {channels}, frames, height, width]; "
+            f"The {name} has shape {list(given.shape)}, expected [{batch}, {channels}, frames, {wanted}]; "
             "encode it with this model's VAE, one video for each text."
         )
-    if prefix.shape[2] == 0 or prefix.shape[2] % frames:
-        raise UserError(
-            f"The prefix has {prefix.shape[2]} latent frames, which do not fill chunks of {frames}; cut it to a "
-            f"multiple of {frames}."
-        )
-    if not torch.isfinite(prefix).all():
-        raise UserError("The prefix holds NaN or infinite values; check the VAE or file that it comes from.")
-    return prefix
+    if given.shape[2] == 0:
+        raise UserError(f"The {name} has no frames; give at least one.")
+    if not torch.isfinite(given).all():
+        raise UserError(f"The {name} holds NaN or infinite values; check the VAE or file that it comes from.")
 
 
 def _check_size(shape: tuple[int, ...]) -> None:
@@ -207,4 +223,4 @@ def _checked_sigmas(sigmas: Sequence[float] | None, steps: int) -> list[float]:
 def _by_chunk(texts: list[Tensor], done: int) -> Tensor | Callable[[int], Tensor]:
     if len(texts) == 1:
         return texts[0]
-    return lambda chunk: texts[min(max(chunk - done, 0), len(texts) - 1)]
+    return lambda chunk: texts[-1 if chunk == END else min(max(chunk - done, 0), len(texts) - 1)]

@@ -2,7 +2,10 @@
 
 Each layer has one buffer, laid out as
 
-    [ clean tokens, in time order | active chunk | next active chunk | ... ]
+    [ given end | given lead | clean tokens, in time order | active chunk | next active chunk | ... ]
+
+Given frames that fill no chunk (a start image, an end image) stay whatever the budget is. An end is clean from the start
+and stands at its own place in time, behind everything else.
 
 A chunk writes its keys and values into its slot and attends to everything before the slot's end: the clean history,
 the active chunks before it and itself. That is one stretch of memory, so attention needs neither a mask nor a copy. A
@@ -20,6 +23,7 @@ from torch import Tensor
 from .compression import TILE_BYTES, Compression, choose
 from .errors import UserError
 from .rotary import rotate
+from .schedule import END, LEAD
 
 AttentionFunction = Callable[[Tensor, Tensor, Tensor], Tensor]
 
@@ -51,6 +55,21 @@ class HistorySettings:
 
 
 @dataclass(frozen=True)
+class Given:
+    """Frames that are given and fill no chunk.
+
+    Attributes:
+        lead: frames before the first chunk.
+        end: frames after the last chunk.
+        end_at: number in the video of the first of those.
+    """
+
+    lead: int = 0
+    end: int = 0
+    end_at: int = 0
+
+
+@dataclass(frozen=True)
 class HistoryShape:
     """Sizes of one branch's history.
 
@@ -59,6 +78,7 @@ class HistoryShape:
         grid: rows and columns of tokens of a frame.
         chunk_frames: latent frames of a chunk.
         capacity: chunks that there is room for, clean and active.
+        given: frames beside them.
     """
 
     layers: int
@@ -68,6 +88,7 @@ class HistoryShape:
     grid: tuple[int, int]
     chunk_frames: int
     capacity: int
+    given: Given = Given()
 
     @property
     def frame_tokens(self) -> int:
@@ -79,7 +100,15 @@ class HistoryShape:
 
     @property
     def tokens(self) -> int:
-        return self.chunk_tokens * self.capacity
+        return self.chunk_tokens * self.capacity + self.frame_tokens * (self.given.lead + self.given.end)
+
+    @property
+    def end_tokens(self) -> int:
+        return self.frame_tokens * self.given.end
+
+    @property
+    def given_tokens(self) -> int:
+        return self.end_tokens + self.frame_tokens * self.given.lead
 
     def bytes(self, itemsize: int, time_dims: int = 0) -> int:
         """Memory of the buffers: keys, values, token numbers, and time parts where positions are relative."""
@@ -125,7 +154,8 @@ class History:
         self.unrotated = torch.empty(*size, self.time_dims, dtype=dtype, device=device) if self.time_dims else None
         self.queries: list[Tensor] = []  # a layer: of the chunk that asks at the next compression
         self._tables: dict[int, Tensor] = {}  # rotary table of each active chunk
-        self.clean = 0  # tokens
+        self.clean = shape.end_tokens  # tokens, those of the end included
+        self.has_end = False  # whether the end's tokens are there yet
         self.active: list[int] = []  # chunk numbers, oldest first, each with a slot behind the clean tokens
         self.shift = 0  # frames by which positions are moved towards zero
 
@@ -142,20 +172,49 @@ class History:
 
     def open(self, chunk: int) -> None:
         """Gives a chunk a slot; the clean history is cut first where there is no room."""
+        if chunk >= 0:
+            self._make_room()
+        if self.settings.relative:
+            after = self.first_frame(chunk) + self.frames(chunk) if chunk != END else self._frames_done()
+            self._move(max(0, after - self.shape.given.lead - self.window))
+        if chunk != END:
+            self.active.append(chunk)
+        start, end = self.slot(chunk)
+        first = self.first_frame(chunk) * self.shape.frame_tokens
+        self.tokens[:, :, :, start:end] = torch.arange(first, first + end - start, device=self.tokens.device)
+
+    def _make_room(self) -> None:
         room = self.shape.tokens - self.clean - len(self.active) * self.shape.chunk_tokens
         budget = self.settings.budget
-        over = budget is not None and self.clean > budget * self.shape.chunk_tokens
+        over = budget is not None and self.clean - self.shape.given_tokens > budget * self.shape.chunk_tokens
         if over or room < self.shape.chunk_tokens:
             if budget is None:
                 raise RuntimeError(f"The history has room for {self.shape.capacity} chunks and is full.")
             self._compress(budget * self.shape.chunk_tokens)
-        if self.settings.relative:
-            window = self.shape.capacity * self.shape.chunk_frames
-            self._move(max(0, (chunk + 1) * self.shape.chunk_frames - window))
-        self.active.append(chunk)
-        start, end = self.slot(chunk)
-        first = chunk * self.shape.chunk_tokens
-        self.tokens[:, :, :, start:end] = torch.arange(first, first + end - start, device=self.tokens.device)
+
+    @property
+    def window(self) -> int:
+        """Frames that positions run over where they are relative, a lead not counted."""
+        return self.shape.capacity * self.shape.chunk_frames
+
+    def first_frame(self, chunk: int) -> int:
+        """Number in the video of a chunk's first frame."""
+        given = self.shape.given
+        return {LEAD: 0, END: given.end_at}.get(chunk, given.lead + chunk * self.shape.chunk_frames)
+
+    def _frames_done(self) -> int:
+        if self.clean == self.shape.end_tokens:
+            return 0
+        return int(self._frames_of(self.tokens[:, :, :, self.clean - 1]).max()) + 1
+
+    def frames(self, chunk: int) -> int:
+        given = self.shape.given
+        return {LEAD: given.lead, END: given.end}.get(chunk, self.shape.chunk_frames)
+
+    def sees_end(self, chunk: int) -> bool:
+        """A chunk looks at a given end; where positions are relative, only from no further away than the window is long."""
+        near = self.shape.given.end_at - self.first_frame(chunk) <= self.window
+        return self.has_end and (near or not self.settings.relative)
 
     def view(self, chunk: int, visible: int | None = None) -> "ChunkView":
         """What a forward of an active chunk sees.
@@ -164,49 +223,51 @@ class History:
             chunk: an active chunk; its slot is opened if it has none.
             visible: how many of the chunks before it may be seen; None for all. Needs an uncut history.
         """
-        if chunk not in self.active:
+        if chunk not in self.active and not (chunk == END and self.has_end):
             self.open(chunk)
         return ChunkView(self, chunk, visible)
 
     def commit(self, chunk: int) -> None:
-        """The oldest active chunk is clean from now on."""
+        """The oldest active chunk is clean from now on; or the given end is there."""
+        if chunk == END:
+            self.has_end = True
+            return
         if not self.active or self.active[0] != chunk:
             raise RuntimeError(f"Chunk {chunk} cannot become clean: the active chunks are {self.active}.")
         self.active.pop(0)
         self._tables.pop(chunk, None)
-        self.clean += self.shape.chunk_tokens
+        self.clean += self.frames(chunk) * self.shape.frame_tokens
 
     def slot(self, chunk: int) -> tuple[int, int]:
         """First token and end of an active chunk's slot."""
-        start = self.clean + self.active.index(chunk) * self.shape.chunk_tokens
-        return start, start + self.shape.chunk_tokens
+        start = 0 if chunk == END else self.clean + self.active.index(chunk) * self.shape.chunk_tokens
+        return start, start + self.frames(chunk) * self.shape.frame_tokens
 
     def table(self, chunk: int) -> Tensor:
         """Rotary table of an active chunk, [2, tokens, D / 2]."""
         if chunk not in self._tables:
-            first = chunk * self.shape.chunk_frames - self.shift
-            frames = torch.arange(first, first + self.shape.chunk_frames, device=self.keys.device)
+            first = self.first_frame(chunk) - self.shift - (self._beyond() if chunk == END else 0)
+            frames = torch.arange(first, first + self.frames(chunk), device=self.keys.device)
             self._tables[chunk] = self.rotary.table(frames, *self.shape.grid)
         return self._tables[chunk]
 
     def asks(self, chunk: int) -> bool:
         """Whether a chunk's queries are kept for the next compression."""
-        if self.settings.budget is None:
+        if self.settings.budget is None or chunk < 0:
             return False
         return self.settings.compression.asked_by == "newest" or chunk == self.active[0]
 
     def save(self) -> Clean:
         """A copy of the clean history on the CPU."""
-        keys, values, tokens = (
-            part[:, :, :, : self.clean].to("cpu", copy=True) for part in (self.keys, self.values, self.tokens)
-        )
+        kept = slice(self.shape.end_tokens, self.clean)
+        keys, values, tokens = (part[:, :, :, kept].to("cpu", copy=True) for part in (self.keys, self.values, self.tokens))
         if self.unrotated is not None:
-            self._turn_to(keys, self.unrotated.cpu(), tokens, shift=0)
+            self._turn_to(keys, self.unrotated[:, :, :, kept].cpu(), self._frames_of(tokens))
         queries = torch.stack([query.cpu() for query in self.queries]) if self.queries else keys.new_empty(0)
         return Clean(keys, values, tokens, queries)
 
     def load(self, saved: Clean) -> None:
-        """Takes over the clean history of an earlier run, cut to this run's budget where it is larger.
+        """Takes over the clean history of an earlier run, lead included, cut to this run's budget where it is larger.
 
         Raises:
             UserError: the history is of another model, size or batch, or too long for this run's room.
@@ -218,20 +279,21 @@ class History:
                 f"The state's history has shape {tuple(saved.keys.shape)}, this run needs {expected} "
                 "[layers, batch, heads, tokens, head width]: the state is of another model, size or batch."
             )
-        budget = self.settings.budget
-        if budget is not None and count > budget * self.shape.chunk_tokens:
-            saved = self._cut(saved, budget * self.shape.chunk_tokens)
+        budget, lead, end = self.settings.budget, self.shape.given_tokens - self.shape.end_tokens, self.shape.end_tokens
+        if budget is not None and count - lead > budget * self.shape.chunk_tokens:
+            saved = self._cut(saved, lead, budget * self.shape.chunk_tokens)
             count = saved.keys.shape[3]
-        if count > self.shape.tokens:
-            raise UserError(f"The state holds {count} tokens of history, and there is room for {self.shape.tokens}.")
-        self.keys[:, :, :, :count].copy_(saved.keys)
-        self.values[:, :, :, :count].copy_(saved.values)
-        self.tokens[:, :, :, :count].copy_(saved.tokens)
+        if count > self.shape.tokens - end:
+            raise UserError(f"The state holds {count} tokens of history, and there is room for {self.shape.tokens - end}.")
+        place = slice(end, end + count)
+        self.keys[:, :, :, place].copy_(saved.keys)
+        self.values[:, :, :, place].copy_(saved.values)
+        self.tokens[:, :, :, place].copy_(saved.tokens)
         self.queries = [query.to(self.keys) for query in saved.queries]
         if self.unrotated is not None:
-            frames = self.tokens[:, :, :, :count] // self.shape.frame_tokens
-            self.unrotated[:, :, :, :count] = self._turn(self.keys[:, :, :, :count, : self.time_dims], -frames)
-        self.clean = count
+            frames = self._frames_of(self.tokens[:, :, :, place])
+            self.unrotated[:, :, :, place] = self._turn(self.keys[:, :, :, place, : self.time_dims], -frames)
+        self.clean = end + count
 
     def _choose(self, keys: Tensor, queries: Tensor | None, keep: int, layer: int) -> Tensor:
         settings, shape = self.settings.compression, self.shape
@@ -246,26 +308,28 @@ class History:
         return [(slice(at, at + size), slice(at * share, (at + size) * share)) for at in starts]
 
     def _compress(self, keep: int) -> None:
-        """Cuts the clean tokens to `keep` and moves the active chunks up behind them."""
-        if self.clean <= keep:
-            raise RuntimeError(f"The history is full with {self.clean} clean tokens, and {keep} of them must stay.")
+        """Cuts the clean tokens that are not given to `keep` and moves the active chunks up behind them."""
+        given = self.shape.given_tokens
+        if self.clean - given <= keep:
+            raise RuntimeError(f"The history is full with {self.clean} clean tokens, and {given + keep} of them must stay.")
         filled = self.clean + len(self.active) * self.shape.chunk_tokens
         buffers = [self.keys, self.values, self.tokens] + ([] if self.unrotated is None else [self.unrotated])
         for layer in range(self.shape.layers):
             queries = self.queries[layer] if self.queries else None
             for heads, query_heads in self._head_groups(queries):
                 asked = None if queries is None else queries[:, query_heads]
-                kept = self._choose(self.keys[layer, :, heads, : self.clean], asked, keep, layer)
-                for part in (buffer[layer, :, heads] for buffer in buffers):
-                    part[:, :, :keep] = _gather(part[:, :, : self.clean], kept)
-                    part[:, :, keep : keep + filled - self.clean] = part[:, :, self.clean : filled].clone()
-        self.clean = keep
+                kept = self._choose(self.keys[layer, :, heads, given : self.clean], asked, keep, layer)
+                for part in (buffer[layer, :, heads, given:] for buffer in buffers):
+                    part[:, :, :keep] = _gather(part[:, :, : self.clean - given], kept)
+                    part[:, :, keep : keep + filled - self.clean] = part[:, :, self.clean - given : filled - given].clone()
+        self.clean = given + keep
 
-    def _cut(self, saved: Clean, keep: int) -> Clean:
+    def _cut(self, saved: Clean, lead: int, keep: int) -> Clean:
         layers = []
         for layer in range(self.shape.layers):
             queries = saved.queries[layer] if len(saved.queries) else None
-            kept = self._choose(saved.keys[layer], queries, keep, layer)
+            kept = self._choose(saved.keys[layer, :, :, lead:], queries, keep, layer) + lead
+            kept = torch.cat([torch.arange(lead).expand(*kept.shape[:2], lead), kept], dim=2)
             layers.append([_gather(part[layer], kept) for part in saved[:3]])
         keys, values, tokens = (torch.stack(parts) for parts in zip(*layers, strict=True))
         return Clean(keys, values, tokens, saved.queries)
@@ -277,13 +341,22 @@ class History:
         self.shift = shift
         self._tables.clear()
         filled = self.clean + len(self.active) * self.shape.chunk_tokens
-        self._turn_to(self.keys[:, :, :, :filled], self.unrotated, self.tokens[:, :, :, :filled], shift)
+        frames = (self._frames_of(self.tokens[:, :, :, :filled]) - shift).clamp(min=0)
+        frames[:, :, :, : self.shape.end_tokens] -= self._beyond()
+        self._turn_to(self.keys[:, :, :, :filled], self.unrotated[:, :, :, :filled], frames)
 
-    def _turn_to(self, keys: Tensor, unrotated: Tensor, tokens: Tensor, shift: int) -> None:
+    def _beyond(self) -> int:
+        """Frames by which a given end is drawn nearer, so that it stands right behind the window at the farthest."""
+        given = self.shape.given
+        return max(0, given.end_at - self.shift - self.window - given.lead) if self.settings.relative else 0
+
+    def _frames_of(self, tokens: Tensor) -> Tensor:
+        return tokens // self.shape.frame_tokens
+
+    def _turn_to(self, keys: Tensor, unrotated: Tensor, frames: Tensor) -> None:
         """Rotates the time part of keys anew, from the unrotated copy, so that no rounding adds up over a long run."""
         for layer in range(self.shape.layers):
-            positions = (tokens[layer] // self.shape.frame_tokens - shift).clamp(min=0)
-            keys[layer, ..., : self.time_dims] = self._turn(unrotated[layer, :, :, : keys.shape[3]], positions)
+            keys[layer, ..., : self.time_dims] = self._turn(unrotated[layer], frames[layer])
 
     def _turn(self, keys: Tensor, positions: Tensor) -> Tensor:
         angles = self.rotary.angles(positions, self.time_dims)
@@ -302,7 +375,11 @@ class ChunkView:
     def __init__(self, history: History, chunk: int, visible: int | None):
         self.history = history
         self.start, self.end = history.slot(chunk)
-        self.first = 0 if visible is None else max(0, self.start - visible * history.shape.chunk_tokens)
+        self.first, self.last = 0 if history.sees_end(chunk) else history.shape.end_tokens, self.end
+        if visible is not None:
+            self.first = max(self.first, self.start - visible * history.shape.chunk_tokens)
+        if chunk == END:
+            self.first, self.last = 0, history.clean
         self.table = history.table(chunk)
         self.asks = history.asks(chunk)
         if self.asks and not history.queries:
@@ -319,4 +396,4 @@ class ChunkView:
             history.unrotated[layer, :, :, self.start : self.end] = k[..., : history.time_dims]
         if self.asks:
             history.queries[layer] = q
-        return attention(q, keys[:, :, self.first : self.end], values[:, :, self.first : self.end])
+        return attention(q, keys[:, :, self.first : self.last], values[:, :, self.first : self.last])

@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .errors import UserError
-from .history import AttentionFunction, Clean, History, HistoryShape
+from .history import AttentionFunction, Clean, Given, History, HistoryShape
 from .presets import Settings
 from .report import Report
 from .reuse import Forecast, changes
@@ -30,6 +30,7 @@ class Runner:
         chunk_frames: latent frames of a chunk.
         attention: used over the history.
         dtype: what the backbone computes in, where latents are kept in another type.
+        lead, end: given frames that fill no chunk, before the first one and after the last.
     """
 
     def __init__(
@@ -40,6 +41,8 @@ class Runner:
         chunk_frames: int,
         attention: AttentionFunction = F.scaled_dot_product_attention,
         dtype: torch.dtype | None = None,
+        lead: int = 0,
+        end: int = 0,
     ):
         self.backbone = backbone
         self.schedule = schedule
@@ -47,6 +50,7 @@ class Runner:
         self.chunk_frames = chunk_frames
         self.attention = attention
         self.dtype = dtype
+        self.given = Given(lead, end, end_at=lead + schedule.total_chunks * chunk_frames)
         self.policy = settings.reuse.make(schedule)
         self.held: Literal["velocity", "residual", "clean"] = settings.reuse.held
         self.order = settings.reuse.order
@@ -155,6 +159,7 @@ class Runner:
             grid=backbone.grid(*x.shape[-2:]),
             chunk_frames=self.chunk_frames,
             capacity=capacity,
+            given=self.given,
         )
 
     def _recompute(self, place: Place, branch: Hashable) -> bool:

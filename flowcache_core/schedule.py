@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from .errors import UserError
 
 CLEAN = -1  # step number of the extra pass at noise level 0 that stores a finished chunk's keys and values
+LEAD, END = -1, -2  # chunk numbers of given frames that fill no chunk: before the first one, and after the last
 
 
 @dataclass(frozen=True)

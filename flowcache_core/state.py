@@ -23,7 +23,8 @@ FORMAT = "flowcache-state-1"
 
 class State(NamedTuple):
     """Attributes:
-    latents: every finished frame, prefix included, [B, C, T, H, W].
+    latents: every finished frame, prefix included, [B, C, T, H, W]. Those beyond whole chunks are a lead: given frames
+        before the first chunk.
     histories: the clean history of each branch.
     branches: the branches' names, in the same order.
     chunk_frames: latent frames of a chunk.
@@ -115,7 +116,7 @@ def _check_parts(state: State, name: str) -> None:
         fail(f"{state.chunk_frames!r} frames a chunk")
     if not isinstance(state.model, str) or not all(isinstance(branch, str) for branch in state.branches):
         fail("names that are no text")
-    if state.latents.ndim != 5 or state.latents.shape[2] == 0 or state.latents.shape[2] % state.chunk_frames:
+    if state.latents.ndim != 5 or state.latents.shape[2] == 0:
         fail(f"latents of shape {tuple(state.latents.shape)} for {state.chunk_frames} frames a chunk")
     if not torch.isfinite(state.latents).all():
         fail("latents that are not finite")

@@ -39,21 +39,13 @@ def refused(backbone, text=None, chunks=2, **changes) -> str:
     return message
 
 
-@pytest.mark.parametrize("frames", range(1, 8))
-def test_frames_must_fill_chunks(backbone, frames):
-    for per_chunk in (2, 3):
-        if frames % per_chunk:
-            said = refused(backbone, prefix=latents(frames=frames), frames_per_chunk=per_chunk)
-            assert f"{frames} latent frames" in said and f"chunks of {per_chunk}" in said
-
-
 @pytest.mark.parametrize(
     ("prefix", "words_said"),
     [
         (latents()[0], "expected [1, 4, frames, height, width]"),
         (latents(channels=16), "expected [1, 4, frames, height, width]"),
         (latents(batch=2), "expected [1, 4, frames, height, width]"),
-        (latents(frames=0), "0 latent frames"),
+        (latents(frames=0), "has no frames"),
         (latents() + NAN, "NaN or infinite"),
         (latents() + float("inf"), "NaN or infinite"),
         (latents(height=0), "latent size is [0, 4]"),
@@ -61,6 +53,19 @@ def test_frames_must_fill_chunks(backbone, frames):
 )
 def test_prefixes(backbone, prefix, words_said):
     assert words_said in refused(backbone, prefix=prefix)
+
+
+@pytest.mark.parametrize(
+    ("end", "words_said"),
+    [
+        (latents()[0], "expected [1, 4, frames, height, width]"),
+        (latents(height=8), "The end has shape [1, 4, 4, 8, 4], expected [1, 4, frames, 6, 4]"),
+        (latents(frames=0), "The end has no frames"),
+        (latents() + NAN, "NaN or infinite"),
+    ],
+)
+def test_ends(backbone, end, words_said):
+    assert words_said in refused(backbone, prefix=latents(), end=end)
 
 
 @pytest.mark.parametrize(
