@@ -102,7 +102,7 @@ class AutoregressiveExtend(io.ComfyNode):
                         options=["auto", "causal", "joint"],
                         default="auto",
                         tooltip="causal: chunk by chunk over the history, as FlowCache runs; joint: all chunks in every "
-                        "forward, seeing each other both ways (SkyReels-V2 without acceleration; allows an end latent). "
+                        "forward, seeing each other both ways (SkyReels-V2 without acceleration). "
                         "auto: as the model was made for.",
                     )
                 ),
@@ -131,12 +131,13 @@ class AutoregressiveExtend(io.ComfyNode):
                 io.Latent.Input(
                     "prefix",
                     optional=True,
-                    tooltip="A given beginning (an encoded image or video), in whole chunks. It is part of the result.",
+                    tooltip="A given beginning: an encoded image or video. It is part of the result.",
                 ),
                 io.Latent.Input(
                     "end",
                     optional=True,
-                    tooltip="A given end (an encoded image); needs the attention 'joint'. It is part of the result.",
+                    tooltip="A given end (an encoded image), which all chunks work towards. It is part of the result, and nothing can "
+                    "go on from it.",
                 ),
                 StateType.Input(
                     "state",

@@ -130,8 +130,10 @@ class HostRun:
 class Run(HostRun):
     """A run chunk by chunk: holds the engine's runner and knows which chunk and step the guider is asked for."""
 
-    def __init__(self, model, settings: Settings, schedule: ChunkSchedule, chunk_frames: int, options: dict):
-        self.runner = Runner(None, schedule, settings, chunk_frames, dtype=compute_dtype(model))
+    def __init__(
+        self, model, settings: Settings, schedule: ChunkSchedule, chunk_frames: int, options: dict, lead: int = 0, end: int = 0
+    ):
+        self.runner = Runner(None, schedule, settings, chunk_frames, dtype=compute_dtype(model), lead=lead, end=end)
         self.place: Place | None = None
         self.sigma = 0.0
         self.caption = 0  # tells texts apart that hold for some chunks only

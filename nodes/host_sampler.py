@@ -21,7 +21,7 @@ from ..flowcache_core.joint import Given, JointEngine, JointGuidance
 from ..flowcache_core.presets import OFF
 from ..flowcache_core.report import Report, megabytes
 from ..flowcache_core.rolling import RollingDenoise, RollingEngine, RollingHistory
-from ..flowcache_core.schedule import CLEAN, ChunkSchedule, Place
+from ..flowcache_core.schedule import CLEAN, END, LEAD, ChunkSchedule, Place
 from ..flowcache_core.solvers import chunk_noise
 from ..flowcache_core.state import State, make_state
 from . import host
@@ -43,7 +43,7 @@ class ARSampler(host.ChunkSampler):
             active ones, seeing each other both ways (SkyReels-V2 and Rolling Forcing as upstream runs them).
         first_levels: noise levels of the first chunk where it takes more steps than the others; for "causal".
         prefix: latent [B, C, T, H, W] in the host's space that comes before the generated frames.
-        end: such a latent that comes after them; for "joint".
+        end: such a latent that comes after them; not for "rolling".
         condition: noise level that the prefix is shown at.
         state: an earlier run's state to go on from; for "causal".
         chunks: how many to generate from a noise of a single chunk, each with its own noise of the run's seed; what is
@@ -116,16 +116,15 @@ class ARSampler(host.ChunkSampler):
         schedule = self.schedule(chunks, len(levels) - 1)
         common = {"noise": fresh, "solver": SOLVERS[self.solver], "on_progress": progress}
         if self.kind == "causal":
-            if end is not None:
-                raise UserError("An end latent needs attention both ways; choose the attention 'joint'.")
             settings = patch.settings if patch else OFF
-            run = host.Run(model, settings, schedule, self.chunk_frames, options["transformer_options"])
+            lead, after = self.frames_before() % self.chunk_frames, 0 if end is None else end.shape[2]
+            run = host.Run(model, settings, schedule, self.chunk_frames, options["transformer_options"], lead, after)
             if self.state:
                 run.runner.load(self.state.by_branch)
 
             def denoise(x: Tensor, sigma: float, place: Place) -> Tensor:
                 run.place, run.sigma = place, sigma
-                guider.conds, run.caption = captions.of(place.chunk)
+                guider.conds, run.caption = captions.of({LEAD: 0, END: schedule.total_chunks - 1}.get(place.chunk, place.chunk))
                 clean = guided(x, sigma)
                 if place.step == CLEAN:
                     return torch.zeros_like(x)
@@ -143,7 +142,9 @@ class ARSampler(host.ChunkSampler):
         options["transformer_options"][host.RUN] = run
         if self.kind == "causal" and prefix is not None:
             engine.prefill(prefix, self.condition)
-        save = run.runner.save if self.kind == "causal" else dict
+        if self.kind == "causal" and end is not None:
+            engine.prefill_end(end)
+        save = run.runner.save if self.kind == "causal" and end is None else dict
         for chunk in engine.run():
             host.check_finite(chunk.latent, f"chunk {chunk.index}")
             estimates.pop(chunk.index, None)
@@ -169,12 +170,13 @@ class ARSampler(host.ChunkSampler):
         return max(noise.shape[2], (self.chunks_before() + self.chunks) * self.chunk_frames)
 
     def chunks_before(self) -> int:
-        """Chunks that a causal run has behind it when it starts."""
-        if self.kind != "causal":
-            return 0
-        if self.state is not None:
-            return self.state.chunks
-        return 0 if self.prefix is None else host.check_frames(self.prefix, self.chunk_frames)
+        """Whole chunks that a causal run has behind it when it starts."""
+        return self.frames_before() // self.chunk_frames if self.kind == "causal" else 0
+
+    def frames_before(self) -> int:
+        """Frames that are there already."""
+        before = self.prefix if self.state is None else self.state.latents
+        return 0 if before is None else before.shape[2]
 
     def _joint_engine(self, schedule, window, levels, start, prefix, end, seed, common) -> JointEngine:
         if self.state is not None:
@@ -287,15 +289,21 @@ def extend(
         model = host.patched(model, OFF, "FlowCache off")
     channels = model.get_model_object("latent_format").latent_channels
     shape = [1, channels, chunk_frames, size[1] // 8, size[0] // 8]
-    for given in (prefix, end):
+    sizes = []
+    for given in (prefix, end, None if state is None else state.latents):
         if given is not None:
             host.check_latent(given, channels)
             shape = [*given.shape[:2], chunk_frames, *given.shape[3:]]
+            sizes.append((8 * given.shape[4], 8 * given.shape[3]))
+    if len(set(sizes)) > 1:
+        raise UserError(f"The given frames are of sizes {sizes} (width, height); bring them to one size.")
     if state is not None:
-        shape = [*state.latents.shape[:2], chunk_frames, *state.latents.shape[3:]]
         state.check(host.model_name(model), chunk_frames, shape)
         if not state.histories:
-            raise UserError("The state is of a run that keeps no history; connect that run's latent as a prefix instead.")
+            raise UserError(
+                "The state is of a run that keeps no history (joint or rolling attention, or a given end); connect that run's "
+                "latent as a prefix instead."
+            )
     finished, kept = [], {}
     begun = time.perf_counter()
     sampler = ARSampler(

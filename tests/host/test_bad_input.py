@@ -21,7 +21,6 @@ def files(server):
     write_network(folder / "wide.safetensors", random_network(1, type(SMALL)(**{**SMALL.__dict__, "dim": 192})))
     latents = server.base / "input"
     version = {"latent_format_version_0": torch.tensor([])}
-    save_file({"latent_tensor": torch.randn(1, 16, 5, 8, 8), **version}, latents / "five.latent")
     save_file({"latent_tensor": torch.randn(1, 4, 4, 8, 8), **version}, latents / "four_channels.latent")
     save_file({"latent_tensor": torch.randn(1, 16, 8, 8), **version}, latents / "image.latent")
     save_file({"latent_tensor": torch.full((1, 16, 4, 8, 8), float("nan")), **version}, latents / "nan.latent")
@@ -54,7 +53,6 @@ def test_files_that_are_no_model(server, name):
 @pytest.mark.parametrize(
     "latent, words",
     [
-        ("five", "do not fill chunks of 2"),
         ("four_channels", "16"),
         ("image", "expected"),
         ("nan", "NaN"),

@@ -43,13 +43,14 @@ def network_of(family: str):
     return make_backbone(family, network.eval().requires_grad_(False), 24, torch.nn.functional.scaled_dot_product_attention)
 
 
-def alone(family: str, preset: str, guidance: float, prefix: torch.Tensor | None = None):
+def alone(family: str, preset: str, guidance: float, prefix: torch.Tensor | None = None, end: torch.Tensor | None = None):
     usual, config = FAMILIES[family], CONFIGS[family]
     steps = 20 if family == "skyreels" else 4
     return generate(
         network_of(family), embed_caption("a red circle"), 3, steps=steps, lag=4, frames_per_chunk=2, seed=4,
         settings=family_preset(preset, family, config.dim, HistorySettings()), guidance_scale=guidance,
-        negative=embed_caption(""), sigmas=usual.levels(steps), solver=SOLVERS[usual.solver(steps)], prefix=prefix,
+        negative=embed_caption(""), sigmas=usual.levels(steps), solver=SOLVERS[usual.solver(steps)],
+        prefix=prefix, end=end,
     )  # fmt: skip
 
 
@@ -116,32 +117,44 @@ def test_rolling_forcing_equals_the_engine(server):
     assert (ours - expected).norm() / expected.norm() < 2e-3
 
 
-def test_a_start_and_an_end_image(server):
+@pytest.mark.parametrize("attention, lag", [("causal", 4), ("causal", 20), ("joint", 4)])
+def test_a_start_and_an_end_image(server, attention, lag):
     graph = Graph()
     images = [
         graph.add("VAEEncode", pixels=(graph.add("EmptyImage", width=64, height=64, batch_size=1, color=color), 0),
                   vae=(graph.add("FlowCacheLoadDemoVAE"), 0))
         for color in (0xFF0000, 0x0000FF)
     ]  # fmt: skip
-    node = extend(graph, "skyreels", "off", 3.0, attention="joint", prefix=(images[0], 0), end=(images[1], 0))
+    node = extend(
+        graph, "skyreels", "balanced", 3.0, attention=attention, lag=lag, prefix=(images[0], 0), end=(images[1], 0)
+    )
     video = sample(server, graph, node)
     assert video.shape[2] == 1 + 6 + 1
     given = [sample(server, Graph(graph), image) for image in images]
     assert torch.allclose(video[:, :, :1], given[0], atol=1e-4) and torch.allclose(video[:, :, -1:], given[1], atol=1e-4)
+    for name, image in (("prefix", images[1]), ("end", images[0])):
+        other = Graph(graph)
+        other[node] = {**graph[node], "inputs": graph[node]["inputs"] | {name: [image, 0]}}
+        assert not torch.allclose(sample(server, other, node)[:, :, 1:-1], video[:, :, 1:-1], atol=1e-2)
+
+
+def test_a_start_and_an_end_image_equal_the_engine(server):
+    graph = Graph()
+    image = graph.add("EmptyImage", width=64, height=64, batch_size=1, color=0xFF8000)
+    latent = graph.add("VAEEncode", pixels=(image, 0), vae=(graph.add("FlowCacheLoadDemoVAE"), 0))
+    given = normalised(sample(server, Graph(graph), latent))
+    node = extend(graph, "skyreels", "paper slow", 3.0, prefix=(latent, 0), end=(latent, 0), condition_noise=0.0)
+    expected = alone("skyreels", "paper slow", 3.0, prefix=given, end=given).latents
+    assert (normalised(sample(server, graph, node)) - expected).norm() / expected.norm() < 2e-3
 
 
 def test_what_joint_runs_cannot_do_is_said(server):
-    for inputs, words in (({"attention": "causal", "end": None}, "both ways"), ({"state": None}, "keeps no history")):
-        graph = Graph()
-        begun = extend(graph, "skyreels", "off", 3.0, attention="joint")
-        if "end" in inputs:
-            inputs["end"] = (begun, 0)
-        else:
-            inputs["state"] = (begun, 1)
-        node = extend(graph, "skyreels", "off", 3.0, **inputs)
-        graph.add("SaveLatent", samples=(node, 0), filename_prefix="s")
-        outcome = server.run(graph)
-        assert outcome.error["node_id"] == node and words in outcome.error["exception_message"]
+    graph = Graph()
+    begun = extend(graph, "skyreels", "off", 3.0, attention="joint")
+    node = extend(graph, "skyreels", "off", 3.0, state=(begun, 1))
+    graph.add("SaveLatent", samples=(node, 0), filename_prefix="s")
+    outcome = server.run(graph)
+    assert outcome.error["node_id"] == node and "keeps no history" in outcome.error["exception_message"]
 
 
 @pytest.mark.parametrize("steps, forwards", [(1, 5 + 2 * 2), (2, 5 + 2 * 3), (3, 3 * 4), (4, 3 * 5)])
