@@ -125,7 +125,9 @@ class Engine:
         for chunk in {self.schedule.indices[0], self.schedule.indices[-1]}:
             steps, levels = self.schedule.steps_of(chunk), self._sigmas(chunk)
             if len(levels) != steps + 1:
-                raise ValueError(f"Chunk {chunk} takes {steps} steps and needs {steps + 1} noise levels, got {len(levels)}.")
+                raise ValueError(
+                    f"Chunk {chunk} takes {steps} steps and needs {steps + 1} noise levels, got {len(levels)}."
+                )
 
     @torch.inference_mode()
     def prefill(self, latent: Tensor, condition: float = 0.0) -> None:

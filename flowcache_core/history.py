@@ -4,8 +4,8 @@ Each layer has one buffer, laid out as
 
     [ given end | given lead | clean tokens, in time order | active chunk | next active chunk | ... ]
 
-Given frames that fill no chunk (a start image, an end image) stay whatever the budget is. An end is clean from the start
-and stands at its own place in time, behind everything else.
+Given frames that fill no chunk (a start image, an end image) stay whatever the budget is. An end is clean from the
+start and stands at its own place in time, behind everything else.
 
 A chunk writes its keys and values into its slot and attends to everything before the slot's end: the clean history,
 the active chunks before it and itself. That is one stretch of memory, so attention needs neither a mask nor a copy. A
@@ -51,7 +51,9 @@ class HistorySettings:
                 "must stay; raise the budget or protect fewer chunks."
             )
         if self.relative and self.budget is None:
-            raise UserError("Positions relative to the window need a history budget; set one, or use absolute positions.")
+            raise UserError(
+                "Positions relative to the window need a history budget; set one, or use absolute positions."
+            )
 
 
 @dataclass(frozen=True)
@@ -141,7 +143,9 @@ class History:
         dtype, device: of the keys; whatever the chunk has.
     """
 
-    def __init__(self, shape: HistoryShape, rotary, settings: HistorySettings, dtype: torch.dtype, device: torch.device):
+    def __init__(
+        self, shape: HistoryShape, rotary, settings: HistorySettings, dtype: torch.dtype, device: torch.device
+    ):
         self.shape = shape
         self.rotary = rotary
         self.settings = settings
@@ -212,7 +216,7 @@ class History:
         return {LEAD: given.lead, END: given.end}.get(chunk, self.shape.chunk_frames)
 
     def sees_end(self, chunk: int) -> bool:
-        """A chunk looks at a given end; where positions are relative, only from no further away than the window is long."""
+        """A chunk looks at a given end; where positions are relative, only from within a window's length."""
         near = self.shape.given.end_at - self.first_frame(chunk) <= self.window
         return self.has_end and (near or not self.settings.relative)
 
@@ -260,7 +264,9 @@ class History:
     def save(self) -> Clean:
         """A copy of the clean history on the CPU."""
         kept = slice(self.shape.end_tokens, self.clean)
-        keys, values, tokens = (part[:, :, :, kept].to("cpu", copy=True) for part in (self.keys, self.values, self.tokens))
+        keys, values, tokens = (
+            part[:, :, :, kept].to("cpu", copy=True) for part in (self.keys, self.values, self.tokens)
+        )
         if self.unrotated is not None:
             self._turn_to(keys, self.unrotated[:, :, :, kept].cpu(), self._frames_of(tokens))
         queries = torch.stack([query.cpu() for query in self.queries]) if self.queries else keys.new_empty(0)
@@ -284,7 +290,9 @@ class History:
             saved = self._cut(saved, lead, budget * self.shape.chunk_tokens)
             count = saved.keys.shape[3]
         if count > self.shape.tokens - end:
-            raise UserError(f"The state holds {count} tokens of history, and there is room for {self.shape.tokens - end}.")
+            raise UserError(
+                f"The state holds {count} tokens of history, and there is room for {self.shape.tokens - end}."
+            )
         place = slice(end, end + count)
         self.keys[:, :, :, place].copy_(saved.keys)
         self.values[:, :, :, place].copy_(saved.values)
@@ -311,7 +319,9 @@ class History:
         """Cuts the clean tokens that are not given to `keep` and moves the active chunks up behind them."""
         given = self.shape.given_tokens
         if self.clean - given <= keep:
-            raise RuntimeError(f"The history is full with {self.clean} clean tokens, and {given + keep} of them must stay.")
+            raise RuntimeError(
+                f"The history is full with {self.clean} clean tokens, and {given + keep} of them must stay."
+            )
         filled = self.clean + len(self.active) * self.shape.chunk_tokens
         buffers = [self.keys, self.values, self.tokens] + ([] if self.unrotated is None else [self.unrotated])
         for layer in range(self.shape.layers):
@@ -321,7 +331,9 @@ class History:
                 kept = self._choose(self.keys[layer, :, heads, given : self.clean], asked, keep, layer)
                 for part in (buffer[layer, :, heads, given:] for buffer in buffers):
                     part[:, :, :keep] = _gather(part[:, :, : self.clean - given], kept)
-                    part[:, :, keep : keep + filled - self.clean] = part[:, :, self.clean - given : filled - given].clone()
+                    part[:, :, keep : keep + filled - self.clean] = part[
+                        :, :, self.clean - given : filled - given
+                    ].clone()
         self.clean = given + keep
 
     def _cut(self, saved: Clean, lead: int, keep: int) -> Clean:

@@ -82,14 +82,21 @@ def test_equals_one_masked_forward_a_tick(backbone, before, after, lag):
     prefix, end = (draw(seed, frames) if frames else None for seed, frames in ((1, before), (2, after)))
     ours = made(backbone, prefix=prefix, end=end, lag=lag).latents
     assert ours.shape[2] == before + 3 * FRAMES + after
-    assert torch.equal(ours[:, :, :before], draw(1, before)) and torch.equal(ours[:, :, ours.shape[2] - after :], draw(2, after))
+    assert torch.equal(ours[:, :, :before], draw(1, before)) and torch.equal(
+        ours[:, :, ours.shape[2] - after :], draw(2, after)
+    )
     expected = reference(backbone, 3, lag, prefix, end)
     assert (ours[:, :, before : before + 3 * FRAMES] - expected).abs().max() < 1e-4
 
 
 @pytest.mark.parametrize(
     "history",
-    [HistorySettings(), HistorySettings(1), HistorySettings(1, Compression("window")), HistorySettings(1, relative=True)],
+    [
+        HistorySettings(),
+        HistorySettings(1),
+        HistorySettings(1, Compression("window")),
+        HistorySettings(1, relative=True),
+    ],
     ids=["whole", "budget", "window", "relative"],
 )
 @pytest.mark.parametrize("preset", ["off", "high"])
