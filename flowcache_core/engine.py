@@ -8,6 +8,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from .reuse import Corrector
 from .runner import Runner
 from .schedule import CLEAN, END, LEAD, Place
 from .solvers import Euler, Solver, SolverFactory, no_noise
@@ -81,6 +82,15 @@ def guidance(runner: Runner, positive, negative=None, scale: float = 1.0) -> Gui
     if negative is None or scale == 1.0:
         return Guidance(runner, {"cond": positive}, {"cond": 1.0})
     return Guidance(runner, {"cond": positive, "uncond": negative}, {"cond": scale, "uncond": 1.0 - scale})
+
+
+@dataclass
+class Active:
+    """What an active chunk [B, C, T, H, W] has got to, and what takes it further."""
+
+    latent: Tensor
+    solver: Solver
+    corrector: Corrector = field(default_factory=Corrector)
 
 
 class Engine:
@@ -164,12 +174,11 @@ class Engine:
 
     def run(self) -> Iterator[Chunk]:
         """Generates the schedule's chunks, oldest first."""
-        latents: dict[int, Tensor] = {}
-        solvers: dict[int, Solver] = {}
+        active: dict[int, Active] = {}
         report = self.runner.report
         for tick, places in enumerate(self.schedule):
             begun = time.perf_counter()
-            finished = self._tick(places, latents, solvers)
+            finished = self._tick(places, active)
             report.history.append((tick, self.runner.history_bytes_used))
             report.seconds += time.perf_counter() - begun
             clean = self.schedule.prefix + report.chunks_done
@@ -177,30 +186,36 @@ class Engine:
             yield from finished
 
     @torch.inference_mode()
-    def _tick(self, places: Sequence[Place], latents: dict[int, Tensor], solvers: dict[int, Solver]) -> list[Chunk]:
+    def _tick(self, places: Sequence[Place], active: dict[int, Active]) -> list[Chunk]:
         for place in places:
             if place.step == 0:
-                latents[place.chunk] = self.start(place.chunk)
-                solvers[place.chunk] = self.solver(self._sigmas(place.chunk), self._noise_of(place.chunk))
+                solver = self.solver(self._sigmas(place.chunk), self._noise_of(place.chunk))
+                active[place.chunk] = Active(self.start(place.chunk), solver)
         levels = [self._sigmas(place.chunk)[place.step] for place in places]
-        self.runner.plan(places, [latents[place.chunk] for place in places], levels)
-        finished = []
+        self.runner.plan(places, [active[place.chunk].latent for place in places], levels)
         for place, sigma in zip(places, levels, strict=True):
             self._check()
-            x = latents[place.chunk]
-            velocity = self.denoise(x, sigma, place)
-            latents[place.chunk] = solvers[place.chunk].step(x, velocity, place.step)
-            if place.step == self.schedule.steps_of(place.chunk) - 1:
-                finished.append(place)
+            self._step(active[place.chunk], place, sigma)
+        # After all steps of the tick: active chunks' slots lie behind one another.
+        finished = [place for place in places if place.step == self.schedule.steps_of(place.chunk) - 1]
         chunks = []
-        for place in finished:  # after all steps of the tick: active chunks' slots lie behind one another
-            x = latents.pop(place.chunk)
-            del solvers[place.chunk]
+        for place in finished:
+            x = active.pop(place.chunk).latent
             if self.runner.settings.clean_pass:
                 self.denoise(x, 0.0, Place(place.chunk, CLEAN, place.tick))
             self.runner.commit(place.chunk)
             chunks.append(Chunk(place.chunk, x))
         return chunks
+
+    def _step(self, chunk: Active, place: Place, sigma: float) -> None:
+        velocity = self.denoise(chunk.latent, sigma, place)
+        if self.runner.corrects:
+            length = self._sigmas(place.chunk)[place.step + 1] - sigma
+            change = chunk.corrector.step(velocity, sigma, length, self.runner.recomputed)
+            if change is not None:
+                chunk.latent = chunk.latent + change
+                chunk.solver.move(change)
+        chunk.latent = chunk.solver.step(chunk.latent, velocity, place.step)
 
     def _sigmas(self, chunk: int) -> list[float]:
         return self.first_sigmas if chunk == self.schedule.prefix else self.sigmas

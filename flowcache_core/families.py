@@ -147,6 +147,7 @@ def family_preset(preset: str, name: str, dim: int, history: HistorySettings) ->
             last=True,
             order=0,
             held="residual",
+            correct=False,
         )
         return Settings(reuse, history, clean_pass=False)
     return replace(PRESETS[preset], history=history)

@@ -38,7 +38,7 @@ from .errors import UserError
 from .history import Clean, History, HistorySettings, HistoryShape
 from .presets import Settings
 from .report import Report
-from .reuse import Forecast, changes
+from .reuse import Corrector, Forecast, changes
 from .rotary import rotate
 from .schedule import CLEAN, ChunkSchedule, Place
 
@@ -66,7 +66,7 @@ class MagiSampling:
     held: Literal["velocity", "change"] = "velocity"
 
 
-# What the published FlowCache runs a distilled MAGI-1 with, beside no clean pass and a held (order 0) forecast.
+# What the published FlowCache runs a distilled MAGI-1 with, beside no clean pass and a held, uncorrected velocity.
 PUBLISHED_FLOWCACHE = MagiSampling(visible=(), near_clean=False, held="change")
 
 
@@ -186,6 +186,7 @@ class MagiEngine:
         self._loaded: Clean | None = None
         self._latents: dict[int, Tensor] = {}
         self._forecasts: dict[int, Forecast] = {}
+        self._correctors: dict[int, Corrector] = {}
         self._weights: dict[int, dict[str, float]] = {}  # of the branches, at a chunk's last recomputed step
         self._signals: dict[int, Tensor] = {}
         self._contexts: dict[tuple, MagiContext] = {}
@@ -244,21 +245,31 @@ class MagiEngine:
         for place in places:
             for branch in weights[place.chunk]:
                 self.report.record(place, branch, place in again)
-            sigma = self.sigmas[place.step]
-            length = self.sigmas[place.step + 1] - sigma
-            forecast = self._forecasts.setdefault(place.chunk, Forecast(self.settings.reuse.order))
-            if place.chunk in velocities:
-                velocity = velocities[place.chunk]
-                forecast.add(sigma, velocity * length if self.sampling.held == "change" else velocity)
-                self._weights[place.chunk] = weights[place.chunk]
-            step = 1.0 if self.sampling.held == "change" else length
-            self._latents[place.chunk] = torch.add(self._latents[place.chunk], forecast.at(sigma), alpha=step)
+            self._step(place, velocities.get(place.chunk), weights[place.chunk])
         self._commit_finished()
         return [self._finish(place.chunk) for place in places if place.step == self.schedule.steps - 1]
 
+    def _step(self, place: Place, fresh: Tensor | None, weights: dict[str, float]) -> None:
+        """Takes a chunk one step on, by a recomputed velocity or by what stands in for it."""
+        chunk, sigma = place.chunk, self.sigmas[place.step]
+        length = self.sigmas[place.step + 1] - sigma
+        changes_held = self.sampling.held == "change"
+        if self._weights.get(chunk) != weights:  # no line leads from one mix of branches to another
+            self._weights[chunk] = weights
+            self._forecasts[chunk], self._correctors[chunk] = Forecast(self.settings.reuse.order), Corrector()
+        forecast = self._forecasts[chunk]
+        if fresh is not None:
+            forecast.add(sigma, fresh * length if changes_held else fresh)
+        velocity = forecast.at(sigma)
+        x = self._latents[chunk]
+        if self.settings.reuse.correct and not changes_held:
+            change = self._correctors[chunk].step(velocity, sigma, length, fresh is not None)
+            x = x if change is None else x + change
+        self._latents[chunk] = torch.add(x, velocity, alpha=1.0 if changes_held else length)
+
     def _finish(self, chunk: int) -> Chunk:
         x = self._latents.pop(chunk)
-        for kept in (self._forecasts, self._weights, self._signals):
+        for kept in (self._forecasts, self._correctors, self._weights, self._signals):
             kept.pop(chunk, None)
         self._contexts = {key: context for key, context in self._contexts.items() if key[0] != chunk}
         self.report.chunks_done += 1

@@ -30,6 +30,7 @@ class ReuseSettings:
         last: a chunk's last step is always recomputed (not for "fixed").
         order: of the forecast: 0 holds, 1 linear, 2 quadratic, over sigma.
         held: what is held or forecast: the velocity, or the blocks' residual with the head run again.
+        correct: takes reused steps again once the next recomputed velocity is known, see `reuse.Corrector`.
     """
 
     policy: PolicyName = "off"
@@ -43,6 +44,7 @@ class ReuseSettings:
     last: bool = False
     order: int = 1
     held: Literal["velocity", "residual"] = "velocity"
+    correct: bool = True
 
     def __post_init__(self):
         if self.order not in (0, 1, 2):
@@ -96,8 +98,8 @@ PRESETS: dict[str, Settings] = {
     "high": Settings(ReuseSettings("even", every=4, least=10)),
     "balanced": Settings(ReuseSettings("even", every=8, least=6)),
     "fast": Settings(ReuseSettings("even", every=16, least=4)),
-    "paper slow": Settings(ReuseSettings("flowcache", threshold=0.01, warmup=5, order=0), clean_pass=False),
-    "paper fast": Settings(ReuseSettings("flowcache", threshold=0.015, warmup=5, order=0), clean_pass=False),
+    "paper slow": Settings(ReuseSettings("flowcache", threshold=0.01, warmup=5, order=0, correct=False), clean_pass=False),
+    "paper fast": Settings(ReuseSettings("flowcache", threshold=0.015, warmup=5, order=0, correct=False), clean_pass=False),
 }
 DEFAULT_PRESET = "balanced"
 

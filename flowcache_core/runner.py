@@ -54,6 +54,7 @@ class Runner:
         self.policy = settings.reuse.make(schedule)
         self.held: Literal["velocity", "residual", "clean"] = settings.reuse.held
         self.order = settings.reuse.order
+        self.recomputed = True  # whether the last forward ran the network for all its branches
         self.report = Report(schedule)
         self.histories: dict[Hashable, History] = {}
         self._loaded: dict[Hashable, Clean] = {}
@@ -67,6 +68,11 @@ class Runner:
         the clean estimate is held instead; each has seen another noise, so no line is put through them."""
         if self.held == "velocity":
             self.held, self.order = "clean", 0
+
+    @property
+    def corrects(self) -> bool:
+        """Whether reused steps shall be corrected once the next recomputed velocity is known."""
+        return self.settings.reuse.correct and self.held != "clean"
 
     def plan(self, places: Sequence[Place], latents: Sequence[Tensor], sigmas: Sequence[float]) -> None:
         """Measures, before a tick, how much each active chunk's signal has changed: one read-back from the device.
@@ -102,6 +108,7 @@ class Runner:
         """
         rows = x.shape[0] // len(branches)
         again = [name for name in branches if self._recompute(place, name)]
+        self.recomputed = len(again) == len(branches)
         for name in branches:
             self.report.record(place, name, name in again)
         if again:

@@ -25,6 +25,10 @@ class Solver(Protocol):
         """The latent after `step`, from the latent before it and the velocity there; shapes [B, C, T, H, W]."""
         ...
 
+    def move(self, change: Tensor) -> None:
+        """Told when the latent was moved between two steps by something else than this solver."""
+        ...
+
 
 SolverFactory = Callable[[Sequence[float], Noise], Solver]  # sigmas [steps + 1], fresh noise -> a chunk's solver
 
@@ -37,6 +41,9 @@ class Euler:
 
     def step(self, x: Tensor, velocity: Tensor, step: int) -> Tensor:
         return torch.add(x, velocity, alpha=self.sigmas[step + 1] - self.sigmas[step])
+
+    def move(self, change: Tensor) -> None:
+        pass
 
 
 class Renoise:
@@ -52,6 +59,9 @@ class Renoise:
         clean = torch.sub(x, velocity, alpha=self.sigmas[step])
         level = self.sigmas[step + 1]
         return clean if level == 0 else (1.0 - level) * clean + level * self.noise(step)
+
+    def move(self, change: Tensor) -> None:
+        pass
 
 
 def chunk_noise(seed: int, chunk: int, shape: Sequence[int], step: int = CLEAN) -> Tensor:

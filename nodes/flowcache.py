@@ -132,6 +132,14 @@ class FlowCache(io.ComfyNode):
                         "newest chunks, as Self-Forcing's local_attn_size keeps them (with keep_first_chunk as its sink).",
                     )
                 ),
+                advanced(
+                    io.Boolean.Input(
+                        "correct",
+                        default=True,
+                        tooltip="Only with preset 'custom': once a step is recomputed, take the reused steps before it again "
+                        "with what is known now. Costs nothing; the published rule does without.",
+                    )
+                ),
             ],
             outputs=[io.Model.Output()],
         )
@@ -152,6 +160,7 @@ class FlowCache(io.ComfyNode):
         keep_first_chunk: bool = False,
         positions: str = "absolute",
         history_rule: str = "flowcache",
+        correct: bool = True,
     ) -> io.NodeOutput:
         compression = Compression(
             rule=history_rule, weight=importance_weight, granularity=granularity, protect_first=keep_first_chunk
@@ -159,7 +168,9 @@ class FlowCache(io.ComfyNode):
         history = HistorySettings(history_budget or None, compression, relative=positions == "relative")
         if preset == CUSTOM:
             order = ("hold", "linear", "quadratic").index(forecast)
-            reuse = ReuseSettings(policy, every=every, least=1, threshold=threshold, warmup=warmup, order=order)
+            reuse = ReuseSettings(
+                policy, every=every, least=1, threshold=threshold, warmup=warmup, order=order, correct=correct
+            )
             settings = Settings(reuse, history)
         else:
             network = model.model.diffusion_model

@@ -15,6 +15,9 @@ from flowcache_core.demo.model import decode, load_network
 from flowcache_core.demo.train_network import CONFIG
 from flowcache_core.errors import UserError
 from flowcache_core.generate import generate
+from flowcache_core.multistep import DPM2M, UniPC
+from flowcache_core.presets import ReuseSettings, Settings
+from flowcache_core.solvers import Euler
 
 
 def trained(path, spoil=None):
@@ -68,3 +71,19 @@ def test_networks_of_other_families_are_told(tmp_path):
     convert(NETWORK_FILE, tmp_path / "other.safetensors", "causal")
     with pytest.raises(UserError, match="family 'causal', expected 'demo'"):
         load_network(tmp_path / "other.safetensors")
+
+
+@pytest.mark.parametrize("solver", [Euler, DPM2M, UniPC])
+def test_correction_leads_nearer_to_the_plain_run(solver):
+    """Whatever takes the steps: on a trained network, whose flow is smooth."""
+    network, caption = load_network(), embed_caption("a red circle and a blue square")
+
+    def latents(reuse: ReuseSettings) -> torch.Tensor:
+        return generate(network, caption, 2, steps=24, lag=6, settings=Settings(reuse), solver=solver).latents
+
+    plain = latents(ReuseSettings())
+
+    def error(correct: bool) -> float:
+        return (latents(ReuseSettings("even", every=3, correct=correct)) - plain).square().mean().item()
+
+    assert error(correct=True) < 0.9 * error(correct=False)

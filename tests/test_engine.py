@@ -230,11 +230,33 @@ def test_history_never_grows_and_stays_in_order(backbone):
 def test_a_chunk_that_waits_keeps_its_velocity(backbone):
     """Holding the velocity (order 0) over k steps is one Euler step of their joint length."""
     schedule = ChunkSchedule(1, 8, 8)
-    held = run(backbone, schedule, Settings(ReuseSettings("fixed", steps=(0, 4), order=0)))
+    held = run(backbone, schedule, Settings(ReuseSettings("fixed", steps=(0, 4), order=0, correct=False)))
     sigmas = sigmas_of(8)
     runner = Runner(backbone, ChunkSchedule(1, 2, 2), OFF, 2)
     coarse = Engine(runner, guidance(runner, text(0)), [sigmas[0], sigmas[4], sigmas[8]], start_noise(2))
     assert (held - next(coarse.run()).latent).abs().max() < 1e-4
+
+
+def test_a_corrected_run_takes_the_line_between_recomputed_velocities(backbone):
+    """Its latent at step 4 is where steps 0 to 3 lead along the line between the velocities of steps 0 and 4."""
+    sigmas, seen = sigmas_of(8), {}
+    runner = Runner(backbone, ChunkSchedule(1, 8, 8), Settings(ReuseSettings("fixed", steps=(0, 4))), 2)
+    ask = guidance(runner, text(0))
+
+    def denoise(x, sigma, place):
+        velocity = ask(x, sigma, place)
+        seen[place.step] = (x, velocity)
+        return velocity
+
+    for _ in Engine(runner, denoise, sigmas, start_noise(2)).run():
+        pass
+    x, (_, first), (_, second) = seen[0][0], seen[0], seen[4]
+    for step in range(4):
+        share = (sigmas[step] - sigmas[0]) / (sigmas[4] - sigmas[0])
+        x = x + torch.lerp(first, second, share) * (sigmas[step + 1] - sigmas[step])
+    assert (seen[4][0] - x).abs().max() > 1e-3  # the forecast had led elsewhere
+    corrected = seen[5][0] - second * (sigmas[5] - sigmas[4])
+    assert (corrected - x).abs().max() < 1e-5
 
 
 def test_few_step_renoising(backbone):

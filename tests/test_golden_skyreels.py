@@ -85,7 +85,7 @@ def test_the_golden_would_notice():
 def published(preset: str, size: str) -> ReuseSettings:
     threshold, rescale = THRESHOLDS[preset], POLYNOMIALS[size]
     return ReuseSettings(
-        "flowcache", threshold=threshold, rescale=rescale, warmup=5, last=True, order=0, held="residual"
+        "flowcache", threshold=threshold, rescale=rescale, warmup=5, last=True, order=0, held="residual", correct=False
     )
 
 

@@ -107,7 +107,7 @@ def test_every_steps_latent(name):
 
 def published(threshold: float, budget: int | None = None, weight: float = 0.07) -> Settings:
     """The reference FlowCache's settings of the golden runs."""
-    reuse = ReuseSettings("flowcache", threshold=threshold, warmup=3, order=0)
+    reuse = ReuseSettings("flowcache", threshold=threshold, warmup=3, order=0, correct=False)
     return Settings(reuse, HistorySettings(budget, Compression(weight=weight)), clean_pass=False)
 
 
