@@ -149,9 +149,7 @@ class JointEngine:
         window, levels = self._window(tick, steps)
         x = torch.cat(window, dim=2)
         frames = [part.shape[2] for part in window]
-        per_frame = torch.tensor(levels, dtype=torch.float32, device=x.device).repeat_interleave(
-            torch.tensor(frames, device=x.device)
-        )
+        per_frame = torch.cat([_of_frames(part, level) for part, level in zip(window, levels, strict=True)])
         begun = time.perf_counter()
         velocities = self.denoise(x, per_frame, self._first_frame(places)).split(frames, dim=2)
         self.report.forward_seconds += time.perf_counter() - begun
@@ -198,3 +196,8 @@ class JointEngine:
     def _finish(self, chunk: int) -> Chunk:
         self.report.chunks_done += 1
         return Chunk(chunk, self.latents[chunk])
+
+
+def _of_frames(x: Tensor, level: float) -> Tensor:
+    """A noise level for each frame of x [B, C, T, H, W], [T]; made on x's device, which a list would have to be sent to."""
+    return torch.full((x.shape[2],), level, dtype=torch.float32, device=x.device)

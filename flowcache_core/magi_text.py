@@ -107,7 +107,7 @@ def caption_text(
 
     Args:
         embedding: the text encoder's output, [B, n, width].
-        mask: [B, n], nonzero where there is a token.
+        mask: [B, n], nonzero where there is a token; they come first.
         tokens: special tokens, or None to give the caption alone.
         remaining: generated chunks that come after this one.
         names: keys of `ROWS`.
@@ -115,6 +115,7 @@ def caption_text(
     Raises:
         UserError: a caption without a token, an unknown special token, or tokens of another width than the caption.
     """
+    mask = mask.cpu()
     if not mask.bool().any(dim=1).all():
         raise UserError("A caption has no token; use the empty caption (null_text) in its place.")
     unknown = [name for name in names if name not in ROWS]
@@ -141,7 +142,7 @@ def null_text(null_embedding: Tensor, tokens: SpecialTokens | None = None, capti
         captioned: which constant the gates see; True where the empty caption stands in a branch with text.
     """
     embedding = null_embedding[None]
-    mask = torch.ones(embedding.shape[:2], device=embedding.device)
+    mask = torch.ones(embedding.shape[:2])
     if tokens is not None:
         rows = (tokens.other[row : row + 1] for row in (BORDERS_ROW, TRANSITION_ROW))
         embedding, mask = _in_front([*rows, tokens.logo, tokens.caption], embedding, mask)[:2]

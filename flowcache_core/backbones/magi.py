@@ -289,7 +289,8 @@ class MagiText(NamedTuple):
 
     Attributes:
         embedding: the text encoder's output after the special tokens, [B, tokens, caption_width].
-        mask: [B, tokens], nonzero where there is a token; captions differ in length.
+        mask: [B, tokens], nonzero where there is a token, which come first; captions differ in length. On the CPU, whose
+            program must know that length.
         captioned: False in branches without text.
         step_size: what a distilled network is told, `step_size` of magi_sampling.py.
     """
@@ -359,7 +360,7 @@ class MagiBackbone:
         """
         embedder = self.network.y_embedder
         embedded = embedder.y_proj_xattn(text.embedding.float()).to(self.network.dtype)
-        rows = [row[keep.bool()] for row, keep in zip(embedded, text.mask, strict=True)]
+        rows = [row[: sum(map(bool, keep.tolist()))] for row, keep in zip(embedded, text.mask, strict=True)]
         captions = [[self._caption(block.self_attention, row) for row in rows] for block in self.blocks]
         null = embedder.null_caption_embedding[-2 if text.captioned else -1].to(embedded.device).float()
         kind = embedder.y_proj_adaln(null[None])

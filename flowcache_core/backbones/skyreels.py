@@ -42,7 +42,7 @@ class SkyReelsBackbone(WanBackbone):
     def _time(self, sigma: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
         embedding, modulation = super()._time(sigma, dtype)
         if hasattr(self.network, "fps_embedding"):
-            rate = torch.tensor([0 if self.fps == 16 else 1], device=sigma.device)
+            rate = torch.full((1,), 0 if self.fps == 16 else 1, device=sigma.device)
             rate = self.network.fps_projection(self.network.fps_embedding(rate).to(dtype))
             modulation = modulation + rate.unflatten(-1, (6, self.dim))  # of the blocks, not of the head
         return embedding, modulation

@@ -1,0 +1,182 @@
+"""What a CPU can show of a run on a GPU: when the host would wait, what is copied, how attention is called."""
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+
+import pytest
+import torch
+from conftest import TINY
+from device_log import GPU, Log, on_gpu, pretended_gpu
+from torch import Tensor
+
+from flowcache_core.backbones.magi import MagiBackbone, MagiNetwork, MagiText
+from flowcache_core.backbones.magi_sampling import VISIBLE_CHUNKS
+from flowcache_core.backbones.skyreels import SkyReelsBackbone
+from flowcache_core.backbones.wan import WanBackbone, WanNetwork
+from flowcache_core.engine import Engine, guidance
+from flowcache_core.history import HistorySettings
+from flowcache_core.joint import JointEngine, JointGuidance
+from flowcache_core.magi_engine import MagiEngine, MagiSampling, magi_schedule
+from flowcache_core.multistep import UniPC
+from flowcache_core.noise_levels import linear
+from flowcache_core.presets import OFF, PRESETS, ReuseSettings, Settings
+from flowcache_core.rolling import RollingDenoise, RollingEngine, RollingHistory
+from flowcache_core.runner import Runner
+from flowcache_core.schedule import ChunkSchedule
+from flowcache_core.solvers import Renoise
+from tests.magi_weights import SMALL
+
+WAN = replace(TINY, num_layers=1)
+SKYREELS = replace(WAN, fps=True)
+MAGI = replace(SMALL, layers=1)
+MAGI_DISTILLED = replace(MAGI, distilled=True)
+SCHEDULE = ChunkSchedule(4, 4, 2)
+WATCHING = {
+    "flowcache": PRESETS["paper fast"],
+    "teacache": Settings(ReuseSettings("teacache", threshold=0.1)),
+}
+NOT_WATCHING = {
+    "off": OFF,
+    "even": PRESETS["fast"],
+    "fixed": Settings(ReuseSettings("fixed", steps=(0, 2, 3), align=2, order=2)),
+}
+
+
+def attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """Stands in for a kernel, which makes nothing but its result."""
+    return torch.empty_like(q)
+
+
+def empty(*shape: int) -> Tensor:
+    return torch.empty(shape, device=GPU)
+
+
+def wan_engine(settings: Settings, schedule=SCHEDULE, config=WAN, scale=3.0, **options) -> Engine:
+    backbone = (SkyReelsBackbone if config.fps else WanBackbone)(on_gpu(meta(WanNetwork, config)), attention=attention)
+    runner = Runner(backbone, schedule, settings, 2, attention)
+    denoise = guidance(runner, empty(1, 5, config.text_dim), empty(1, 5, config.text_dim), scale)
+    return Engine(runner, denoise, linear(schedule.steps), lambda chunk: empty(1, config.in_dim, 2, 6, 4), **options)
+
+
+def magi_engine(settings: Settings, config=MAGI, chunks=2, visible=VISIBLE_CHUNKS) -> MagiEngine:
+    backbone = MagiBackbone(on_gpu(meta(MagiNetwork, config)), attention)
+    mask = torch.ones(1, config.caption_tokens, dtype=torch.bool)
+    text = MagiText(empty(1, config.caption_tokens, config.caption_width), mask)
+    return MagiEngine(
+        backbone,
+        magi_schedule(6 * chunks, 4),
+        settings,
+        text=lambda chunk: text,
+        null=text._replace(captioned=False),
+        start=lambda chunk: empty(1, config.channels, 6, 4, 4),
+        sampling=MagiSampling(visible=visible),
+        attention=attention,
+    )
+
+
+def joint_engine() -> JointEngine:
+    backbone = SkyReelsBackbone(on_gpu(meta(WanNetwork, SKYREELS)), attention=attention)
+    texts = {branch: empty(1, 5, SKYREELS.text_dim) for branch in ("cond", "uncond")}
+    denoise = JointGuidance(backbone, texts, {"cond": 3.0, "uncond": -2.0}, attention)
+    start = lambda chunk: empty(1, SKYREELS.in_dim, 2, 6, 4)  # noqa: E731
+    return JointEngine(ChunkSchedule(3, 6, 2), denoise, linear(6), start, solver=UniPC)
+
+
+def rolling_engine(chunks: int = 9) -> RollingEngine:
+    backbone = WanBackbone(on_gpu(meta(WanNetwork, WAN)), attention)
+    denoise = RollingDenoise(backbone, empty(1, 5, WAN.text_dim), RollingHistory(1, 7), attention)
+    noise = lambda chunk, step=0: empty(1, WAN.in_dim, 1, 6, 4)  # noqa: E731
+    return RollingEngine(ChunkSchedule(chunks, 4, 1), denoise, linear(4), noise, noise, Renoise)
+
+
+def meta(network: type, config):
+    with torch.device("meta"):
+        return network(config)
+
+
+@dataclass(frozen=True)
+class Tick:
+    """What a run's tick did on the pretended GPU: see `device_log.Log`."""
+
+    read_backs: int
+    sent: int
+    made: int
+
+
+def ticks(log: Log, engine) -> list[Tick]:
+    """Runs an engine."""
+    seen = []
+
+    def after(progress) -> None:
+        seen.append(Tick(len(log.read_backs), len(log.sent), sum(log.made)))
+        log.read_backs.clear(), log.sent.clear(), log.made.clear()
+
+    log.made.clear()
+    engine.on_progress = after
+    assert list(engine.run())
+    return seen
+
+
+ENGINES: dict[str, Callable] = {
+    "wan": wan_engine,
+    "skyreels": lambda settings: wan_engine(settings, config=SKYREELS),
+    "skyreels residual": lambda settings: wan_engine(
+        replace(settings, reuse=replace(settings.reuse, held="residual")), config=SKYREELS
+    ),
+    "wan budget": lambda settings: wan_engine(
+        replace(settings, history=HistorySettings(1, relative=True)), ChunkSchedule(4, 4, 4), scale=1.0
+    ),
+    "renoise": lambda settings: wan_engine(
+        settings, scale=1.0, solver=Renoise, noise=lambda chunk, step: empty(1, WAN.in_dim, 2, 6, 4)
+    ),
+    "magi": magi_engine,
+    "magi distilled": lambda settings: magi_engine(settings, MAGI_DISTILLED),
+}
+
+
+@pytest.mark.parametrize(
+    ("name", "policy"),
+    [(name, policy) for name in ENGINES for policy in ("even", "flowcache")] + [("wan", "fixed"), ("wan", "teacache")],
+)
+def test_the_host_waits_at_most_once_a_tick_and_never_without_a_watching_policy(name, policy, monkeypatch):
+    with pretended_gpu(monkeypatch) as log:
+        run = ticks(log, ENGINES[name]((WATCHING | NOT_WATCHING)[policy]))
+    most = 1 if policy in WATCHING else 0
+    assert max(tick.read_backs for tick in run) == most
+    assert sum(tick.sent for tick in run) == 0
+
+
+@pytest.mark.parametrize("engine", [joint_engine, rolling_engine])
+def test_a_joint_window_never_waits(engine, monkeypatch):
+    with pretended_gpu(monkeypatch) as log:
+        run = ticks(log, engine())
+    assert [(tick.read_backs, tick.sent) for tick in run] == [(0, 0)] * len(run)
+
+
+def test_a_wait_would_be_noticed(monkeypatch):
+    def cancelled() -> bool:
+        return empty(1).sum().item() > 1
+
+    with pretended_gpu(monkeypatch) as log:
+        run = ticks(log, wan_engine(OFF, cancelled=cancelled))
+    assert min(tick.read_backs for tick in run) > 0
+
+
+# A chunk's steps allocate what the chunk needs; that must not depend on how much history there is.
+@pytest.mark.parametrize(
+    "engine",
+    [
+        lambda: wan_engine(OFF, ChunkSchedule(6, 2, 2), scale=1.0),
+        lambda: wan_engine(OFF, ChunkSchedule(6, 2, 2), scale=3.0),
+        lambda: wan_engine(replace(OFF, clean_pass=False), ChunkSchedule(7, 4, 2), scale=1.0),
+        lambda: magi_engine(OFF, chunks=9, visible=()),
+    ],
+)
+def test_no_step_copies_the_history(engine, monkeypatch):
+    with pretended_gpu(monkeypatch) as log:
+        made_engine = engine()
+        run = ticks(log, made_engine)
+    lag, first = made_engine.schedule.lag, made_engine.schedule.max_active + 1
+    middle = [tick.made for tick in run[first * lag : (made_engine.schedule.chunks - 1) * lag]]
+    rounds = {tuple(middle[at : at + lag]) for at in range(0, len(middle), lag)}
+    assert len(middle) >= 3 * lag and len(rounds) == 1
