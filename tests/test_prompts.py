@@ -1,0 +1,68 @@
+"""Prompts over time: which chunk shows what, and what is said about lines that cannot be read."""
+
+import pytest
+import torch
+
+from flowcache_core.errors import UserError
+from flowcache_core.prompts import captions, mix, parse
+
+
+def shown(text: str, chunk: int) -> dict[str, float]:
+    (span,) = [
+        span
+        for span in parse(text)
+        if (span.first is None or span.first <= chunk) and (span.last is None or chunk <= span.last)
+    ]
+    return dict(span.weights)
+
+
+def test_every_chunk_has_exactly_one_span():
+    text = "2-4: a\n\n# a note\n7: b\n9-11: c | d *3"
+    assert [shown(text, chunk) for chunk in (0, 4, 7, 9, 11, 500)] == [
+        {"a": 1}, {"a": 1}, {"b": 1}, {"c": 0.25, "d": 0.75}, {"c": 0.25, "d": 0.75}, {"c": 0.25, "d": 0.75},
+    ]  # fmt: skip
+
+
+def test_chunks_between_segments_blend():
+    text = "0-1: a\n4-: b"
+    assert shown(text, 2) == pytest.approx({"a": 2 / 3, "b": 1 / 3})
+    assert shown(text, 3) == pytest.approx({"a": 1 / 3, "b": 2 / 3})
+    assert shown("0-1: a\n2-: b", 2) == {"b": 1}
+
+
+def test_weights_add_up_to_one_through_blends():
+    for chunk in range(12):
+        assert sum(shown("0: a *2 | b\n5-6: c | a\n10: d", chunk).values()) == pytest.approx(1)
+
+
+def test_a_caption_may_hold_colons_and_stars():
+    assert shown("0: a title: one * two *2 | b *2", 0) == {"a title: one * two": 0.5, "b": 0.5}
+
+
+def test_one_caption_is_its_embedding_to_the_bit_and_mixes_are_sums():
+    embeddings = {"a": torch.randn(1, 3, 4), "b": torch.randn(1, 5, 4)}
+    assert mix(embeddings, {"a": 1.0}) is embeddings["a"]
+    both = mix(embeddings, {"a": 0.25, "b": 0.75})
+    assert both.shape == (1, 5, 4)
+    assert torch.allclose(both[:, :3], 0.25 * embeddings["a"] + 0.75 * embeddings["b"][:, :3])
+    assert torch.allclose(both[:, 3:], 0.75 * embeddings["b"][:, 3:])
+    assert captions(parse("0: b\n1: a\n2-: b")) == ["b", "a"]
+
+
+@pytest.mark.parametrize(
+    "text, words",
+    [
+        ("", "no prompts"),
+        ("a red circle", "Line 1"),
+        ("0-4: a\n3-: b", "Line 2 begins at chunk 3"),
+        ("0-: a\n5: b", "holds to the end"),
+        ("4-2: a", "smaller number first"),
+        ("0: a *b*x", "weight 'x'"),
+        ("0: a *0", "add up to 0"),
+        ("0: a\n5000: b", "Line 2 leaves"),
+    ],
+)
+def test_what_cannot_be_read_is_said_in_one_line(text, words):
+    with pytest.raises(UserError, match=words) as caught:
+        parse(text)
+    assert "\n" not in str(caught.value)
