@@ -105,7 +105,8 @@ def generate(
     given = _given(state, prefix, shape, model)
     done = lead = 0
     if given is not None:
-        done, lead = divmod(given.shape[2], frames_per_chunk)
+        frames = given.shape[2] if state is None else state.frames
+        done, lead = divmod(frames, frames_per_chunk)
         shape = (*shape[:3], *given.shape[3:])
     if end is not None:
         _check_latents(end, "end", (*shape[:3], *(end.shape[3:] if given is None else given.shape[3:])))
@@ -147,7 +148,8 @@ def generate(
         on_chunk(chunk)
     whole = torch.cat(latents if end is None else [*latents, end.cpu()], dim=2)
     histories = runner.save() if end is None else {}
-    return Result(whole, make_state(whole, histories, frames_per_chunk, model), runner.report)
+    dropped = 0 if state is None else state.dropped
+    return Result(whole, make_state(whole, histories, frames_per_chunk, model, dropped), runner.report)
 
 
 def _checked_texts(text: Text, name: str, backbone) -> list[Tensor]:

@@ -23,12 +23,12 @@ FORMAT = "flowcache-state-1"
 
 class State(NamedTuple):
     """Attributes:
-    latents: every finished frame, prefix included, [B, C, T, H, W]. Those beyond whole chunks are a lead: given frames
-        before the first chunk.
+    latents: every finished frame, prefix included, [B, C, T, H, W]; without those that were let go.
     histories: the clean history of each branch.
     branches: the branches' names, in the same order.
     chunk_frames: latent frames of a chunk.
     model: what the state was made with; another model cannot go on from it. Empty if not known.
+    dropped: frames before `latents` that were let go.
     """
 
     latents: Tensor
@@ -36,10 +36,16 @@ class State(NamedTuple):
     branches: tuple[str, ...]
     chunk_frames: int
     model: str = ""
+    dropped: int = 0
+
+    @property
+    def frames(self) -> int:
+        """Frames of the video so far. Those beyond whole chunks are a lead: given frames before the first chunk."""
+        return self.dropped + self.latents.shape[2]
 
     @property
     def chunks(self) -> int:
-        return self.latents.shape[2] // self.chunk_frames
+        return self.frames // self.chunk_frames
 
     @property
     def by_branch(self) -> dict[Hashable, Clean]:
@@ -59,10 +65,12 @@ class State(NamedTuple):
             )
 
 
-def make_state(latents: Tensor, histories: Mapping[Hashable, Clean], chunk_frames: int, model: str = "") -> State:
-    """Latents [B, C, T, H, W] and what `Runner.save` gave to a state."""
+def make_state(
+    latents: Tensor, histories: Mapping[Hashable, Clean], chunk_frames: int, model: str = "", dropped: int = 0
+) -> State:
+    """Latents [B, C, T, H, W] and what `Runner.save` gave to a state; `dropped` frames came before the latents."""
     branches = tuple(str(name) for name in histories)
-    return State(latents.to("cpu"), tuple(histories.values()), branches, chunk_frames, model)
+    return State(latents.to("cpu"), tuple(histories.values()), branches, chunk_frames, model, dropped)
 
 
 def save_state(state: State, path: Path | str) -> None:
@@ -75,7 +83,7 @@ def save_state(state: State, path: Path | str) -> None:
     for number, history in enumerate(state.histories):
         for name, tensor in history._asdict().items():
             tensors[f"history.{number}.{name}"] = tensor.contiguous()
-    info = {"branches": state.branches, "chunk_frames": state.chunk_frames, "model": state.model}
+    info = {"branches": state.branches, "chunk_frames": state.chunk_frames, "model": state.model, "dropped": state.dropped}
     metadata = {"format": FORMAT, "state": json.dumps(info)}
     write_whole(path, lambda partial: save_file(tensors, partial, metadata=metadata))
 
@@ -97,7 +105,7 @@ def load_state(path: Path | str) -> State:
         histories = tuple(
             Clean(*(tensors[f"history.{number}.{name}"] for name in Clean._fields)) for number in range(len(branches))
         )
-        state = State(tensors["latents"], histories, branches, chunk_frames, model)
+        state = State(tensors["latents"], histories, branches, chunk_frames, model, info.get("dropped", 0))
     except (SafetensorError, OSError) as error:
         raise UserError(f"Cannot read a state from '{Path(path).name}': {error}. Choose a whole, saved state.") from error
     except (KeyError, TypeError, ValueError) as error:
@@ -114,6 +122,8 @@ def _check_parts(state: State, name: str) -> None:
 
     if not isinstance(state.chunk_frames, int) or state.chunk_frames < 1:
         fail(f"{state.chunk_frames!r} frames a chunk")
+    if not isinstance(state.dropped, int) or state.dropped < 0:
+        fail(f"{state.dropped!r} frames let go")
     if not isinstance(state.model, str) or not all(isinstance(branch, str) for branch in state.branches):
         fail("names that are no text")
     if state.latents.ndim != 5 or state.latents.shape[2] == 0:

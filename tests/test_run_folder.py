@@ -1,0 +1,103 @@
+"""Runs that are kept on disk: going on from them gives the same bits, and they keep to their folder and its limit."""
+
+import os
+
+import pytest
+import torch
+from conftest import TINY
+
+from flowcache_core.engine import Chunk
+from flowcache_core.errors import UserError
+from flowcache_core.generate import generate
+from flowcache_core.history import Clean
+from flowcache_core.presets import preset
+from flowcache_core.run_folder import RunFolder
+
+NAME = "0123456789abcdef" * 2
+ROOM = 2**30
+
+
+def folder(path, name=NAME, limit=ROOM, first=0) -> RunFolder:
+    return RunFolder(path, name, limit, first, chunk_frames=2)
+
+
+def text() -> torch.Tensor:
+    return torch.randn(1, 5, TINY.text_dim, generator=torch.Generator().manual_seed(3))
+
+
+def run(backbone, chunks, **kwargs):
+    given = {"steps": 6, "lag": 6, "settings": preset("high", budget=2), "seed": 4, "frames_per_chunk": 2}
+    return generate(backbone, text(), chunks, latent_size=(6, 4), **given | kwargs)
+
+
+def one(size: int = 4) -> tuple[Chunk, dict[str, Clean]]:
+    keys = torch.zeros(1, 1, 1, size, 4)
+    return Chunk(0, torch.zeros(1, 4, 2, 6, 4)), {
+        "0.0": Clean(keys, keys.clone(), torch.zeros(1, 1, 1, size, dtype=torch.int32), keys.new_empty(0))
+    }
+
+
+@pytest.mark.parametrize("budget", [None, 2])
+def test_interrupted_run_goes_on_to_the_same_bits(backbone, tmp_path, budget):
+    settings = preset("high", budget=budget)
+    expected = run(backbone, 5, settings=settings)
+    kept = folder(tmp_path)
+    for count in (1, 2, 3):
+        begun = run(backbone, count, settings=settings)
+        kept.add(Chunk(count - 1, begun.latents[:, :, -2:]), begun.state.by_branch)
+    state = folder(tmp_path).load()
+    assert state.chunks == 3 and state.latents.shape[2] == 2
+    rest = run(backbone, 2, settings=settings, state=state)
+    whole = torch.cat([*(folder(tmp_path).latent(chunk) for chunk in range(3)), rest.latents[:, :, 2:]], dim=2)
+    assert torch.equal(whole, expected.latents)
+
+
+def test_nothing_there_or_damaged_starts_anew(tmp_path):
+    kept = folder(tmp_path)
+    assert kept.load() is None
+    chunk, histories = one()
+    kept.add(chunk, histories)
+    assert kept.load().chunks == 1
+    state = tmp_path / NAME / "state.safetensors"
+    whole = state.read_bytes()
+    state.write_bytes(whole[: len(whole) // 2])
+    assert kept.load() is None
+    state.write_bytes(whole)
+    (tmp_path / NAME / "chunk-00000.safetensors").unlink()
+    assert kept.load() is None
+    with pytest.raises(UserError, match="Chunk 0"):
+        kept.latent(0)
+
+
+def test_oldest_runs_go_first_and_nothing_else_is_touched(tmp_path):
+    names = [digit * 32 for digit in "abc"]
+    (tmp_path / "holiday").mkdir(parents=True)
+    (tmp_path / "holiday" / "photo.png").write_bytes(bytes(9999))
+    chunk, histories = one(1000)
+    size = None
+    for age, name in enumerate(names):
+        kept = folder(tmp_path, name)
+        kept.add(chunk, histories)
+        size = sum(file.stat().st_size for file in kept.path.iterdir())
+        for file in kept.path.iterdir():
+            os.utime(file, (1000 + age, 1000 + age))
+    folder(tmp_path, names[0]).load()  # the oldest by name, but used just now
+    folder(tmp_path, NAME, limit=4 * size).add(chunk, histories)
+    assert {path.name for path in tmp_path.iterdir()} >= {"holiday", names[0], NAME}
+    assert not (tmp_path / names[1]).exists()
+    assert (tmp_path / "holiday" / "photo.png").exists()
+
+
+def test_run_larger_than_the_limit_keeps_what_it_has(tmp_path):
+    chunk, histories = one(1000)
+    kept = folder(tmp_path, limit=100_000)
+    kept.add(chunk, histories)
+    assert not kept.full and kept.load().chunks == 1
+    kept.add(Chunk(1, chunk.latent), one(100_000)[1])
+    assert kept.full and folder(tmp_path).load().chunks == 1
+
+
+def test_names_cannot_leave_the_folder(tmp_path):
+    for name in ("../" + NAME[3:], "/etc", NAME + "/..", ""):
+        with pytest.raises(ValueError):
+            folder(tmp_path, name)
