@@ -154,6 +154,13 @@ def side_by_side(clips: Sequence[tuple[str, np.ndarray]], chunk_frames: int, tim
     return pictures
 
 
+def filmstrip(frames: np.ndarray, count: int = 3) -> Image.Image:
+    """Frames of a clip, uint8 [T, H, W, 3], evenly spaced and side by side; the last one is the clip's last."""
+    count = min(count, len(frames))
+    picked = [frames[(number + 1) * len(frames) // count - 1] for number in range(count)]
+    return Image.fromarray(np.ascontiguousarray(np.concatenate(picked, axis=1)))
+
+
 def shortened(words: str, longest: int) -> str:
     return words if len(words) <= longest else words[: longest - 3] + "..."
 

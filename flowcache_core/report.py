@@ -21,6 +21,7 @@ class Report:
         history_bytes_allocated: size of the history's buffers.
         history_bytes_unbounded: what an unbounded history of the same run would take.
         chunks_done: chunks finished.
+        notes: lines on what was out of the ordinary.
     """
 
     schedule: ChunkSchedule
@@ -33,6 +34,7 @@ class Report:
     history_bytes_allocated: int = 0
     history_bytes_unbounded: int = 0
     chunks_done: int = 0
+    notes: list[str] = field(default_factory=list)
 
     def record(self, place: Place, branch: Hashable, recomputed: bool) -> None:
         if place.step == CLEAN:
@@ -84,6 +86,7 @@ class Report:
             "reused": round(self.reused, 4),
             "seconds": round(self.seconds, 4),
             "overhead": round(self.overhead, 4),
+            "notes": self.notes,
             "history_bytes_peak": self.history_bytes_peak,
             "history_bytes_allocated": self.history_bytes_allocated,
             "history_bytes_unbounded": self.history_bytes_unbounded,
@@ -103,6 +106,7 @@ class Report:
             f"forwards: {self.forwards_executed} of {self.forwards_total} ({fewer:.1f}x fewer), {self.reused:.0%} of steps reused",
             f"time: {self.seconds:.1f} s, {self.seconds / max(1, self.chunks_done):.2f} s a chunk, overhead {self.overhead:.1%}",
             f"history: peak {megabytes(self.history_bytes_peak)}, unbounded {megabytes(self.history_bytes_unbounded)}",
+            *self.notes,
         ]
         return "\n".join(line for line in lines if line)
 

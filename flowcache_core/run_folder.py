@@ -37,13 +37,16 @@ class RunFolder:
         first: number of the first generated chunk.
         chunk_frames: latent frames of a chunk.
         model: kept in the state, see `state.State`.
+        lead: given frames before the first chunk that fill none.
     """
 
-    def __init__(self, root: Path | str, name: str, limit: int, first: int, chunk_frames: int, model: str = ""):
+    def __init__(
+        self, root: Path | str, name: str, limit: int, first: int, chunk_frames: int, model: str = "", lead: int = 0
+    ):
         if not NAME.fullmatch(name):
             raise ValueError(f"The run is called '{name}', expected 32 hexadecimal digits.")
         self.root, self.path, self.limit = Path(root), Path(root) / name, limit
-        self.first, self.chunk_frames, self.model = first, chunk_frames, model
+        self.first, self.chunk_frames, self.model, self.lead = first, chunk_frames, model, lead
         self.full = False  # this run alone is larger than the limit: no more chunks are kept
 
     def load(self) -> State | None:
@@ -82,7 +85,8 @@ class RunFolder:
         if self.full:
             return
         latent = chunk.latent.to("cpu").contiguous()
-        state = make_state(latent, histories, self.chunk_frames, self.model, dropped=chunk.index)
+        before = self.lead + chunk.index * self.chunk_frames
+        state = make_state(latent, histories, self.chunk_frames, self.model, dropped=before)
         coming = 2 * latent.nbytes + sum(part.nbytes for clean in histories.values() for part in clean)
         kept = sum(file.stat().st_size for file in self.path.glob("chunk-*"))
         # The old state stays until the new one is whole.

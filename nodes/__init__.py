@@ -8,12 +8,26 @@ from .extend import AutoregressiveExtend
 from .flowcache import FlowCache
 from .load_demo_vae import LoadDemoVAE
 from .load_model import LoadARVideoModel
+from .prompts_over_time import PromptsOverTime
 from .report import FlowCacheReport
+from .resume import Resume
+from .stream_video import StreamVideo
 
 
 class FlowCacheExtension(ComfyExtension):
     async def get_node_list(self) -> list[type[io.ComfyNode]]:
-        return [LoadARVideoModel, LoadDemoVAE, DemoPrompt, FlowCache, AutoregressiveExtend, ARSamplerNode, FlowCacheReport]
+        return [
+            LoadARVideoModel,
+            LoadDemoVAE,
+            DemoPrompt,
+            PromptsOverTime,
+            FlowCache,
+            AutoregressiveExtend,
+            StreamVideo,
+            Resume,
+            ARSamplerNode,
+            FlowCacheReport,
+        ]
 
 
 async def comfy_entrypoint() -> FlowCacheExtension:

@@ -6,7 +6,8 @@ from ..flowcache_core.errors import UserError
 from ..flowcache_core.families import SOLVERS, family
 from . import host
 from .host_sampler import extend
-from .types import ReportType, StateType
+from .host_video import workflow_metadata
+from .types import ReportType, ResumeType, StateType, StreamType
 from .widgets import advanced, found_by
 
 AUTO = 0  # of a number: as recommended for the model's family
@@ -144,19 +145,35 @@ class AutoregressiveExtend(io.ComfyNode):
                     optional=True,
                     tooltip="The state of another Autoregressive Extend with the same model: goes on from its last chunk.",
                 ),
+                StreamType.Input(
+                    "stream",
+                    optional=True,
+                    tooltip="Of Stream Video to Disk: finished chunks are decoded, shown and written to a video while the run "
+                    "goes on.",
+                ),
+                ResumeType.Input(
+                    "resume",
+                    optional=True,
+                    tooltip="Of Resume after Interrupt: finished chunks are kept on disk, and the same run goes on from them.",
+                ),
             ],
             outputs=[
-                io.Latent.Output(display_name="latent", tooltip="All frames, those before this extension included."),
+                io.Latent.Output(
+                    display_name="latent",
+                    tooltip="All frames, those before this extension included; only the last chunk's where a stream keeps no "
+                    "latents.",
+                ),
                 StateType.Output(display_name="state", tooltip="Connect it to another Autoregressive Extend to go on."),
                 ReportType.Output(display_name="report"),
             ],
-            hidden=[io.Hidden.unique_id],
+            hidden=[io.Hidden.unique_id, io.Hidden.prompt, io.Hidden.extra_pnginfo],
         )
 
     @classmethod
     def execute(
         cls, model, positive, negative, seed, chunks, steps, guidance, frames_per_chunk, lag, width, height,
         solver="auto", attention="auto", shift=0.0, condition_noise=-1.0, prefix=None, end=None, state=None,
+        stream=None, resume=None,
     ) -> io.NodeOutput:  # fmt: skip
         if prefix is not None and state is not None:
             raise UserError("Both a prefix and a state are connected; a state already holds what came before. Connect one.")
@@ -180,6 +197,10 @@ class AutoregressiveExtend(io.ComfyNode):
             end=None if end is None else end["samples"],
             condition=usual.condition if condition_noise < 0 else condition_noise,
             state=state,
+            stream=stream,
+            resume=resume,
+            metadata=workflow_metadata(cls.hidden),
             node_id=cls.hidden.unique_id,
         )
-        return io.NodeOutput({"samples": result.latent}, result.state, result.report)
+        shown = None if result.video is None else result.video.shown
+        return io.NodeOutput({"samples": result.latent}, result.state, result.report, ui=shown)

@@ -26,6 +26,9 @@ from ..flowcache_core.solvers import chunk_noise
 from ..flowcache_core.state import State, make_state
 from . import host
 from .host_captions import ChunkCaptions
+from .host_finished import Finished
+from .host_resume import ResumeSettings, run_folder
+from .host_video import OutputFile, StreamSettings, VideoOutlet
 
 Histories = dict[str, Clean]
 Kind = Literal["causal", "joint", "rolling"]  # how chunks see each other
@@ -175,8 +178,9 @@ class ARSampler(host.ChunkSampler):
 
     def frames_before(self) -> int:
         """Frames that are there already."""
-        before = self.prefix if self.state is None else self.state.latents
-        return 0 if before is None else before.shape[2]
+        if self.state is not None:
+            return self.state.frames
+        return 0 if self.prefix is None else self.prefix.shape[2]
 
     def _joint_engine(self, schedule, window, levels, start, prefix, end, seed, common) -> JointEngine:
         if self.state is not None:
@@ -245,11 +249,12 @@ class Window:
 
 @dataclass(frozen=True)
 class Extended:
-    """What Autoregressive Extend gives: all frames in the host's latent space, a state and a report."""
+    """What Autoregressive Extend gives: all frames in the host's latent space, a state, a report, and its video if any."""
 
     latent: Tensor
     state: State
     report: Report
+    video: OutputFile | None
 
 
 def extend(
@@ -270,6 +275,9 @@ def extend(
     end: Tensor | None,
     condition: float,
     state: State | None,
+    stream: StreamSettings | None,
+    resume: ResumeSettings | None,
+    metadata: dict,
     node_id: str | None,
 ) -> Extended:
     """Runs the host's guider over `chunks` new chunks.
@@ -283,6 +291,9 @@ def extend(
         prefix, end: latents [B, C, T, H, W] in the host's space that come before and after, or None.
         condition: noise level that the prefix is shown at.
         state: to go on from, or None.
+        stream: how the video is written while the run goes on, or None.
+        resume: that finished chunks are kept on disk and taken from there, or None.
+        metadata: of the workflow, for the video.
         node_id: of the node that shows the progress, or None.
     """
     if host.patch_of(model.model_options) is None:
@@ -304,8 +315,15 @@ def extend(
                 "The state is of a run that keeps no history (joint or rolling attention, or a given end); connect that run's "
                 "latent as a prefix instead."
             )
-    finished, kept = [], {}
+    channel = model.model.process_latent_in
+    before = state.latents if state is not None else None if prefix is None else channel(prefix.cpu().float())
+    kept = {}
     begun = time.perf_counter()
+
+    def on_progress(told: Progress, report: Report, used: int, total: int) -> None:
+        finished.tick, finished.ticks = told.tick, told.ticks
+        progress_text(describe(told, report, used, total, begun), node_id)
+
     sampler = ARSampler(
         chunk_frames,
         lag,
@@ -316,25 +334,61 @@ def extend(
         end,
         condition,
         state,
-        on_progress=lambda told, *figures: progress_text(describe(told, *figures, begun), node_id),
-        on_chunk=lambda chunk, save: finished.append(chunk.latent.cpu()),
+        on_progress=on_progress,
+        on_chunk=lambda chunk, save: finished.add(chunk, save),
         on_done=lambda report, histories: kept.update(report=report, histories=histories),
-        chunks=chunks,
     )
-    noise = torch.zeros(shape)  # the sampler draws each chunk's own
+    first, lead = sampler.chunks_before(), sampler.frames_before() % chunk_frames
+    folder = earlier = None
+    if resume is not None:
+        if kind != "causal" or lag == 0 or end is not None:
+            raise UserError(
+                "A run can be resumed where chunks follow one another and nothing is given after them; use attention 'causal', "
+                "a lag above 0 and no end, or disconnect 'resume'."
+            )
+        before_run = (prefix, state and (state.latents, state.histories))
+        run = (positive, negative, scale, seed, levels, first_levels, chunks, lag, solver, shape, condition, before_run)
+        folder = run_folder(resume, model, first, chunk_frames, lead, *run)
+        earlier = folder.load()
+    outlet = None if stream is None else VideoOutlet(stream, model, shape, metadata)
+    finished = Finished(folder, outlet, stream is None or stream.keep_latents)
+    try:
+        finished.begin(before, range(first, earlier.chunks if earlier else first))
+        report = Report(sampler.schedule(chunks, len(levels) - 1))
+        histories = earlier.by_branch if earlier else {}
+        sampler.chunks = chunks - finished.count
+        if earlier is not None:
+            sampler.state, sampler.prefix = earlier, None
+        if sampler.chunks:
+            _sample(model, positive, negative, scale, seed, levels, sampler, shape)
+            report, histories = kept["report"], kept["histories"]
+        report.notes += finished.notes
+        after = None if end is None else channel(end.cpu().float())
+        video = None
+        if outlet is not None:
+            if after is not None:
+                outlet.add(after)
+            video = outlet.finish(report)
+    finally:
+        if outlet is not None:
+            outlet.close()
+    latents = torch.cat([*finished.latents, *([] if after is None else [after])], dim=2)
+    dropped = (state.dropped if state else 0) if finished.keep else lead + (first + chunks - 1) * chunk_frames
+    made = make_state(latents, histories, chunk_frames, host.model_name(model), dropped)
+    shown = model.model.process_latent_out(latents.float())
+    host.patch_of(model.model_options).remember(shown, report)
+    return Extended(shown, made, report, video)
+
+
+def _sample(model, positive, negative, scale: float, seed: int, levels: list[float], sampler: ARSampler, shape) -> None:
+    """Runs the host's guider; the sampler draws each chunk's noise [B, C, T, H, W] itself."""
     guider = comfy.samplers.CFGGuider(model)
     guider.set_conds(positive, negative)
     guider.set_cfg(scale)
-    callback = latent_preview.prepare_callback(model, sampler.schedule(chunks, len(levels) - 1).ticks)
+    noise = torch.zeros(shape)
+    callback = latent_preview.prepare_callback(model, sampler.schedule(sampler.chunks, len(levels) - 1).ticks)
     sigmas = torch.tensor(levels, dtype=torch.float32)
     guider.sample(noise, torch.zeros_like(noise), sampler, sigmas, callback=callback, disable_pbar=True, seed=seed)
-    before, after = (None if x is None else model.model.process_latent_in(x.cpu().float()) for x in (prefix, end))
-    parts = [before if state is None else state.latents, *finished, after]
-    latents = torch.cat([part for part in parts if part is not None], dim=2)
-    made = make_state(latents, kept["histories"], chunk_frames, host.model_name(model))
-    shown = model.model.process_latent_out(latents.float())
-    host.patch_of(model.model_options).remember(shown, kept["report"])
-    return Extended(shown, made, kept["report"])
 
 
 def progress_text(text: str, node_id: str | None) -> None:

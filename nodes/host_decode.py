@@ -1,0 +1,118 @@
+"""A VAE of the host, latents of one video in, chunk after chunk, as if they were decoded in one go."""
+
+import comfy.ldm.wan.vae
+import comfy.model_management
+import torch
+from torch import Tensor
+
+from ..flowcache_core.demo.vae import Memory, WanVAE
+
+OVERLAP = 4  # latent frames that are decoded again before a chunk, where a VAE cannot be carried on
+
+
+def stream_decoder(vae) -> "WanDecoder | DemoDecoder | OverlapDecoder":
+    """What decodes that VAE's latents; call it with a latent [1, C, T, H, W], then `finish` it.
+
+    Both give frames [T, H, W, 3] in [0, 1]; some may wait for the next call.
+    """
+    module = vae.first_stage_model
+    if isinstance(module, WanVAE):
+        return DemoDecoder(vae)
+    return WanDecoder(vae) if isinstance(module, comfy.ldm.wan.vae.WanVAE) else OverlapDecoder(vae)
+
+
+class DemoDecoder:
+    """The demo's VAE, which takes a memory along."""
+
+    def __init__(self, vae):
+        self.vae, self.memory = vae, Memory()
+
+    def __call__(self, latent: Tensor) -> Tensor:
+        return _pixels(self.vae, self.vae.first_stage_model.decode(_ready(self.vae, latent), self.memory))
+
+    def finish(self) -> None:
+        return None
+
+
+class WanDecoder:
+    """The host's Wan VAE, which decodes the first frame alone and then pairs; older hosts: one by one.
+
+    What its layers keep of the frames before is on the CPU between calls.
+    """
+
+    def __init__(self, vae):
+        self.vae = vae
+        module = comfy.ldm.wan.vae
+        self.pairs = hasattr(module, "count_cache_layers")
+        count = module.count_cache_layers if self.pairs else module.count_conv3d
+        self.cache = [None] * count(vae.first_stage_model.decoder)
+        self.waiting: Tensor | None = None  # a frame without its partner
+        self.begun = False
+
+    def __call__(self, latent: Tensor) -> Tensor | None:
+        if self.waiting is not None:
+            latent = torch.cat([self.waiting, latent], dim=2)
+        parts = []
+        if not self.begun:
+            parts, latent = [latent[:, :, :1]], latent[:, :, 1:]
+            self.begun = True
+        size = 2 if self.pairs else 1
+        whole = latent.shape[2] // size * size
+        self.waiting = latent[:, :, whole:] if whole < latent.shape[2] else None
+        parts += latent[:, :, :whole].split(size, dim=2) if whole else []
+        return self._decode(parts)
+
+    def finish(self) -> Tensor | None:
+        return None if self.waiting is None else self._decode([self.waiting])
+
+    def _decode(self, parts: list[Tensor]) -> Tensor | None:
+        if not parts:
+            return None
+        network, frames = self.vae.first_stage_model, []
+        ready = [_ready(self.vae, part) for part in parts]
+        self.cache = [_moved(kept, self.vae.device) for kept in self.cache]
+        for part in ready:
+            found = network.decoder(network.conv2(part), feat_cache=self.cache, feat_idx=[0])
+            frames += found if isinstance(found, list) else [found]
+        self.cache = [_moved(kept, "cpu") for kept in self.cache]
+        return _pixels(self.vae, torch.cat(frames, dim=2))
+
+
+class OverlapDecoder:
+    """Any other video VAE: the last frames before a chunk are decoded once more with it, and thrown away."""
+
+    def __init__(self, vae):
+        self.vae = vae
+        self.before: Tensor | None = None
+
+    def __call__(self, latent: Tensor) -> Tensor:
+        if self.before is None:
+            frames, known = _images(self.vae.decode(latent)), 0
+        else:
+            known = _images(self.vae.decode(self.before)).shape[0]
+            frames = _images(self.vae.decode(torch.cat([self.before, latent], dim=2)))
+        self.before = (latent if self.before is None else torch.cat([self.before, latent], dim=2))[:, :, -OVERLAP:]
+        return frames[known:]
+
+    def finish(self) -> None:
+        return None
+
+
+def _ready(vae, latent: Tensor) -> Tensor:
+    """Brings the VAE to its device, and the latent with it."""
+    memory = vae.memory_used_decode(latent.shape, vae.vae_dtype)
+    comfy.model_management.load_models_gpu([vae.patcher], memory_required=memory)
+    return latent.to(vae.device, vae.vae_dtype)
+
+
+def _pixels(vae, decoded: Tensor) -> Tensor:
+    return _images(vae.process_output(decoded.to(vae.output_device, torch.float32)).movedim(1, -1))
+
+
+def _images(decoded: Tensor) -> Tensor:
+    """Frames [T, H, W, 3] of one video [1, T, H, W, 3]."""
+    return decoded[0] if decoded.ndim == 5 else decoded
+
+
+def _moved(kept, device):
+    return kept.to(device) if isinstance(kept, Tensor) else kept

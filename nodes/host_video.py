@@ -1,0 +1,128 @@
+"""A run's video as it comes: decoded chunk by chunk, written to ComfyUI's output folder, shown on the node."""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import comfy.model_management
+import comfy.utils
+import folder_paths
+from comfy.cli_args import args
+from comfy_api.latest import io, ui
+from torch import Tensor
+
+from ..flowcache_core.errors import UserError
+from ..flowcache_core.pictures import filmstrip
+from ..flowcache_core.report import Report
+from ..flowcache_core.video import frames_of
+from ..flowcache_core.video_stream import VideoStream
+from .host_decode import stream_decoder
+
+PREVIEW_SIZE = 768  # pixels of the longer side of a chunk's preview
+
+
+@dataclass(frozen=True)
+class StreamSettings:
+    """How a run's video is written while the run goes on.
+
+    Attributes:
+        vae: the host's, which decodes it.
+        prefix: of the file name, in ComfyUI's output folder.
+        fps: frames a second.
+        keep_latents: whether the run also holds all latents in memory, for its output.
+    """
+
+    vae: object
+    prefix: str
+    fps: float
+    keep_latents: bool
+
+
+@dataclass(frozen=True)
+class OutputFile:
+    """A new file in ComfyUI's output folder, as the page knows it."""
+
+    name: str
+    subfolder: str
+
+    @classmethod
+    def new(cls, prefix: str, width: int, height: int) -> "OutputFile":
+        """The next free number behind a prefix.
+
+        Raises:
+            UserError: the prefix leads out of the output folder.
+        """
+        root = Path(folder_paths.get_output_directory()).resolve()
+        if not (root / prefix).resolve().is_relative_to(root):
+            raise UserError(f"The file name prefix '{prefix[:80]}' leads out of ComfyUI's output folder; use a name inside it.")
+        _, name, counter, subfolder, _ = folder_paths.get_save_image_path(prefix, str(root), width, height)
+        return cls(f"{name}_{counter:05}_.mp4", subfolder)
+
+    @property
+    def path(self) -> Path:
+        return Path(folder_paths.get_output_directory()) / self.subfolder / self.name
+
+    @property
+    def shown(self) -> ui.PreviewVideo:
+        """For the page."""
+        return ui.PreviewVideo([ui.SavedResult(self.name, self.subfolder, io.FolderType.output)])
+
+
+def workflow_metadata(hidden) -> dict:
+    """What the host's own save nodes write into a file; nothing where the user turned that off."""
+    if args.disable_metadata:
+        return {}
+    prompt = {} if hidden.prompt is None else {"prompt": hidden.prompt}
+    return {**(hidden.extra_pnginfo or {}), **prompt}
+
+
+def report_metadata(report: Report) -> dict:
+    """Settings and report for a file beside the workflow; nothing where the user turned that off."""
+    if args.disable_metadata:
+        return {}
+    return {"flowcache": {name: value for name, value in report.as_dict().items() if name != "history_bytes"}}
+
+
+class VideoOutlet:
+    """Takes finished chunks of one run.
+
+    Args:
+        settings: of the stream.
+        model: the host's patcher of the model that is sampling; it is brought back to its device after a decode.
+        shape: of a chunk's latent [B, C, T, H, W].
+        metadata: of the workflow.
+    """
+
+    def __init__(self, settings: StreamSettings, model, shape, metadata: dict):
+        if shape[0] != 1:
+            raise UserError(f"A video stream takes one video, and the latents have a batch of {shape[0]}; use a batch of 1.")
+        self.decode = stream_decoder(settings.vae)
+        self.model = model
+        self.file = OutputFile.new(settings.prefix, 8 * shape[4], 8 * shape[3])
+        self.stream = VideoStream(self.file.path, settings.fps, metadata)
+
+    def add(self, latent: Tensor) -> Tensor | None:
+        """Decodes and writes a chunk in the network's latent space; returns its frames [T, H, W, 3] in [0, 1]."""
+        frames = self.decode(self.model.model.process_latent_out(latent.float()))
+        self._write(frames)
+        # The VAE may have pushed the model off its device, in the middle of a run.
+        comfy.model_management.load_models_gpu([self.model])
+        return frames
+
+    def finish(self, report: Report) -> OutputFile:
+        self._write(self.decode.finish())
+        self.stream.finish(report_metadata(report))
+        return self.file
+
+    def close(self) -> None:
+        """Leaves a file that plays as far as it goes."""
+        self.stream.close()
+
+    def _write(self, frames: Tensor | None) -> None:
+        if frames is not None:
+            self.stream.write(frames_of(2 * frames.movedim(-1, 0) - 1))
+
+
+def show(frames: Tensor, tick: int, ticks: int) -> None:
+    """Frames [T, H, W, 3] in [0, 1] of a finished chunk as the preview of the node that runs."""
+    picture = filmstrip(frames_of(2 * frames.movedim(-1, 0) - 1))
+    comfy.utils.ProgressBar(ticks).update_absolute(tick, ticks, ("JPEG", picture, PREVIEW_SIZE))

@@ -1,0 +1,233 @@
+"""Long runs in the real host: a video written meanwhile, prompts over time, and going on after an interrupt or a kill."""
+
+import io
+import json
+import threading
+import time
+from pathlib import Path
+
+import av
+import numpy as np
+import pytest
+import torch
+from comfy_server import Server
+from graph import Graph, random_network, sample, write_network
+from PIL import Image
+from safetensors.torch import load_file
+from test_extend import extend, flowcache
+from videos import frames_of
+
+from flowcache_core.demo import vae as demo_vae
+
+
+@pytest.fixture(scope="module", autouse=True)
+def files(server):
+    fill(server.base)
+
+
+def fill(base: Path) -> None:
+    write_network(base / "models" / "diffusion_models" / "extend.safetensors", random_network())
+    (base / "models" / "vae" / "wan_layout.safetensors").write_bytes(Path(demo_vae.SHIPPED).read_bytes())
+
+
+def streamed(graph: Graph, stock: bool = False, **inputs) -> tuple[str, str, str]:
+    """A graph's VAE, stream and Extend nodes; the report makes the Extend node run."""
+    vae = graph.add("VAELoader", vae_name="wan_layout.safetensors") if stock else graph.add("FlowCacheLoadDemoVAE")
+    keep = inputs.pop("keep_latents", True)
+    stream = graph.add("FlowCacheStreamVideo", vae=(vae, 0), filename_prefix="long/v", fps=8.0, keep_latents=keep)
+    node = extend(graph, stream=(stream, 0), **inputs)
+    graph.add("FlowCacheReport", report=(node, 2))
+    return vae, stream, node
+
+
+def images_of(server, graph: Graph, vae: str, node: str) -> np.ndarray:
+    """What the host's own VAE Decode makes of a node's latent, uint8 [T, H, W, 3]."""
+    images = graph.add("VAEDecode", samples=(node, 0), vae=(vae, 0))
+    save = graph.add("SaveImage", images=(images, 0), filename_prefix="whole")
+    outcome = server.run(graph)
+    assert outcome.error is None, outcome.error["exception_message"]
+    return outcome, np.stack([np.asarray(Image.open(file)) for file in server.saved(outcome, save)])
+
+
+@pytest.mark.parametrize("stock", [False, True], ids=["demo VAE", "stock Wan VAE"])
+def test_streamed_video_is_what_the_vae_makes_of_the_whole(server, stock):
+    graph = Graph()
+    vae, _, node = streamed(graph, stock, chunks=3, frames_per_chunk=3, seed=50)
+    outcome, whole = images_of(server, graph, vae, node)
+    (file,) = server.saved(outcome, node)
+    video = frames_of(file)
+    assert video.shape == whole.shape == (33, 64, 64, 3)
+    # h264 loses some; a seam between chunks would lose far more in the frames after it.
+    loss = np.abs(video.astype(float) - whole).mean(axis=(1, 2, 3))
+    shifted = np.abs(video[1:].astype(float) - whole[:-1]).mean()
+    assert loss.max() < 6 and loss.max() < shifted
+
+
+def test_workflow_settings_and_report_are_in_the_video(server):
+    graph = Graph()
+    _, _, node = streamed(graph, seed=51, model=flowcache(graph, preset="high", history_budget=1))
+    outcome = server.run(graph)
+    assert outcome.error is None, outcome.error["exception_message"]
+    (file,) = server.saved(outcome, node)
+    with av.open(str(file)) as video:
+        told = {name: json.loads(value) for name, value in video.metadata.items() if name in ("prompt", "flowcache")}
+    assert told["prompt"] == graph
+    assert told["flowcache"]["settings"] == "FlowCache high, history budget 1 chunks" and told["flowcache"]["chunks"] == 2
+
+
+def test_finished_chunks_are_shown_decoded(server):
+    graph, sizes = Graph(), []
+
+    def look(kind, message):
+        start = message.find(b"\xff\xd8") if kind == "binary" else -1
+        if start > 0:
+            sizes.append(Image.open(io.BytesIO(message[start:])).size)
+
+    streamed(graph, chunks=3, seed=52)
+    assert server.run(graph, on_event=look).error is None
+    assert sum(width == 3 * height for width, height in sizes) == 3  # three frames side by side, a chunk
+
+
+def test_without_latents_the_video_is_whole_and_the_state_goes_on(server):
+    expected = Graph()
+    last = sample(server, expected, extend(expected, chunks=5, seed=53))[:, :, -2:]
+    graph = Graph()
+    _, stream, node = streamed(graph, chunks=4, seed=53, keep_latents=False)
+    more = extend(graph, chunks=1, seed=53, state=(node, 1))
+    save = graph.add("SaveLatent", samples=(more, 0), filename_prefix="s")
+    outcome = server.run(graph)
+    assert outcome.error is None, outcome.error["exception_message"]
+    (file,) = server.saved(outcome, node)
+    assert len(frames_of(file)) == 4 * 8 - 3
+    latent = load_file(server.saved(outcome, save)[0])["latent_tensor"]
+    assert latent.shape[2] == 4 and torch.allclose(latent[:, :, 2:], last, atol=1e-4)
+
+
+def test_file_names_stay_in_the_output_folder(server):
+    for prefix in ("../out", "/tmp/out", "a/../../out"):
+        graph = Graph()
+        _, stream, _ = streamed(graph, seed=54)
+        graph[stream]["inputs"]["filename_prefix"] = prefix
+        outcome = server.run(graph)
+        assert outcome.error["node_id"] == stream and "output folder" in outcome.error["exception_message"]
+
+
+def over_time(graph: Graph, text: str, **inputs) -> str:
+    prompts = graph.add("FlowCachePromptsOverTime", text=text)
+    node = extend(graph, **inputs)
+    graph[node]["inputs"]["positive"] = [prompts, 0]
+    return node
+
+
+def test_one_prompt_over_time_is_that_prompt(server):
+    plain, timed = Graph(), Graph()
+    expected = sample(server, plain, extend(plain, guidance=3.0, seed=55))
+    assert torch.equal(sample(server, timed, over_time(timed, "0-: a red circle", guidance=3.0, seed=55)), expected)
+
+
+def test_prompts_over_time_are_chained_extensions(server):
+    chained, timed = Graph(), Graph()
+    begun = extend(chained, "a red circle", chunks=2, guidance=3.0, seed=56)
+    expected = sample(server, chained, extend(chained, "a blue square", chunks=2, guidance=3.0, seed=56, state=(begun, 1)))
+    node = over_time(timed, "0-1: a red circle\n2-: a blue square", chunks=4, guidance=3.0, seed=56)
+    assert torch.allclose(sample(server, timed, node), expected, atol=1e-4)
+
+
+def test_blends_lie_between_and_begin_alike(server):
+    graphs = [Graph() for _ in range(3)]
+    texts = ["0: a red circle\n2-: a blue square", "0-: a red circle", "0: a red circle\n1-: a blue square"]
+    blend, first, second = (
+        sample(server, graph, over_time(graph, text, chunks=2, seed=57)) for graph, text in zip(graphs, texts, strict=True)
+    )
+    assert torch.equal(blend[:, :, :2], first[:, :, :2])
+    for other in (first, second):
+        assert 0 < (blend[:, :, 2:] - other[:, :, 2:]).norm() < (first[:, :, 2:] - second[:, :, 2:]).norm()
+
+
+def test_prompts_that_cannot_be_read_fail_on_their_node(server):
+    graph = Graph()
+    graph.add("SaveLatent", samples=(over_time(graph, "0-4 a red circle"), 0), filename_prefix="s")
+    error = server.run(graph).error
+    assert graph[error["node_id"]]["class_type"] == "FlowCachePromptsOverTime" and "Line 1" in error["exception_message"]
+
+
+def resumable(graph: Graph, chunks: int, seed: int, budget: int = 2, **inputs) -> str:
+    resume = graph.add("FlowCacheResume", limit_gb=1.0)
+    model = flowcache(graph, preset="high", history_budget=budget)
+    _, _, node = streamed(graph, chunks=chunks, seed=seed, model=model, resume=(resume, 0), **inputs)
+    return node
+
+
+def stop_after(server, count: int, how) -> None:
+    """Calls `how` when so many chunks of a run are on disk."""
+    runs = server.base / "user" / "flowcache" / "runs"
+    before = set(runs.glob("*/chunk-*"))
+
+    def watch():
+        while len(set(runs.glob("*/chunk-*")) - before) < count:
+            time.sleep(0.01)
+        how()
+
+    threading.Thread(target=watch, daemon=True).start()
+
+
+def plain(server, chunks: int, seed: int, **inputs) -> torch.Tensor:
+    graph = Graph()
+    model = flowcache(graph, preset="high", history_budget=2)
+    return sample(server, graph, extend(graph, chunks=chunks, seed=seed, model=model, **inputs))
+
+
+def earlier(outcome, graph: Graph) -> int:
+    """Chunks that were there, by the report."""
+    (name,) = (name for name, node in graph.items() if node["class_type"] == "FlowCacheReport")
+    (line,) = (line for line in outcome.outputs[name]["text"][0].splitlines() if "interrupted run" in line)
+    return int(line.split()[0])
+
+
+def test_interrupted_run_goes_on_to_the_same_bits(server):
+    graph = Graph()
+    node = resumable(graph, chunks=12, seed=60, steps=40, lag=40)
+    stop_after(server, 3, lambda: server.post("/interrupt", {}))
+    assert server.run(graph).interrupted
+    video = max((server.base / "output" / "long").glob("*.mp4"), key=lambda file: file.stat().st_mtime)
+    assert len(frames_of(video)) >= 3 * 8 - 3 - 4  # the interrupted file plays
+    save = graph.add("SaveLatent", samples=(node, 0), filename_prefix="s")
+    outcome = server.run(graph)
+    assert 3 <= earlier(outcome, graph) < 12
+    resumed = load_file(server.saved(outcome, save)[0])["latent_tensor"]
+    assert torch.equal(resumed, plain(server, 12, 60, steps=40, lag=40))
+    (file,) = server.saved(outcome, node)
+    assert len(frames_of(file)) == 12 * 8 - 3
+
+
+def test_another_seed_or_length_starts_anew(server):
+    for seed, chunks in ((61, 2), (62, 2), (61, 3)):
+        graph = Graph()
+        resumable(graph, chunks=chunks, seed=seed)
+        outcome = server.run(graph)
+        (text,) = (out["text"][0] for out in outcome.outputs.values() if "text" in out)
+        assert "interrupted" not in text
+
+
+def test_killed_server_loses_only_the_active_chunks(tmp_path):
+    graph = Graph()
+    fill_after = Server(tmp_path)
+    fill(tmp_path)
+    node = resumable(graph, chunks=12, seed=63, steps=40, lag=40)
+    save = graph.add("SaveLatent", samples=(node, 0), filename_prefix="s")
+    stop_after(fill_after, 4, fill_after.process.kill)
+    with pytest.raises((ConnectionError, OSError)):
+        fill_after.run(graph)
+    fill_after.process.wait()
+    kept = len(list((tmp_path / "user" / "flowcache" / "runs").glob("*/chunk-*")))
+    (video,) = (tmp_path / "output" / "long").glob("*.mp4")
+    assert len(frames_of(video)) >= (kept - 1) * 8 - 3 - 5  # less what the VAE and the encoder held back
+    again = Server(tmp_path)
+    try:
+        outcome = again.run(graph)
+        assert outcome.error is None, outcome.error["exception_message"]
+        assert kept - 1 <= earlier(outcome, graph) <= kept  # a chunk counts once its state is on disk as well
+        resumed = load_file(again.saved(outcome, save)[0])["latent_tensor"]
+        assert torch.equal(resumed, plain(again, 12, 63, steps=40, lag=40))
+    finally:
+        again.stop()
