@@ -13,12 +13,14 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from itertools import pairwise
 
+import torch
 from torch import Tensor, nn
 
 from .errors import UserError
 
 LINE = re.compile(r"(\d+)\s*(?:(-)\s*(\d+)?)?\s*:(.*)", re.DOTALL)
 WEIGHT = re.compile(r"(.*)\*\s*(\S+)", re.DOTALL)
+FOREVER = 2**31  # as the last chunk of a span: it holds to the end
 LONGEST_BLEND = 1000  # chunks: each has an embedding of its own
 
 
@@ -27,12 +29,12 @@ class Span:
     """Chunks that show the same.
 
     Attributes:
-        first, last: their numbers, both included; None is no limit.
+        first, last: their numbers, both included.
         weights: for each caption its share; they add up to 1.
     """
 
-    first: int | None
-    last: int | None
+    first: int
+    last: int
     weights: Mapping[str, float]
 
 
@@ -53,8 +55,8 @@ def parse(text: str) -> list[Span]:
     spans = [segments[0]]
     for before, after in pairwise(segments):
         spans += [*_blend(before, after), after]
-    spans[0] = Span(None, spans[0].last, spans[0].weights)
-    spans[-1] = Span(spans[-1].first, None, spans[-1].weights)
+    spans[0] = Span(0, spans[0].last, spans[0].weights)
+    spans[-1] = Span(spans[-1].first, FOREVER, spans[-1].weights)
     return spans
 
 
@@ -68,10 +70,11 @@ def mix(embeddings: Mapping[str, Tensor], weights: Mapping[str, float]) -> Tenso
     if len(weights) == 1:
         return embeddings[next(iter(weights))]
     longest = max(embeddings[caption].shape[1] for caption in weights)
-    return sum(
-        weight * nn.functional.pad(embeddings[caption], (0, 0, 0, longest - embeddings[caption].shape[1]))
-        for caption, weight in weights.items()
-    )
+    padded = {
+        caption: nn.functional.pad(embeddings[caption], (0, 0, 0, longest - embeddings[caption].shape[1]))
+        for caption in weights
+    }
+    return torch.stack([weight * padded[caption] for caption, weight in weights.items()]).sum(dim=0)
 
 
 def _segment(line: str, where: str) -> Span:
@@ -79,8 +82,8 @@ def _segment(line: str, where: str) -> Span:
     if found is None:
         raise UserError(f"{where} is '{_short(line)}', expected chunks and a prompt, for example '0-4: a red circle'.")
     first, dash, last, said = found.groups()
-    end = int(last) if last else None if dash else int(first)
-    if end is not None and end < int(first):
+    end = int(last) if last else FOREVER if dash else int(first)
+    if end < int(first):
         raise UserError(f"{where} goes from chunk {first} to {end}; write the smaller number first.")
     return Span(int(first), end, _weights(said, where))
 
@@ -110,18 +113,20 @@ def _check_order(segments: list[Span], where: str) -> None:
     if len(segments) < 2:
         return
     before, after = segments[-2:]
-    if before.last is None:
+    if before.last == FOREVER:
         raise UserError(f"{where} comes after '{before.first}-:', which holds to the end; give that one a last chunk.")
     if after.first <= before.last:
-        raise UserError(f"{where} begins at chunk {after.first}, but the line before it holds up to chunk {before.last}.")
-    if after.first - before.last > LONGEST_BLEND and after.weights != before.weights:
-        raise UserError(f"{where} leaves {after.first - before.last - 1} chunks to blend; at most {LONGEST_BLEND - 1} can.")
+        raise UserError(
+            f"{where} begins at chunk {after.first}, but the one before it holds up to chunk {before.last}."
+        )
+    between = after.first - before.last - 1
+    if between > LONGEST_BLEND and after.weights != before.weights:
+        raise UserError(f"{where} leaves {between} chunks to blend; at most {LONGEST_BLEND} can.")
 
 
 def _blend(before: Span, after: Span) -> list[Span]:
     if before.weights == after.weights:
-        gap = after.first - before.last > 1
-        return [Span(before.last + 1, after.first - 1, before.weights)] if gap else []
+        return [Span(before.last + 1, after.first - 1, before.weights)] if after.first - before.last > 1 else []
     spans = []
     for chunk in range(before.last + 1, after.first):
         share = (chunk - before.last) / (after.first - before.last)

@@ -5,6 +5,7 @@ from collections.abc import Mapping
 from contextlib import suppress
 from fractions import Fraction
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -38,7 +39,8 @@ class VideoStream:
         self.fps = Fraction(fps).limit_denominator(1000)
         self.metadata = dict(metadata or {})
         self.frames = 0
-        self._container = self._stream = None
+        self._container: Any = None
+        self._stream: Any = None
 
     def write(self, frames: np.ndarray) -> None:
         """Appends images, uint8 [T, H, W, 3]; of odd width or height the last column or row is repeated."""
@@ -80,7 +82,10 @@ class VideoStream:
         self._stream.options = {"crf": "14", "tune": "zerolatency"}  # no frame waits in the encoder
 
     def _copy(self, whole: Path) -> None:
-        with self._av.open(str(self.path)) as source, self._av.open(str(whole), "w", format="mp4", options=METADATA) as copy:
+        with (
+            self._av.open(str(self.path)) as source,
+            self._av.open(str(whole), "w", format="mp4", options=METADATA) as copy,
+        ):
             self._describe(copy)
             stream = copy.add_stream_from_template(source.streams.video[0])
             for packet in source.demux(source.streams.video[0]):

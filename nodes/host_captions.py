@@ -1,8 +1,9 @@
 """Conditions that hold for some chunks only: what Prompts over Time gives, as the host's guider meets it."""
 
 from ..flowcache_core.errors import UserError
+from ..flowcache_core.prompts import FOREVER
 
-CHUNKS = "flowcache_chunks"  # of a condition: first and last chunk that it holds for; None is no limit
+CHUNKS = "flowcache_chunks"  # of a condition: first and last chunk that it holds for
 
 Conditions = dict[str, list[dict]]  # the host's: for each side of guidance a list, each with "uuid" and what it says
 
@@ -40,5 +41,5 @@ class ChunkCaptions:
 
 
 def _holds(condition: dict, chunk: int) -> bool:
-    first, last = condition.get(CHUNKS, (None, None))
-    return (first is None or first <= chunk) and (last is None or chunk <= last)
+    first, last = condition.get(CHUNKS, (0, FOREVER))
+    return first <= chunk <= last

@@ -44,7 +44,12 @@ def weights_of(model) -> list:
     ]
     options = model.model_options.get("transformer_options", {})
     patch = host.patch_of(model.model_options)
-    setup = [options.get(host.FAMILY), options.get(host.FPS), patch and patch.settings, str(host.compute_dtype(model.model))]
+    setup = [
+        options.get(host.FAMILY),
+        options.get(host.FPS),
+        patch and patch.settings,
+        str(host.compute_dtype(model.model)),
+    ]
     return [host.model_name(model), weights, dict(model.patches), setup]
 
 

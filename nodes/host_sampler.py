@@ -354,7 +354,7 @@ def extend(
     finished = Finished(folder, outlet, stream is None or stream.keep_latents)
     try:
         finished.begin(before, range(first, earlier.chunks if earlier else first))
-        report = Report(sampler.schedule(chunks, len(levels) - 1))
+        report = Report(sampler.schedule(chunks, len(levels) - 1), host.patch_of(model.model_options).label)
         histories = earlier.by_branch if earlier else {}
         sampler.chunks = chunks - finished.count
         if earlier is not None:

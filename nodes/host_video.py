@@ -53,7 +53,9 @@ class OutputFile:
         """
         root = Path(folder_paths.get_output_directory()).resolve()
         if not (root / prefix).resolve().is_relative_to(root):
-            raise UserError(f"The file name prefix '{prefix[:80]}' leads out of ComfyUI's output folder; use a name inside it.")
+            raise UserError(
+                f"The file name prefix '{prefix[:80]}' leads out of ComfyUI's output folder; use a name inside it."
+            )
         _, name, counter, subfolder, _ = folder_paths.get_save_image_path(prefix, str(root), width, height)
         return cls(f"{name}_{counter:05}_.mp4", subfolder)
 
@@ -94,7 +96,9 @@ class VideoOutlet:
 
     def __init__(self, settings: StreamSettings, model, shape, metadata: dict):
         if shape[0] != 1:
-            raise UserError(f"A video stream takes one video, and the latents have a batch of {shape[0]}; use a batch of 1.")
+            raise UserError(
+                f"A video stream takes one video, and the latents have a batch of {shape[0]}; use a batch of 1."
+            )
         self.decode = stream_decoder(settings.vae)
         self.model = model
         self.file = OutputFile.new(settings.prefix, 8 * shape[4], 8 * shape[3])

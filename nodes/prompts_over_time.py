@@ -17,7 +17,8 @@ class PromptsOverTime(io.ComfyNode):
             node_id="FlowCachePromptsOverTime",
             display_name="Prompts over Time (FlowCache)",
             category="FlowCache",
-            description="A prompt for each part of a long video: one line a segment, with the chunks that it holds for. "
+            description="A prompt for each part of a long video: one line a segment, with the chunks that it holds "
+            "for. "
             "Chunks between two segments blend from one prompt to the other. For Autoregressive Extend and AR Sampler.",
             **found_by("prompt schedule", "prompt travel", "prompt blend", "multi prompt", "story", "timeline"),
             inputs=[
@@ -25,8 +26,10 @@ class PromptsOverTime(io.ComfyNode):
                     "text",
                     default=EXAMPLE,
                     multiline=True,
-                    tooltip="One line a segment: '0-3: a red circle', '4: …' for one chunk, '6-: …' to the end. Chunks count "
-                    "from 0 at the beginning of the video. Several prompts at once: 'a red circle *0.3 | a blue square *0.7'.",
+                    tooltip="One line a segment: '0-3: a red circle', '4: …' for one chunk, '6-: …' to the end. "
+                    "Chunks count "
+                    "from 0 at the beginning of the video. Several prompts at once: 'a red circle *0.3 | a blue "
+                    "square *0.7'.",
                 ),
                 io.Clip.Input(
                     "clip",

@@ -14,8 +14,10 @@ class StreamVideo(io.ComfyNode):
             node_id="FlowCacheStreamVideo",
             display_name="Stream Video to Disk (FlowCache)",
             category="FlowCache",
-            description="Connect it to Autoregressive Extend: every finished chunk is decoded, shown and written to one mp4 in "
-            "ComfyUI's output folder while the run goes on. An interrupted file still plays. The workflow, the settings and "
+            description="Connect it to Autoregressive Extend: every finished chunk is decoded, shown and written to "
+            "one mp4 in "
+            "ComfyUI's output folder while the run goes on. An interrupted file still plays. The workflow, the "
+            "settings and "
             "the report are written into it.",
             **found_by("save video", "stream video", "write video", "long video to disk", "infinite video"),
             inputs=[
@@ -25,12 +27,15 @@ class StreamVideo(io.ComfyNode):
                     default="flowcache/video",
                     tooltip="Name of the file in ComfyUI's output folder, a number is added; '/' makes a subfolder.",
                 ),
-                io.Float.Input("fps", default=16.0, min=1.0, max=120.0, step=1.0, tooltip="Frames a second of the video."),
+                io.Float.Input(
+                    "fps", default=16.0, min=1.0, max=120.0, step=1.0, tooltip="Frames a second of the video."
+                ),
                 advanced(
                     io.Boolean.Input(
                         "keep_latents",
                         default=True,
-                        tooltip="Also hold all latents in memory for the latent output. Off: only the last chunk's, so that "
+                        tooltip="Also hold all latents in memory for the latent output. Off: only the last chunk's, "
+                        "so that "
                         "memory does not grow with the length of the video.",
                     )
                 ),

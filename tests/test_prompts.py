@@ -8,11 +8,7 @@ from flowcache_core.prompts import captions, mix, parse
 
 
 def shown(text: str, chunk: int) -> dict[str, float]:
-    (span,) = [
-        span
-        for span in parse(text)
-        if (span.first is None or span.first <= chunk) and (span.last is None or chunk <= span.last)
-    ]
+    (span,) = [span for span in parse(text) if span.first <= chunk <= span.last]
     return dict(span.weights)
 
 

@@ -1,4 +1,4 @@
-"""Long runs in the real host: a video written meanwhile, prompts over time, and going on after an interrupt or a kill."""
+"""Long runs in the real host: video written meanwhile, prompts over time, going on after an interrupt or a kill."""
 
 import io
 import json
@@ -72,7 +72,9 @@ def test_workflow_settings_and_report_are_in_the_video(server):
     with av.open(str(file)) as video:
         told = {name: json.loads(value) for name, value in video.metadata.items() if name in ("prompt", "flowcache")}
     assert told["prompt"] == graph
-    assert told["flowcache"]["settings"] == "FlowCache high, history budget 1 chunks" and told["flowcache"]["chunks"] == 2
+    assert (
+        told["flowcache"]["settings"] == "FlowCache high, history budget 1 chunks" and told["flowcache"]["chunks"] == 2
+    )
 
 
 def test_finished_chunks_are_shown_decoded(server):
@@ -128,7 +130,9 @@ def test_one_prompt_over_time_is_that_prompt(server):
 def test_prompts_over_time_are_chained_extensions(server):
     chained, timed = Graph(), Graph()
     begun = extend(chained, "a red circle", chunks=2, guidance=3.0, seed=56)
-    expected = sample(server, chained, extend(chained, "a blue square", chunks=2, guidance=3.0, seed=56, state=(begun, 1)))
+    expected = sample(
+        server, chained, extend(chained, "a blue square", chunks=2, guidance=3.0, seed=56, state=(begun, 1))
+    )
     node = over_time(timed, "0-1: a red circle\n2-: a blue square", chunks=4, guidance=3.0, seed=56)
     assert torch.allclose(sample(server, timed, node), expected, atol=1e-4)
 
@@ -137,7 +141,8 @@ def test_blends_lie_between_and_begin_alike(server):
     graphs = [Graph() for _ in range(3)]
     texts = ["0: a red circle\n2-: a blue square", "0-: a red circle", "0: a red circle\n1-: a blue square"]
     blend, first, second = (
-        sample(server, graph, over_time(graph, text, chunks=2, seed=57)) for graph, text in zip(graphs, texts, strict=True)
+        sample(server, graph, over_time(graph, text, chunks=2, seed=57))
+        for graph, text in zip(graphs, texts, strict=True)
     )
     assert torch.equal(blend[:, :, :2], first[:, :, :2])
     for other in (first, second):
@@ -148,7 +153,9 @@ def test_prompts_that_cannot_be_read_fail_on_their_node(server):
     graph = Graph()
     graph.add("SaveLatent", samples=(over_time(graph, "0-4 a red circle"), 0), filename_prefix="s")
     error = server.run(graph).error
-    assert graph[error["node_id"]]["class_type"] == "FlowCachePromptsOverTime" and "Line 1" in error["exception_message"]
+    assert (
+        graph[error["node_id"]]["class_type"] == "FlowCachePromptsOverTime" and "Line 1" in error["exception_message"]
+    )
 
 
 def resumable(graph: Graph, chunks: int, seed: int, budget: int = 2, **inputs) -> str:

@@ -10,6 +10,9 @@ NODES = [
     "FlowCacheAutoregressiveExtend",
     "FlowCacheARSampler",
     "FlowCacheReport",
+    "FlowCachePromptsOverTime",
+    "FlowCacheStreamVideo",
+    "FlowCacheResume",
 ]
 
 
