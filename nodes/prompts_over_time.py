@@ -26,10 +26,9 @@ class PromptsOverTime(io.ComfyNode):
                     "text",
                     default=EXAMPLE,
                     multiline=True,
-                    tooltip="One line a segment: '0-3: a red circle', '4: …' for one chunk, '6-: …' to the end. "
-                    "Chunks count "
-                    "from 0 at the beginning of the video. Several prompts at once: 'a red circle *0.3 | a blue "
-                    "square *0.7'.",
+                    tooltip="One line a segment: '0-3: a red circle', '4: …' for one chunk, '6-: …' to the end. Chunks "
+                    "count from 0 at the beginning of the video. A vertical bar between two prompts mixes them, each "
+                    "with its weight behind a '*', for example '*0.7'.",
                 ),
                 io.Clip.Input(
                     "clip",
