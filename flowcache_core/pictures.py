@@ -67,6 +67,14 @@ class Canvas:
                     (start * FINE, y0 * FINE, min(start + dash, x1) * FINE, y0 * FINE), colour, int(width * FINE)
                 )
 
+    def shape(self, points: Sequence[tuple[float, float]], colour: str) -> None:
+        """A filled polygon."""
+        self.draw.polygon([(x * FINE, y * FINE) for x, y in points], colour)
+
+    def ring(self, x: float, y: float, radius: float, colour: str) -> None:
+        edges = [(v + sign * radius) * FINE for sign in (-1, 1) for v in (x, y)]
+        self.draw.ellipse(edges, outline=colour, width=2 * FINE)
+
     def paste(self, x: float, y: float, frame: np.ndarray, side: float) -> None:
         """A frame [H, W, 3], `side` wide, with its pixels kept square and sharp."""
         height, width = frame.shape[:2]
@@ -223,7 +231,7 @@ def _history_chart(canvas: Canvas, lines: Sequence[tuple[str, Report, str]]) -> 
     unbounded = max(report.history_bytes_unbounded for _, report, _ in lines)
     peak = max(max(report.history_bytes_peak for _, report, _ in lines), unbounded, 1)
     unit, name = (2**30, "GB") if peak >= 2**30 else (2**20, "MB")
-    most, marks = _scale(peak / unit)
+    most, marks = axis_marks(peak / unit)
 
     def at(tick: float, used: float) -> tuple[float, float]:
         return LEFT + (right - LEFT) * tick / max(1, ticks - 1), top + height - height * used / unit / most
@@ -281,7 +289,7 @@ def _ticks(count: int, most: int, last: bool = False) -> list[int]:
     return places
 
 
-def _scale(peak: float) -> tuple[float, list[float]]:
+def axis_marks(peak: float) -> tuple[float, list[float]]:
     """The top of an axis that holds `peak`, and its marks."""
     step = 10.0 ** np.floor(np.log10(peak / 2))
     step = float(next(step * times for times in (1, 2, 5, 10) if peak / (step * times) <= 4.5))

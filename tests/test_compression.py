@@ -1,16 +1,15 @@
 """Scores against the paper's formulas written directly, and what must hold for every choice."""
 
-import weakref
 from itertools import product
 
 import pytest
 import torch
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from flowcache_core import compression
 from flowcache_core.compression import Compression, choose, importance, keep_best, redundancy
 from flowcache_core.errors import UserError
 from flowcache_core.history import History, HistorySettings, HistoryShape
+from flowcache_core.lab.allocation import Peak
 from flowcache_core.rotary import Rotary
 
 FRAME, CHUNK = 4, 12
@@ -80,29 +79,6 @@ def test_ties_keep_the_older_token():
 def test_a_budget_must_hold_what_is_protected():
     with pytest.raises(UserError, match="at least 2 must stay"):
         HistorySettings(1, Compression(protect_first=True, protect_newest=True))
-
-
-class Peak(TorchDispatchMode):
-    """Bytes of tensors made under it, alive at once at the most."""
-
-    def __init__(self):
-        super().__init__()
-        self.alive = self.peak = 0
-        self.seen = weakref.WeakKeyDictionary()
-
-    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-        given = {t.untyped_storage().data_ptr() for t in torch.utils._pytree.tree_leaves((args, kwargs)) if isinstance(t, torch.Tensor)}
-        result = function(*args, **(kwargs or {}))
-        for tensor in torch.utils._pytree.tree_leaves(result):
-            if isinstance(tensor, torch.Tensor) and tensor.untyped_storage().data_ptr() not in given:
-                size = tensor.untyped_storage().nbytes()
-                self.alive += size
-                self.peak = max(self.peak, self.alive)
-                weakref.finalize(tensor, self._gone, size)
-        return result
-
-    def _gone(self, size: int) -> None:
-        self.alive -= size
 
 
 @pytest.mark.parametrize("chunks, heads, frame", [(6, 8, (20, 26)), (40, 2, (30, 52))])

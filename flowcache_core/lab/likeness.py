@@ -1,0 +1,91 @@
+"""How alike runs are, and how good each is by itself.
+
+Latents become pixels by the demo's linear codec, the space that network and VAE were trained in. The VAE's decoder is the
+same map, learned, and takes longer than generating; `bench` compares both on one clip.
+"""
+
+from dataclasses import dataclass
+from functools import cache
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ..demo.codec import TIME, LinearCodec
+from ..demo.detector import detect
+from ..demo.train_network import FRAMES_PER_CHUNK
+from ..metrics import psnr, ssim
+
+CHUNK_PIXEL_FRAMES = TIME * FRAMES_PER_CHUNK
+
+
+@dataclass(frozen=True)
+class Likeness:
+    """To another run of the same clips: means over the clips, dB and at most 1."""
+
+    psnr: float
+    ssim: float
+
+
+@dataclass(frozen=True)
+class Quality:
+    """Of a run by itself, means over the clips.
+
+    Attributes:
+        detector: share of frames with the captioned colour and kind, 0 to 1.
+        detector_first, detector_last: the same in the first and in the last chunk.
+        growth: area of the shapes in the last quarter over that in the first.
+        jerk: change of velocity from frame to frame, pixels.
+    """
+
+    detector: float
+    detector_first: float
+    detector_last: float
+    growth: float
+    jerk: float
+
+    @property
+    def drift(self) -> float:
+        """How much of the detector's share is lost from the first chunk to the last."""
+        return self.detector_first - self.detector_last
+
+
+@cache
+def codec() -> LinearCodec:
+    return LinearCodec.fit()
+
+
+def pixels(latents: Tensor) -> Tensor:
+    """Latents [clips, 16, T, h, w] to pixels [clips, 3, 4T - 3, 8h, 8w] in [-1, 1]."""
+    return codec().decode(latents).clamp(-1, 1)
+
+
+def likeness(made: Tensor, other: Tensor) -> Likeness:
+    """Pixels [clips, 3, T, H, W] of two runs; SSIM is taken of every fourth frame, one for each latent frame."""
+    pairs = list(zip(made, other, strict=True))
+    return Likeness(
+        float(np.mean([min(psnr(a, b, span=2.0), 100.0) for a, b in pairs])),  # equal clips would be infinite
+        float(np.mean([ssim(a[:, ::TIME], b[:, ::TIME], span=2.0) for a, b in pairs])),
+    )
+
+
+def quality(made: Tensor, captions: list[str]) -> Quality:
+    """Pixels [clips, 3, T, H, W] against their captions."""
+    found = [detect(clip, caption) for clip, caption in zip(made, captions, strict=True)]
+
+    def share(part: slice) -> float:
+        return torch.stack([one.per_frame[part].mean() for one in found]).mean().item()
+
+    return Quality(
+        float(np.mean([one.score for one in found])),
+        share(slice(None, CHUNK_PIXEL_FRAMES - TIME + 1)),
+        share(slice(-CHUNK_PIXEL_FRAMES, None)),
+        _mean([one.growth for one in found]),
+        _mean([one.jerk for one in found]),
+    )
+
+
+def _mean(values: list[float]) -> float:
+    """Of the clips in which there was something to see."""
+    seen = [value for value in values if np.isfinite(value)]
+    return float(np.mean(seen)) if seen else float("nan")

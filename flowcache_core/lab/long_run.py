@@ -1,0 +1,78 @@
+"""A run of many chunks in bounded memory: time a chunk, history and process memory, chunk by chunk."""
+
+import gc
+import statistics
+import time
+from dataclasses import dataclass, field
+
+from ..demo.captions import embed_caption
+from ..demo.compare import CAPTION
+from ..demo.train_network import FRAMES_PER_CHUNK
+from ..engine import Engine, guidance
+from ..history import HistorySettings
+from ..presets import Settings
+from ..runner import Runner
+from ..schedule import ChunkSchedule
+from ..solvers import chunk_noise
+from . import process
+from .runs import LATENT
+from .setups import Setup
+
+EARLY = (49, 150)  # chunks 50 to 150
+LATE = 100
+
+
+@dataclass
+class LongRun:
+    """Attributes:
+    seconds: each chunk's, from one handed out to the next.
+    history: bytes in use when it was handed out.
+    resident: bytes of the process then.
+    settings: what was run, in words.
+    """
+
+    settings: str
+    seconds: list[float] = field(default_factory=list)
+    history: list[int] = field(default_factory=list)
+    resident: list[int] = field(default_factory=list)
+
+    @property
+    def slower(self) -> float:
+        """Median time of the last 100 chunks over that of chunks 50 to 150."""
+        return statistics.median(self.seconds[-LATE:]) / statistics.median(self.seconds[slice(*EARLY)])
+
+    @property
+    def grown(self) -> float:
+        """Process memory at the end over that after chunk 50, less one."""
+        return self.resident[-1] / self.resident[EARLY[0]] - 1.0
+
+    def as_dict(self) -> dict:
+        return {
+            "chunks": len(self.seconds),
+            "settings": self.settings,
+            "last_100_over_50_to_150": round(self.slower, 4),
+            "rss_growth_after_chunk_50": round(self.grown, 5),
+            "seconds_per_chunk": [round(second, 5) for second in self.seconds],
+            "history_bytes": self.history,
+            "rss_bytes": self.resident,
+        }
+
+
+def long_run(backbone, setup: Setup, settings: Settings, chunks: int, budget: int = 3) -> LongRun:
+    """One clip of so many chunks, whose latents are dropped as they come, with positions relative to the window."""
+    history = HistorySettings(budget, settings.history.compression, relative=True)
+    settings = Settings(settings.reuse, history, settings.clean_pass)
+    runner = Runner(backbone, ChunkSchedule(chunks, setup.steps, setup.lag), settings, FRAMES_PER_CHUNK)
+    shape = (1, backbone.channels, FRAMES_PER_CHUNK, *LATENT)
+    noise = lambda chunk, *step: chunk_noise(0, chunk, shape, *step)  # noqa: E731
+    engine = Engine(runner, guidance(runner, embed_caption(CAPTION)), setup.levels(setup.steps), noise, noise, setup.solver)
+    made = LongRun(f"{setup.name}, history of {budget} clean chunks, relative positions")
+    gc.collect()
+    last = time.perf_counter()
+    for _ in engine.run():
+        now = time.perf_counter()
+        made.seconds.append(now - last)
+        made.history.append(runner.history_bytes_used)
+        made.resident.append(process.resident())
+        last = time.perf_counter()
+    return made

@@ -1,0 +1,112 @@
+"""One setting of one method, measured: cost, likeness to the plain and to the converged run, quality by itself."""
+
+from dataclasses import asdict, dataclass
+
+from torch import Tensor
+
+from .flops import run_flops, window_flops
+from .likeness import likeness, pixels, quality
+from .process import resident
+from .runs import Clips, Method, Outcome, chunk_tokens
+from .setups import Setup
+from ..demo.captions import TOKENS
+from ..demo.train_network import FRAMES_PER_CHUNK
+
+
+@dataclass
+class Point:
+    """Means over the clips; costs are of one clip.
+
+    Attributes:
+        schedule, method, setting: what was run.
+        speedup: wall time of the plain run over this one's.
+        timed: "pairs" where runs of one clip alternated with plain ones, "batch" where the run of all clips was timed.
+        psnr, ssim: to the plain run; None for itself.
+        lpips: None, its weights are not at hand.
+        psnr_converged, ssim_converged: to the converged run; None where there is none.
+        detector, detector_first, detector_last: share of frames with the captioned shapes; of the first and last chunk.
+        growth: area of the shapes, last quarter over first.
+        jerk: change of velocity from frame to frame, pixels.
+        forwards_executed, forwards_total: over one chunk each; the plain run's.
+        flops: counted by formula.
+        seconds: of the run of all clips.
+        history_bytes_peak, rss_bytes: of the history, of the process after the run.
+        overhead: share of the run's time outside the network, of one clip where "pairs", of the batch else.
+    """
+
+    schedule: str
+    method: str
+    setting: str
+    speedup: float
+    timed: str
+    psnr: float | None
+    ssim: float | None
+    lpips: None
+    psnr_converged: float | None
+    ssim_converged: float | None
+    detector: float
+    detector_first: float
+    detector_last: float
+    growth: float
+    jerk: float
+    forwards_executed: int
+    forwards_total: int
+    flops: int
+    seconds: float
+    history_bytes_peak: int
+    rss_bytes: int
+    overhead: float
+
+    def as_dict(self) -> dict:
+        return {name: round(value, 5) if isinstance(value, float) else value for name, value in asdict(self).items()}
+
+
+@dataclass
+class References:
+    """Pixels [clips, 3, T, H, W] that runs are compared with, and what the plain run costs."""
+
+    plain: Tensor
+    converged: Tensor | None
+    forwards: int
+    seconds: float
+
+
+def measure(method: Method, setup: Setup, clips: Clips, outcome: Outcome, references: References) -> Point:
+    """A point from a finished run; `speedup` is that of the batch until runs in alternation say better."""
+    shown = pixels(outcome.latents)
+    plain = likeness(shown, references.plain) if shown is not references.plain else None
+    converged = None if references.converged is None else likeness(shown, references.converged)
+    good = quality(shown, clips.captions)
+    return Point(
+        schedule=setup.name,
+        method=method.name,
+        setting=method.setting,
+        speedup=references.seconds / outcome.seconds,
+        timed="batch",
+        psnr=plain and plain.psnr,
+        ssim=plain and plain.ssim,
+        lpips=None,
+        psnr_converged=converged and converged.psnr,
+        ssim_converged=converged and converged.ssim,
+        detector=good.detector,
+        detector_first=good.detector_first,
+        detector_last=good.detector_last,
+        growth=good.growth,
+        jerk=good.jerk,
+        forwards_executed=outcome.forwards,
+        forwards_total=references.forwards,
+        flops=flops(method, setup, clips, outcome),
+        seconds=outcome.seconds,
+        history_bytes_peak=outcome.history_bytes,
+        rss_bytes=resident(),
+        overhead=outcome.report.overhead,
+    )
+
+
+def flops(method: Method, setup: Setup, clips: Clips, outcome: Outcome) -> int:
+    """Of one clip's run."""
+    tokens = chunk_tokens(clips.backbone)
+    if method.window:
+        schedule = outcome.report.schedule
+        return window_flops(clips.backbone, schedule.ticks, schedule.chunks, tokens, FRAMES_PER_CHUNK, TOKENS)
+    return run_flops(clips.backbone, outcome.report, tokens, TOKENS, method.settings.clean_pass)
