@@ -75,7 +75,7 @@ def test_comparison_and_side_by_side():
 
 @pytest.mark.parametrize("peak", [0.003, 0.58, 1.0, 7.3, 24.0, 99.0, 1023.0])
 def test_axes_hold_their_peak_with_few_marks(peak):
-    most, marks = pictures._scale(peak)
+    most, marks = pictures.axis_marks(peak)
     assert most >= peak and most <= 2.6 * peak and 2 <= len(marks) <= 7 and marks[0] == 0
 
 

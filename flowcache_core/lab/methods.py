@@ -1,10 +1,9 @@
 """What is compared: every method over a sweep of its setting, so that each is a curve."""
 
-from ..backbones.skyreels import POLYNOMIAL_1_3B
+from collections.abc import Iterator
+
 from ..multistep import DPM2M, UniPC
-from ..presets import OFF, ReuseSettings, Settings
-from ..reuse import spread
-from ..schedule import ChunkSchedule
+from ..presets import ReuseSettings, Settings
 from ..solvers import Euler, SolverFactory
 from .adams_bashforth import AdamsBashforth2
 from .easycache import easycache
@@ -12,21 +11,83 @@ from .runs import Method
 from .setups import Setup
 
 OURS, PLAIN, HISTORY = "ours", "plain", "history only"
+FEWER = "fewer steps"
 SOLVERS: dict[str, SolverFactory] = {"AB2": AdamsBashforth2, "DPM++ 2M": DPM2M, "UniPC": UniPC, "Euler": Euler}
 FORECASTS = ("held", "linear", "quadratic")
 
 # Recomputed steps of a chunk, for ours; steps of fewer steps; distances of periodic; thresholds of the rules that watch
-# the input, chosen to lie between 2x and 8x on the demo model.
-OUR_STEPS = {"magi": (5, 6, 7, 8, 10, 12, 15, 20, 30), "skyreels": (7, 9, 11, 15, 20, 30), "causal": (2, 3)}
-FEWER_STEPS = {"magi": (16, 8, 32, 12), "skyreels": (20, 10, 30), "causal": (3, 2, 1)}
-DISTANCES = {"magi": (8, 4, 16, 2), "skyreels": (5, 10), "causal": ()}
+# the input, which lie between 2x and 8x on the demo model.
+OUR_STEPS = {"magi": (15, 9, 6, 12, 7, 20, 30), "skyreels": (15, 9, 11, 7, 20, 30), "causal": (3, 2)}
+FEWER_STEPS = {"magi": (16, 8, 32), "skyreels": (20, 10, 30), "causal": (3, 2)}
+DISTANCES = {"magi": (8, 4, 16), "skyreels": (5, 10), "causal": ()}
 THRESHOLDS = {
-    "FlowCache": {"magi": (0.02, 0.04, 0.01), "skyreels": (0.02, 0.04, 0.01), "causal": (0.1,)},
-    "TeaCache": {"magi": (0.02, 0.04, 0.01), "skyreels": (0.02, 0.04, 0.01), "causal": ()},
-    "EasyCache": {"magi": (0.05, 0.1, 0.02), "skyreels": (0.05, 0.1, 0.02), "causal": ()},
+    "FlowCache's rule": {"magi": (0.02, 0.04, 0.01), "skyreels": (0.02, 0.04, 0.01), "causal": (0.1,)},
+    "TeaCache's rule": {"magi": (0.02, 0.04, 0.01), "skyreels": (0.02, 0.04, 0.01), "causal": ()},
+    "EasyCache's rule": {"magi": (0.05, 0.1, 0.02), "skyreels": (0.05, 0.1, 0.02), "causal": ()},
 }
 
 
 def plain(setup: Setup) -> Method:
     """As its makers run it, unaccelerated."""
     return Method(PLAIN, "every step", window=setup.window)
+
+
+def history_only() -> Method:
+    """Keys and values kept, every step recomputed: what the plain run gives, with less work where it keeps nothing."""
+    return Method(HISTORY, "every step")
+
+
+def converged(setup: Setup) -> Method:
+    """Twice the steps of a second-order solver."""
+    return Method("converged", f"{2 * setup.steps} steps", steps=2 * setup.steps, solver=AdamsBashforth2)
+
+
+def ours(setup: Setup, settings) -> list[Method]:
+    """FlowCache with so many recomputed steps a chunk; `settings` makes them, by their number."""
+    return [Method(OURS, f"{count} steps", settings(count)) for count in OUR_STEPS[setup.name]]
+
+
+def peers(setup: Setup) -> Iterator[Method]:
+    """Everything else, the first setting of every method first."""
+    sweeps = [*_fewer_steps(setup), *_rules(setup), *_periodic(setup)]
+    for place in range(max(len(sweep) for sweep in sweeps)):
+        for sweep in sweeps:
+            yield from sweep[place : place + 1]
+
+
+def _fewer_steps(setup: Setup) -> list[list[Method]]:
+    solvers = SOLVERS if setup.converges else {"": setup.solver}
+    return [
+        [
+            Method(f"{FEWER}, {name}" if name else FEWER, f"{steps} steps", steps=steps, solver=solver)
+            for steps in FEWER_STEPS[setup.name]
+        ]
+        for name, solver in solvers.items()
+    ]
+
+
+def _rules(setup: Setup) -> list[list[Method]]:
+    warmup = min(5, setup.steps // 2)
+    sweeps = []
+    for name, thresholds in THRESHOLDS.items():
+        sweep = []
+        for threshold in thresholds[setup.name]:
+            setting = f"threshold {threshold:g}"
+            if name.startswith("EasyCache"):
+                sweep.append(Method(name, setting, Settings(ReuseSettings(order=0)), runner=easycache(threshold)))
+                continue
+            policy = "flowcache" if name.startswith("FlowCache") else "teacache"
+            reuse = ReuseSettings(policy, threshold=threshold, warmup=warmup, order=0)
+            sweep.append(Method(name, setting, Settings(reuse)))
+        sweeps.append(sweep)
+    return sweeps
+
+
+def _periodic(setup: Setup) -> list[list[Method]]:
+    return [
+        [
+            Method(f"periodic, {name}", f"every {every}th", Settings(ReuseSettings("even", every=every, least=1, order=order)))
+            for every in DISTANCES[setup.name]
+        ]
+        for order, name in enumerate(FORECASTS)
+    ]
