@@ -7,10 +7,10 @@ from typing import Literal
 from .compression import Compression
 from .errors import UserError
 from .history import HistorySettings
-from .reuse import Always, Chunkwise, FixedSteps, Global, Periodic, Policy
+from .reuse import Always, Chunkwise, FixedSteps, Global, Periodic, Policy, spread
 from .schedule import ChunkSchedule
 
-PolicyName = Literal["off", "even", "fixed", "flowcache", "teacache"]
+PolicyName = Literal["off", "even", "spread", "fixed", "flowcache", "teacache"]
 
 
 @dataclass(frozen=True)
@@ -18,12 +18,13 @@ class ReuseSettings:
     """When to recompute, and what to use instead.
 
     Attributes:
-        policy: "off" recomputes every step; "even" every `every`-th; "fixed" the listed `steps`; "flowcache" by each
-            chunk's own drift; "teacache" by one drift for the whole window.
+        policy: "off" recomputes every step; "even" every `every`-th; "spread" a `share` of them, denser towards the end;
+            "fixed" the listed `steps`; "flowcache" by each chunk's own drift; "teacache" by one drift for the whole window.
         every: of "even". It is lowered to a divisor of the schedule's lag, so that active chunks recompute on the same
             ticks, and so that a chunk gets at least `least` recomputed steps: few-step models are left as they are.
-        least: recomputed steps that "even" leaves a chunk.
-        steps: of "fixed", with the lag to `align` to or None.
+        least: recomputed steps that "even" and "spread" leave a chunk.
+        share: of "spread", above 0 to 1.
+        steps: of "fixed", with the lag to `align` to or None; of "spread" where the schedule's steps and lag are `made_for`.
         threshold: of "flowcache" and "teacache", accumulated relative L1 change.
         rescale: polynomial for that change, highest power first, or None.
         warmup: first steps of a chunk that are always recomputed (not for "fixed").
@@ -36,8 +37,10 @@ class ReuseSettings:
     policy: PolicyName = "off"
     every: int = 8
     least: int = 6
+    share: float = 0.125
     steps: Sequence[int] = ()
     align: int | None = None
+    made_for: tuple[int, int] | None = None
     threshold: float = 0.1
     rescale: Sequence[float] | None = None
     warmup: int = 1
@@ -51,6 +54,8 @@ class ReuseSettings:
             raise UserError(f"The forecast order is {self.order}, expected 0 (hold), 1 (linear) or 2 (quadratic).")
         if self.threshold < 0:
             raise UserError(f"The threshold is {self.threshold}, expected 0 or more.")
+        if not 0.0 < self.share <= 1.0:
+            raise UserError(f"The share of recomputed steps is {self.share}, expected above 0 to 1.")
         if self.every < 1 or self.warmup < 0:
             raise UserError(f"every is {self.every} and warmup {self.warmup}; expected at least 1 and 0.")
 
@@ -63,13 +68,17 @@ class ReuseSettings:
             while schedule.lag % every:
                 every -= 1
             return Periodic(every, self.warmup, self.last)
+        if self.policy == "spread":
+            if self.made_for == (schedule.steps, schedule.lag):
+                return FixedSteps(self.steps)
+            return FixedSteps(spread(schedule, max(self.least, round(self.share * schedule.steps))))
         if self.policy == "fixed":
             return FixedSteps(self.steps, self.align)
         if self.policy == "flowcache":
             return Chunkwise(self.threshold, self.warmup, self.last, self.rescale)
         if self.policy == "teacache":
             return Global(self.threshold, self.warmup, self.last, self.rescale)
-        raise UserError(f"The policy is '{self.policy}', expected off, even, fixed, flowcache or teacache.")
+        raise UserError(f"The policy is '{self.policy}', expected off, even, spread, fixed, flowcache or teacache.")
 
 
 @dataclass(frozen=True)

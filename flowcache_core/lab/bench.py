@@ -8,27 +8,24 @@ import argparse
 import json
 import statistics
 import time
+from collections import defaultdict
 from collections.abc import Iterable
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 
-import torch
-
 from ..demo import NETWORK_FILE
-from ..demo.model import decode, load_network
-from ..demo.train_network import FRAMES_PER_CHUNK
-from ..errors import UserError
+from ..demo.model import load_network
 from ..files import check_writable, write_whole
-from ..metrics import psnr
+from ..history import HistorySettings
 from . import charts, compression_cost, process
-from .likeness import pixels
+from .likeness import likeness, pixels
 from .long_run import long_run
-from .methods import HISTORY, OURS, PLAIN, compared, converged, default, plain
-from .points import Point, References, measure
-from .runs import Clips, Method, Outcome, plain_forwards, run
+from .methods import HISTORY, OURS, PLAIN, converged, default, history_only, ours, peers, plain
+from .points import Point, References, measure, window_flops
+from .runs import Clips, Method, plain_forwards, run
 from .setups import SETUPS, Setup
 from .short_history import short_history
-from .table import table
+from .table import TITLES, table
 
 
 @dataclass(frozen=True)
@@ -75,7 +72,184 @@ class Bench:
     points: list[Point] = field(default_factory=list)
     left_out: list[str] = field(default_factory=list)
     checks: dict = field(default_factory=dict)
+    references: dict[str, References] = field(default_factory=dict)
+
+    def __post_init__(self):
+        self.backbone = load_network(self.network)
+        self.clips = Clips.held_out(self.backbone, self.size.clips, self.size.chunks)
+        self.one = Clips(self.backbone, self.clips.captions[:1], self.size.chunks)
 
     @property
     def minutes(self) -> float:
         return (time.monotonic() - self.begun) / 60
+
+    def say(self, words: str) -> None:
+        print(f"{self.minutes:5.1f} min  {words}", flush=True)
+
+    def run(self) -> dict:
+        """Everything, most important first; returns what report.json holds."""
+        report: dict = {"machine": process.machine(), "size": asdict(self.size)}
+        run(default(SETUPS["magi"]), SETUPS["magi"], Clips(self.backbone, self.clips.captions[:1], 2))  # warm-up
+        made = long_run(self.backbone, SETUPS["magi"], default(SETUPS["magi"]).settings, self.size.long_chunks)
+        self.say(f"long run: last chunks {made.slower:.3f} times as slow, memory {made.grown:+.2%}")
+        for setup in SETUPS.values():
+            self.schedule(setup)
+        report["compression"] = self.compression()
+        report["short_history"] = self.short()
+        for setup, method in self.peers():
+            self.peer(setup, method)
+        report["points"] = [point.as_dict() for point in self.points]
+        report["long_run"] = made.as_dict()
+        report["checks"] = self.checks
+        report["left_out"] = self.left_out
+        report["minutes"] = round(self.minutes, 2)
+        report["rss_bytes_peak"] = process.resident_peak()
+        return report
+
+    def schedule(self, setup: Setup) -> None:
+        """The plain and the converged run of a way of sampling, and ours."""
+        methods = ours(setup)[:: self.size.every]
+        quick = [method for method in methods if method.timed]
+        seconds, overheads, likest = self.pairs(setup, quick)
+        kept = run(history_only(), setup, self.clips)  # where the plain run keeps no history, it gives the same
+        scale = seconds[PLAIN] / seconds[HISTORY] if setup.window else 1.0
+        reached = run(converged(setup), setup, self.clips) if setup.converges else None
+        self.references[setup.name] = references = References(
+            plain=pixels(kept.latents),
+            converged=pixels(reached.latents) if reached else None,
+            forwards=plain_forwards(setup, self.clips.chunks),
+            seconds=kept.seconds * scale,
+        )
+        self.checks[setup.name] = {"plain_seconds_of_one_clip": round(seconds[PLAIN], 4), **likest}
+        first = measure(plain(setup), setup, self.clips, kept, references)
+        first.psnr = first.ssim = None
+        if setup.window:
+            first.flops = window_flops(setup, self.clips)
+            first.seconds, first.forwards_executed, first.history_bytes_peak = references.seconds, references.forwards, 0
+            self.points.append(replace(measure(history_only(), setup, self.clips, kept, references), psnr=None, ssim=None))
+        first.speedup = 1.0
+        first.overhead = overheads[PLAIN]
+        self.points.append(first)
+        for method in methods:
+            point = self.point(setup, method)
+            if method.setting in seconds:
+                point.speedup, point.timed = seconds[PLAIN] / seconds[method.setting], "pairs"
+                point.overhead = overheads[method.setting]
+
+    def pairs(self, setup: Setup, methods: list[Method]) -> tuple[dict[str, float], dict[str, float], dict[str, float]]:
+        """Seconds and overhead of one clip, medians of runs in alternation with the plain one, by name or setting."""
+        seconds: dict[str, list[float]] = defaultdict(list)
+        overheads: dict[str, list[float]] = defaultdict(list)
+        latents = {}
+        for _ in range(self.size.pairs):
+            for method in [plain(setup), *([history_only()] if setup.window else []), *methods]:
+                outcome = run(method, setup, self.one)
+                name = method.name if method.name in (PLAIN, HISTORY) else method.setting
+                seconds[name].append(outcome.seconds)
+                overheads[name].append(outcome.report.overhead)
+                latents[name] = outcome.latents
+        alike = {}
+        if setup.window:
+            alike["history_only_to_plain_psnr"] = likeness(pixels(latents[HISTORY]), pixels(latents[PLAIN])).psnr
+        return (
+            {name: statistics.median(values) for name, values in seconds.items()},
+            {name: statistics.median(values) for name, values in overheads.items()},
+            alike,
+        )
+
+    def point(self, setup: Setup, method: Method) -> Point:
+        outcome = run(method, setup, self.clips)
+        point = measure(method, setup, self.clips, outcome, self.references[setup.name])
+        self.points.append(point)
+        self.say(
+            f"{setup.name:9} {method.name:22} {method.setting:16} {point.forwards_total / point.forwards_executed:5.1f}x fewer, "
+            f"{point.psnr:5.1f} dB"
+        )
+        return point
+
+    def peers(self) -> Iterable[tuple[Setup, Method]]:
+        """All peers of all ways of sampling, in turn."""
+        sweeps = [[(setup, method) for method in peers(setup)][:: self.size.every] for setup in SETUPS.values()]
+        for place in range(max(map(len, sweeps))):
+            for sweep in sweeps:
+                yield from sweep[place : place + 1]
+
+    def peer(self, setup: Setup, method: Method) -> None:
+        """One point, if the time reaches for a run of half the plain one's."""
+        if self.minutes + self.references[setup.name].seconds / 120 > self.size.minutes:
+            self.left_out.append(f"{setup.name}: {method.name}, {method.setting}")
+            return
+        self.point(setup, method)
+
+    def compression(self) -> dict:
+        setup = SETUPS["magi"]
+        method = default(setup)
+        short = replace(method, settings=replace(method.settings, history=HistorySettings(SHORT_BUDGET)))
+        with compression_cost.Stopwatch() as watch:
+            outcome = run(short, setup, self.one)
+        cost = compression_cost.cut_cost(self.size.tokens)
+        self.say(f"a cut at {cost.tokens} tokens: {cost.seconds_direct / cost.seconds:.1f}x faster than written out")
+        return {"share_of_run": round(watch.seconds / outcome.seconds, 5), **asdict(cost)}
+
+    def short(self) -> dict:
+        setup = SETUPS["magi"]
+        clips = Clips.held_out(self.backbone, self.size.short_clips, self.size.short_chunks)
+        rows = short_history(setup, clips, default(setup).settings, SHORT_BUDGET)
+        for row in rows:
+            self.say(f"{row.name:24} detector {row.quality.detector:.1%}" + (f", {row.likeness.psnr:.1f} dB" if row.likeness else ""))
+        return {"budget": SHORT_BUDGET, "chunks": clips.chunks, "clips": len(clips.captions), "rows": [asdict(row) for row in rows]}
+
+
+SHORT_BUDGET = 3
+AIMS = {
+    "magi": ((4.0, 42.0), (6.5, 38.0), (10.0, 32.0)),
+    "skyreels": ((8.0, 38.0), (12.0, 30.0), (15.0, 22.95)),
+}
+
+
+def write(report: dict, out: Path, pictures: Path | None = None) -> None:
+    """report.json, table.md and the plots; the plots also into `pictures`."""
+    write_whole(out / "report.json", lambda partial: partial.write_text(json.dumps(report, indent=1) + "\n"))
+    write_whole(out / "table.md", lambda partial: partial.write_text(table(report) + "\n"))
+    drawn = {f"bench_{name}": _likeness_chart(report, name) for name in SETUPS}
+    run_of_many = report["long_run"]
+    drawn["bench_long_run"] = charts.long_run_chart(
+        run_of_many["seconds_per_chunk"], run_of_many["history_bytes"], run_of_many["rss_bytes"]
+    )
+    for folder in (out, pictures):
+        for name, picture in drawn.items() if folder else ():
+            write_whole(folder / f"{name}.png", picture.save)
+
+
+def _likeness_chart(report: dict, schedule: str):
+    points = [point for point in report["points"] if point["schedule"] == schedule and point["psnr"] is not None]
+    names = [OURS, *sorted({point["method"] for point in points} - {OURS})]
+    curves = [
+        charts.Curve(name, [(point["speedup"], point["psnr"]) for point in points if point["method"] == name]) for name in names
+    ]
+    size = report["size"]
+    return charts.likeness_chart(
+        f"Likeness over speedup: {TITLES[schedule].split(' (')[0]}",
+        f"demo model, {size['clips']} clips of {size['chunks']} chunks, {report['machine']['cores']} CPU cores",
+        curves,
+        AIMS.get(schedule, ()),
+    )
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.split(":")[0])
+    parser.add_argument("--smoke", action="store_true", help="little of everything, in three minutes")
+    parser.add_argument("--out", type=Path, default=Path("out/bench"), help="folder (default: %(default)s)")
+    parser.add_argument("--pictures", type=Path, help="a second folder for the plots")
+    parser.add_argument("--network", type=Path, default=NETWORK_FILE, help="another network of the demo's family")
+    options = parser.parse_args()
+    check_writable(options.out / "report.json")
+    bench = Bench(SMOKE if options.smoke else Size(), options.network)
+    report = bench.run()
+    write(report, options.out, options.pictures)
+    print(table(report))
+    print(f"\n{options.out}: report.json, table.md and plots, after {bench.minutes:.1f} minutes")
+
+
+if __name__ == "__main__":
+    main()

@@ -39,12 +39,13 @@ class LongRun:
     @property
     def slower(self) -> float:
         """Median time of the last 100 chunks over that of chunks 50 to 150."""
-        return statistics.median(self.seconds[-LATE:]) / statistics.median(self.seconds[slice(*EARLY)])
+        early = self.seconds[slice(*EARLY)] or self.seconds  # of a run too short to tell
+        return statistics.median(self.seconds[-LATE:]) / statistics.median(early)
 
     @property
     def grown(self) -> float:
         """Process memory at the end over that after chunk 50, less one."""
-        return self.resident[-1] / self.resident[EARLY[0]] - 1.0
+        return self.resident[-1] / self.resident[min(EARLY[0], len(self.resident) - 1)] - 1.0
 
     def as_dict(self) -> dict:
         return {

@@ -2,8 +2,9 @@
 
 from collections.abc import Iterator
 
+from ..calibration import recomputing
 from ..multistep import DPM2M, UniPC
-from ..presets import ReuseSettings, Settings
+from ..presets import DEFAULT_PRESET, PRESETS, ReuseSettings, Settings
 from ..solvers import Euler, SolverFactory
 from .adams_bashforth import AdamsBashforth2
 from .easycache import easycache
@@ -14,6 +15,8 @@ OURS, PLAIN, HISTORY = "ours", "plain", "history only"
 FEWER = "fewer steps"
 SOLVERS: dict[str, SolverFactory] = {"AB2": AdamsBashforth2, "DPM++ 2M": DPM2M, "UniPC": UniPC, "Euler": Euler}
 FORECASTS = ("held", "linear", "quadratic")
+
+TIMED = 3  # of our settings
 
 # Recomputed steps of a chunk, for ours; steps of fewer steps; distances of periodic; thresholds of the rules that watch
 # the input, which lie between 2x and 8x on the demo model.
@@ -42,9 +45,17 @@ def converged(setup: Setup) -> Method:
     return Method("converged", f"{2 * setup.steps} steps", steps=2 * setup.steps, solver=AdamsBashforth2)
 
 
-def ours(setup: Setup, settings) -> list[Method]:
-    """FlowCache with so many recomputed steps a chunk; `settings` makes them, by their number."""
-    return [Method(OURS, f"{count} steps", settings(count)) for count in OUR_STEPS[setup.name]]
+def ours(setup: Setup) -> list[Method]:
+    """FlowCache with so many recomputed steps a chunk, the most wanted first."""
+    return [
+        Method(OURS, f"{count} steps", Settings(recomputing(count, setup.steps, setup.lag)), timed=place < TIMED)
+        for place, count in enumerate(OUR_STEPS[setup.name])
+    ]
+
+
+def default(setup: Setup) -> Method:
+    """What FlowCache does unless told otherwise."""
+    return Method(OURS, DEFAULT_PRESET, PRESETS[DEFAULT_PRESET])
 
 
 def peers(setup: Setup) -> Iterator[Method]:

@@ -4,13 +4,14 @@ from dataclasses import asdict, dataclass
 
 from torch import Tensor
 
-from .flops import run_flops, window_flops
+from ..demo.captions import TOKENS
+from ..demo.train_network import FRAMES_PER_CHUNK
+from ..schedule import ChunkSchedule
+from . import flops as counted
 from .likeness import likeness, pixels, quality
 from .process import resident
 from .runs import Clips, Method, Outcome, chunk_tokens
 from .setups import Setup
-from ..demo.captions import TOKENS
-from ..demo.train_network import FRAMES_PER_CHUNK
 
 
 @dataclass
@@ -106,7 +107,10 @@ def measure(method: Method, setup: Setup, clips: Clips, outcome: Outcome, refere
 def flops(method: Method, setup: Setup, clips: Clips, outcome: Outcome) -> int:
     """Of one clip's run."""
     tokens = chunk_tokens(clips.backbone)
-    if method.window:
-        schedule = outcome.report.schedule
-        return window_flops(clips.backbone, schedule.ticks, schedule.chunks, tokens, FRAMES_PER_CHUNK, TOKENS)
-    return run_flops(clips.backbone, outcome.report, tokens, TOKENS, method.settings.clean_pass)
+    return counted.run_flops(clips.backbone, outcome.report, tokens, TOKENS, method.settings.clean_pass)
+
+
+def window_flops(setup: Setup, clips: Clips) -> int:
+    """Of one clip's plain run where every frame of the window is recomputed at every tick."""
+    ticks, tokens = ChunkSchedule(clips.chunks, setup.steps, setup.lag).ticks, chunk_tokens(clips.backbone)
+    return counted.window_flops(clips.backbone, ticks, clips.chunks, tokens, FRAMES_PER_CHUNK, TOKENS)

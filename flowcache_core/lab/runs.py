@@ -36,6 +36,7 @@ class Method:
         solver: another than the setup's, or None.
         runner: another class that decides on reuse, or FlowCache's.
         window: every frame of the window in every forward, and no history.
+        timed: also run in alternation with the plain run, for its time.
     """
 
     name: str
@@ -45,6 +46,7 @@ class Method:
     solver: SolverFactory | None = None
     runner: type[Runner] = Runner
     window: bool = False
+    timed: bool = False
 
 
 @dataclass(frozen=True)
