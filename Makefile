@@ -1,4 +1,4 @@
-# `make demo`, `make test`, `make lint`: each sets itself up in .venv first, once.
+# `make demo`, `make bench`, `make test`, `make lint`: each sets itself up in .venv first, once.
 
 PYTHON ?= python3
 VENV ?= .venv
@@ -6,10 +6,20 @@ PACKAGES = torch==2.13.0 "numpy>=1.26,<3" "pillow>=11" "safetensors>=0.5,<1" "av
 
 LINTERS = "ruff>=0.15,<1" "mypy>=1.19,<3"
 
-.PHONY: demo test lint clean
+.PHONY: demo bench bench-smoke calibrate test lint clean
 
 demo: $(VENV)/ready
 	$(VENV)/bin/python -m flowcache_core demo --out out/demo
+
+bench: $(VENV)/ready
+	$(VENV)/bin/python -m flowcache_core.lab.bench --out out/bench --pictures docs
+	$(VENV)/bin/python -m flowcache_core.lab.table
+
+bench-smoke: $(VENV)/ready
+	$(VENV)/bin/python -m flowcache_core.lab.bench --smoke --out out/bench_smoke
+
+calibrate: $(VENV)/ready
+	$(VENV)/bin/python -m flowcache_core.lab.search
 
 test: $(VENV)/ready
 	$(VENV)/bin/python -m pytest

@@ -1,8 +1,8 @@
 """One knob for likeness and speed: which steps a model needs recomputed for which likeness to its plain run.
 
 `lab.search` measures that on one short clip of the model and writes it beside the model's file as
-`<model>.flowcache.json`. Without such a file, the steps are spread by rule (`reuse.spread`) and the likeness is that of the
-demo model.
+`<model>.flowcache.json`. Without such a file the demo model's is taken; on another schedule than it was made for, as large a
+share of the steps is spread by rule (`reuse.spread`).
 """
 
 import json
@@ -86,14 +86,14 @@ def settings_of(quality: float | str, calibration: Calibration | None = None) ->
 
 def reuse(recomputed: tuple[int, ...], steps: int, lag: int) -> ReuseSettings:
     """A list of recomputed steps, which on another schedule becomes as large a share of its steps."""
-    return ReuseSettings("spread", share=len(recomputed) / steps, steps=recomputed, made_for=(steps, lag), correct=True)
+    return ReuseSettings("spread", share=len(recomputed) / steps, steps=recomputed, made_for=(steps, lag))
 
 
 def recomputing(count: int, steps: int, lag: int) -> ReuseSettings:
     """So many recomputed steps a chunk: as the shipped calibration lists them, where it was made for this schedule."""
     shipped = load(SHIPPED) if SHIPPED.exists() else None
     listed = shipped.by_count(count) if shipped and (shipped.steps, shipped.lag) == (steps, lag) else None
-    return reuse(listed, steps, lag) if listed else ReuseSettings("spread", share=count / steps, least=1, correct=True)
+    return reuse(listed, steps, lag) if listed else ReuseSettings("spread", share=count / steps, least=1)
 
 
 def beside(model: Path | str) -> Path:

@@ -211,7 +211,7 @@ class Engine:
         velocity = self.denoise(chunk.latent, sigma, place)
         if self.runner.corrects:
             length = self._sigmas(place.chunk)[place.step + 1] - sigma
-            change = chunk.corrector.step(velocity, sigma, length, self.runner.recomputed)
+            change = chunk.corrector.step(velocity, place.step, length, self.runner.recomputed)
             if change is not None:
                 chunk.latent = chunk.latent + change
                 chunk.solver.move(change)

@@ -259,11 +259,11 @@ class MagiEngine:
             self._forecasts[chunk], self._correctors[chunk] = Forecast(self.settings.reuse.order), Corrector()
         forecast = self._forecasts[chunk]
         if fresh is not None:
-            forecast.add(sigma, fresh * length if changes_held else fresh)
-        velocity = forecast.at(sigma)
+            forecast.add(place.step, fresh * length if changes_held else fresh)
+        velocity = forecast.at(place.step)
         x = self._latents[chunk]
         if self.settings.reuse.correct and not changes_held:
-            change = self._correctors[chunk].step(velocity, sigma, length, fresh is not None)
+            change = self._correctors[chunk].step(velocity, place.step, length, fresh is not None)
             x = x if change is None else x + change
         self._latents[chunk] = torch.add(x, velocity, alpha=1.0 if changes_held else length)
 

@@ -129,4 +129,6 @@ def describe(settings: Settings) -> str:
     """A line for a report: the preset's name and the budget."""
     names = [name for name, known in PRESETS.items() if replace(known, history=settings.history) == settings]
     budget = settings.history.budget
-    return f"FlowCache {names[0] if names else 'custom'}, " + (f"history budget {budget} chunks" if budget else "whole history")
+    return f"FlowCache {names[0] if names else 'custom'}, " + (
+        f"history budget {budget} chunks" if budget else "whole history"
+    )

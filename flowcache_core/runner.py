@@ -122,7 +122,7 @@ class Runner:
             return torch.zeros_like(x)
         if len(again) == len(branches):
             return fresh
-        results = [self._forecasts[place.chunk, name].at(sigma) for name in branches]
+        results = [self._forecasts[place.chunk, name].at(place.step) for name in branches]
         result = results[0] if len(results) == 1 else torch.cat(results)
         if self.held == "clean":
             return (x - result) / sigma
@@ -196,7 +196,7 @@ class Runner:
             kept = x - sigma * velocity
         for name, part in zip(branches, kept.split(rows), strict=True):
             forecast = self._forecasts.setdefault((place.chunk, name), Forecast(self.order))
-            forecast.add(sigma, part)
+            forecast.add(place.step, part)
         return velocity
 
     def _history(self, branch: Hashable, x: Tensor, batch: int) -> History:

@@ -53,7 +53,9 @@ class Size:
     minutes: float = 24.0
 
 
-SMOKE = Size(clips=2, chunks=4, pairs=1, every=3, long_chunks=60, short_clips=1, short_chunks=8, tokens=1024, minutes=2.7)
+SMOKE = Size(
+    clips=2, chunks=4, pairs=1, every=3, long_chunks=60, short_clips=1, short_chunks=8, tokens=1024, minutes=2.7
+)
 
 
 @dataclass
@@ -125,8 +127,14 @@ class Bench:
         first.psnr = first.ssim = None
         if setup.window:
             first.flops = window_flops(setup, self.clips)
-            first.seconds, first.forwards_executed, first.history_bytes_peak = references.seconds, references.forwards, 0
-            self.points.append(replace(measure(history_only(), setup, self.clips, kept, references), psnr=None, ssim=None))
+            first.seconds, first.forwards_executed, first.history_bytes_peak = (
+                references.seconds,
+                references.forwards,
+                0,
+            )
+            self.points.append(
+                replace(measure(history_only(), setup, self.clips, kept, references), psnr=None, ssim=None)
+            )
         first.speedup = 1.0
         first.overhead = overheads[PLAIN]
         self.points.append(first)
@@ -196,8 +204,16 @@ class Bench:
         clips = Clips.held_out(self.backbone, self.size.short_clips, self.size.short_chunks)
         rows = short_history(setup, clips, default(setup).settings, SHORT_BUDGET)
         for row in rows:
-            self.say(f"{row.name:24} detector {row.quality.detector:.1%}" + (f", {row.likeness.psnr:.1f} dB" if row.likeness else ""))
-        return {"budget": SHORT_BUDGET, "chunks": clips.chunks, "clips": len(clips.captions), "rows": [asdict(row) for row in rows]}
+            self.say(
+                f"{row.name:24} detector {row.quality.detector:.1%}"
+                + (f", {row.likeness.psnr:.1f} dB" if row.likeness else "")
+            )
+        return {
+            "budget": SHORT_BUDGET,
+            "chunks": clips.chunks,
+            "clips": len(clips.captions),
+            "rows": [asdict(row) for row in rows],
+        }
 
 
 SHORT_BUDGET = 3
@@ -225,7 +241,8 @@ def _likeness_chart(report: dict, schedule: str):
     points = [point for point in report["points"] if point["schedule"] == schedule and point["psnr"] is not None]
     names = [OURS, *sorted({point["method"] for point in points} - {OURS})]
     curves = [
-        charts.Curve(name, [(point["speedup"], point["psnr"]) for point in points if point["method"] == name]) for name in names
+        charts.Curve(name, [(point["speedup"], point["psnr"]) for point in points if point["method"] == name])
+        for name in names
     ]
     size = report["size"]
     return charts.likeness_chart(

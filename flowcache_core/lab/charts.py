@@ -10,7 +10,19 @@ from ..pictures import FAINT, INK, MARGIN, RULE, WIDTH, Canvas, axis_marks
 
 LEFT = 76
 # Okabe and Ito's, ours darkest; a curve is told by its mark as well.
-COLOURS = ("#000000", "#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#8a6d3b", "#7f7f7f", "#b3a100", "#6a3d9a")
+COLOURS = (
+    "#000000",
+    "#0072b2",
+    "#d55e00",
+    "#009e73",
+    "#cc79a7",
+    "#e69f00",
+    "#56b4e9",
+    "#8a6d3b",
+    "#7f7f7f",
+    "#b3a100",
+    "#6a3d9a",
+)
 MARKS = ("disc", "square", "diamond", "triangle", "cross")
 
 
@@ -22,7 +34,9 @@ class Curve:
     points: Sequence[tuple[float, float]]
 
 
-def likeness_chart(title: str, subtitle: str, curves: Sequence[Curve], aims: Sequence[tuple[float, float]] = ()) -> Image.Image:
+def likeness_chart(
+    title: str, subtitle: str, curves: Sequence[Curve], aims: Sequence[tuple[float, float]] = ()
+) -> Image.Image:
     """PSNR in dB over speedup on a logarithmic axis.
 
     Args:
@@ -70,9 +84,27 @@ def likeness_chart(title: str, subtitle: str, curves: Sequence[Curve], aims: Seq
 def long_run_chart(seconds: Sequence[float], history: Sequence[int], resident: Sequence[int]) -> Image.Image:
     """Time a chunk, history and process memory over the chunks of a long run."""
     canvas = Canvas(1200)
-    _title(canvas, f"A run of {len(seconds):,} chunks with a bounded history", "Medians over every tenth of a percent of the run are not taken: each chunk is a point.")
-    _panel(canvas, "milliseconds a chunk", [("each chunk", [1000 * s for s in seconds], "#9ecae1", 1), (f"mean of {_stretch(seconds)} chunks", _smoothed([1000 * s for s in seconds]), "#0072b2", 3)])
-    _panel(canvas, "memory, MB", [("history in use", [b / 2**20 for b in history], "#d55e00", 3), ("whole process", [b / 2**20 for b in resident], "#0072b2", 3)])
+    _title(
+        canvas,
+        f"A run of {len(seconds):,} chunks with a bounded history",
+        "Medians over every tenth of a percent of the run are not taken: each chunk is a point.",
+    )
+    _panel(
+        canvas,
+        "milliseconds a chunk",
+        [
+            ("each chunk", [1000 * s for s in seconds], "#9ecae1", 1),
+            (f"mean of {_stretch(seconds)} chunks", _smoothed([1000 * s for s in seconds]), "#0072b2", 3),
+        ],
+    )
+    _panel(
+        canvas,
+        "memory, MB",
+        [
+            ("history in use", [b / 2**20 for b in history], "#d55e00", 3),
+            ("whole process", [b / 2**20 for b in resident], "#0072b2", 3),
+        ],
+    )
     return canvas.finish()
 
 
@@ -138,7 +170,9 @@ def _legend(canvas: Canvas, names: Sequence[str], aims: bool) -> None:
 
 def _mark(canvas: Canvas, x: float, y: float, mark: str, colour: str, size: float) -> None:
     if mark == "disc":
-        canvas.shape([(x + size * math.cos(a / 8 * math.pi), y + size * math.sin(a / 8 * math.pi)) for a in range(16)], colour)
+        canvas.shape(
+            [(x + size * math.cos(a / 8 * math.pi), y + size * math.sin(a / 8 * math.pi)) for a in range(16)], colour
+        )
     elif mark == "square":
         canvas.box(x - size, y - size, x + size, y + size, colour)
     elif mark == "diamond":

@@ -21,7 +21,9 @@ def forward_flops(backbone: WanBackbone, tokens: int, seen: int, text: int, fram
     patch = network.patch_embedding.weight[0].numel()  # channels x patch
     out = network.head.head.out_features
     block = 4 * dim * dim + 2 * seen * dim + 2 * dim * dim + 2 * text * dim + 2 * dim * ffn
-    time = frames * (network.freq_dim * dim + dim * dim + 6 * dim * dim + network.freq_dim * dim + dim * dim + 6 * dim * dim)
+    time = frames * (
+        network.freq_dim * dim + dim * dim + 6 * dim * dim + network.freq_dim * dim + dim * dim + 6 * dim * dim
+    )
     # The head embeds the latent anew and asks for the time embedding again.
     return 2 * (tokens * (backbone.layers * block + 2 * patch * dim + dim * out) + time)
 
@@ -44,7 +46,9 @@ def run_flops(backbone: WanBackbone, report: Report, chunk_tokens: int, text: in
     return total
 
 
-def window_flops(backbone: WanBackbone, ticks: int, chunks: int, chunk_tokens: int, chunk_frames: int, text: int) -> int:
+def window_flops(
+    backbone: WanBackbone, ticks: int, chunks: int, chunk_tokens: int, chunk_frames: int, text: int
+) -> int:
     """Of an unaccelerated window: every chunk at every tick, each seeing those before it and itself."""
     tick = sum(
         forward_flops(backbone, chunk_tokens, (chunk + 1) * chunk_tokens, text, chunk_frames) for chunk in range(chunks)

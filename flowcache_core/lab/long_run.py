@@ -66,7 +66,9 @@ def long_run(backbone, setup: Setup, settings: Settings, chunks: int, budget: in
     runner = Runner(backbone, ChunkSchedule(chunks, setup.steps, setup.lag), settings, FRAMES_PER_CHUNK)
     shape = (1, backbone.channels, FRAMES_PER_CHUNK, *LATENT)
     noise = lambda chunk, *step: chunk_noise(0, chunk, shape, *step)  # noqa: E731
-    engine = Engine(runner, guidance(runner, embed_caption(CAPTION)), setup.levels(setup.steps), noise, noise, setup.solver)
+    engine = Engine(
+        runner, guidance(runner, embed_caption(CAPTION)), setup.levels(setup.steps), noise, noise, setup.solver
+    )
     made = LongRun(f"{setup.name}, history of {budget} clean chunks, relative positions")
     gc.collect()
     last = time.perf_counter()

@@ -85,10 +85,12 @@ def _rules(setup: Setup) -> list[list[Method]]:
         for threshold in thresholds[setup.name]:
             setting = f"threshold {threshold:g}"
             if name.startswith("EasyCache"):
-                sweep.append(Method(name, setting, Settings(ReuseSettings(order=0)), runner=easycache(threshold)))
+                sweep.append(
+                    Method(name, setting, Settings(ReuseSettings(order=0, correct=False)), runner=easycache(threshold))
+                )
                 continue
             policy = "flowcache" if name.startswith("FlowCache") else "teacache"
-            reuse = ReuseSettings(policy, threshold=threshold, warmup=warmup, order=0)
+            reuse = ReuseSettings(policy, threshold=threshold, warmup=warmup, order=0, correct=False)
             sweep.append(Method(name, setting, Settings(reuse)))
         sweeps.append(sweep)
     return sweeps
@@ -97,7 +99,11 @@ def _rules(setup: Setup) -> list[list[Method]]:
 def _periodic(setup: Setup) -> list[list[Method]]:
     return [
         [
-            Method(f"periodic, {name}", f"every {every}th", Settings(ReuseSettings("even", every=every, least=1, order=order)))
+            Method(
+                f"periodic, {name}",
+                f"every {every}th",
+                Settings(ReuseSettings("even", every=every, least=1, order=order, correct=False)),
+            )
             for every in DISTANCES[setup.name]
         ]
         for order, name in enumerate(FORECASTS)

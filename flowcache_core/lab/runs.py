@@ -103,7 +103,10 @@ class Outcome:
 
 
 def run(
-    method: Method, setup: Setup, clips: Clips, on_chunk: Callable[[int, Runner | None], None] = lambda chunk, runner: None
+    method: Method,
+    setup: Setup,
+    clips: Clips,
+    on_chunk: Callable[[int, Runner | None], None] = lambda chunk, runner: None,
 ) -> Outcome:
     """Runs a method on clips; `on_chunk` is told of each finished chunk."""
     steps = method.steps or setup.steps

@@ -107,7 +107,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split(".")[0])
     parser.add_argument("--network", type=Path, default=NETWORK_FILE, help="of the demo's family (default: what ships)")
     parser.add_argument("--out", type=Path, help="the calibration (default: beside the network)")
-    parser.add_argument("--minutes", type=float, default=2.0, help="of searching, before measuring (default: %(default)s)")
+    parser.add_argument(
+        "--minutes", type=float, default=2.0, help="of searching, before measuring (default: %(default)s)"
+    )
     options = parser.parse_args()
     out = options.out or beside(options.network)
     check_writable(out)

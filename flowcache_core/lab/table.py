@@ -14,12 +14,24 @@ TITLES = {
     "skyreels": "SkyReels-V2's schedule (50 steps, a chunk every 5 ticks; plain recomputes the whole window at every tick)",
     "causal": "Causal, 4 steps (the demo model is not distilled: it shows cost, not quality)",
 }
-COLUMNS = ("method", "setting", "faster", "forwards", "PSNR, dB", "SSIM", "to converged, dB", "caption found", "overhead")
+COLUMNS = (
+    "method",
+    "setting",
+    "faster",
+    "forwards",
+    "PSNR, dB",
+    "SSIM",
+    "to converged, dB",
+    "caption found",
+    "overhead",
+)
 
 
 def table(report: dict) -> str:
     """Markdown: what was measured on, the points of each schedule, a long run, short histories, the cost of cutting."""
-    return "\n\n".join(part for part in (_machine(report), *_points(report), _long_run(report), _short(report), _cut(report)) if part)
+    return "\n\n".join(
+        part for part in (_machine(report), *_points(report), _long_run(report), _short(report), _cut(report)) if part
+    )
 
 
 def insert(readme: str, words: str) -> str:
@@ -101,7 +113,9 @@ def _short(report: dict) -> str:
     ]
     names = ("history", "peak", "caption found", "lost from first to last chunk", "PSNR to whole history, dB")
     short = report["short_history"]
-    return f"**A history of {short['budget']} clean chunks, {short['chunks']} chunks long**\n\n" + _markdown(names, cells)
+    return f"**A history of {short['budget']} clean chunks, {short['chunks']} chunks long**\n\n" + _markdown(
+        names, cells
+    )
 
 
 def _cut(report: dict) -> str:

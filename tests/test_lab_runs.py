@@ -1,0 +1,68 @@
+"""The lab's runs are what they are called: batches equal single clips, the plain window equals the history."""
+
+import pytest
+import torch
+
+from flowcache_core.demo.model import load_network
+from flowcache_core.lab.adams_bashforth import AdamsBashforth2
+from flowcache_core.lab.easycache import easycache
+from flowcache_core.lab.methods import peers
+from flowcache_core.lab.runs import Clips, Method, plain_forwards, run
+from flowcache_core.lab.setups import SETUPS, Setup
+from flowcache_core.noise_levels import magi
+from flowcache_core.presets import ReuseSettings, Settings
+from flowcache_core.solvers import Euler
+
+QUICK = Setup("quick", 8, 2, magi, Euler, window=True)
+
+
+@pytest.fixture(scope="module")
+def clips():
+    return Clips.held_out(load_network(), 2, 3)
+
+
+def test_a_batch_of_clips_is_its_clips(clips):
+    settings = Settings(ReuseSettings("even", every=2, least=1, correct=True))
+    both = run(Method("ours", settings=settings), QUICK, clips)
+    alone = run(Method("ours", settings=settings), QUICK, Clips(clips.backbone, clips.captions[:1], clips.chunks))
+    assert (both.latents[:1] - alone.latents).abs().max() < 1e-4
+    assert (both.forwards, both.history_bytes) == (alone.forwards, alone.history_bytes)
+
+
+def test_a_window_recomputed_at_every_tick_is_the_history(clips):
+    window, history = run(Method("plain", window=True), QUICK, clips), run(Method("history only"), QUICK, clips)
+    assert (window.latents - history.latents).abs().max() < 1e-3
+    assert window.forwards == plain_forwards(QUICK, clips.chunks) == 3 * (8 + 2 * 2)
+    assert history.forwards == 3 * (8 + 1)
+
+
+def test_easycache_recomputes_everything_at_zero_and_little_at_a_high_threshold(clips):
+    held = Settings(ReuseSettings(order=0))
+    plain = run(Method("plain"), QUICK, clips)
+    never, often = (
+        run(Method("EasyCache's rule", settings=held, runner=easycache(threshold)), QUICK, clips)
+        for threshold in (0.0, 10.0)
+    )
+    assert torch.equal(never.latents, plain.latents)
+    rows = often.report.decisions["cond"]
+    assert all(steps[0] for steps in rows.values())
+    # One decision for all chunks that were recomputed before.
+    assert often.forwards < plain.forwards / 2
+
+
+def test_adams_bashforth_is_exact_on_a_velocity_that_is_a_line():
+    sigmas = [1.0, 0.7, 0.5, 0.2, 0.0]
+    solver, x = AdamsBashforth2(sigmas), torch.tensor([2.0])
+    exact = [2.0 + (s**2 - 1.0) for s in sigmas]  # dx/dsigma = 2 sigma
+    x = solver.step(torch.tensor([exact[0]]), torch.tensor([2.0 * sigmas[0]]), 0)
+    x = torch.tensor([exact[1]])
+    for step in range(1, 4):
+        x = solver.step(x, torch.tensor([2.0 * sigmas[step]]), step)
+        assert x.item() == pytest.approx(exact[step + 1], abs=1e-6)
+
+
+def test_every_peer_has_a_curve():
+    for setup in SETUPS.values():
+        sweep = list(peers(setup))
+        assert len({(method.name, method.setting) for method in sweep}) == len(sweep)
+        assert all((method.steps or setup.steps) <= setup.steps for method in sweep)
