@@ -1,8 +1,8 @@
 """One knob for likeness and speed: which steps a model needs recomputed for which likeness to its plain run.
 
 `lab.search` measures that on one short clip of the model and writes it beside the model's file as
-`<model>.flowcache.json`. Without such a file the demo model's is taken; on another schedule than it was made for, as large a
-share of the steps is spread by rule (`reuse.spread`).
+`<model>.flowcache.json`. Without such a file the demo model's is taken; on another schedule than it was made for, as
+large a share of the steps is spread by rule (`reuse.spread`).
 """
 
 import json

@@ -232,8 +232,8 @@ def write(report: dict, out: Path, pictures: Path | None = None) -> None:
     drawn["bench_long_run"] = charts.long_run_chart(
         run_of_many["seconds_per_chunk"], run_of_many["history_bytes"], run_of_many["rss_bytes"]
     )
-    for folder in (out, pictures):
-        for name, picture in drawn.items() if folder else ():
+    for folder in [out, *([pictures] if pictures else [])]:
+        for name, picture in drawn.items():
             write_whole(folder / f"{name}.png", picture.save)
 
 

@@ -87,7 +87,7 @@ def long_run_chart(seconds: Sequence[float], history: Sequence[int], resident: S
     _title(
         canvas,
         f"A run of {len(seconds):,} chunks with a bounded history",
-        "Medians over every tenth of a percent of the run are not taken: each chunk is a point.",
+        "Budget of 3 clean chunks, positions relative to the window, one clip.",
     )
     _panel(
         canvas,
@@ -123,7 +123,7 @@ def _panel(canvas: Canvas, unit: str, lines: Sequence[tuple[str, Sequence[float]
         canvas.line([(LEFT, y), (right, y)], RULE)
         canvas.text(LEFT - 8, y, f"{mark:g}", 12, FAINT, "rm")
     canvas.sideways(MARGIN - 6, top + height / 2, unit)
-    for name, values, colour, thick in lines:
+    for _, values, colour, thick in lines:
         canvas.line([at(place, value) for place, value in enumerate(values)], colour, thick)
     for mark in [0, *(share * count // 5 for share in range(1, 6))]:
         canvas.text(at(min(mark, count - 1), 0)[0], top + height + 6, f"{max(mark, 1):,}", 12, FAINT, "ma")

@@ -18,7 +18,7 @@ HEADS, WIDTH, QUERIES = 4, 64, 48  # of the demo model: heads, head width, token
 
 @dataclass(frozen=True)
 class Cost:
-    """Of one cut at one length: seconds and extra bytes at the peak, ours and written out; share of tokens kept by both."""
+    """Of one cut: seconds and extra bytes at the peak, ours and written out; share of tokens that both keep."""
 
     tokens: int
     seconds: float
@@ -29,7 +29,7 @@ class Cost:
 
 
 def direct(queries: Tensor, keys: Tensor, keep: int, weight: float, pool: int) -> Tensor:
-    """The published formula with its full matrices: heads x queries x keys of attention, heads x keys x keys of cosines."""
+    """The published formula with its full matrices, heads x queries x keys and heads x keys x keys."""
     logits = queries @ keys.transpose(-1, -2) / keys.shape[-1] ** 0.5
     looked_at = F.max_pool1d(logits.softmax(dim=-1).mean(dim=2), pool, stride=1, padding=pool // 2)
     units = F.normalize(keys, dim=-1)

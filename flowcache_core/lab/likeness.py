@@ -1,7 +1,7 @@
 """How alike runs are, and how good each is by itself.
 
-Latents become pixels by the demo's linear codec, the space that network and VAE were trained in. The VAE's decoder is the
-same map, learned, and takes longer than generating; `bench` compares both on one clip.
+Latents become pixels by the demo's linear codec, which network and VAE were trained on. The VAE's decoder is the same
+map, learned, and takes longer than generating; `bench` compares both on one clip.
 """
 
 from dataclasses import dataclass

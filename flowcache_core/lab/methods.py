@@ -4,7 +4,7 @@ from collections.abc import Iterator
 
 from ..calibration import recomputing
 from ..multistep import DPM2M, UniPC
-from ..presets import DEFAULT_PRESET, PRESETS, ReuseSettings, Settings
+from ..presets import DEFAULT_PRESET, PRESETS, PolicyName, ReuseSettings, Settings
 from ..solvers import Euler, SolverFactory
 from .adams_bashforth import AdamsBashforth2
 from .easycache import easycache
@@ -89,7 +89,7 @@ def _rules(setup: Setup) -> list[list[Method]]:
                     Method(name, setting, Settings(ReuseSettings(order=0, correct=False)), runner=easycache(threshold))
                 )
                 continue
-            policy = "flowcache" if name.startswith("FlowCache") else "teacache"
+            policy: PolicyName = "flowcache" if name.startswith("FlowCache") else "teacache"
             reuse = ReuseSettings(policy, threshold=threshold, warmup=warmup, order=0, correct=False)
             sweep.append(Method(name, setting, Settings(reuse)))
         sweeps.append(sweep)

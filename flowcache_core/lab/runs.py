@@ -113,11 +113,11 @@ def run(
     schedule = ChunkSchedule(clips.chunks, steps, setup.lag_of(steps))
     levels, solver = setup.levels(steps), method.solver or setup.solver
     if method.window:
-        runner = None
+        runner: Runner | None = None
         denoise = JointGuidance(
             clips.backbone, {"cond": clips.text}, {"cond": 1.0}, block_causal(chunk_tokens(clips.backbone))
         )
-        engine = JointEngine(schedule, denoise, levels, clips.noise, clips.noise, solver)
+        engine: JointEngine | Engine = JointEngine(schedule, denoise, levels, clips.noise, clips.noise, solver)
         report = engine.report
     else:
         runner = method.runner(clips.backbone, schedule, method.settings, FRAMES_PER_CHUNK)

@@ -1,6 +1,7 @@
 """What is lost with a short history: FlowCache's choice of tokens against other choices of the same size."""
 
 from dataclasses import dataclass, replace
+from typing import Literal
 
 from ..compression import Compression
 from ..history import HistorySettings
@@ -9,12 +10,16 @@ from .likeness import Likeness, Quality, likeness, pixels, quality
 from .runs import Clips, Method, Outcome, run
 from .setups import Setup
 
-RULES = {"importance x redundancy": "flowcache", "sliding window": "window", "random tokens": "random"}
+RULES: dict[str, Literal["flowcache", "window", "random"]] = {
+    "importance x redundancy": "flowcache",
+    "sliding window": "window",
+    "random tokens": "random",
+}
 
 
 @dataclass(frozen=True)
 class Kept:
-    """A way of keeping the history: quality by itself, likeness to the run with the whole of it, peak bytes of a clip."""
+    """A way of keeping the history: quality by itself, likeness to the whole history, peak bytes of a clip."""
 
     name: str
     quality: Quality

@@ -1,4 +1,4 @@
-"""The bench's table, and its place in the README: `python -m flowcache_core.lab.table` writes it between two markers."""
+"""The bench's table, and its place in the README: `python -m flowcache_core.lab.table` writes it there."""
 
 import argparse
 from collections.abc import Iterable
