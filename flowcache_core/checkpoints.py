@@ -16,6 +16,7 @@ from torch import Tensor
 
 from .backbones.wan import WanConfig, WanNetwork
 from .errors import UserError
+from .files import parse_json
 from .weight_files import Progress, WeightFile, open_weights, write_safetensors
 
 FAMILIES = {
@@ -135,7 +136,7 @@ def load_state_dict(path: str | Path, check_finite: bool = False) -> dict[str, T
 def stamp(info: CheckpointInfo) -> dict[str, str]:
     """Metadata for a file of this family: our stamp, and what ComfyUI's stock loader wants to know."""
     try:
-        host = json.loads(info.metadata.get("config", "{}"))
+        host = parse_json(info.metadata.get("config", "{}"))
     except ValueError:
         host = {}
     transformer = dict(host.get("transformer", {}))
@@ -247,23 +248,29 @@ def _first(tensors: dict[str, Tensor], start: str) -> Tensor:
 def _transformer_settings(path: Path, file: WeightFile) -> dict:
     """What the metadata and a config.json beside the weights say of the network; the metadata wins."""
     try:
-        metadata = json.loads(file.metadata.get("config", "{}")).get("transformer", {})
+        metadata = parse_json(file.metadata.get("config", "{}")).get("transformer", {})
     except (ValueError, AttributeError) as error:
         raise UserError(f"{path.name} has metadata 'config' that is not a JSON object; download it again.") from error
     return (file.settings or {}) | metadata
 
 
 def _wan_config(path: Path, tensors: dict[str, Tensor], settings: dict) -> WanConfig:
-    def shape(name: str) -> torch.Size:
+    def shape(name: str, dimensions: int = 2) -> torch.Size:
         if name not in tensors:
             raise UserError(
                 f"{path.name} lacks {name}, which every network of the Wan 2.1 layout has; it is cut down, or one "
                 "shard of several: give the folder or the index.json."
             )
-        return tensors[name].shape
+        found = tensors[name].shape
+        if len(found) != dimensions or 0 in found:
+            raise UserError(
+                f"{path.name} has {name} of shape {list(found)}, expected {dimensions} sizes above 0; it is damaged or "
+                "packed in a way that is not known here: use another file."
+            )
+        return found
 
-    dim, in_dim, *patch_size = shape("patch_embedding.weight")
-    num_layers = 1 + max((int(name.split(".")[1]) for name in tensors if re.match(r"blocks\.\d+\.", name)), default=-1)
+    dim, in_dim, *patch_size = shape("patch_embedding.weight", 5)
+    num_layers = len({name.split(".")[1] for name in tensors if re.match(r"blocks\.\d+\.", name)})
     num_heads = settings.get("num_heads", settings.get("num_attention_heads", dim // 128))
     if not isinstance(num_heads, int) or num_heads < 1 or dim % num_heads or dim // num_heads % 2:
         raise UserError(
@@ -328,7 +335,7 @@ def _family(
 def _told_family(path: Path, file: WeightFile, config: WanConfig | None, settings: dict) -> tuple[str, tuple[str, ...]]:
     if STAMP in file.metadata:
         try:
-            family = json.loads(file.metadata[STAMP])["family"]
+            family = parse_json(file.metadata[STAMP])["family"]
         except (ValueError, KeyError, TypeError) as error:
             raise UserError(f"{path.name} has a broken {STAMP!r} stamp; convert it again from its source.") from error
         if family not in FAMILIES:

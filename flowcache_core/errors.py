@@ -1,5 +1,12 @@
 """The one exception that is meant for the user's eyes."""
 
+LONGEST = 700  # characters; a file from a stranger may bring names of any length into a message
+
 
 class UserError(ValueError):
     """A mistake of input. One line: what was found, what was expected, what to do."""
+
+    def __init__(self, message: str):
+        line = " ".join(message.split())
+        line = line if len(line) <= LONGEST else line[:LONGEST] + " …"
+        super().__init__("".join(letter if letter.isprintable() else "?" for letter in line))

@@ -1,5 +1,6 @@
-"""Files that appear whole or not at all."""
+"""Files that appear whole or not at all, and JSON that nobody vouches for."""
 
+import json
 import os
 import tempfile
 from collections.abc import Callable
@@ -39,3 +40,15 @@ def write_whole(path: Path | str, write: Callable[[Path], object]) -> Path:
         reason = error.strerror or type(error).__name__
         raise UserError(f"Cannot write {path} ({reason}); choose a folder that you can write to.") from error
     return path
+
+
+def parse_json(text: str | bytes):
+    """What a JSON text says.
+
+    Raises:
+        ValueError: it is no JSON, or is nested too deeply.
+    """
+    try:
+        return json.loads(text)
+    except RecursionError as error:
+        raise ValueError("nested too deeply") from error

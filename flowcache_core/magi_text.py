@@ -58,7 +58,7 @@ class SpecialTokens:
         try:
             with np.load(path, allow_pickle=False) as arrays:
                 found = {name: torch.from_numpy(arrays[name]) for name in ARRAYS}
-        except (OSError, ValueError, KeyError, TypeError) as error:
+        except Exception as error:  # numpy and zipfile raise many kinds for what they will not read
             raise UserError(
                 f"{Path(path).name} is not MAGI-1's special_tokens.npz ({error}); take it from its example/assets."
             ) from error

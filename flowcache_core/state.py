@@ -15,7 +15,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from .errors import UserError
-from .files import write_whole
+from .files import parse_json, write_whole
 from .history import Clean
 
 FORMAT = "flowcache-state-1"
@@ -56,7 +56,9 @@ class State(NamedTuple):
         mine = (self.latents.shape[0], self.latents.shape[1], *self.latents.shape[3:])
         asked = (latent_shape[0], latent_shape[1], *latent_shape[3:])
         if self.model and model and self.model != model:
-            raise UserError(f"The state was made with another model ({self.model}, this one is {model}); use that model.")
+            raise UserError(
+                f"The state was made with another model ({self.model}, this one is {model}); use that model."
+            )
         if self.chunk_frames != chunk_frames:
             raise UserError(f"The state has {self.chunk_frames} frames a chunk, the run {chunk_frames}; set the same.")
         if mine != asked:
@@ -98,16 +100,20 @@ def load_state(path: Path | str) -> State:
         with safe_open(path, "pt") as file:
             metadata = file.metadata() or {}
             if metadata.get("format") != FORMAT:
-                raise UserError(f"'{Path(path).name}' is a safetensors file but no FlowCache state; choose a saved state.")
+                raise UserError(
+                    f"'{Path(path).name}' is a safetensors file but no FlowCache state; choose a saved state."
+                )
             tensors = {name: file.get_tensor(name) for name in file.keys()}
-        info = json.loads(metadata["state"])
+        info = parse_json(metadata["state"])
         branches, chunk_frames, model = tuple(info["branches"]), info["chunk_frames"], info["model"]
         histories = tuple(
             Clean(*(tensors[f"history.{number}.{name}"] for name in Clean._fields)) for number in range(len(branches))
         )
         state = State(tensors["latents"], histories, branches, chunk_frames, model, info.get("dropped", 0))
     except (SafetensorError, OSError) as error:
-        raise UserError(f"Cannot read a state from '{Path(path).name}': {error}. Choose a whole, saved state.") from error
+        raise UserError(
+            f"Cannot read a state from '{Path(path).name}': {error}. Choose a whole, saved state."
+        ) from error
     except (KeyError, TypeError, ValueError) as error:
         if isinstance(error, UserError):
             raise

@@ -19,6 +19,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from .errors import UserError
+from .files import parse_json
 
 Progress = Callable[[int, int], None]  # bytes written, bytes in all
 
@@ -37,6 +38,7 @@ DTYPE_NAMES = {
     torch.bool: "BOOL",
 }
 
+LONGEST_NAME = 200  # of a shard's file
 LONGEST_HEADER = 100_000_000  # bytes; the safetensors library's own limit
 
 
@@ -145,7 +147,7 @@ def _settings(folder: Path) -> dict:
     if not file.is_file():
         return {}
     try:
-        settings = json.loads(file.read_text())
+        settings = parse_json(file.read_text())
     except ValueError as error:
         raise UserError(f"{file} is not valid JSON ({error}); download it again.") from error
     return settings if isinstance(settings, dict) else {}
@@ -200,7 +202,7 @@ def _check_header(path: Path, start: bytes, size: int) -> None:
     with open(path, "rb") as file:
         file.seek(8)
         try:
-            header = json.loads(file.read(length))
+            header = parse_json(file.read(length))
             ends = [entry["data_offsets"][1] for name, entry in header.items() if name != "__metadata__"]
             expected = 8 + length + max(ends, default=0)
         except (ValueError, KeyError, TypeError, IndexError, AttributeError) as error:
@@ -211,7 +213,7 @@ def _check_header(path: Path, start: bytes, size: int) -> None:
 
 def _open_shards(index: Path, settings: dict) -> WeightFile:
     try:
-        places = json.loads(index.read_text())["weight_map"]
+        places = parse_json(index.read_text())["weight_map"]
         shards = sorted(set(places.values()))
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise UserError(f"{index.name} has no weight_map, expected an index of shards; check the file.") from error
@@ -219,11 +221,11 @@ def _open_shards(index: Path, settings: dict) -> WeightFile:
     metadata: dict[str, str] = {}
     size = 0
     for name in shards:
-        shard = index.parent / name
-        if Path(name).name != name:
+        if not isinstance(name, str) or Path(name).name != name or len(name) > LONGEST_NAME:
             raise UserError(
                 f"{index.name} names the shard {name!r}, expected a file beside it; download the index again."
             )
+        shard = index.parent / name
         if not shard.is_file():
             raise UserError(
                 f"{index.name} names {name}, which is not beside it; put all {len(shards)} shards in {index.parent}."

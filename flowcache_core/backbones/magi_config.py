@@ -108,12 +108,16 @@ class MagiConfig:
         if missing:
             raise UserError(f"The checkpoint lacks {missing[0]}; expected MAGI-1's tensors: choose another file.")
         shape = {key: tuple(tensors[name].shape) for key, name in names.items()}
+        dimensions = {"embedder": 5, "head": 1}
+        for key, name in names.items():
+            if len(shape[key]) < dimensions.get(key, 2) or 0 in shape[key]:
+                raise UserError(f"{name} is {list(shape[key])}, which no MAGI-1 has; choose a sound checkpoint.")
         width, fed, _, patch, _ = shape["embedder"]
         # fp8 matrices carry a leading 1
         (queries, _), (keys, _), (inner, _) = shape["q"][-2:], shape["k"][-2:], shape["inner"][-2:]
         doubled = fed == 2 * LATENT_CHANNELS
         return cls(
-            layers=1 + max(int(name.split(".")[2]) for name in tensors if name.startswith("videodit_blocks.layers.")),
+            layers=len({name.split(".")[2] for name in tensors if name.startswith("videodit_blocks.layers.")}),
             width=width,
             ffn_width=shape["outer"][-1],
             heads=queries // shape["head"][0],

@@ -1,0 +1,373 @@
+"""Files from strangers: mutated files are read, and each must be taken or refused in one line.
+
+As a script: python tests/fuzz_files.py --files 10000 --seed 0
+"""
+
+import argparse
+import io
+import json
+import random
+import resource
+import signal
+import struct
+import sys
+import tempfile
+import time
+import zipfile
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+import torch
+from safetensors.torch import save_file
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+from flowcache_core import checkpoints  # noqa: E402
+from flowcache_core.backbones.magi import MagiNetwork, load_network  # noqa: E402
+from flowcache_core.backbones.magi_config import MagiConfig  # noqa: E402
+from flowcache_core.backbones.wan import WanConfig, WanNetwork  # noqa: E402
+from flowcache_core.errors import UserError  # noqa: E402
+from flowcache_core.history import Clean  # noqa: E402
+from flowcache_core.magi_text import SpecialTokens  # noqa: E402
+from flowcache_core.state import load_state, make_state, save_state  # noqa: E402
+
+SECONDS = 10  # that one file may take
+MEMORY = 300 * 2**20  # bytes that a whole run may grow by
+TINY = WanConfig(dim=16, ffn_dim=8, num_heads=1, num_layers=1, in_dim=2, out_dim=2, text_dim=4, freq_dim=4)
+MAGI = MagiConfig(
+    layers=1, width=8, ffn_width=8, heads=2, kv_heads=1, head_dim=8, channels=2, caption_width=4, caption_tokens=4
+)
+HUGE = (2**31, 2**40, 2**62, 10**30, -1, 0, 1.5, "1", None, [], {}, True)
+NAMES = (
+    "../../etc/passwd",
+    "/etc/passwd",
+    "a/../../b",
+    "",
+    "\0",
+    "x" * 5000,
+    "blocks.99999999.norm3.weight",
+    "..",
+    7,
+    None,
+    ["a"],
+)
+
+
+@dataclass(frozen=True)
+class Kind:
+    """A kind of file.
+
+    Attributes:
+        make: writes a good one into a folder and gives the path to read and the one to mutate.
+        read: the reader.
+        mutate: changes the bytes of a good one.
+    """
+
+    make: Callable[[Path], tuple[Path, Path]]
+    read: Callable[[Path], object]
+    mutate: Callable[[bytes, random.Random], bytes]
+
+
+@dataclass
+class Outcome:
+    """Attributes:
+    taken, refused: how many files of each kind were.
+    faults: the others: number of the file, kind, and what happened.
+    """
+
+    taken: Counter = field(default_factory=Counter)
+    refused: Counter = field(default_factory=Counter)
+    faults: list[str] = field(default_factory=list)
+
+
+class TooSlow(BaseException):
+    """A reader hangs."""
+
+
+class Trap:
+    """An object whose pickle runs code: it leaves a file behind."""
+
+    def __init__(self, mark: Path):
+        self.mark = mark
+
+    def __reduce__(self):
+        return Path.touch, (self.mark,)
+
+
+def any_bytes(content: bytes, rng: random.Random) -> bytes:
+    """Bytes changed, cut off, left out, doubled."""
+    content = bytearray(content)
+    for _ in range(rng.choice((1, 1, 2, 8))):
+        at = rng.randrange(max(1, min(len(content), rng.choice((16, 200, 10**9)))))
+        end = at + rng.choice((1, 2, 8, 100))
+        how = rng.randrange(5)
+        if how == 0:
+            content[at : at + 1] = bytes([rng.randrange(256)])
+        elif how == 1:
+            del content[at:]
+        elif how == 2:
+            del content[at:end]
+        elif how == 3:
+            content[at:at] = content[at:end]
+        else:
+            content[at : at + 8] = struct.pack("<q", rng.choice((0, 1, -1, 2**31, 2**62, rng.getrandbits(40))))
+    return bytes(content)
+
+
+def any_json(value, rng: random.Random):
+    """A JSON value with one thing in it changed."""
+    if isinstance(value, dict) and value and rng.random() < 0.85:
+        key = rng.choice(list(value))
+        how = rng.randrange(6)
+        if how == 0:
+            return {name: inner for name, inner in value.items() if name != key}
+        if how == 1:
+            return {(str(rng.choice(NAMES)) if name == key else name): inner for name, inner in value.items()}
+        return value | {key: any_json(value[key], rng)}
+    if isinstance(value, list) and value and rng.random() < 0.85:
+        at = rng.randrange(len(value))
+        return [*value[:at], any_json(value[at], rng), *value[at + 1 :]]
+    if isinstance(value, str) and value.startswith("{") and rng.random() < 0.7:  # JSON inside of JSON
+        return json.dumps(any_json(json.loads(value), rng))
+    deep = "[" * rng.choice((1, 200_000))
+    return rng.choice((*HUGE, *NAMES, value, deep))
+
+
+def any_safetensors(content: bytes, rng: random.Random) -> bytes:
+    """A change of the header's JSON half the time, of any bytes otherwise."""
+    if rng.random() < 0.4:
+        return any_bytes(content, rng)
+    length = int.from_bytes(content[:8], "little")
+    header = json.dumps(any_json(json.loads(content[8 : 8 + length]), rng)).encode()
+    if rng.random() < 0.03:
+        header = b'{"a":' + b"[" * 200_000
+    return len(header).to_bytes(8, "little") + header + content[8 + length :]
+
+
+def any_index(content: bytes, rng: random.Random) -> bytes:
+    """A change of a JSON file."""
+    return any_bytes(content, rng) if rng.random() < 0.2 else json.dumps(any_json(json.loads(content), rng)).encode()
+
+
+def any_zip(content: bytes, rng: random.Random) -> bytes:
+    """A change inside one of a zip's files half the time, of any bytes otherwise."""
+    if rng.random() < 0.5:
+        return any_bytes(content, rng)
+    out = io.BytesIO()
+    with zipfile.ZipFile(io.BytesIO(content)) as old, zipfile.ZipFile(out, "w") as new:
+        names = old.namelist()
+        changed = rng.choice(names)
+        for name in names:
+            inner = old.read(name)
+            new.writestr(name, any_bytes(inner, rng) if name == changed else inner)
+    return out.getvalue()
+
+
+def weights() -> dict[str, torch.Tensor]:
+    torch.manual_seed(0)
+    return {name: tensor.detach().clone() for name, tensor in WanNetwork(TINY).state_dict().items()}
+
+
+def make_checkpoint(folder: Path) -> tuple[Path, Path]:
+    config = json.dumps({"transformer": {"num_heads": 1, "text_dim": 4, "causal_ar": True}})
+    path = folder / "model.safetensors"
+    save_file(weights(), path, metadata={"config": config, "flowcache": json.dumps({"family": "causal"})})
+    return path, path
+
+
+def make_magi(folder: Path) -> tuple[Path, Path]:
+    path = folder / "magi.safetensors"
+    save_file({name: tensor.clone() for name, tensor in MagiNetwork(MAGI).state_dict().items()}, path)
+    return path, path
+
+
+def make_shards(folder: Path) -> tuple[Path, Path]:
+    names = list(weights())
+    first, second = names[: len(names) // 2], names[len(names) // 2 :]
+    places = {}
+    for number, part in enumerate((first, second)):
+        save_file({name: weights()[name] for name in part}, folder / f"part-{number}.safetensors")
+        places |= dict.fromkeys(part, f"part-{number}.safetensors")
+    (folder / "config.json").write_text('{"num_heads": 1}')
+    index = folder / "model.index.json"
+    index.write_text(json.dumps({"metadata": {"total_size": 1}, "weight_map": places}))
+    return index, index
+
+
+def make_config(folder: Path) -> tuple[Path, Path]:
+    save_file(weights(), folder / "model.safetensors")
+    config = folder / "config.json"
+    config.write_text(json.dumps({"num_heads": 1, "inject_sample_info": True, "_class_name": "SkyReelsV2"}))
+    return folder, config
+
+
+def make_torch(folder: Path) -> tuple[Path, Path]:
+    path = folder / "model.pt"
+    torch.save({"generator_ema": weights(), "step": 3}, path)
+    (folder / "config.json").write_text('{"num_heads": 1}')
+    return folder, path
+
+
+def make_trap(folder: Path) -> tuple[Path, Path]:
+    path = folder / "model.pt"
+    torch.save({"generator": weights(), "extra": Trap(folder.parent / "ran")}, path)
+    return path, path
+
+
+def make_old_trap(folder: Path) -> tuple[Path, Path]:
+    path = folder / "model.pt"
+    torch.save({"extra": Trap(folder.parent / "ran")}, path, _use_new_zipfile_serialization=False)
+    return path, path
+
+
+def make_saved_state(folder: Path) -> tuple[Path, Path]:
+    path = folder / "state.safetensors"
+    save_state(make_state(torch.randn(1, 2, 4, 2, 2), {"cond": clean(), "uncond": clean()}, 2, "model"), path)
+    return path, path
+
+
+def clean() -> Clean:
+    keys, values = torch.randn(2, 1, 1, 1, 8, 4)
+    return Clean(keys.clone(), values.clone(), torch.zeros(1, 1, 1, 8, dtype=torch.int32), torch.randn(1, 1, 1, 4, 4))
+
+
+def make_tokens(folder: Path) -> tuple[Path, Path]:
+    path = folder / "special_tokens.npz"
+    rows = {"caption_token": (1, 8), "logo_token": (1, 8), "other_tokens": (20, 8)}
+    np.savez(path, **{name: np.ones(shape, np.float16) for name, shape in rows.items()})
+    return path, path
+
+
+def make_token_trap(folder: Path) -> tuple[Path, Path]:
+    path = folder / "special_tokens.npz"
+    traps = np.array([Trap(folder.parent / "ran")], dtype=object)
+    np.savez(path, caption_token=traps, logo_token=traps, other_tokens=traps)
+    return path, path
+
+
+def load_checkpoint(path: Path) -> None:
+    checkpoints.load(path, check_finite=True)
+
+
+def load_magi(path: Path) -> None:
+    info, tensors = checkpoints.load(path, check_finite=True)
+    if info.family == "magi":
+        load_network(tensors, distilled=False)
+
+
+KINDS = {
+    "checkpoint": Kind(make_checkpoint, load_checkpoint, any_safetensors),
+    "MAGI-1": Kind(make_magi, load_magi, any_safetensors),
+    "shards": Kind(make_shards, load_checkpoint, any_index),
+    "config": Kind(make_config, load_checkpoint, any_index),
+    "torch file": Kind(make_torch, load_checkpoint, any_zip),
+    "torch file with code": Kind(make_trap, load_checkpoint, any_zip),
+    "old torch file with code": Kind(make_old_trap, load_checkpoint, any_bytes),
+    "state": Kind(make_saved_state, load_state, any_safetensors),
+    "special tokens": Kind(make_tokens, SpecialTokens.from_file, any_zip),
+    "special tokens with code": Kind(make_token_trap, SpecialTokens.from_file, any_zip),
+}
+
+
+class Opened:
+    """Notes every file that Python opens outside a folder while it is on; what is imported aside."""
+
+    def __init__(self, folder: Path):
+        self.folder, self.on, self.found = str(folder), False, []
+        sys.addaudithook(self._hook)
+
+    def _hook(self, event: str, args: tuple) -> None:
+        if not self.on:
+            return
+        if (
+            event == "open"
+            and isinstance(args[0], str)
+            and not args[0].startswith((self.folder, sys.prefix, sys.base_prefix))
+        ):
+            self.found.append(args[0])
+        if event in ("os.system", "subprocess.Popen", "os.exec", "socket.connect"):
+            self.found.append(event)
+
+
+def fuzz(files: int, seed: int, folder: Path) -> Outcome:
+    """Reads so many mutated files, of each kind in turn."""
+    outcome, opened = Outcome(), Opened(folder)
+    signal.signal(signal.SIGALRM, _too_slow)
+    good = {}
+    for name, kind in KINDS.items():
+        place = folder / name.replace(" ", "_")
+        place.mkdir()
+        read, changed = kind.make(place)
+        good[name] = (read, changed, changed.read_bytes())
+        if "code" not in name:
+            kind.read(read)
+    memory = peak_memory()
+    for number in range(files):
+        name = list(KINDS)[number % len(KINDS)]
+        kind, (path, changed, content) = KINDS[name], good[name]
+        rng = random.Random(f"{seed} {number}")
+        changed.write_bytes(kind.mutate(content, rng))
+        fault = _read(kind, path, name, outcome, opened)
+        if peak_memory() - memory > MEMORY:
+            fault, memory = fault or f"memory grew by {peak_memory() - memory:,} bytes", peak_memory()
+        if (folder / "ran").exists():
+            fault = "it ran code"
+            (folder / "ran").unlink()
+        if opened.found:
+            fault = f"it opened {opened.found}"
+            opened.found = []
+        if fault:
+            outcome.faults.append(f"file {number} of seed {seed}, {name}: {fault}")
+    return outcome
+
+
+def _read(kind: Kind, path: Path, name: str, outcome: Outcome, opened: Opened) -> str | None:
+    """Reads a file; what is wrong about how it went, if anything."""
+    signal.alarm(SECONDS)
+    opened.on = True
+    try:
+        kind.read(path)
+        outcome.taken[name] += 1
+    except UserError as error:
+        outcome.refused[name] += 1
+        if "\n" in str(error) or len(str(error)) > 1000:
+            return f"not one short line: {str(error)[:200]!r}"
+    except TooSlow:
+        return f"longer than {SECONDS} s"
+    except BaseException as error:  # a panic of a library in Rust is no Exception
+        return f"{type(error).__name__}: {str(error)[:200]}"
+    finally:
+        opened.on = False
+        signal.alarm(0)
+    return None
+
+
+def _too_slow(signum, frame):
+    raise TooSlow
+
+
+def peak_memory() -> int:
+    """The most bytes that this process has held."""
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--files", type=int, default=10_000)
+    parser.add_argument("--seed", type=int, default=0)
+    options = parser.parse_args()
+    begun = time.perf_counter()
+    with tempfile.TemporaryDirectory() as folder:
+        outcome = fuzz(options.files, options.seed, Path(folder))
+    for name in KINDS:
+        print(f"{name}: {outcome.taken[name]} taken, {outcome.refused[name]} refused")
+    print(f"{options.files} files in {time.perf_counter() - begun:.0f} s, {len(outcome.faults)} faults")
+    print(*outcome.faults[:50], sep="\n")
+    return bool(outcome.faults)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
