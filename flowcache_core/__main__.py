@@ -8,7 +8,7 @@ from pathlib import Path
 
 import torch
 
-from . import checkpoints
+from . import checkpoints, magi_files
 from .demo.captions import embed_caption
 from .demo.clips import FPS
 from .demo.compare import CAPTION, compare, table
@@ -82,8 +82,9 @@ def run_demo(options: argparse.Namespace) -> None:
 def run_info(options: argparse.Namespace) -> None:
     info = checkpoints.inspect(options.file, options.family)
     print(f"family    {info.family}: {checkpoints.FAMILIES[info.family]}")
-    if info.config:
-        print(f"network   width {info.config.dim}, {info.config.num_layers} blocks, {info.config.num_heads} heads")
+    config = info.config
+    sizes = (config.width, config.layers, config.heads) if info.layout == "magi" else (config.dim, config.num_layers, config.num_heads)
+    print("network   width {}, {} blocks, {} heads".format(*sizes))
     print(f"layout    {info.layout}" + (f", names begin with {info.prefix}" if info.prefix else ""))
     print(f"weights   {str(info.dtype).removeprefix('torch.')}, {megabytes(info.bytes)}")
     for key, value in info.metadata.items():
@@ -101,7 +102,13 @@ def run_convert(options: argparse.Namespace) -> None:
             shown = written * 10 // total
             print(f"writing {written / total:4.0%} of {megabytes(total)}", file=sys.stderr)
 
-    info = checkpoints.convert(options.file, options.out, options.family, DTYPES[options.dtype], progress=progress)
+    if magi_files.is_vae(options.file):
+        magi_files.convert_vae(options.file, options.out, progress)
+        print(f"{options.out}: MAGI-1's VAE; put it into ComfyUI's models/vae")
+        return
+    info = checkpoints.convert(
+        options.file, options.out, options.family, DTYPES[options.dtype], progress=progress, special_tokens=options.special_tokens
+    )
     print(f"{options.out}: {info.family}, {megabytes(info.bytes)}; put it into ComfyUI's models/diffusion_models")
 
 
@@ -169,12 +176,13 @@ def parser() -> argparse.ArgumentParser:
     part.add_argument("file", type=Path)
     part.add_argument("--family", default="auto", help=f"auto or {', '.join(checkpoints.FAMILIES)}")
 
-    part = commands.add_parser("convert", help="a checkpoint of any layout to one that ComfyUI's stock loader reads")
+    part = commands.add_parser("convert", help="a checkpoint (or MAGI-1's VAE) of any layout to one file for ComfyUI")
     part.set_defaults(run=run_convert)
     part.add_argument("file", type=Path)
     part.add_argument("out", type=Path)
     part.add_argument("--family", default="auto", help=f"auto or {', '.join(checkpoints.FAMILIES)}")
     part.add_argument("--dtype", choices=DTYPES, default="as it is", help="of the matrices (default: %(default)s)")
+    part.add_argument("--special-tokens", type=Path, metavar="FILE", help="MAGI-1's special_tokens.npz, to be put into the file")
     return whole
 
 

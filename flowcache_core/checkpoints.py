@@ -14,9 +14,12 @@ from typing import cast
 import torch
 from torch import Tensor
 
+from .backbones.magi import MagiNetwork
+from .backbones.magi_config import MagiConfig
 from .backbones.wan import WanConfig, WanNetwork
 from .errors import UserError
 from .files import parse_json
+from .magi_text import TOKEN_PREFIX, SpecialTokens
 from .weight_files import Progress, WeightFile, open_weights, write_safetensors
 
 FAMILIES = {
@@ -25,9 +28,11 @@ FAMILIES = {
     "skyreels": "SkyReels-V2 diffusion forcing",
     "rolling": "Rolling Forcing",
     "wan": "plain Wan 2.1, which was not trained to go chunk by chunk",
-    "magi": "MAGI-1",
+    "magi": "MAGI-1, base",
+    "magi distilled": "MAGI-1, distilled, quantised or not",
     "demo": "the model that ships",
 }
+MAGI_FAMILIES = ("magi", "magi distilled")
 CAUSAL_FAMILIES = ("causal", "causvid", "rolling", "demo")  # read by ComfyUI as causal AR
 STAMP = "flowcache"  # metadata key, beside ComfyUI's own "config"
 
@@ -65,7 +70,7 @@ class CheckpointInfo:
 
     Attributes:
         family: a key of `FAMILIES`.
-        config: sizes of the network; None for MAGI-1, whose own file reads them.
+        config: sizes of the network.
         dtype: of the blocks' matrices.
         layout: whose names the file uses: "wan", "diffusers" or "magi".
         prefix: what stood before every name.
@@ -75,7 +80,7 @@ class CheckpointInfo:
     """
 
     family: str
-    config: WanConfig | None
+    config: WanConfig | MagiConfig
     dtype: torch.dtype
     layout: str
     prefix: str
@@ -116,13 +121,15 @@ def load(
     prefix, layout = _layout(path, file.tensors)
     tensors = _rename(file.tensors, prefix, layout)
     settings = _transformer_settings(path, file)
-    if layout == "magi":
-        config, dtype = None, _first(tensors, "videodit_blocks.layers.").dtype
-    else:
-        config = _wan_config(path, tensors, settings)
+    config = None if layout == "magi" else _wan_config(path, tensors, settings)
+    if config is not None:
         _check_names_and_shapes(path, tensors, config)
-        dtype = tensors["blocks.0.self_attn.q.weight"].dtype
     family, warnings = _family(path, file, config, settings, family)
+    if config is None:
+        config = MagiConfig.from_tensors(tensors, distilled=family == "magi distilled")
+        _check_names_and_shapes(path, tensors, config)
+    first = "videodit_blocks.layers.0.self_attention.linear_qkv" if layout == "magi" else "blocks.0.self_attn"
+    dtype = tensors[f"{first}.q.weight"].dtype
     if check_finite:
         _check_finite(path, tensors)
     return CheckpointInfo(family, config, dtype, layout, prefix, file.metadata, file.bytes, warnings), tensors
@@ -143,9 +150,9 @@ def stamp(info: CheckpointInfo) -> dict[str, str]:
     transformer.pop("causal_ar", None)
     if info.family in CAUSAL_FAMILIES:
         transformer["causal_ar"] = True
-    if info.config is not None and info.config.num_heads != info.config.dim // 128:
+    if isinstance(info.config, WanConfig) and info.config.num_heads != info.config.dim // 128:
         transformer["num_heads"] = info.config.num_heads
-    if info.config is not None and info.config.text_dim != 4096:
+    if isinstance(info.config, WanConfig) and info.config.text_dim != 4096:
         transformer["text_dim"] = info.config.text_dim
     metadata = {key: value for key, value in info.metadata.items() if key != "config"}
     if transformer or len(host) > 1:
@@ -160,8 +167,10 @@ def convert(
     dtype: torch.dtype | None = None,
     use_ema: bool = True,
     progress: Progress | None = None,
+    special_tokens: str | Path | None = None,
 ) -> CheckpointInfo:
-    """Writes a checkpoint of any layout as one stamped safetensors file that ComfyUI's stock loader reads.
+    """Writes a checkpoint of any layout as one stamped safetensors file that ComfyUI's stock loader (our own for MAGI-1)
+    reads.
 
     Nothing half-written is left behind, and memory stays at one tensor.
 
@@ -169,6 +178,7 @@ def convert(
         family: as for `inspect`; must be told where the file cannot tell.
         dtype: of the matrices in the new file; None leaves all weights as they are.
         progress: called with bytes written and bytes in all.
+        special_tokens: MAGI-1's special_tokens.npz, to be put into the file.
 
     Returns:
         What the new file is, read back from disk.
@@ -183,6 +193,13 @@ def convert(
         raise UserError(
             f"{Path(path).name} holds scaled fp8 weights, which stay as they are; leave the type unchanged."
         )
+    magi = info.family in MAGI_FAMILIES
+    if magi and dtype is not None:
+        raise UserError("MAGI-1 needs some of its weights in float32; leave the type unchanged.")
+    if special_tokens is not None and not magi:
+        raise UserError(f"Special tokens belong to MAGI-1, and {Path(path).name} is {info.family}; leave them out.")
+    if special_tokens is not None:
+        tensors |= SpecialTokens.from_file(special_tokens).tensors()
     write_safetensors(tensors, stamp(info), Path(out), dtype, progress)
     written = inspect(out)
     if written.family != info.family or written.config != info.config:
@@ -240,11 +257,6 @@ def _from_diffusers(name: str) -> str:
     return name
 
 
-def _first(tensors: dict[str, Tensor], start: str) -> Tensor:
-    """The first matrix whose name begins so."""
-    return next(tensor for name, tensor in tensors.items() if name.startswith(start) and tensor.ndim > 1)
-
-
 def _transformer_settings(path: Path, file: WeightFile) -> dict:
     """What the metadata and a config.json beside the weights say of the network; the metadata wins."""
     try:
@@ -291,10 +303,12 @@ def _wan_config(path: Path, tensors: dict[str, Tensor], settings: dict) -> WanCo
     )
 
 
-def _check_names_and_shapes(path: Path, tensors: dict[str, Tensor], config: WanConfig) -> None:
+def _check_names_and_shapes(path: Path, tensors: dict[str, Tensor], config: WanConfig | MagiConfig) -> None:
     """Compares with what a network of these sizes has."""
+    magi = isinstance(config, MagiConfig)
     with torch.device("meta"):
-        expected = {name: weight.shape for name, weight in WanNetwork(config).state_dict().items()}
+        network = MagiNetwork(config) if magi else WanNetwork(config)
+    expected = {name: weight.shape for name, weight in network.state_dict().items()}
     lost = [name for name in expected if name not in tensors]
     if lost:
         raise UserError(
@@ -307,11 +321,14 @@ def _check_names_and_shapes(path: Path, tensors: dict[str, Tensor], config: WanC
                 f"{path.name} has {name} of shape {list(tensor.shape)}, expected {list(expected[name])} from its other "
                 "weights; it is damaged or packed in a way that is not known here: use another file."
             )
-        if name not in expected and not QUANTIZATION.search(name):
-            raise UserError(
-                f"{path.name} has {name}, which the Wan 2.1 text-to-video layout does not know; it is another kind of "
-                "Wan (image-to-video, VACE, control): use a text-to-video one."
-            )
+        if name not in expected and not (name.startswith(TOKEN_PREFIX) if magi else QUANTIZATION.search(name)):
+            layout = "MAGI-1 layout does not know; use one of the published files"
+            if not magi:
+                layout = (
+                    "Wan 2.1 text-to-video layout does not know; it is another kind of Wan (image-to-video, VACE, "
+                    "control): use a text-to-video one"
+                )
+            raise UserError(f"{path.name} has {name}, which the {layout}.")
 
 
 def _family(
@@ -320,7 +337,7 @@ def _family(
     """The family, and what the user should know about how sure that is."""
     found, warnings = _told_family(path, file, config, settings)
     if config is None:
-        possible = ["magi"]
+        possible = list(MAGI_FAMILIES)
     elif config.fps:
         possible = ["skyreels"]
     else:
@@ -344,7 +361,11 @@ def _told_family(path: Path, file: WeightFile, config: WanConfig | None, setting
             )
         return family, ()
     if config is None:
-        return "magi", ()
+        if any(QUANTIZATION.search(name) for name in file.tensors):  # only distilled ones are published in fp8
+            return "magi distilled", ()
+        return "magi", (
+            f"{path.name} may be a base or a distilled MAGI-1, taken as base: choose magi distilled for that.",
+        )
     # Only SkyReels-V2's config.json speaks of sample info, and diffusers writes its class.
     if config.fps or "inject_sample_info" in settings or "SkyReels" in str(settings.get("_class_name")):
         return "skyreels", ()

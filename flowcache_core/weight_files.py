@@ -74,7 +74,7 @@ def open_weights(path: Path, use_ema: bool = True) -> WeightFile:
         raise UserError(f"{path} does not exist; check the path.")
     settings = {}
     if path.is_dir():
-        settings = _settings(path)
+        settings = folder_settings(path)
         path = _only_model(path)
     start = _first_bytes(path)
     if start.startswith(b"PK\x03\x04"):
@@ -142,7 +142,8 @@ def _first_bytes(path: Path) -> bytes:
         raise UserError(f"Cannot read {path} ({error.strerror}); check its permissions.") from error
 
 
-def _settings(folder: Path) -> dict:
+def folder_settings(folder: Path) -> dict:
+    """What the config.json in a folder says, or {}."""
     file = folder / "config.json"
     if not file.is_file():
         return {}
@@ -237,7 +238,7 @@ def _open_shards(index: Path, settings: dict) -> WeightFile:
     lost = sorted(places.keys() - tensors.keys())
     if lost:
         raise UserError(f"{index.name} promises {lost[0]} and {len(lost) - 1} more that no shard holds; download them.")
-    return WeightFile(tensors, metadata, size, settings=settings or _settings(index.parent))
+    return WeightFile(tensors, metadata, size, settings=settings or folder_settings(index.parent))
 
 
 def _open_torch(path: Path, use_ema: bool, settings: dict) -> WeightFile:

@@ -222,18 +222,6 @@ def test_folders_that_do_not_tell(tmp_path):
     refused("2 files .*expected one", tmp_path)
 
 
-def test_magi(tmp_path):
-    tensors = {
-        "x_embedder.weight": torch.zeros(8, 4, 1, 2, 2),
-        "videodit_blocks.layers.0.self_attention.linear_kv_xattn.weight": torch.zeros(8, 8, dtype=torch.bfloat16),
-        "final_linear.linear.weight": torch.zeros(16, 8),
-    }
-    path = saved(tmp_path / "a.safetensors", tensors)
-    info = inspect(path)
-    assert (info.family, info.config, info.layout, info.dtype) == ("magi", None, "magi", torch.bfloat16)
-    refused("cannot be 'causal'; choose magi", path, family="causal")
-
-
 def test_fp8_scales_are_kept(tmp_path):
     tensors = weights()
     tensors["blocks.0.ffn.0.weight"] = tensors["blocks.0.ffn.0.weight"].to(torch.float8_e4m3fn)
