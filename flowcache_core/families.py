@@ -7,6 +7,7 @@ from typing import Literal
 from torch import nn
 
 from . import noise_levels
+from .backbones.magi_config import MagiConfig
 from .backbones.skyreels import POLYNOMIAL_1_3B, POLYNOMIAL_14B, SkyReelsBackbone
 from .backbones.wan import Attention, WanBackbone
 from .errors import UserError
@@ -110,7 +111,17 @@ FAMILIES: dict[str, Family] = {
         50, 50, 3, always("unipc"), lambda steps: noise_levels.linear(steps, 8.0), 6.0, (832, 480), 8.0,
         "Wan 2.1, README",
     ),
+    **dict.fromkeys(("magi", "magi distilled"), Family(
+        64, 16, 6, always("euler"), noise_levels.magi, 0.0, (720, 720), "MAGI-1, example/4.5B/*_config.json; see magi_usual"
+    )),
 }  # fmt: skip
+
+
+def magi_usual(config: MagiConfig) -> tuple[int, tuple[int, int]]:
+    """Steps, and width and height in pixels, that a MAGI-1 network is published with (example/*/*_config.json)."""
+    if config.gated:  # 24B
+        return 16 if config.distilled else 32, (1280, 720)
+    return 64, (720, 720)
 
 
 def family(name: str) -> Family:

@@ -183,6 +183,7 @@ class MagiEngine:
         self.policy = settings.reuse.make(schedule)
         self.report = Report(schedule)
         self.history: History = None  # type: ignore[assignment]  # made at the first forward, which tells its size
+        self.estimates: dict[int, Tensor] = {}  # of the clean chunk, by the last tick's velocity: for previews
         self._loaded: Clean | None = None
         self._latents: dict[int, Tensor] = {}
         self._forecasts: dict[int, Forecast] = {}
@@ -233,6 +234,7 @@ class MagiEngine:
 
     @torch.inference_mode()
     def _tick(self, places: Sequence[Place]) -> list[Chunk]:
+        self.estimates = {}
         for place in places:
             x = self.start(place.chunk) if place.step == 0 else self._latents[place.chunk]
             self._latents[place.chunk] = self._with_given(place.chunk, x)
@@ -265,7 +267,9 @@ class MagiEngine:
         if self.settings.reuse.correct and not changes_held:
             change = self._correctors[chunk].step(velocity, place.step, length, fresh is not None)
             x = x if change is None else x + change
-        self._latents[chunk] = torch.add(x, velocity, alpha=1.0 if changes_held else length)
+        step = 1.0 if changes_held else length
+        self.estimates[chunk] = torch.add(x, velocity, alpha=step * -sigma / length)
+        self._latents[chunk] = torch.add(x, velocity, alpha=step)
 
     def _finish(self, chunk: int) -> Chunk:
         x = self._latents.pop(chunk)

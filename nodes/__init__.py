@@ -7,7 +7,9 @@ from .demo_prompt import DemoPrompt
 from .extend import AutoregressiveExtend
 from .flowcache import FlowCache
 from .load_demo_vae import LoadDemoVAE
+from .load_magi_vae import LoadMagiVAE
 from .load_model import LoadARVideoModel
+from .magi_prompt import MagiPrompt
 from .prompts_over_time import PromptsOverTime
 from .report import FlowCacheReport
 from .resume import Resume
@@ -19,7 +21,9 @@ class FlowCacheExtension(ComfyExtension):
         return [
             LoadARVideoModel,
             LoadDemoVAE,
+            LoadMagiVAE,
             DemoPrompt,
+            MagiPrompt,
             PromptsOverTime,
             FlowCache,
             AutoregressiveExtend,

@@ -4,7 +4,8 @@ from comfy_api.latest import io
 
 from ..flowcache_core.errors import UserError
 from ..flowcache_core.families import SOLVERS, family
-from . import host
+from ..flowcache_core.checkpoints import MAGI_FAMILIES
+from . import host, host_magi
 from .host_sampler import extend
 from .host_video import workflow_metadata
 from .types import ReportType, ResumeType, StateType, StreamType
@@ -177,7 +178,15 @@ class AutoregressiveExtend(io.ComfyNode):
     ) -> io.NodeOutput:  # fmt: skip
         if prefix is not None and state is not None:
             raise UserError("Both a prefix and a state are connected; a state already holds what came before. Connect one.")
-        usual = family(host.family_of(model))
+        name = host.family_of(model)
+        if name in MAGI_FAMILIES:
+            host_magi.check_fixed(frames_per_chunk, lag, steps, solver, attention, end)
+            given = None if prefix is None else prefix["samples"]
+            result = host_magi.extend(
+                model, positive, negative, seed, chunks, steps, guidance, (width, height), given, state, cls.hidden.unique_id
+            )
+            return io.NodeOutput({"samples": result.latent}, result.state, result.report)
+        usual = family(name)
         steps = steps or usual.steps
         result = extend(
             model,

@@ -34,6 +34,7 @@ KEY = "flowcache"  # our wrappers' key on a patched model, and the patch's in tr
 RUN = "flowcache_run"  # a run's key in transformer_options, while it goes on
 CHUNK = "flowcache_chunk_frames"  # frames that go through the network at once, told to the memory estimate
 FRAMES = "flowcache_frames"  # frames of the whole video, told to the memory estimate
+HISTORY = "flowcache_history_bytes"  # and what the history will take, where a sampler of ours knows it
 FPS = "flowcache_fps"  # frames a second that SkyReels-V2 is told, in transformer_options
 FAMILY = "flowcache_family"  # the family that our loader found, in transformer_options
 
@@ -154,9 +155,11 @@ class Run(HostRun):
 
 
 class ChunkSampler(comfy.samplers.Sampler):
-    """A sampler of ours, which makes its own run. `chunk_frames` go through the network at once."""
+    """A sampler of ours, which makes its own run. `chunk_frames` go through the network at once; `history_bytes` is what
+    its history will take, if it knows."""
 
     chunk_frames: int
+    history_bytes: int | None = None
 
     def frames(self, noise: Tensor) -> int:
         """Latent frames of the whole video, as far as the history may hold them."""
@@ -168,7 +171,7 @@ def check_network(network: torch.nn.Module) -> None:
     if not hasattr(network, "blocks") or not hasattr(network, "patch_embedding") or not hasattr(network, "time_projection"):
         raise UserError(
             f"The model is a {type(network).__name__}; FlowCache runs networks of the Wan 2.1 text-to-video layout. "
-            "Load a causal Wan, SkyReels-V2 or the demo model."
+            "Load a causal Wan, SkyReels-V2 or the demo model; MAGI-1 is run by Autoregressive Extend."
         )
     if getattr(network, "model_type", "t2v") != "t2v" or getattr(network, "in_dim", 16) != getattr(network, "out_dim", 16):
         raise UserError(
@@ -281,6 +284,7 @@ def _outer_sample(executor, noise, latent_image, sampler, sigmas, *args, **kwarg
     options = guider.model_options.setdefault("transformer_options", {})
     if isinstance(sampler, ChunkSampler):
         options[CHUNK], options[FRAMES] = sampler.chunk_frames, sampler.frames(noise)
+        options[HISTORY] = sampler.history_bytes
         return executor(noise, latent_image, sampler, sigmas, *args, **kwargs)
     native = getattr(comfy.k_diffusion.sampling, "sample_ar_video", None)
     if native is None or getattr(sampler, "sampler_function", None) is not native:
@@ -335,15 +339,19 @@ def _prepare_sampling(executor, model, noise_shape, conds, *args, **kwargs):
     if chunk_frames is None or len(noise_shape) != 5:
         return executor(model, noise_shape, conds, *args, **kwargs)
     batch, channels, _, height, width = noise_shape
-    network = model.model.diffusion_model
-    kept = frames = options[FRAMES]
-    if options[KEY].settings.history.budget is not None:
-        kept = min(frames, 2 * chunk_frames * options[KEY].settings.history.budget)
-    tokens = kept * math.ceil(height / 2) * math.ceil(width / 2)
-    history = 2 * len(conds) * batch * len(network.blocks) * network.dim * tokens * model.model_dtype().itemsize
+    history = options.get(HISTORY)
+    if history is None:
+        history = _history_bytes(model, noise_shape, len(conds), options)
     # The host only takes a shape, so the history is put in as so many more frames.
     a_frame = max(1, model.memory_required([batch, channels, 1, height, width]))
     shape = [batch, channels, chunk_frames + math.ceil(history / a_frame), height, width]
     return executor(model, shape, conds, *args, **kwargs)
 
 
+def _history_bytes(model, noise_shape, branches: int, options: dict) -> int:
+    """About what the keys and values of a run of a Wan network take."""
+    batch, _, _, height, width = noise_shape
+    network, budget = model.model.diffusion_model, options[KEY].settings.history.budget
+    kept = options[FRAMES] if budget is None else min(options[FRAMES], 2 * options[CHUNK] * budget)
+    tokens = kept * math.ceil(height / 2) * math.ceil(width / 2)
+    return 2 * branches * batch * len(network.blocks) * network.dim * tokens * model.model_dtype().itemsize

@@ -3,7 +3,6 @@
 import inspect
 import json
 import logging
-import os
 
 import comfy.model_management
 import comfy.model_patcher
@@ -18,9 +17,8 @@ from ..flowcache_core import checkpoints
 from ..flowcache_core.backbones.skyreels import add_frame_rate
 from ..flowcache_core.backbones.wan import WanConfig
 from ..flowcache_core.demo.preview import RGB_BIAS, RGB_FACTORS
-from ..flowcache_core.errors import UserError
-from ..flowcache_core.families import FAMILIES
 from .host import FAMILY, FPS
+from .host_magi_model import magi_model
 
 
 def load_model(
@@ -38,10 +36,11 @@ def load_model(
     info, weights = checkpoints.load(path, family)
     for warning in info.warnings:
         logging.warning("FlowCache: %s", warning)
-    if info.family not in FAMILIES:
-        raise UserError(f"'{os.path.basename(path)}' is a {checkpoints.FAMILIES[info.family]} file, which has no node yet.")
-    model = _load_wan(weights, info.config, info.family in checkpoints.CAUSAL_FAMILIES, dtype, disable_dynamic)
-    add_frame_rate(model.model.diffusion_model, weights, comfy.ops.manual_cast)
+    if info.family in checkpoints.MAGI_FAMILIES:
+        model = magi_model(path, info, weights, dtype, disable_dynamic)
+    else:
+        model = _load_wan(weights, info.config, info.family in checkpoints.CAUSAL_FAMILIES, dtype, disable_dynamic)
+        add_frame_rate(model.model.diffusion_model, weights, comfy.ops.manual_cast)
     model.model_options.setdefault("transformer_options", {}).update({FAMILY: info.family, FPS: fps})
     if info.family == "demo":  # its latent space is not Wan's
         colours = model.model.latent_format

@@ -29,8 +29,8 @@ class LoadARVideoModel(io.ComfyNode):
             display_name="Load AR Video Model (FlowCache)",
             category="FlowCache",
             description="Loads an autoregressive video model: causal Wan (Self-Forcing, Causal-Forcing, CausVid), "
-            "SkyReels-V2, or the small demo model that ships with this pack.",
-            **found_by("self-forcing", "causal forcing", "causvid", "skyreels", "diffusion forcing", "autoregressive"),
+            "SkyReels-V2, MAGI-1, or the small demo model that ships with this pack.",
+            **found_by("self-forcing", "causal forcing", "causvid", "skyreels", "diffusion forcing", "magi", "autoregressive"),
             inputs=[
                 io.Combo.Input(
                     "model_name",
@@ -42,7 +42,7 @@ class LoadARVideoModel(io.ComfyNode):
                     options=families,
                     default="auto",
                     tooltip="What the model was trained as. 'auto' reads the file; where several families share one "
-                    "layout (Self-Forcing, plain Wan 2.1, some SkyReels-V2) choose it here.",
+                    "layout (Self-Forcing, plain Wan 2.1, some SkyReels-V2; MAGI-1 base and distilled) choose it here.",
                 ),
                 io.Combo.Input(
                     "weight_type",

@@ -51,6 +51,9 @@ class Casting:
         def forward(self, x: Tensor) -> Tensor:
             return self._conv_forward(x, self.weight.to(x.dtype), None)
 
+    Fp8Linear = Fp8Linear
+    SmoothFp8Linear = SmoothFp8Linear
+
 
 class ShiftedLayerNorm(nn.Module):
     """Layer norm whose stored gain is the gain minus one."""
@@ -96,7 +99,7 @@ class MagiProjections(nn.Module):
     def __init__(self, config: MagiConfig, operations, fp8: bool, **where):
         super().__init__()
         queries, keys = config.heads * config.head_dim, config.kv_heads * config.head_dim
-        linear = Fp8Linear if fp8 else operations.Linear
+        linear = operations.Fp8Linear if fp8 else operations.Linear
         self.layer_norm = operations.LayerNorm(config.width, eps=config.eps, **where)
         self.q = linear(config.width, queries, bias=False, **where)
         self.qx = linear(config.width, queries, bias=False, **where)
@@ -108,7 +111,7 @@ class MagiAttention(nn.Module):
     def __init__(self, config: MagiConfig, operations, fp8: bool, precise: dict, where: dict):
         super().__init__()
         head, keys = config.head_dim, config.kv_heads * config.head_dim
-        linear = SmoothFp8Linear if fp8 else operations.Linear
+        linear = operations.SmoothFp8Linear if fp8 else operations.Linear
         self.projection_dtype = where["dtype"] if fp8 else torch.float32
         self.linear_qkv = MagiProjections(config, operations, fp8, **where)
         self.linear_kv_xattn = operations.Linear(config.width, 2 * keys, bias=False, **where)
@@ -125,7 +128,8 @@ class MagiFeedForward(nn.Module):
         self.gated = config.gated
         inner = config.ffn_width * (2 if config.gated else 1)
         self.layer_norm = operations.LayerNorm(config.width, eps=config.eps, **where)
-        widen, narrow = (Fp8Linear, SmoothFp8Linear) if fp8 else (operations.Linear, operations.Linear)
+        widen = operations.Fp8Linear if fp8 else operations.Linear
+        narrow = operations.SmoothFp8Linear if fp8 else operations.Linear
         self.linear_fc1 = widen(config.width, inner, bias=False, **where)
         self.linear_fc2 = narrow(config.ffn_width, config.width, bias=False, **where)
 
@@ -183,8 +187,8 @@ class MagiNetwork(nn.Module):
         config: sizes.
         dtype: precision of the blocks. What upstream keeps in float32 is float32 whatever this is.
         device: where the parameters are made.
-        operations: where Linear, LayerNorm and Conv3d come from. They must cast their weights to the input's precision:
-            `Casting`, or ComfyUI's `manual_cast`.
+        operations: where Linear, LayerNorm, Conv3d and the fp8 layers come from. They must cast their weights to the
+            input's precision: `Casting`, or ComfyUI's `manual_cast` with fp8 layers.
     """
 
     def __init__(self, config: MagiConfig, dtype: torch.dtype = torch.float32, device=None, operations=Casting):

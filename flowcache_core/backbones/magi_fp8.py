@@ -24,14 +24,19 @@ class Fp8Linear(nn.Module):
         self.weight_scale = _parameter(torch.ones(1, dtype=torch.float32, device=device))
         self.input_scale = _parameter(torch.ones(inputs, dtype=torch.float32, device=device))
 
-    def forward(self, x: Tensor) -> Tensor:
-        # Upstream divides by the whole vector, and its kernel multiplies by the first entry.
-        return self._product(x, self.input_scale.to(x.device))
+    @property
+    def scale(self) -> Tensor:
+        """What inputs are divided by, [inputs]; upstream's kernel multiplies by the first entry again."""
+        return self.input_scale
 
-    def _product(self, x: Tensor, scale: Tensor) -> Tensor:
-        rounded = to_fp8(x, scale).to(x.dtype)
+    def forward(self, x: Tensor) -> Tensor:
+        return self.product(x, self.weight.to(x.device, x.dtype))
+
+    def product(self, x: Tensor, weight: Tensor) -> Tensor:
+        """The layer's output from its own weight [1, outputs, inputs], brought to x's precision."""
+        rounded = to_fp8(x, self.scale.to(x.device)).to(x.dtype)
         factor = (self.input_scale[0] * self.weight_scale[0]).to(x.device)
-        return (F.linear(rounded, self.weight[0].to(x.device, x.dtype)).float() * factor).to(x.dtype)
+        return (F.linear(rounded, weight[0]).float() * factor).to(x.dtype)
 
 
 class SmoothFp8Linear(Fp8Linear):
@@ -42,8 +47,9 @@ class SmoothFp8Linear(Fp8Linear):
         self.input_scale = _parameter(torch.ones(1, dtype=torch.float32, device=device))
         self.smooth_scale = _parameter(torch.ones(1, inputs, dtype=torch.float32, device=device))
 
-    def forward(self, x: Tensor) -> Tensor:
-        return self._product(x, self.smooth_scale[0].to(x.device))
+    @property
+    def scale(self) -> Tensor:
+        return self.smooth_scale[0]
 
 
 def to_fp8(x: Tensor, scale: Tensor) -> Tensor:

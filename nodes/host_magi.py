@@ -1,0 +1,304 @@
+"""MAGI-1 in Autoregressive Extend: its own sampler as one of the host's.
+
+The host's guider prepares the run (memory, LoRA, conditions, progress, previews) and then hands over: MAGI-1's branches are
+no positive and negative, and share one history, so the sampler runs them itself and does not come back for each step.
+"""
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+
+import comfy.ldm.modules.attention
+import comfy.model_management
+import comfy.model_patcher
+import comfy.samplers
+import latent_preview
+import torch
+from torch import Tensor
+
+from ..flowcache_core.backbones.magi import Attention, MagiBackbone, MagiText
+from ..flowcache_core.backbones.magi_sampling import CHUNK_FRAMES, GuidanceScales, sigmas
+from ..flowcache_core.engine import Chunk, Progress
+from ..flowcache_core.errors import UserError
+from ..flowcache_core.families import magi_usual
+from ..flowcache_core.history import Clean
+from ..flowcache_core.magi_engine import (
+    PUBLISHED_FLOWCACHE,
+    SHARED,
+    MagiEngine,
+    MagiSampling,
+    history_plan,
+    magi_schedule,
+)
+from ..flowcache_core.magi_text import SpecialTokens, caption_text, null_text
+from ..flowcache_core.presets import OFF, Settings
+from ..flowcache_core.report import Report
+from ..flowcache_core.schedule import ChunkSchedule
+from ..flowcache_core.solvers import chunk_noise
+from ..flowcache_core.state import State, make_state
+from . import host
+from .host_captions import ChunkCaptions
+from .host_sampler import Extended, describe, progress_text
+
+PROMPT = "flowcache_magi"  # key of a `Prompt` in a conditioning
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """What MAGI-1 Prompt puts beside an embedding.
+
+    Attributes:
+        text: the cleaned prompt.
+        tokens: special tokens in front of it, keys of `magi_text.ROWS`.
+    """
+
+    text: str
+    tokens: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class Caption:
+    """A caption as the network takes it: embedding [1, n, width], mask [1, n] and special tokens' names."""
+
+    embedding: Tensor
+    mask: Tensor
+    names: tuple[str, ...]
+
+    @classmethod
+    def of(cls, condition: dict, width: int) -> "Caption":
+        """From one of the host's conditions, made by MAGI-1 Prompt or by another node that gives T5 v1.1 XXL's output.
+
+        Raises:
+            UserError: another text encoder's.
+        """
+        embedding, more = condition["cross_attn"], condition
+        if embedding.ndim != 3 or embedding.shape[0] != 1 or embedding.shape[-1] != width:
+            raise UserError(
+                f"The caption's embedding is {list(embedding.shape)}, expected [1, tokens, {width}] of T5 v1.1 XXL: load that "
+                "encoder with type 'mochi' and use MAGI-1 Prompt."
+            )
+        mask = more.get("attention_mask")
+        names = more[PROMPT].tokens if PROMPT in more else ("hq",)
+        return cls(embedding, torch.ones(embedding.shape[:2]) if mask is None else mask.reshape(1, -1), names)
+
+    def text(self, tokens: SpecialTokens | None, remaining: int, batch: int, device: torch.device) -> MagiText:
+        """Of a chunk with so many after it, for every row of a batch."""
+        text = caption_text(self.embedding.to(device), self.mask.to(device), tokens, remaining, self.names)
+        return _rows(text, batch)
+
+
+@dataclass
+class MagiSampler(host.ChunkSampler):
+    """MAGI-1's engine as a sampler of the host.
+
+    Attributes:
+        schedule, settings, sampling, seed: of the run.
+        label: of the settings, for the report.
+        history_bytes: what the history will take, for the host's memory management.
+        given: latent frames [B, C, T, H, W] before the generated ones, in the network's space, or None.
+        loaded: the clean history of an earlier run that holds them, or None.
+        on_progress: told after every tick, with the report and the bytes of history in use and in all.
+        on_chunk: given each finished chunk in the network's space, oldest first.
+        on_done: given the report and the clean history.
+    """
+
+    schedule: ChunkSchedule
+    settings: Settings
+    sampling: MagiSampling
+    seed: int
+    label: str
+    history_bytes: int
+    given: Tensor | None
+    loaded: Clean | None
+    on_progress: Callable[[Progress, Report, int, int], None]
+    on_chunk: Callable[[Chunk], None]
+    on_done: Callable[[Report, dict[str, Clean]], None]
+    chunk_frames: int = CHUNK_FRAMES
+
+    def sample(
+        self, guider, sigmas, extra_args, callback, noise, latent_image=None, denoise_mask=None, disable_pbar=False
+    ) -> Tensor:
+        """Called by the host with a tensor of a chunk's shape [B, C, T, H, W]; returns the last chunk."""
+        model, schedule, device = guider.inner_model, self.schedule, noise.device
+        network, batch = model.diffusion_model, noise.shape[0]
+        attention = grouped_attention(extra_args["model_options"]["transformer_options"])
+        captions = ChunkCaptions(guider.conds)
+
+        def text(chunk: int) -> MagiText:
+            positive = captions.of(chunk)[0]["positive"]
+            if len(positive) != 1:
+                raise UserError(f"There are {len(positive)} positive captions for chunk {chunk}; MAGI-1 takes one.")
+            caption = Caption.of(positive[0], network.config.caption_width)
+            return caption.text(model.special_tokens, schedule.total_chunks - 1 - chunk, batch, device)
+
+        def progress(told: Progress) -> None:
+            self.on_progress(told, engine.report, engine.history.bytes_used, engine.history.bytes)
+            if callback:
+                shown = engine.estimates[told.places[0].chunk]
+                callback(told.tick - 1, shown, shown, told.ticks)
+
+        engine = MagiEngine(
+            MagiBackbone(network, attention),
+            schedule,
+            self.settings,
+            text,
+            _rows(null_text(network.y_embedder.null_caption_embedding.to(device)), batch),
+            start=lambda chunk: chunk_noise(self.seed, chunk, tuple(noise.shape)).to(noise),
+            sampling=self.sampling,
+            given=None if self.given is None else self.given.to(noise),
+            attention=attention,
+            on_progress=progress,
+            cancelled=interrupted,
+        )
+        if self.loaded is not None:
+            engine.load(self.loaded)
+        for chunk in engine.run():
+            host.check_finite(chunk.latent, f"chunk {chunk.index}")
+            self.on_chunk(chunk)
+        engine.report.settings = self.label
+        self.on_done(engine.report, engine.save())
+        return chunk.latent
+
+    def frames(self, noise: Tensor) -> int:
+        """Latent frames of the whole video."""
+        return self.schedule.total_chunks * CHUNK_FRAMES
+
+
+def extend(
+    model: comfy.model_patcher.ModelPatcher,
+    positive,
+    negative,
+    seed: int,
+    chunks: int,
+    steps: int,
+    guidance: float,
+    size: tuple[int, int],
+    prefix: Tensor | None,
+    state: State | None,
+    node_id: str | None,
+) -> Extended:
+    """Runs MAGI-1 over `chunks` new chunks; frames of a prefix that fill no chunk are the first of them.
+
+    Args:
+        steps: of a chunk, or 0 for the published number.
+        guidance: scale of the caption, or 0 for the published one; a distilled network takes none.
+        size: width and height in pixels where neither prefix nor state gives one; 0 for the published ones.
+        prefix: latent [B, C, T, H, W] of any length in the host's space, or None.
+        state: to go on from, or None.
+        node_id: of the node that shows the progress, or None.
+    """
+    if host.patch_of(model.model_options) is None:
+        model = host.patched(model, OFF, "FlowCache off")
+    patch, network = host.patch_of(model.model_options), model.model.diffusion_model
+    config, settings = network.config, patch.settings
+    check_negative(negative)
+    usual_steps, usual_size = magi_usual(config)
+    steps = steps or usual_steps
+    width, height = (mine or usual for mine, usual in zip(size, usual_size, strict=True))
+    batch, height, width = 1, height // 8, width // 8
+    given, before = None, None
+    if prefix is not None:
+        host.check_latent(prefix, config.channels)
+        given = model.model.process_latent_in(prefix.cpu().float())
+        before = given
+    if state is not None:
+        before = state.latents
+    if before is not None:
+        batch, height, width = before.shape[0], *before.shape[3:]
+    shape = [batch, config.channels, CHUNK_FRAMES, height, width]
+    if state is not None:
+        state.check(model_name(model), CHUNK_FRAMES, shape)
+    frames = 0 if before is None else before.shape[2]
+    schedule = magi_schedule(chunks * CHUNK_FRAMES - frames % CHUNK_FRAMES, steps, frames)
+    sampling = replace(MagiSampling() if settings.clean_pass else PUBLISHED_FLOWCACHE, guidance=scales(guidance, config.distilled))
+    history, _ = history_plan(config, schedule, settings, sampling, shape)
+    finished, kept = [], {}
+    begun = time.perf_counter()
+    sampler = MagiSampler(
+        schedule,
+        settings,
+        sampling,
+        seed,
+        patch.label,
+        history.bytes(network.dtype.itemsize),
+        given,
+        None if state is None else state.by_branch.get(SHARED),
+        on_progress=lambda told, *figures: progress_text(describe(told, *figures, begun), node_id),
+        on_chunk=lambda chunk: finished.append(chunk.latent.cpu()),
+        on_done=lambda report, histories: kept.update(report=report, histories=histories),
+    )
+    noise = torch.zeros(shape)  # the sampler draws each chunk's own
+    guider = comfy.samplers.CFGGuider(model)
+    guider.set_conds(positive, negative)
+    callback = latent_preview.prepare_callback(model, schedule.ticks)
+    levels = torch.tensor(sigmas(steps), dtype=torch.float32)
+    guider.sample(noise, torch.zeros_like(noise), sampler, levels, callback=callback, disable_pbar=True, seed=seed)
+    latents = torch.cat(finished, dim=2)
+    if before is not None:  # frames that fill no chunk lie at the beginning of the first new one
+        latents = torch.cat([before, latents[:, :, frames % CHUNK_FRAMES :]], dim=2)
+    whole = make_state(latents, kept["histories"], CHUNK_FRAMES, model_name(model))
+    out = model.model.process_latent_out(latents)
+    patch.remember(out, kept["report"])
+    return Extended(out, whole, kept["report"])
+
+
+def check_fixed(frames_per_chunk: int, lag: int, steps: int, solver: str, attention: str, end) -> None:
+    """Raises UserError for settings of Autoregressive Extend that MAGI-1 does not have."""
+    fixed = {
+        "frames_per_chunk": (frames_per_chunk, (0, CHUNK_FRAMES)),
+        "lag": (lag, (-1, steps // 4) if steps else (-1,)),
+        "solver": (solver, ("auto", "euler")),
+        "attention": (attention, ("auto", "causal")),
+    }
+    for name, (value, possible) in fixed.items():
+        if value not in possible:
+            raise UserError(f"{name} is {value}, and MAGI-1 knows only {' or '.join(map(str, possible))}; set that.")
+    if end is not None:
+        raise UserError("MAGI-1 cannot be given an end; leave the latent 'end' unconnected.")
+
+
+def check_negative(negative: list) -> None:
+    """Raises UserError for a negative prompt; MAGI-1 guides away from its own empty caption."""
+    texts = [more[PROMPT].text for _, more in negative if PROMPT in more]
+    if any(texts):
+        raise UserError(f"The negative prompt is '{texts[0]}', and MAGI-1 takes none; leave that MAGI-1 Prompt empty.")
+
+
+def scales(guidance: float, distilled: bool) -> GuidanceScales:
+    """The published scales by noise level, with the caption's set to `guidance` where it counts at all."""
+    if distilled and guidance not in (0.0, 1.0):
+        raise UserError(f"guidance is {guidance}, and a distilled MAGI-1 takes none; set 0, or choose the family 'magi'.")
+    usual = GuidanceScales()
+    return replace(usual, text=tuple(guidance if scale else 0.0 for scale in usual.text)) if guidance else usual
+
+
+def model_name(model: comfy.model_patcher.ModelPatcher) -> str:
+    """Tells networks apart for states, as far as their sizes do."""
+    config = model.model.diffusion_model.config
+    return f"MAGI-1 {config.width}x{config.layers} heads {config.heads}" + " distilled" * config.distilled
+
+
+def interrupted() -> bool:
+    """Ends the run with the host's own exception when the user asked for it."""
+    comfy.model_management.throw_exception_if_processing_interrupted()
+    return False
+
+
+def grouped_attention(options: dict) -> Attention:
+    """The host's attention, where several query heads share a key and value head."""
+    module = comfy.ldm.modules.attention
+    shares = {"enable_gqa": True} if hasattr(module, "TORCH_HAS_GQA") else {}  # ComfyUI 0.3.64 wants as many heads
+
+    def attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        if not shares:
+            k, v = (part.repeat_interleave(q.shape[1] // part.shape[1], dim=1) for part in (k, v))
+        return module.optimized_attention(
+            q, k, v, q.shape[1], skip_reshape=True, skip_output_reshape=True, transformer_options=options, **shares
+        )
+
+    return attention
+
+
+def _rows(text: MagiText, batch: int) -> MagiText:
+    embedding, mask = text.embedding.expand(batch, -1, -1), text.mask.expand(batch, -1)
+    return text._replace(embedding=embedding, mask=mask)
