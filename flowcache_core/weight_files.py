@@ -62,7 +62,8 @@ class WeightFile:
 
 
 def open_weights(path: Path, use_ema: bool = True) -> WeightFile:
-    """Opens a safetensors file, a torch file, an index.json with its shards, or a folder that holds one of them.
+    """Opens a safetensors file, a torch file, an index.json with its shards, or a folder that holds one of them. A shard
+    that an index beside it names stands for all of them.
 
     Args:
         use_ema: of a torch file that has both, take "generator_ema" rather than "generator".
@@ -76,6 +77,7 @@ def open_weights(path: Path, use_ema: bool = True) -> WeightFile:
     if path.is_dir():
         settings = folder_settings(path)
         path = _only_model(path)
+    path = _index_of(path)
     start = _first_bytes(path)
     if start.startswith(b"PK\x03\x04"):
         return _open_torch(path, use_ema, settings)
@@ -166,6 +168,14 @@ def _only_model(folder: Path) -> Path:
                 f"{folder} holds {len(found)} files {pattern} ({names}), expected one; name the file itself."
             )
     raise UserError(f"{folder} holds no .safetensors, index.json or .pt; give the folder or file of the weights.")
+
+
+def _index_of(path: Path) -> Path:
+    """The index that names a file as one of its shards; the file itself where there is none."""
+    for index in sorted(path.parent.glob("*.index.json")) if path.suffix == ".safetensors" else ():
+        if json.dumps(path.name) in index.read_text():
+            return index
+    return path
 
 
 def _open_safetensors(path: Path, start: bytes) -> tuple[dict[str, Tensor], dict[str, str]]:

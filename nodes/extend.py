@@ -180,7 +180,10 @@ class AutoregressiveExtend(io.ComfyNode):
             raise UserError("Both a prefix and a state are connected; a state already holds what came before. Connect one.")
         name = host.family_of(model)
         if name in MAGI_FAMILIES:
-            host_magi.check_fixed(frames_per_chunk, lag, steps, solver, attention, end)
+            host_magi.check_fixed(
+                steps, end, frames_per_chunk=frames_per_chunk, lag=lag, solver=solver, attention=attention, shift=shift,
+                condition_noise=condition_noise,
+            )  # fmt: skip
             given = None if prefix is None else prefix["samples"]
             result = host_magi.extend(
                 model, positive, negative, seed, chunks, steps, guidance, (width, height), given, state, cls.hidden.unique_id

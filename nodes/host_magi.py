@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from ..flowcache_core.backbones.magi import Attention, MagiBackbone, MagiText
-from ..flowcache_core.backbones.magi_sampling import CHUNK_FRAMES, GuidanceScales, sigmas
+from ..flowcache_core.backbones.magi_sampling import CHUNK_FRAMES, SHIFT, WINDOW, GuidanceScales, sigmas
 from ..flowcache_core.engine import Chunk, Progress
 from ..flowcache_core.errors import UserError
 from ..flowcache_core.families import magi_usual
@@ -87,7 +87,7 @@ class Caption:
         return _rows(text, batch)
 
 
-@dataclass
+@dataclass(kw_only=True)
 class MagiSampler(host.ChunkSampler):
     """MAGI-1's engine as a sampler of the host.
 
@@ -215,14 +215,14 @@ def extend(
     finished, kept = [], {}
     begun = time.perf_counter()
     sampler = MagiSampler(
-        schedule,
-        settings,
-        sampling,
-        seed,
-        patch.label,
-        history.bytes(network.dtype.itemsize),
-        given,
-        None if state is None else state.by_branch.get(SHARED),
+        schedule=schedule,
+        settings=settings,
+        sampling=sampling,
+        seed=seed,
+        label=patch.label,
+        history_bytes=history.bytes(network.dtype.itemsize),
+        given=given,
+        loaded=None if state is None else state.by_branch.get(SHARED),
         on_progress=lambda told, *figures: progress_text(describe(told, *figures, begun), node_id),
         on_chunk=lambda chunk: finished.append(chunk.latent.cpu()),
         on_done=lambda report, histories: kept.update(report=report, histories=histories),
@@ -242,17 +242,19 @@ def extend(
     return Extended(out, whole, kept["report"])
 
 
-def check_fixed(frames_per_chunk: int, lag: int, steps: int, solver: str, attention: str, end) -> None:
+def check_fixed(steps: int, end: Tensor | None, **settings) -> None:
     """Raises UserError for settings of Autoregressive Extend that MAGI-1 does not have."""
-    fixed = {
-        "frames_per_chunk": (frames_per_chunk, (0, CHUNK_FRAMES)),
-        "lag": (lag, (-1, steps // 4) if steps else (-1,)),
-        "solver": (solver, ("auto", "euler")),
-        "attention": (attention, ("auto", "causal")),
+    possible = {
+        "frames_per_chunk": (0, CHUNK_FRAMES),
+        "lag": (-1, steps // WINDOW) if steps else (-1,),
+        "solver": ("auto", "euler"),
+        "attention": ("auto", "causal"),
+        "shift": (0.0, SHIFT),
+        "condition_noise": (-1.0,),
     }
-    for name, (value, possible) in fixed.items():
-        if value not in possible:
-            raise UserError(f"{name} is {value}, and MAGI-1 knows only {' or '.join(map(str, possible))}; set that.")
+    for name, value in settings.items():
+        if value not in possible[name]:
+            raise UserError(f"{name} is {value}, and MAGI-1 knows only {' or '.join(map(str, possible[name]))}; set that.")
     if end is not None:
         raise UserError("MAGI-1 cannot be given an end; leave the latent 'end' unconnected.")
 
@@ -285,15 +287,16 @@ def interrupted() -> bool:
 
 
 def grouped_attention(options: dict) -> Attention:
-    """The host's attention, where several query heads share a key and value head."""
+    """The host's attention, where several query heads share a key and value head; only torch's takes them as they are."""
     module = comfy.ldm.modules.attention
-    shares = {"enable_gqa": True} if hasattr(module, "TORCH_HAS_GQA") else {}  # ComfyUI 0.3.64 wants as many heads
+    shares = getattr(module, "TORCH_HAS_GQA", False) and module.optimized_attention is module.attention_pytorch
+    more = {"enable_gqa": True} if shares and "optimized_attention_override" not in options else {}
 
     def attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        if not shares:
+        if not more:
             k, v = (part.repeat_interleave(q.shape[1] // part.shape[1], dim=1) for part in (k, v))
         return module.optimized_attention(
-            q, k, v, q.shape[1], skip_reshape=True, skip_output_reshape=True, transformer_options=options, **shares
+            q, k, v, q.shape[1], skip_reshape=True, skip_output_reshape=True, transformer_options=options, **more
         )
 
     return attention

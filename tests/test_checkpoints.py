@@ -192,13 +192,15 @@ def sharded(folder: Path, tensors: dict[str, torch.Tensor]) -> Path:
 def test_shards(tmp_path):
     tensors = weights()
     index = sharded(tmp_path / "model", tensors)
-    for path in (index, index.parent):
+    shard = index.parent / "model-00001-of-00003.safetensors"
+    for path in (index, index.parent, shard):
         info, loaded = load(path)
         assert info.bytes == sum(file.stat().st_size for file in index.parent.glob("*.safetensors"))
         assert all(torch.equal(loaded[name], tensors[name]) for name in tensors)
-    refused("one shard of several", index.parent / "model-00001-of-00003.safetensors")
     (index.parent / "model-00002-of-00003.safetensors").unlink()
     refused("model-00002-of-00003.safetensors, which is not beside it", index)
+    index.unlink()
+    refused("one shard of several", shard)
 
 
 def test_shards_stay_in_their_folder(tmp_path):

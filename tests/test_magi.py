@@ -237,6 +237,7 @@ def test_shards_are_loaded_as_they_are(tmp_path):
     (tmp_path / "model.safetensors.index.json").write_text(json.dumps(index))
     info, loaded = checkpoints.load(tmp_path)
     assert info.family == "magi distilled" and info.config == SMALL_FP8
+    assert checkpoints.load(tmp_path / "a.safetensors")[1].keys() == loaded.keys()  # one shard stands for all
     network = load_network(loaded, distilled=True)
     assert network.config == SMALL_FP8 and network.dtype == torch.float32
     golden = GOLDEN["fp8.velocity.one"]

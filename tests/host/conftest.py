@@ -26,6 +26,9 @@ def pytest_terminal_summary(terminalreporter):
 @pytest.fixture(scope="session")
 def server(tmp_path_factory):
     """One ComfyUI for all tests of a session."""
-    running = Server(tmp_path_factory.mktemp("comfy"))
+    base = tmp_path_factory.mktemp("comfy")
+    (base / "custom_nodes").mkdir()
+    (base / "custom_nodes" / "flowcache_test").symlink_to(HERE / "custom_nodes", target_is_directory=True)
+    running = Server(base)
     yield running
     running.stop()

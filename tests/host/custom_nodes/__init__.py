@@ -1,0 +1,48 @@
+"""Nodes for the tests alone: captions of T5 v1.1 XXL's width without its 9 GB of weights."""
+
+import comfy.sd
+import comfy.supported_models_base
+import comfy.text_encoders.genmo
+import torch
+
+WIDTH = 4096
+SIZES = {"d_ff": 64, "d_kv": 64, "d_model": WIDTH, "num_heads": 2, "num_layers": 1}
+
+
+class Caption:
+    """A random embedding with the mask of so many tokens."""
+
+    INPUT_TYPES = classmethod(lambda cls: {"required": {"seed": ("INT", {}), "tokens": ("INT", {}), "width": ("INT", {"default": WIDTH})}})
+    RETURN_TYPES = ("CONDITIONING",)
+    FUNCTION = "make"
+    CATEGORY = "test"
+
+    def make(self, seed: int, tokens: int, width: int = WIDTH):
+        embedding = torch.randn(1, 256, width, generator=torch.Generator().manual_seed(seed))
+        return ([[embedding, {"attention_mask": (torch.arange(256) < tokens).long()[None]}]],)
+
+
+class SmallT5:
+    """ComfyUI's own T5 of type 'mochi', with one block of random weights."""
+
+    INPUT_TYPES = classmethod(lambda cls: {"required": {}})
+    RETURN_TYPES = ("CLIP",)
+    FUNCTION = "make"
+    CATEGORY = "test"
+
+    def make(self):
+        genmo = comfy.text_encoders.genmo
+        target = comfy.supported_models_base.ClipTarget(genmo.MochiT5Tokenizer, genmo.mochi_te())
+        clip = comfy.sd.CLIP(target, model_options={"t5xxl_model_config": SIZES | config()})
+        torch.manual_seed(0)
+        for parameter in clip.cond_stage_model.parameters():
+            row = torch.randn(parameter.shape[-1]) if parameter.ndim else torch.ones(())
+            parameter.data.copy_(row if parameter.ndim < 2 else 0.1 * torch.randn(64, parameter.shape[1]).repeat(-(-len(parameter) // 64), 1)[: len(parameter)])
+        return (clip,)
+
+
+def config() -> dict:
+    return {}
+
+
+NODE_CLASS_MAPPINGS = {"TestCaption": Caption, "TestSmallT5": SmallT5}
