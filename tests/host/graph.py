@@ -65,3 +65,16 @@ def sample(server, graph: Graph, node: str, slot: int = 0) -> torch.Tensor:
     assert outcome.error is None, outcome.error["exception_message"]
     (file,) = server.saved(outcome, save)
     return load_file(file)["latent_tensor"]
+
+
+def fails(server, graph: Graph, node: str) -> str:
+    """Runs a graph that must fail on a node; returns the message, which must be one line of plain words."""
+    if not any(entry["class_type"].startswith("Save") for entry in graph.values()):
+        graph.add("SaveLatent", samples=(node, 0), filename_prefix="s")
+    outcome = server.run(graph)
+    assert outcome.error is not None, "it ran"
+    assert outcome.error["node_id"] == node, outcome.error["node_type"]
+    message = outcome.error["exception_message"].strip()
+    assert "\n" not in message, message
+    assert outcome.error["exception_type"].endswith("UserError"), outcome.error["exception_type"] + ": " + message
+    return message

@@ -3,7 +3,7 @@
 import pytest
 import torch
 from comfy_server import Refused
-from graph import SMALL, Graph, native, random_network, write_network
+from graph import SMALL, Graph, fails, native, random_network, write_network
 from safetensors.torch import save_file
 from test_extend import extend
 
@@ -24,19 +24,6 @@ def files(server):
     save_file({"latent_tensor": torch.randn(1, 4, 4, 8, 8), **version}, latents / "four_channels.latent")
     save_file({"latent_tensor": torch.randn(1, 16, 8, 8), **version}, latents / "image.latent")
     save_file({"latent_tensor": torch.full((1, 16, 4, 8, 8), float("nan")), **version}, latents / "nan.latent")
-
-
-def fails(server, graph: Graph, node: str) -> str:
-    """Runs a graph that must fail on a node; returns the message, which must be one line of plain words."""
-    if not any(entry["class_type"].startswith("Save") for entry in graph.values()):
-        graph.add("SaveLatent", samples=(node, 0), filename_prefix="s")
-    outcome = server.run(graph)
-    assert outcome.error is not None, "it ran"
-    assert outcome.error["node_id"] == node, outcome.error["node_type"]
-    message = outcome.error["exception_message"].strip()
-    assert "\n" not in message, message
-    assert outcome.error["exception_type"].endswith("UserError"), outcome.error["exception_type"] + ": " + message
-    return message
 
 
 @pytest.mark.parametrize("name", ["text", "pickle", "cut", "other"])

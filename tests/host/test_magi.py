@@ -6,8 +6,10 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
-from graph import Graph, sample
+from graph import Graph, fails, sample
+from PIL import Image
 from safetensors.torch import save_file
+from videos import check_video
 
 from flowcache_core.backbones.magi import MagiBackbone, MagiNetwork
 from flowcache_core.families import family_preset
@@ -69,15 +71,16 @@ def load(graph: Graph, name: str = "base", **inputs) -> tuple:
 def extend(graph: Graph, model: tuple, caption: int = 0, **inputs) -> str:
     positive = graph.add("TestCaption", seed=caption, tokens=9, width=4096)
     negative = graph.add("TestCaption", seed=100, tokens=1, width=4096)
-    settings = dict(seed=4, chunks=3, steps=STEPS, guidance=0.0, frames_per_chunk=0, lag=-1, width=48, height=32)
-    return graph.add(
-        "FlowCacheAutoregressiveExtend", model=model, positive=(positive, 0), negative=(negative, 0), **settings | inputs
-    )
+    settings = dict(
+        positive=(positive, 0), negative=(negative, 0), seed=4, chunks=3, steps=STEPS, guidance=0.0, frames_per_chunk=0, lag=-1,
+        width=48, height=32,
+    )  # fmt: skip
+    return graph.add("FlowCacheAutoregressiveExtend", model=model, **settings | inputs)
 
 
-def alone(name: str = "base", preset: str = "off", chunks: int = 3, given: torch.Tensor | None = None, **changes) -> torch.Tensor:
+def alone(name: str = "base", preset: str = "off", chunks: int = 3, given: torch.Tensor | None = None, network=None) -> torch.Tensor:
     """The new chunks by the engine, in the host's space."""
-    network, frames = network_of(name), 0 if given is None else given.shape[2]
+    network, frames = network or network_of(name), 0 if given is None else given.shape[2]
     schedule = magi_schedule(chunks * FRAMES - frames % FRAMES, STEPS, frames)
     embedding = torch.randn(1, 256, 4096, generator=torch.Generator().manual_seed(0))
     mask, special = (torch.arange(256) < 9)[None], tokens()
@@ -89,7 +92,7 @@ def alone(name: str = "base", preset: str = "off", chunks: int = 3, given: torch
         lambda chunk: caption_text(embedding, mask, special, schedule.total_chunks - 1 - chunk),
         null_text(network.y_embedder.null_caption_embedding),
         lambda chunk: chunk_noise(4, chunk, (1, 16, FRAMES, 4, 6)),
-        replace(MagiSampling() if settings.clean_pass else PUBLISHED_FLOWCACHE, **changes),
+        MagiSampling() if settings.clean_pass else PUBLISHED_FLOWCACHE,
         None if given is None else given * LATENT_SCALE,
     )
     return torch.cat([chunk.latent for chunk in engine.run()], dim=2) / LATENT_SCALE
@@ -108,3 +111,205 @@ def test_nodes_equal_the_engine(server, name, preset):
     patched = graph.add("FlowCache", model=load(graph, name), preset=preset, history_budget=0)
     ours = sample(server, graph, extend(graph, (patched, 0)))
     assert error(ours, alone(name, preset)) < (2e-2 if name == "fp8" else 1e-3)
+
+
+def test_off_is_the_unpatched_model_to_the_bit(server):
+    plain, off = Graph(), Graph()
+    expected = sample(server, plain, extend(plain, load(plain)))
+    patched = off.add("FlowCache", model=load(off), preset="off", history_budget=0)
+    assert torch.equal(sample(server, off, extend(off, (patched, 0))), expected)
+
+
+def write_latent(server, name: str, frames: int, channels: int = 16) -> torch.Tensor:
+    latent = normal(name, (1, channels, frames, 4, 6)) / LATENT_SCALE
+    version = {"latent_format_version_0": torch.tensor([])}
+    save_file({"latent_tensor": latent, **version}, server.base / "input" / f"{name}.latent")
+    return latent
+
+
+@pytest.mark.parametrize("frames", [1, 14])
+def test_a_prefix_of_any_length_is_kept_and_continued(server, frames):
+    given = write_latent(server, f"magi{frames}", frames)
+    graph = Graph()
+    prefix = graph.add("LoadLatent", latent=f"magi{frames}.latent")
+    ours = sample(server, graph, extend(graph, load(graph), prefix=(prefix, 0)))
+    assert torch.allclose(ours[:, :, :frames], given, atol=1e-4)
+    expected = alone(given=given)[:, :, frames % FRAMES :]
+    assert error(ours[:, :, frames:], expected) < 1e-3 and ours.shape[2] == (frames // FRAMES + 3) * FRAMES
+
+
+def test_going_on_from_a_state_equals_going_on_from_its_frames(server):
+    graph = Graph()
+    begun = extend(graph, load(graph))
+    start = sample(server, graph, begun)
+    results = []
+    for given in ({"state": (begun, 1)}, {"prefix": (begun, 0)}):
+        again = Graph(graph)
+        results.append(sample(server, again, extend(again, ("1", 0), caption=1, chunks=2, seed=9, **given)))
+    assert torch.equal(results[0][:, :, :18], start) and results[0].shape[2] == 5 * FRAMES
+    assert error(*results) < 1e-4
+    other = Graph(graph)
+    assert error(sample(server, other, extend(other, ("1", 0), caption=2, chunks=2, seed=9, state=(begun, 1))), results[0]) > 1e-3
+
+
+def test_a_lora_reaches_the_network(server):
+    name = "videodit_blocks.layers.0.mlp.linear_fc1"
+    down, up = normal("down", (2, 192)), 0.1 * normal("up", (256, 2))
+    (server.base / "models" / "loras").mkdir(exist_ok=True)
+    lora = {f"diffusion_model.{name}.lora_A.weight": down, f"diffusion_model.{name}.lora_B.weight": up}
+    save_file(lora, server.base / "models" / "loras" / "magi.safetensors")
+    graph = Graph()
+    model = graph.add("LoraLoaderModelOnly", model=load(graph), lora_name="magi.safetensors", strength_model=1.0)
+    ours = sample(server, graph, extend(graph, (model, 0)))
+    network = network_of("base")
+    network.get_parameter(f"{name}.weight").add_(up @ down)
+    assert error(ours, alone(network=network)) < 1e-3
+    assert error(ours, alone()) > 1e-2
+
+
+def test_progress_previews_and_report(server):
+    graph = Graph()
+    node = extend(graph, load(graph), seed=30)
+    report = graph.add("FlowCacheReport", report=(node, 2))
+    outcome = server.run(graph)
+    assert outcome.error is None, outcome.error["exception_message"]
+    ticks = STEPS + 2 * STEPS // 4
+    assert [value for value, most in outcome.progress if most == ticks] == list(range(1, ticks + 1))
+    assert outcome.previews and "chunk 3 of 3" in [text for name, text in outcome.texts if name == node][-1]
+    assert f"3 chunks of {STEPS} steps, lag {STEPS // 4}" in outcome.outputs[report]["text"][0]
+
+
+def frames_of(server, graph: Graph, images: tuple) -> torch.Tensor:
+    """Saved pictures [F, H, W, 3], 0 to 1."""
+    save = graph.add("SaveImage", images=images, filename_prefix="magi")
+    outcome = server.run(graph)
+    assert outcome.error is None, outcome.error["exception_message"]
+    pictures = [np.asarray(Image.open(path).convert("RGB")) for path in server.saved(outcome, save)]
+    return torch.from_numpy(np.stack(pictures)).float() / 255
+
+
+@pytest.mark.parametrize("decoder", ["VAEDecode", "VAEDecodeTiled"])
+def test_decoding(server, decoder):
+    latent = write_latent(server, "decode", 5)
+    graph = Graph()
+    loaded = graph.add("LoadLatent", latent="decode.latent")
+    vae = graph.add("FlowCacheLoadMagiVAE", vae_name="magi/diffusion_pytorch_model.safetensors")
+    tiles = {"tile_size": 512, "overlap": 64, "temporal_size": 64, "temporal_overlap": 8} if decoder == "VAEDecodeTiled" else {}
+    ours = frames_of(server, graph, (graph.add(decoder, samples=(loaded, 0), vae=(vae, 0), **tiles), 0))
+    expected = (vae_alone().decode(latent)[0].movedim(0, -1) / 2 + 0.5).clamp(0, 1)
+    assert ours.shape == expected.shape == (20, 32, 48, 3)
+    assert (ours - expected).abs().max() < 2 / 255 and expected.std() > 0.1
+
+
+@pytest.mark.parametrize(("pictures", "frames"), [(1, 1), (27, 6)])
+@pytest.mark.parametrize("encoder", ["VAEEncode", "VAEEncodeTiled"])
+def test_encoding(server, encoder, pictures, frames):
+    graph = Graph()
+    image = graph.add("EmptyImage", width=48, height=32, batch_size=pictures, color=0x4080C0)
+    vae = graph.add("FlowCacheLoadMagiVAE", vae_name="magi/diffusion_pytorch_model.safetensors")
+    tiles = {"tile_size": 512, "overlap": 64, "temporal_size": 64, "temporal_overlap": 8} if "Tiled" in encoder else {}
+    ours = sample(server, graph, graph.add(encoder, pixels=(image, 0), vae=(vae, 0), **tiles))
+    pixels = torch.tensor([0x40, 0x80, 0xC0]).view(1, 3, 1, 1, 1).expand(1, 3, max(1, pictures // 4 * 4), 32, 48) / 255
+    assert error(ours, vae_alone().encode(pixels * 2 - 1)) < 1e-4 and ours.shape[2] == frames
+
+
+def test_prompts_through_t5(server):
+    """Upper case and markup do not matter, words do, and the text encoder's own mask reaches the network."""
+
+    def latent(text: str, **tokens) -> torch.Tensor:
+        graph = Graph()
+        clip = graph.add("TestSmallT5")
+        words = [graph.add("FlowCacheMagiPrompt", clip=(clip, 0), text=each, **tokens) for each in (text, "")]
+        node = extend(graph, load(graph), positive=(words[0], 0), negative=(words[1], 0), chunks=1)
+        return sample(server, graph, node)
+
+    plain = latent("a good boy")
+    assert torch.equal(latent("A <b>GOOD</b> Boy "), plain)
+    assert error(latent("a bad cat"), plain) > 1e-3
+    assert error(latent("a good boy", high_quality=False), plain) > 1e-3
+    assert error(latent("a good boy", style="2d"), plain) > 1e-3
+
+
+def test_text_image_and_video_to_a_saved_video(server):
+    """All of it: prompts, picture and video as beginnings, three prompts one after another, decoded and saved."""
+    graph = Graph()
+    model = (graph.add("FlowCache", model=load(graph, "distilled"), preset="paper slow", history_budget=5), 0)
+    vae = (graph.add("FlowCacheLoadMagiVAE", vae_name="magi/diffusion_pytorch_model.safetensors"), 0)
+    image = graph.add("EmptyImage", width=48, height=48, batch_size=1, color=0x4080C0)
+    start = graph.add("VAEEncode", pixels=(image, 0), vae=vae)
+    node = extend(graph, model, chunks=1, prefix=(start, 0))
+    for caption in (1, 2):
+        node = extend(graph, model, caption=caption, chunks=1, state=(node, 1))
+    decoded = graph.add("VAEDecode", samples=(node, 0), vae=vae)
+    first = graph.add("VAEEncode", pixels=(decoded, 0), vae=vae)
+    node = extend(graph, model, chunks=1, prefix=(first, 0))
+    decoded = graph.add("VAEDecode", samples=(node, 0), vae=vae)
+    video = graph.add("CreateVideo", images=(decoded, 0), fps=24.0)
+    save = graph.add("SaveVideo", video=(video, 0), filename_prefix="magi", format="auto", codec="auto")
+    outcome = server.run(graph)
+    assert outcome.error is None, outcome.error["exception_message"]
+    check_video(server.saved(outcome, save)[0], 4 * 24, 48)
+
+
+@pytest.mark.parametrize(
+    ("inputs", "words"),
+    [
+        ({"frames_per_chunk": 5}, "frames_per_chunk is 5, and MAGI-1 knows only 0 or 6"),
+        ({"lag": 5}, "lag is 5"),
+        ({"steps": 7}, "multiple of 4"),
+        ({"solver": "unipc"}, "solver is unipc"),
+        ({"attention": "joint"}, "attention is joint"),
+        ({"width": 40, "height": 24}, "that is of 16 pixels"),
+    ],
+)
+def test_settings_that_magi_does_not_have(server, inputs, words):
+    graph = Graph()
+    assert words in fails(server, graph, extend(graph, load(graph), **inputs))
+
+
+def test_wrong_captions_latents_and_samplers(server):
+    def message(build) -> str:
+        graph = Graph()
+        return fails(server, graph, build(graph))
+
+    def narrow(graph):
+        caption = graph.add("TestCaption", seed=0, tokens=9, width=2048)
+        return extend(graph, load(graph), positive=(caption, 0))
+
+    def negative(graph):
+        prompt = graph.add("FlowCacheMagiPrompt", clip=(graph.add("TestSmallT5"), 0), text="ugly")
+        return extend(graph, load(graph), negative=(prompt, 0))
+
+    def guided(graph):
+        return extend(graph, load(graph, "distilled"), guidance=3.0)
+
+    def channels(graph):
+        write_latent(server, "four", 6, channels=4)
+        return extend(graph, load(graph), prefix=(graph.add("LoadLatent", latent="four.latent"), 0))
+
+    def others_state(graph):
+        return extend(graph, load(graph), state=(extend(graph, load(graph, "distilled")), 1))
+
+    def stock_sampler(graph):
+        caption = (graph.add("TestCaption", seed=0, tokens=9, width=4096), 0)
+        latent = graph.add("EmptyHunyuanLatentVideo", width=48, height=32, length=21, batch_size=1)
+        return graph.add(
+            "KSampler", model=load(graph), seed=0, steps=4, cfg=1.0, sampler_name="euler", scheduler="simple",
+            positive=caption, negative=caption, latent_image=(latent, 0), denoise=1.0,
+        )  # fmt: skip
+
+    assert "is [1, 256, 2048], expected [1, tokens, 4096]" in message(narrow)
+    assert "takes none; leave that MAGI-1 Prompt empty" in message(negative)
+    assert "a distilled MAGI-1 takes none" in message(guided)
+    assert "expected [batch, 16, frames" in message(channels)
+    assert "another model" in message(others_state)
+    assert "use Autoregressive Extend" in message(stock_sampler)
+
+
+def test_a_vae_that_is_none(server):
+    save_file({"encoder.cls_token": torch.zeros(1)}, server.base / "models" / "vae" / "other.safetensors")
+    graph = Graph()
+    node = graph.add("FlowCacheLoadMagiVAE", vae_name="other.safetensors")
+    graph.add("VAEDecode", samples=(extend(graph, load(graph)), 0), vae=(node, 0))
+    graph.add("SaveImage", images=(str(len(graph)), 0), filename_prefix="s")
+    assert "Nothing says the sizes of other.safetensors" in fails(server, graph, node)
