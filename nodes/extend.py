@@ -2,9 +2,9 @@
 
 from comfy_api.latest import io
 
+from ..flowcache_core.checkpoints import MAGI_FAMILIES
 from ..flowcache_core.errors import UserError
 from ..flowcache_core.families import SOLVERS, family
-from ..flowcache_core.checkpoints import MAGI_FAMILIES
 from . import host, host_magi
 from .host_sampler import extend
 from .host_video import workflow_metadata
@@ -182,7 +182,7 @@ class AutoregressiveExtend(io.ComfyNode):
         if name in MAGI_FAMILIES:
             host_magi.check_fixed(
                 steps, end, frames_per_chunk=frames_per_chunk, lag=lag, solver=solver, attention=attention, shift=shift,
-                condition_noise=condition_noise,
+                condition_noise=condition_noise, stream=stream, resume=resume,
             )  # fmt: skip
             given = None if prefix is None else prefix["samples"]
             result = host_magi.extend(

@@ -239,7 +239,7 @@ def extend(
     whole = make_state(latents, kept["histories"], CHUNK_FRAMES, model_name(model))
     out = model.model.process_latent_out(latents)
     patch.remember(out, kept["report"])
-    return Extended(out, whole, kept["report"])
+    return Extended(out, whole, kept["report"], None)
 
 
 def check_fixed(steps: int, end: Tensor | None, **settings) -> None:
@@ -251,9 +251,13 @@ def check_fixed(steps: int, end: Tensor | None, **settings) -> None:
         "attention": ("auto", "causal"),
         "shift": (0.0, SHIFT),
         "condition_noise": (-1.0,),
+        "stream": (None,),
+        "resume": (None,),
     }
     for name, value in settings.items():
         if value not in possible[name]:
+            if possible[name] == (None,):
+                raise UserError(f"MAGI-1 cannot be run with '{name}' yet; disconnect it.")
             raise UserError(f"{name} is {value}, and MAGI-1 knows only {' or '.join(map(str, possible[name]))}; set that.")
     if end is not None:
         raise UserError("MAGI-1 cannot be given an end; leave the latent 'end' unconnected.")

@@ -5,7 +5,9 @@ import pytest
 NODES = [
     "FlowCacheLoadARVideoModel",
     "FlowCacheLoadDemoVAE",
+    "FlowCacheLoadMagiVAE",
     "FlowCacheDemoPrompt",
+    "FlowCacheMagiPrompt",
     "FlowCache",
     "FlowCacheAutoregressiveExtend",
     "FlowCacheARSampler",
