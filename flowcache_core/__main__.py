@@ -9,6 +9,7 @@ from pathlib import Path
 import torch
 
 from . import checkpoints, magi_files
+from .backbones.magi_config import MagiConfig
 from .demo.captions import embed_caption
 from .demo.clips import FPS
 from .demo.compare import CAPTION, compare, table
@@ -83,8 +84,10 @@ def run_info(options: argparse.Namespace) -> None:
     info = checkpoints.inspect(options.file, options.family)
     print(f"family    {info.family}: {checkpoints.FAMILIES[info.family]}")
     config = info.config
-    sizes = (config.width, config.layers, config.heads) if info.layout == "magi" else (config.dim, config.num_layers, config.num_heads)
-    print("network   width {}, {} blocks, {} heads".format(*sizes))
+    if isinstance(config, MagiConfig):
+        print(f"network   width {config.width}, {config.layers} blocks, {config.heads} heads")
+    else:
+        print(f"network   width {config.dim}, {config.num_layers} blocks, {config.num_heads} heads")
     print(f"layout    {info.layout}" + (f", names begin with {info.prefix}" if info.prefix else ""))
     print(f"weights   {str(info.dtype).removeprefix('torch.')}, {megabytes(info.bytes)}")
     for key, value in info.metadata.items():
@@ -107,7 +110,12 @@ def run_convert(options: argparse.Namespace) -> None:
         print(f"{options.out}: MAGI-1's VAE; put it into ComfyUI's models/vae")
         return
     info = checkpoints.convert(
-        options.file, options.out, options.family, DTYPES[options.dtype], progress=progress, special_tokens=options.special_tokens
+        options.file,
+        options.out,
+        options.family,
+        DTYPES[options.dtype],
+        progress=progress,
+        special_tokens=options.special_tokens,
     )
     print(f"{options.out}: {info.family}, {megabytes(info.bytes)}; put it into ComfyUI's models/diffusion_models")
 
@@ -182,7 +190,9 @@ def parser() -> argparse.ArgumentParser:
     part.add_argument("out", type=Path)
     part.add_argument("--family", default="auto", help=f"auto or {', '.join(checkpoints.FAMILIES)}")
     part.add_argument("--dtype", choices=DTYPES, default="as it is", help="of the matrices (default: %(default)s)")
-    part.add_argument("--special-tokens", type=Path, metavar="FILE", help="MAGI-1's special_tokens.npz, to be put into the file")
+    part.add_argument(
+        "--special-tokens", type=Path, metavar="FILE", help="MAGI-1's special_tokens.npz, to be put into the file"
+    )
     return whole
 
 

@@ -169,8 +169,8 @@ def convert(
     progress: Progress | None = None,
     special_tokens: str | Path | None = None,
 ) -> CheckpointInfo:
-    """Writes a checkpoint of any layout as one stamped safetensors file that ComfyUI's stock loader (our own for MAGI-1)
-    reads.
+    """Writes a checkpoint of any layout as one stamped safetensors file that ComfyUI's stock loader reads, or our own
+    loader, if it is MAGI-1.
 
     Nothing half-written is left behind, and memory stays at one tensor.
 

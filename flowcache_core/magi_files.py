@@ -7,6 +7,7 @@ from pathlib import Path
 from torch import Tensor
 
 from .errors import UserError
+from .files import parse_json
 from .magi_text import SpecialTokens
 from .magi_vae import MagiVae, MagiVaeConfig, load_vae
 from .weight_files import Progress, folder_settings, open_weights, write_safetensors
@@ -52,7 +53,7 @@ def find_tokens(path: str | Path, tensors: Mapping[str, Tensor]) -> SpecialToken
 def _vae(path: Path) -> tuple[dict[str, Tensor], dict]:
     file = open_weights(path)
     try:
-        settings = json.loads(file.metadata.get(STAMP, "{}"))
+        settings = parse_json(file.metadata.get(STAMP, "{}"))
     except ValueError as error:
         raise UserError(f"{path.name} has a broken {STAMP!r} stamp; convert it again from its source.") from error
     settings = settings or file.settings or folder_settings(path.parent)

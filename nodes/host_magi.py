@@ -210,7 +210,9 @@ def extend(
         state.check(model_name(model), CHUNK_FRAMES, shape)
     frames = 0 if before is None else before.shape[2]
     schedule = magi_schedule(chunks * CHUNK_FRAMES - frames % CHUNK_FRAMES, steps, frames)
-    sampling = replace(MagiSampling() if settings.clean_pass else PUBLISHED_FLOWCACHE, guidance=scales(guidance, config.distilled))
+    sampling = replace(
+        MagiSampling() if settings.clean_pass else PUBLISHED_FLOWCACHE, guidance=scales(guidance, config.distilled)
+    )
     history, _ = history_plan(config, schedule, settings, sampling, shape)
     finished, kept = [], {}
     begun = time.perf_counter()
@@ -258,7 +260,9 @@ def check_fixed(steps: int, end: Tensor | None, **settings) -> None:
         if value not in possible[name]:
             if possible[name] == (None,):
                 raise UserError(f"MAGI-1 cannot be run with '{name}' yet; disconnect it.")
-            raise UserError(f"{name} is {value}, and MAGI-1 knows only {' or '.join(map(str, possible[name]))}; set that.")
+            raise UserError(
+                f"{name} is {value}, and MAGI-1 knows only {' or '.join(map(str, possible[name]))}; set that."
+            )
     if end is not None:
         raise UserError("MAGI-1 cannot be given an end; leave the latent 'end' unconnected.")
 
@@ -273,7 +277,9 @@ def check_negative(negative: list) -> None:
 def scales(guidance: float, distilled: bool) -> GuidanceScales:
     """The published scales by noise level, with the caption's set to `guidance` where it counts at all."""
     if distilled and guidance not in (0.0, 1.0):
-        raise UserError(f"guidance is {guidance}, and a distilled MAGI-1 takes none; set 0, or choose the family 'magi'.")
+        raise UserError(
+            f"guidance is {guidance}, and a distilled MAGI-1 takes none; set 0, or choose the family 'magi'."
+        )
     usual = GuidanceScales()
     return replace(usual, text=tuple(guidance if scale else 0.0 for scale in usual.text)) if guidance else usual
 

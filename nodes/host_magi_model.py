@@ -163,7 +163,9 @@ def magi_vae(path: str) -> comfy.sd.VAE:
     vae.downscale_ratio = (lambda frames: max(1, frames // 4), config.patch, config.patch)
     vae.downscale_index_formula = (4, config.patch, config.patch)
     tile = 3 * (256 // config.patch) ** 2 * config.width * (8 + 2 * config.mlp_ratio)  # values in a block of one tile
-    vae.memory_used_decode = lambda shape, dtype: (tile + 4 * 64 * 2 * 3 * shape[2] * shape[3] * shape[4]) * dtype.itemsize
+    vae.memory_used_decode = lambda shape, dtype: (
+        (tile + 4 * 64 * 2 * 3 * shape[2] * shape[3] * shape[4]) * dtype.itemsize
+    )
     vae.memory_used_encode = lambda shape, dtype: (tile + 3 * shape[2] * shape[3] * shape[4]) * dtype.itemsize
     vae.working_dtypes = [torch.bfloat16, torch.float32]
     vae.device, vae.output_device = management.vae_device(), management.intermediate_device()

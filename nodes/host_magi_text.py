@@ -18,7 +18,9 @@ def encode(clip, text: str, tokens: tuple[str, ...]) -> list:
     Raises:
         UserError: another text encoder.
     """
-    wrong = "The text encoder is not T5 v1.1 XXL with a mask, which MAGI-1 needs; load t5xxl with CLIPLoader, type 'mochi'."
+    wrong = (
+        "The text encoder is not T5 v1.1 XXL with a mask, which MAGI-1 needs; load t5xxl with CLIPLoader, type 'mochi'."
+    )
     if clip is None:
         raise UserError(wrong)
     words = clip.tokenize(text)

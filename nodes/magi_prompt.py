@@ -27,7 +27,9 @@ class MagiPrompt(io.ComfyNode):
                     "the first 800 tokens are read.",
                 ),
                 advanced(
-                    io.Boolean.Input("high_quality", default=True, tooltip="Asks for quality, as upstream's examples do.")
+                    io.Boolean.Input(
+                        "high_quality", default=True, tooltip="Asks for quality, as upstream's examples do."
+                    )
                 ),
                 advanced(
                     io.Combo.Input(

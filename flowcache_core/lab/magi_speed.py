@@ -43,7 +43,9 @@ def bare_forward(
     """MAGI-1's arithmetic for one chunk of batch 1 and nothing else; `past` are rotated keys and values a layer."""
     w = dict(backbone.network.named_parameters())
     half = torch.exp(-9.210340371976184 * torch.arange(128) / 128) * 1000.0 * t
-    time_vector = F.linear(torch.cat([half.cos(), half.sin()])[None], w["t_embedder.mlp.0.weight"], w["t_embedder.mlp.0.bias"])
+    time_vector = F.linear(
+        torch.cat([half.cos(), half.sin()])[None], w["t_embedder.mlp.0.weight"], w["t_embedder.mlp.0.bias"]
+    )
     time_vector = F.linear(F.silu(time_vector), w["t_embedder.mlp.2.weight"], w["t_embedder.mlp.2.bias"]) + context.kind
     embedded = F.conv3d(x, w["x_embedder.weight"], stride=(1, 2, 2)).flatten(2).transpose(1, 2)
     h = embedded
@@ -57,7 +59,11 @@ def bare_forward(
     for layer in range(CONFIG.layers):
         block = f"videodit_blocks.layers.{layer}."
         own = block + "self_attention."
-        gates = F.linear(F.silu(time_vector), w[block + "ada_modulate_layer.proj.0.weight"], w[block + "ada_modulate_layer.proj.0.bias"])
+        gates = F.linear(
+            F.silu(time_vector),
+            w[block + "ada_modulate_layer.proj.0.weight"],
+            w[block + "ada_modulate_layer.proj.0.bias"],
+        )
         first, second = torch.tanh(gates)[:, None].chunk(2, dim=-1)
         name = own + "linear_qkv."
         y = F.layer_norm(h, h.shape[-1:], w[name + "layer_norm.weight"], w[name + "layer_norm.bias"], 1e-6)
@@ -97,7 +103,9 @@ def forward_ratio(repeats: int) -> tuple[float, float]:
     history = History(shape, backbone.rotary, HistorySettings(), torch.float32, x.device)
     for chunk in range(PAST):
         view = history.view(chunk)
-        backbone.trunk(torch.randn(SHAPE), sigma, context, lambda *part, view=view: view.attend(*part, grouped_attention))
+        backbone.trunk(
+            torch.randn(SHAPE), sigma, context, lambda *part, view=view: view.attend(*part, grouped_attention)
+        )
         history.commit(chunk)
     view = history.view(PAST)
     past = [(history.keys[layer].clone(), history.values[layer].clone()) for layer in range(CONFIG.layers)]
@@ -127,7 +135,9 @@ def run_ratio(chunks: int, steps: int) -> float:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(prog="python -m flowcache_core.lab.magi_speed", description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(
+        prog="python -m flowcache_core.lab.magi_speed", description=__doc__.splitlines()[0]
+    )
     parser.add_argument("--repeats", type=int, default=9, help="of a forward (default: %(default)s)")
     parser.add_argument("--chunks", type=int, default=3, help="of the run (default: %(default)s)")
     parser.add_argument("--steps", type=int, default=8, help="of a chunk (default: %(default)s)")

@@ -21,7 +21,11 @@ from flowcache_core.solvers import chunk_noise
 from tests.magi_weights import SMALL, SMALL_FP8, fill, normal
 
 BASE = replace(SMALL, channels=16, caption_width=4096, caption_tokens=800)
-CONFIGS = {"base": BASE, "distilled": replace(BASE, distilled=True), "fp8": replace(SMALL_FP8, channels=16, caption_width=4096, caption_tokens=800)}
+CONFIGS = {
+    "base": BASE,
+    "distilled": replace(BASE, distilled=True),
+    "fp8": replace(SMALL_FP8, channels=16, caption_width=4096, caption_tokens=800),
+}
 FAMILY = {"base": "magi", "distilled": "magi distilled", "fp8": "auto"}
 FRAMES, STEPS = 6, 8
 VAE = {
@@ -56,7 +60,12 @@ def files(server):
         folder.mkdir()
         save_file(network_of(name).state_dict(), folder / "model.safetensors")
         special = tokens()
-        np.savez(folder / "special_tokens.npz", caption_token=special.caption, logo_token=special.logo, other_tokens=special.other)
+        np.savez(
+            folder / "special_tokens.npz",
+            caption_token=special.caption,
+            logo_token=special.logo,
+            other_tokens=special.other,
+        )
     folder = models / "vae" / "magi"
     folder.mkdir()
     save_file(dict(vae_alone().state_dict()), folder / "diffusion_pytorch_model.safetensors")
@@ -78,7 +87,9 @@ def extend(graph: Graph, model: tuple, caption: int = 0, **inputs) -> str:
     return graph.add("FlowCacheAutoregressiveExtend", model=model, **settings | inputs)
 
 
-def alone(name: str = "base", preset: str = "off", chunks: int = 3, given: torch.Tensor | None = None, network=None) -> torch.Tensor:
+def alone(
+    name: str = "base", preset: str = "off", chunks: int = 3, given: torch.Tensor | None = None, network=None
+) -> torch.Tensor:
     """The new chunks by the engine, in the host's space."""
     network, frames = network or network_of(name), 0 if given is None else given.shape[2]
     schedule = magi_schedule(chunks * FRAMES - frames % FRAMES, STEPS, frames)
@@ -104,7 +115,8 @@ def error(found: torch.Tensor, expected: torch.Tensor) -> float:
 
 
 @pytest.mark.parametrize(
-    ("name", "preset"), [("base", "off"), ("base", "balanced"), ("distilled", "off"), ("distilled", "paper fast"), ("fp8", "off")]
+    ("name", "preset"),
+    [("base", "off"), ("base", "balanced"), ("distilled", "off"), ("distilled", "paper fast"), ("fp8", "off")],
 )
 def test_nodes_equal_the_engine(server, name, preset):
     graph = Graph()
@@ -149,7 +161,10 @@ def test_going_on_from_a_state_equals_going_on_from_its_frames(server):
     assert torch.equal(results[0][:, :, :18], start) and results[0].shape[2] == 5 * FRAMES
     assert error(*results) < 1e-4
     other = Graph(graph)
-    assert error(sample(server, other, extend(other, ("1", 0), caption=2, chunks=2, seed=9, state=(begun, 1))), results[0]) > 1e-3
+    assert (
+        error(sample(server, other, extend(other, ("1", 0), caption=2, chunks=2, seed=9, state=(begun, 1))), results[0])
+        > 1e-3
+    )
 
 
 def test_a_lora_reaches_the_network(server):
@@ -194,7 +209,11 @@ def test_decoding(server, decoder):
     graph = Graph()
     loaded = graph.add("LoadLatent", latent="decode.latent")
     vae = graph.add("FlowCacheLoadMagiVAE", vae_name="magi/diffusion_pytorch_model.safetensors")
-    tiles = {"tile_size": 512, "overlap": 64, "temporal_size": 64, "temporal_overlap": 8} if decoder == "VAEDecodeTiled" else {}
+    tiles = (
+        {"tile_size": 512, "overlap": 64, "temporal_size": 64, "temporal_overlap": 8}
+        if decoder == "VAEDecodeTiled"
+        else {}
+    )
     ours = frames_of(server, graph, (graph.add(decoder, samples=(loaded, 0), vae=(vae, 0), **tiles), 0))
     expected = (vae_alone().decode(latent)[0].movedim(0, -1) / 2 + 0.5).clamp(0, 1)
     assert ours.shape == expected.shape == (20, 32, 48, 3)

@@ -12,7 +12,9 @@ SIZES = {"d_ff": 64, "d_kv": 64, "d_model": WIDTH, "num_heads": 2, "num_layers":
 class Caption:
     """A random embedding with the mask of so many tokens."""
 
-    INPUT_TYPES = classmethod(lambda cls: {"required": {"seed": ("INT", {}), "tokens": ("INT", {}), "width": ("INT", {"default": WIDTH})}})
+    INPUT_TYPES = classmethod(
+        lambda cls: {"required": {"seed": ("INT", {}), "tokens": ("INT", {}), "width": ("INT", {"default": WIDTH})}}
+    )
     RETURN_TYPES = ("CONDITIONING",)
     FUNCTION = "make"
     CATEGORY = "test"
@@ -37,7 +39,11 @@ class SmallT5:
         torch.manual_seed(0)
         for parameter in clip.cond_stage_model.parameters():
             row = torch.randn(parameter.shape[-1]) if parameter.ndim else torch.ones(())
-            parameter.data.copy_(row if parameter.ndim < 2 else 0.1 * torch.randn(64, parameter.shape[1]).repeat(-(-len(parameter) // 64), 1)[: len(parameter)])
+            parameter.data.copy_(
+                row
+                if parameter.ndim < 2
+                else 0.1 * torch.randn(64, parameter.shape[1]).repeat(-(-len(parameter) // 64), 1)[: len(parameter)]
+            )
         return (clip,)
 
 
