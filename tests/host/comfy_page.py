@@ -11,6 +11,7 @@ from PIL import Image
 
 WORKFLOWS = PACK / "workflows"
 NAMES = sorted(path.stem for path in WORKFLOWS.glob("*.json"))
+DEMOS = [name for name in NAMES if name.startswith("demo_")]  # these run with what ships
 SETTINGS = {  # no first-run dialogs, nothing floating over the graph
     "Comfy.TutorialCompleted": True,
     "Comfy.Minimap.Visible": False,

@@ -4,6 +4,7 @@ from pathlib import Path
 
 import pytest
 from comfy_server import HOST, Server, host_python
+from published import write_published
 
 FOUND = (HOST / "main.py").exists() and host_python().exists()
 HERE = Path(__file__).parent
@@ -21,6 +22,12 @@ def pytest_terminal_summary(terminalreporter):
             "Host tests were SKIPPED: there is no ComfyUI with a .venv at COMFYUI_PATH or ~/comfy/ComfyUI. Clone ComfyUI "
             "there, make a .venv in it with its requirements, and run the tests again."
         )
+
+
+@pytest.fixture(scope="session")
+def published(server):
+    """The files that the workflows ask for, small and random."""
+    write_published(server.base)
 
 
 @pytest.fixture(scope="session")

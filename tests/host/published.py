@@ -1,0 +1,31 @@
+"""Small random models under the names of the published files, so that the workflows that ship find what they ask for."""
+
+import shutil
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+from comfy_server import HOST
+from graph import random_network, write_network
+
+from flowcache_core.backbones.wan import WanConfig
+from flowcache_core.demo import VAE_FILE
+
+# One head of 128: without metadata a network's head count follows from its width.
+NETWORK = WanConfig(dim=128, ffn_dim=128, num_heads=1, num_layers=2, text_dim=64)
+SKYREELS = "Wan2_1-SkyReels-V2-DF-1_3B-540P_fp32.safetensors"
+
+
+def write_published(base: Path) -> None:
+    """Fills the models and input folders of a server."""
+    networks = base / "models" / "diffusion_models"
+    write_network(networks / SKYREELS, random_network(3, replace(NETWORK, fps=True)), NETWORK)
+    write_network(networks / "causal_forcing-framewise.safetensors", random_network(4, NETWORK), NETWORK)
+    for name in ("self_forcing_dmd.pt", "rolling_forcing_dmd.pt"):
+        weights = {f"model.{key}": weight for key, weight in random_network(5, NETWORK).items()}
+        torch.save({"generator_ema": weights}, networks / name)
+    shutil.copy(VAE_FILE, base / "models" / "vae" / "wan_2.1_vae.safetensors")
+    encoders = base / "models" / "text_encoders"
+    encoders.mkdir(exist_ok=True)
+    (encoders / "umt5_xxl_fp8_e4m3fn_scaled.safetensors").touch()  # listed, never read: the real one has 6 GB
+    shutil.copy(HOST / "input" / "example.png", base / "input")

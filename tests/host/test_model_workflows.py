@@ -1,0 +1,80 @@
+"""Every family's workflow that ships, end to end on a small random checkpoint: read, generated, decoded, saved.
+
+Only sizes and step counts are swapped, and the text encoder (6 GB) for captions that need none.
+"""
+
+import numpy as np
+import pytest
+from test_workflows import difference, prompt_of, saved
+from videos import check_video
+
+pytestmark = pytest.mark.usefixtures("published")
+
+CAPTIONS = ("a red circle", "a blue square", "a white triangle")
+FRAMES = {  # latent frames
+    "skyreels_text_to_video": 5 * 5,
+    "skyreels_image_to_video": 1 + 5 * 5,
+    "skyreels_long_video": 8 * 5,
+    "self_forcing_text_to_video": 7 * 3,
+    "causal_forcing_framewise": 1 + 20,
+    "rolling_forcing": 21 * 3,
+}
+
+
+def small(name: str, **inputs) -> dict:
+    """A workflow at 64 x 64 with few steps; `inputs` go to Autoregressive Extend."""
+    prompt = prompt_of(name)
+    captions = iter(CAPTIONS)
+    for key, node in list(prompt.items()):
+        if node["class_type"] == "CLIPLoader":
+            del prompt[key]
+        elif node["class_type"] == "CLIPTextEncode":
+            caption = next(captions) if node["inputs"]["text"] else ""
+            prompt[key] = {"class_type": "FlowCacheDemoPrompt", "inputs": {"caption": caption}}
+        elif node["class_type"] == "ImageScale":
+            node["inputs"] |= {"width": 64, "height": 64}
+        elif node["class_type"] == "FlowCacheAutoregressiveExtend":
+            sizes = {} if "prefix" in node["inputs"] or "state" in node["inputs"] else {"width": 64, "height": 64}
+            node["inputs"] |= sizes | ({"steps": 10} if name.startswith("skyreels") else {}) | inputs
+    return prompt
+
+
+def run(server, prompt: dict):
+    outcome = server.run(prompt)
+    assert outcome.error is None, outcome.error["exception_message"]
+    return outcome
+
+
+@pytest.mark.parametrize("name", FRAMES)
+def test_runs_to_a_video(server, name):
+    prompt = small(name, **({"chunks": 8} if name == "skyreels_long_video" else {}))
+    outcome = run(server, prompt)
+    (key,) = [key for key, node in prompt.items() if node["class_type"] == "SaveVideo"]
+    check_video(saved(server, prompt, outcome, prompt[key]["inputs"]["filename_prefix"]), 4 * FRAMES[name] - 3, 64)
+    (report,) = [key for key, node in prompt.items() if node["class_type"] == "FlowCacheReport"]
+    (text,) = outcome.outputs[report]["text"]
+    assert "10 steps, lag 5" in text if name.startswith("skyreels") else "0% of steps reused" in text
+
+
+def test_two_prompts_make_one_video(server):
+    prompt = small("skyreels_extend")
+    outcome = run(server, prompt)
+    beginning = check_video(saved(server, prompt, outcome, "flowcache/skyreels_extend_beginning"), 97, 64)
+    whole = check_video(saved(server, prompt, outcome, "flowcache/skyreels_extend_whole"), 97 + 80, 64)
+    assert difference(beginning[:-12], whole[: 97 - 12]) < 2  # coded anew; the last frames see what comes after them
+    (second,) = [key for key, node in prompt.items() if "state" in node["inputs"]]
+    prompt[prompt[second]["inputs"]["positive"][0]]["inputs"]["caption"] = "a yellow circle"
+    again = run(server, prompt)
+    assert second in again.executed and prompt[second]["inputs"]["state"][0] not in again.executed
+    changed = check_video(saved(server, prompt, again, "flowcache/skyreels_extend_whole"), 97 + 80, 64)
+    assert np.abs(changed[97:].astype(float) - whole[97:]).mean() > difference(beginning[:-12], whole[: 97 - 12])
+
+
+def test_the_end_image_of_the_workflow_can_be_switched_on(server):
+    """What Ctrl+B on its group does: the three nodes join the graph."""
+    prompt = small("skyreels_image_to_video")
+    (extend,) = [key for key, node in prompt.items() if node["class_type"] == "FlowCacheAutoregressiveExtend"]
+    assert "end" not in prompt[extend]["inputs"]
+    prompt[extend]["inputs"]["end"] = prompt[extend]["inputs"]["prefix"]
+    outcome = run(server, prompt)
+    check_video(saved(server, prompt, outcome, "flowcache/skyreels_image_to_video"), 4 * (1 + 25 + 1) - 3, 64)
