@@ -17,9 +17,12 @@ from .demo.model import decode, load_network, weights_name
 from .demo.train_network import FRAMES_PER_CHUNK
 from .engine import Cancelled
 from .errors import UserError
+from .families import FAMILIES
 from .files import check_writable, write_whole
 from .generate import generate
+from .history import HistorySettings
 from .pictures import report_picture
+from .plan import plan_history
 from .presets import DEFAULT_PRESET, PRESETS, preset
 from .progress import Bar
 from .report import megabytes
@@ -94,6 +97,13 @@ def run_info(options: argparse.Namespace) -> None:
         print(f"metadata  {key} = {value}")
     for warning in info.warnings:
         print(f"warning   {warning}")
+    if info.config and info.family in FAMILIES:
+        usual = FAMILIES[info.family]
+        size = (options.width or usual.size[0], options.height or usual.size[1])
+        plan = plan_history(info.config, usual, size, options.seconds * usual.fps + 1, HistorySettings(options.budget))
+        kept = f"{options.budget} finished chunks kept" if options.budget else "all of it kept"
+        print(f"video     {size[0]}x{size[1]}, {plan.frames} frames ({plan.frames / usual.fps:.1f} s), {plan.chunks} chunks")
+        print(f"history   {megabytes(plan.planned)} in bfloat16, {kept}; {megabytes(plan.unbounded)} unbounded")
 
 
 def run_convert(options: argparse.Namespace) -> None:
@@ -183,6 +193,10 @@ def parser() -> argparse.ArgumentParser:
     part.set_defaults(run=run_info)
     part.add_argument("file", type=Path)
     part.add_argument("--family", default="auto", help=f"auto or {', '.join(checkpoints.FAMILIES)}")
+    part.add_argument("--width", type=int, help="of a video, for the memory of its history (default: the model's own)")
+    part.add_argument("--height", type=int, help="likewise")
+    part.add_argument("--seconds", type=int, default=5, help="likewise (default: %(default)s)")
+    part.add_argument("--budget", type=int, metavar="CHUNKS", help="clean chunks that are kept (default: all)")
 
     part = commands.add_parser("convert", help="a checkpoint (or MAGI-1's VAE) of any layout to one file for ComfyUI")
     part.set_defaults(run=run_convert)

@@ -48,6 +48,7 @@ class Family:
         size: width and height in pixels.
         shift: that `levels` are moved towards noise by.
         source: where the numbers come from.
+        fps: frames a second of its videos.
         condition: noise level at which given frames are shown.
         first_levels: noise levels of the first chunk, from the number of steps, where it takes more of them.
         attention: chunk by chunk over a history, or the active chunks together and both ways ("rolling").
@@ -62,6 +63,7 @@ class Family:
     size: tuple[int, int]
     shift: float
     source: str
+    fps: int = 16
     condition: float = 0.0
     first_levels: Callable[[int], list[float] | None] = lambda steps: None
     attention: Literal["causal", "joint", "rolling"] = "causal"
@@ -105,7 +107,7 @@ FAMILIES: dict[str, Family] = {
     ),
     "skyreels": Family(
         50, 5, 5, always("skyreels unipc"), noise_levels.skyreels, 6.0, (960, 544), 8.0,
-        "SkyReels-V2, README (asynchronous inference, addnoise_condition 20)", condition=0.02,
+        "SkyReels-V2, README (asynchronous inference, addnoise_condition 20)", fps=24, condition=0.02,
     ),
     "wan": Family(
         50, 50, 3, always("unipc"), lambda steps: noise_levels.linear(steps, 8.0), 6.0, (832, 480), 8.0,

@@ -120,6 +120,7 @@ def generate(
     runner.report.settings = describe(settings)
     if state is not None:
         runner.load(state.by_branch)
+    runner.plan_history(torch.empty(shape, dtype=dtype, device="meta"), 1 if guidance_scale == 1.0 else 2)
     denoise = guidance(
         runner, _by_chunk(texts, done), None if against is None else _by_chunk(against, done), guidance_scale
     )

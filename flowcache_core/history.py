@@ -22,8 +22,8 @@ from torch import Tensor
 
 from .compression import TILE_BYTES, Compression, choose
 from .errors import UserError
-from .rotary import rotate
-from .schedule import END, LEAD
+from .rotary import Rotary, rotate
+from .schedule import END, LEAD, ChunkSchedule
 
 AttentionFunction = Callable[[Tensor, Tensor, Tensor], Tensor]
 
@@ -54,6 +54,16 @@ class HistorySettings:
             raise UserError(
                 "Positions relative to the window need a history budget; set one, or use absolute positions."
             )
+
+    @property
+    def asks(self) -> bool:
+        """Whether queries are kept for the next cut."""
+        return self.budget is not None and self.compression.rule == "flowcache"
+
+    def capacity(self, schedule: ChunkSchedule) -> int:
+        """Chunks that a run needs room for."""
+        everything = schedule.total_chunks
+        return everything if self.budget is None else min(everything, self.budget + schedule.max_active)
 
 
 @dataclass(frozen=True)
@@ -117,6 +127,15 @@ class HistoryShape:
         rows = self.layers * self.batch * self.heads * self.tokens
         return rows * ((2 * self.head_dim + time_dims) * itemsize + 4)
 
+    def planned_bytes(self, settings: HistorySettings, itemsize: int) -> int:
+        """What a run allocates for one branch of guidance, known before it begins: buffers, and queries for the next cut.
+
+        For networks of the Wan layout, where there are as many query heads as key heads.
+        """
+        queries = self.layers * self.batch * self.heads * self.chunk_tokens * self.head_dim * itemsize
+        time_dims = Rotary(self.head_dim).parts[0] if settings.relative else 0
+        return self.bytes(itemsize, time_dims) + (queries if settings.asks else 0)
+
 
 class Clean(NamedTuple):
     """The clean part of a history, to be kept beyond a run.
@@ -165,8 +184,9 @@ class History:
 
     @property
     def bytes(self) -> int:
+        """Of the buffers, and of the queries that are kept for the next cut."""
         buffers = [self.keys, self.values, self.tokens] + ([] if self.unrotated is None else [self.unrotated])
-        return sum(buffer.nbytes for buffer in buffers)
+        return sum(part.nbytes for part in (*buffers, *(query for query in self.queries if query is not None)))
 
     @property
     def bytes_used(self) -> int:
@@ -257,7 +277,7 @@ class History:
 
     def asks(self, chunk: int) -> bool:
         """Whether a chunk's queries are kept for the next compression."""
-        if self.settings.budget is None or chunk < 0:
+        if not self.settings.asks or chunk < 0:
             return False
         return self.settings.compression.asked_by == "newest" or chunk == self.active[0]
 

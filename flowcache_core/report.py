@@ -18,7 +18,8 @@ class Report:
         seconds: wall time of the run.
         forward_seconds: of them, inside the backbone.
         history: (tick, bytes in use), one entry a tick.
-        history_bytes_allocated: size of the history's buffers.
+        history_bytes_planned: what the run will allocate for its history, worked out before it begins.
+        history_bytes_allocated: what it did allocate: buffers, and queries for the next cut.
         history_bytes_unbounded: what an unbounded history of the same run would take.
         chunks_done: chunks finished.
         notes: lines on what was out of the ordinary.
@@ -31,6 +32,7 @@ class Report:
     seconds: float = 0.0
     forward_seconds: float = 0.0
     history: list[tuple[int, int]] = field(default_factory=list)
+    history_bytes_planned: int = 0
     history_bytes_allocated: int = 0
     history_bytes_unbounded: int = 0
     chunks_done: int = 0
@@ -88,6 +90,7 @@ class Report:
             "overhead": round(self.overhead, 4),
             "notes": self.notes,
             "history_bytes_peak": self.history_bytes_peak,
+            "history_bytes_planned": self.history_bytes_planned,
             "history_bytes_allocated": self.history_bytes_allocated,
             "history_bytes_unbounded": self.history_bytes_unbounded,
             "history_bytes": [used for _, used in self.history],
@@ -105,7 +108,8 @@ class Report:
             f"{self.chunks_done} chunks of {self.schedule.steps} steps, lag {self.schedule.lag}",
             f"forwards: {self.forwards_executed} of {self.forwards_total} ({fewer:.1f}x fewer), {self.reused:.0%} of steps reused",
             f"time: {self.seconds:.1f} s, {self.seconds / max(1, self.chunks_done):.2f} s a chunk, overhead {self.overhead:.1%}",
-            f"history: peak {megabytes(self.history_bytes_peak)}, unbounded {megabytes(self.history_bytes_unbounded)}",
+            f"history: planned {megabytes(self.history_bytes_planned)}, peak {megabytes(self.history_bytes_peak)}, "
+            f"unbounded {megabytes(self.history_bytes_unbounded)}",
             *self.notes,
         ]
         return "\n".join(line for line in lines if line)

@@ -138,6 +138,7 @@ class Runner:
             history.commit(chunk)
             self._forecasts.pop((chunk, name), None)
         self._signals.pop(chunk, None)
+        self.report.history_bytes_allocated = sum(history.bytes for history in self.histories.values())
         self.report.chunks_done += chunk >= self.schedule.prefix
 
     def load(self, histories: dict[Hashable, Clean]) -> None:
@@ -154,10 +155,7 @@ class Runner:
 
     def shape(self, x: Tensor, batch: int) -> HistoryShape:
         """Sizes of a branch's history for chunks of x's shape."""
-        backbone, budget = self.backbone, self.settings.history.budget
-        capacity = self.schedule.total_chunks
-        if budget is not None:
-            capacity = min(capacity, budget + self.schedule.max_active)
+        backbone = self.backbone
         return HistoryShape(
             layers=backbone.layers,
             batch=batch,
@@ -165,9 +163,21 @@ class Runner:
             head_dim=backbone.head_dim,
             grid=backbone.grid(*x.shape[-2:]),
             chunk_frames=self.chunk_frames,
-            capacity=capacity,
+            capacity=self.settings.history.capacity(self.schedule),
             given=self.given,
         )
+
+    def plan_history(self, x: Tensor, branches: int) -> None:
+        """Tells the report, before a run, how large its history will be.
+
+        Args:
+            x: a chunk [B, C, T, H, W]; only its shape and type matter.
+            branches: of guidance.
+        """
+        shape, itemsize = self.shape(x, x.shape[0]), (self.dtype or x.dtype).itemsize
+        whole = replace(shape, capacity=self.schedule.total_chunks)
+        self.report.history_bytes_planned = branches * shape.planned_bytes(self.settings.history, itemsize)
+        self.report.history_bytes_unbounded = branches * whole.bytes(itemsize)
 
     def _recompute(self, place: Place, branch: Hashable) -> bool:
         if place.step == CLEAN:
@@ -211,9 +221,8 @@ class Runner:
                     )
                 history.load(self._loaded[branch])
             self.histories[branch] = history
-            self.report.history_bytes_allocated += history.bytes
             whole = replace(shape, capacity=self.schedule.total_chunks)
-            self.report.history_bytes_unbounded += whole.bytes(history.keys.itemsize)
+            self.report.history_bytes_unbounded = len(self.histories) * whole.bytes(history.keys.itemsize)
         return self.histories[branch]
 
     def _context(self, text: Tensor, key: Hashable):

@@ -1,0 +1,67 @@
+"""How much memory the history of a run takes, from the sizes of the network and of the video alone."""
+
+from dataclasses import dataclass, replace
+
+from .backbones.wan import WanConfig
+from .families import Family
+from .history import HistorySettings, HistoryShape
+from .rolling import rolling_bytes
+from .schedule import ChunkSchedule
+
+VAE_STRIDE = 8  # pixels of a latent pixel, across and down
+FRAME_STRIDE = 4  # pixel frames of a latent frame; a video's first one has 1
+
+
+@dataclass(frozen=True)
+class HistoryPlan:
+    """Bytes of history of a run.
+
+    Attributes:
+        chunks: of the video.
+        frames: pixel frames of the video, in whole chunks.
+        planned: what the run allocates.
+        unbounded: the same without a budget.
+    """
+
+    chunks: int
+    frames: int
+    planned: int
+    unbounded: int
+
+
+def plan_history(
+    config: WanConfig,
+    family: Family,
+    size: tuple[int, int],
+    frames: int,
+    history: HistorySettings = HistorySettings(),
+    itemsize: int = 2,
+) -> HistoryPlan:
+    """The plan of a run with a family's recommended schedule and guidance.
+
+    Args:
+        size: width and height in pixels.
+        frames: pixel frames that the video shall have at least.
+        itemsize: bytes of a number; 2 in bfloat16.
+    """
+    latent_frames = -(-(frames - 1) // FRAME_STRIDE) + 1
+    chunks = -(-latent_frames // family.chunk_frames)
+    schedule = ChunkSchedule(chunks, family.steps, family.lag)
+    _, patch_height, patch_width = config.patch_size
+    shape = HistoryShape(
+        layers=config.num_layers,
+        batch=1,
+        heads=config.num_heads,
+        head_dim=config.dim // config.num_heads,
+        grid=(-(-size[1] // (VAE_STRIDE * patch_height)), -(-size[0] // (VAE_STRIDE * patch_width))),
+        chunk_frames=family.chunk_frames,
+        capacity=history.capacity(schedule),
+    )
+    branches = 1 if family.guidance == 1.0 else 2
+    unbounded = replace(shape, capacity=chunks).bytes(itemsize)
+    if family.attention == "rolling":
+        planned = rolling_bytes(replace(shape, capacity=chunks), itemsize)
+    else:
+        planned = shape.planned_bytes(history, itemsize)
+    made = FRAME_STRIDE * chunks * family.chunk_frames - (FRAME_STRIDE - 1)
+    return HistoryPlan(chunks, made, branches * planned, branches * unbounded)
