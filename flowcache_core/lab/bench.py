@@ -14,13 +14,14 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 
 from ..demo import NETWORK_FILE
-from ..demo.model import load_network
+from ..demo.model import decode, load_network
+from ..demo.train_network import FRAMES_PER_CHUNK
 from ..files import check_writable, write_whole
 from ..history import HistorySettings
 from . import charts, compression_cost, process
-from .likeness import likeness, pixels
+from .likeness import decibels, pixels
 from .long_run import long_run
-from .methods import HISTORY, OURS, PLAIN, converged, default, history_only, ours, peers, plain
+from .methods import HISTORY, OURS, PLAIN, converged, default, history_only, ours, peers, plain, sparing
 from .points import Point, References, measure, window_flops
 from .runs import Clips, Method, plain_forwards, run
 from .setups import SETUPS, Setup
@@ -92,7 +93,7 @@ class Bench:
         """Everything, most important first; returns what report.json holds."""
         report: dict = {"machine": process.machine(), "size": asdict(self.size)}
         run(default(SETUPS["magi"]), SETUPS["magi"], Clips(self.backbone, self.clips.captions[:1], 2))  # warm-up
-        made = long_run(self.backbone, SETUPS["magi"], default(SETUPS["magi"]).settings, self.size.long_chunks)
+        made = long_run(self.backbone, SETUPS["magi"], sparing(SETUPS["magi"]).settings, self.size.long_chunks)
         self.say(f"long run: last chunks {made.slower:.3f} times as slow, memory {made.grown:+.2%}")
         for setup in SETUPS.values():
             self.schedule(setup)
@@ -115,7 +116,8 @@ class Bench:
         seconds, overheads, likest = self.pairs(setup, quick)
         kept = run(history_only(), setup, self.clips)  # where the plain run keeps no history, it gives the same
         scale = seconds[PLAIN] / seconds[HISTORY] if setup.window else 1.0
-        reached = run(converged(setup), setup, self.clips) if setup.converges else None
+        half = replace(self.clips, chunks=max(1, self.clips.chunks // 2))
+        reached = run(converged(setup), setup, half) if setup.converges else None
         self.references[setup.name] = references = References(
             plain=pixels(kept.latents),
             converged=pixels(reached.latents) if reached else None,
@@ -127,14 +129,10 @@ class Bench:
         first.psnr = first.ssim = None
         if setup.window:
             first.flops = window_flops(setup, self.clips)
-            first.seconds, first.forwards_executed, first.history_bytes_peak = (
-                references.seconds,
-                references.forwards,
-                0,
-            )
-            self.points.append(
-                replace(measure(history_only(), setup, self.clips, kept, references), psnr=None, ssim=None)
-            )
+            first.seconds, first.forwards_executed = references.seconds, references.forwards
+            first.history_bytes_peak = 0
+            alike = measure(history_only(), setup, self.clips, kept, references)
+            self.points.append(replace(alike, psnr=likest["history_only_to_plain_psnr"], ssim=None))
         first.speedup = 1.0
         first.overhead = overheads[PLAIN]
         self.points.append(first)
@@ -149,8 +147,9 @@ class Bench:
         seconds: dict[str, list[float]] = defaultdict(list)
         overheads: dict[str, list[float]] = defaultdict(list)
         latents = {}
-        for _ in range(self.size.pairs):
-            for method in [plain(setup), *([history_only()] if setup.window else []), *methods]:
+        for number in range(self.size.pairs):
+            others = [history_only()] if setup.window and number == 0 else []
+            for method in [plain(setup), *others, *methods]:
                 outcome = run(method, setup, self.one)
                 name = method.name if method.name in (PLAIN, HISTORY) else method.setting
                 seconds[name].append(outcome.seconds)
@@ -158,7 +157,11 @@ class Bench:
                 latents[name] = outcome.latents
         alike = {}
         if setup.window:
-            alike["history_only_to_plain_psnr"] = likeness(pixels(latents[HISTORY]), pixels(latents[PLAIN])).psnr
+            alike["history_only_to_plain_psnr"] = decibels(pixels(latents[HISTORY]), pixels(latents[PLAIN]))
+        elif setup.converges:
+            made, wanted = latents[methods[0].setting], latents[PLAIN]
+            alike["psnr_by_codec"] = decibels(pixels(made), pixels(wanted))
+            alike["psnr_by_vae"] = decibels(*(decode(latent, FRAMES_PER_CHUNK)[None] for latent in (made, wanted)))
         return (
             {name: statistics.median(values) for name, values in seconds.items()},
             {name: statistics.median(values) for name, values in overheads.items()},
@@ -202,7 +205,7 @@ class Bench:
     def short(self) -> dict:
         setup = SETUPS["magi"]
         clips = Clips.held_out(self.backbone, self.size.short_clips, self.size.short_chunks)
-        rows = short_history(setup, clips, default(setup).settings, SHORT_BUDGET)
+        rows = short_history(setup, clips, sparing(setup).settings, SHORT_BUDGET)
         for row in rows:
             self.say(
                 f"{row.name:24} detector {row.quality.detector:.1%}"

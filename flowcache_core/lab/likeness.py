@@ -62,11 +62,13 @@ def pixels(latents: Tensor) -> Tensor:
 
 def likeness(made: Tensor, other: Tensor) -> Likeness:
     """Pixels [clips, 3, T, H, W] of two runs; SSIM is taken of every fourth frame, one for each latent frame."""
-    pairs = list(zip(made, other, strict=True))
-    return Likeness(
-        float(np.mean([min(psnr(a, b, span=2.0), 100.0) for a, b in pairs])),  # equal clips would be infinite
-        float(np.mean([ssim(a[:, ::TIME], b[:, ::TIME], span=2.0) for a, b in pairs])),
-    )
+    pairs = zip(made[:, :, ::TIME], other[:, :, ::TIME], strict=True)
+    return Likeness(decibels(made, other), float(np.mean([ssim(a, b, span=2.0) for a, b in pairs])))
+
+
+def decibels(made: Tensor, other: Tensor) -> float:
+    """PSNR of pixels [clips, 3, T, H, W], mean over the clips; equal clips, which would be infinite, count as 100."""
+    return float(np.mean([min(psnr(a, b, span=2.0), 100.0) for a, b in zip(made, other, strict=True)]))
 
 
 def quality(made: Tensor, captions: list[str]) -> Quality:

@@ -8,7 +8,7 @@ from ..demo.captions import TOKENS
 from ..demo.train_network import FRAMES_PER_CHUNK
 from ..schedule import ChunkSchedule
 from . import flops as counted
-from .likeness import likeness, pixels, quality
+from .likeness import decibels, likeness, pixels, quality
 from .process import resident
 from .runs import Clips, Method, Outcome, chunk_tokens
 from .setups import Setup
@@ -24,7 +24,7 @@ class Point:
         timed: "pairs" where runs of one clip alternated with plain ones, "batch" where the run of all clips was timed.
         psnr, ssim: to the plain run; None for itself.
         lpips: None, its weights are not at hand.
-        psnr_converged, ssim_converged: to the converged run; None where there is none.
+        psnr_converged: to the converged run, over as many chunks as that has; None where there is none.
         detector, detector_first, detector_last: share of frames with the captioned shapes; of the first and last chunk.
         growth: area of the shapes, last quarter over first.
         jerk: change of velocity from frame to frame, pixels.
@@ -44,7 +44,6 @@ class Point:
     ssim: float | None
     lpips: None
     psnr_converged: float | None
-    ssim_converged: float | None
     detector: float
     detector_first: float
     detector_last: float
@@ -76,7 +75,9 @@ def measure(method: Method, setup: Setup, clips: Clips, outcome: Outcome, refere
     """A point from a finished run; `speedup` is that of the batch until runs in alternation say better."""
     shown = pixels(outcome.latents)
     plain = likeness(shown, references.plain) if shown is not references.plain else None
-    converged = None if references.converged is None else likeness(shown, references.converged)
+    converged = None
+    if references.converged is not None:
+        converged = decibels(shown[:, :, : references.converged.shape[2]], references.converged)
     good = quality(shown, clips.captions)
     return Point(
         schedule=setup.name,
@@ -87,8 +88,7 @@ def measure(method: Method, setup: Setup, clips: Clips, outcome: Outcome, refere
         psnr=None if plain is None else plain.psnr,
         ssim=None if plain is None else plain.ssim,
         lpips=None,
-        psnr_converged=None if converged is None else converged.psnr,
-        ssim_converged=None if converged is None else converged.ssim,
+        psnr_converged=converged,
         detector=good.detector,
         detector_first=good.detector_first,
         detector_last=good.detector_last,

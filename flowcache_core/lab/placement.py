@@ -1,0 +1,80 @@
+"""The search for the steps to recompute: lists are improved by small moves, then measured.
+
+Whatever makes and compares videos is the caller's: `lab.search` runs the demo model, a node the host's.
+"""
+
+import random
+import time
+from collections.abc import Callable, Sequence
+
+from ..calibration import Calibration, Measured
+from ..reuse import spread
+from ..schedule import ChunkSchedule
+
+COUNTS = (5, 6, 7, 8, 9, 11, 15, 20, 30)  # recomputed steps of a chunk
+
+Steps = tuple[int, ...]
+Score = Callable[[Steps], float]  # PSNR to the plain run of a list of recomputed steps, dB
+
+
+def moved(chosen: Steps, schedule: ChunkSchedule, draw: random.Random) -> Steps:
+    """The list with one step moved a little, mostly with those that lie whole lags from it."""
+    lag = schedule.lag or schedule.steps
+    step, by = draw.choice(chosen[1:]), draw.choice((-4, -3, -2, -1, 1, 2, 3, 4))
+    row = {other for other in chosen[1:] if (other - step) % lag == 0 and (other >= step or draw.random() < 0.5)}
+    if draw.random() < 0.3:
+        row = {step}
+    new = {0} | (set(chosen) - row) | {other + by for other in row}
+    sound = len(new) == len(chosen) and min(new) == 0 and max(new) < schedule.steps
+    return tuple(sorted(new)) if sound else chosen
+
+
+def improved(start: Steps, schedule: ChunkSchedule, score: Score, tries: int, draw: random.Random) -> Steps:
+    """The best list found by so many moves from `start`."""
+    best, reached, seen = start, score(start), {start}
+    for _ in range(tries):
+        other = next((new for new in (moved(best, schedule, draw) for _ in range(50)) if new not in seen), None)
+        if other is None:
+            break
+        seen.add(other)
+        if (found := score(other)) > reached:
+            best, reached = other, found
+    return best
+
+
+def calibrate(
+    schedule: ChunkSchedule,
+    clips: int,
+    search_score: Score,
+    final_score: Score,
+    seconds: float,
+    counts: Sequence[int] = COUNTS,
+    told: Callable[[str], None] = lambda words: None,
+) -> Calibration:
+    """Searches for about so long, all counts alike, then measures.
+
+    Args:
+        schedule: of the clips that the curve is measured on.
+        clips: their number.
+        search_score, final_score: likeness to the plain run in dB of a list of recomputed steps; the first on few short
+            clips, the second on what is reported.
+    """
+    draw = random.Random(0)
+    curve: list[Measured] = []
+    counts = [count for count in counts if count < schedule.steps]
+    search_score(spread(schedule, counts[0]))  # makes the plain run, which is not to count as a list's time
+    begun = time.monotonic()
+    for place, count in enumerate(counts):
+        share = seconds * (place + 1) / len(counts)
+        start = spread(schedule, count)
+        took = time.monotonic()
+        search_score(start)
+        took = time.monotonic() - took
+        left = share - (time.monotonic() - begun)
+        best = improved(start, schedule, search_score, max(0, int(left / max(took, 1e-3)) - 1), draw)
+        curve.append(Measured(best, 0.0))
+        told(f"{count} steps: {best}")
+    measured = [Measured(one.steps, round(final_score(one.steps), 2)) for one in curve]
+    for one in measured:
+        told(f"{len(one.steps)} steps: {one.psnr:.1f} dB")
+    return Calibration(schedule.steps, schedule.lag, schedule.chunks, clips, tuple(measured))
