@@ -3,6 +3,7 @@
 from comfy_api.latest import ComfyExtension, io
 
 from .ar_sampler import ARSamplerNode
+from .calibrate import Calibrate
 from .demo_prompt import DemoPrompt
 from .extend import AutoregressiveExtend
 from .flowcache import FlowCache
@@ -26,6 +27,7 @@ class FlowCacheExtension(ComfyExtension):
             MagiPrompt,
             PromptsOverTime,
             FlowCache,
+            Calibrate,
             AutoregressiveExtend,
             StreamVideo,
             Resume,

@@ -1,7 +1,10 @@
 """FlowCache: patches a model."""
 
+from dataclasses import replace
+
 from comfy_api.latest import io
 
+from ..flowcache_core.calibration import settings_of
 from ..flowcache_core.compression import Compression
 from ..flowcache_core.families import family_preset
 from ..flowcache_core.history import HistorySettings
@@ -9,7 +12,7 @@ from ..flowcache_core.presets import DEFAULT_PRESET, PRESETS, ReuseSettings, Set
 from . import host
 from .widgets import advanced, found_by
 
-CUSTOM = "custom"
+CUSTOM, QUALITY = "custom", "quality"
 
 
 class FlowCache(io.ComfyNode):
@@ -27,10 +30,10 @@ class FlowCache(io.ComfyNode):
                 io.Model.Input("model", tooltip="An autoregressive video model: causal Wan, SkyReels-V2, the demo model."),
                 io.Combo.Input(
                     "preset",
-                    options=[*PRESETS, CUSTOM],
+                    options=[*PRESETS, CUSTOM, QUALITY],
                     default=DEFAULT_PRESET,
                     tooltip="How much is reused: 'high' stays closest to the plain result, 'fast' is quickest. 'paper slow' "
-                    "and 'paper fast' are the published rule. 'custom' takes the advanced inputs below.",
+                    "and 'paper fast' are the published rule. 'custom' takes the advanced inputs below, 'quality' the knob of that name.",
                 ),
                 io.Int.Input(
                     "history_budget",
@@ -140,6 +143,17 @@ class FlowCache(io.ComfyNode):
                         "with what is known now. Costs nothing; the published rule does without.",
                     )
                 ),
+                advanced(
+                    io.Float.Input(
+                        "quality",
+                        default=0.5,
+                        min=0.0,
+                        max=1.0,
+                        step=0.05,
+                        tooltip="Only with preset 'quality': how alike the result is to the plain one. 0.2 draft, 0.5 balanced "
+                        "(38 dB), 0.8 high, 1 every step recomputed. Calibrate FlowCache makes it exact for your model.",
+                    )
+                ),
             ],
             outputs=[io.Model.Output()],
         )
@@ -161,6 +175,7 @@ class FlowCache(io.ComfyNode):
         positions: str = "absolute",
         history_rule: str = "flowcache",
         correct: bool = True,
+        quality: float = 0.5,
     ) -> io.NodeOutput:
         compression = Compression(
             rule=history_rule, weight=importance_weight, granularity=granularity, protect_first=keep_first_chunk
@@ -172,6 +187,8 @@ class FlowCache(io.ComfyNode):
                 policy, every=every, least=1, threshold=threshold, warmup=warmup, order=order, correct=correct
             )
             settings = Settings(reuse, history)
+        elif preset == QUALITY:
+            settings = replace(settings_of(quality, host.calibration_of(model)), history=history)
         else:
             network = model.model.diffusion_model
             settings = family_preset(preset, host.family_of(model), getattr(network, "dim", 0), history)

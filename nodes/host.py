@@ -14,6 +14,7 @@ import time
 from collections import OrderedDict
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from pathlib import Path
 
 import comfy.k_diffusion.sampling
 import comfy.model_patcher
@@ -23,6 +24,8 @@ from comfy.ldm.modules.attention import optimized_attention
 from comfy.patcher_extension import WrappersMP, add_wrapper_with_key
 from torch import Tensor
 
+from ..flowcache_core.calibration import Calibration, beside
+from ..flowcache_core.calibration import load as load_calibration
 from ..flowcache_core.errors import UserError
 from ..flowcache_core.families import make_backbone
 from ..flowcache_core.presets import Settings
@@ -89,6 +92,30 @@ def model_name(model: comfy.model_patcher.ModelPatcher) -> str:
     """Tells networks of other sizes apart, for states; two files of one size pass as the same."""
     network = model.model.diffusion_model
     return f"{type(network).__name__.replace('Causal', '')} {network.dim}x{len(network.blocks)} heads {network.num_heads}"
+
+
+def file_of(model: comfy.model_patcher.ModelPatcher) -> Path:
+    """The file that a model was loaded from.
+
+    Raises:
+        UserError: its loader did not say.
+    """
+    loaded = getattr(model, "cached_patcher_init", None)
+    if not loaded or not loaded[1] or not isinstance(loaded[1][0], str | Path):
+        raise UserError(
+            "The model does not say which file it was loaded from, and its calibration lies beside that; load it with "
+            "Load AR Video Model (FlowCache)."
+        )
+    return Path(loaded[1][0])
+
+
+def calibration_of(model: comfy.model_patcher.ModelPatcher) -> Calibration | None:
+    """What Calibrate FlowCache wrote beside the model's file, if it did."""
+    try:
+        path = beside(file_of(model))
+    except UserError:
+        return None
+    return load_calibration(path) if path.is_file() else None
 
 
 def compute_dtype(model) -> torch.dtype:

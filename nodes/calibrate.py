@@ -1,0 +1,100 @@
+"""Calibrate FlowCache: finds out, once a model, which steps to recompute for which quality."""
+
+from comfy_api.latest import io
+
+from ..flowcache_core import calibration
+from ..flowcache_core.families import family
+from ..flowcache_core.metrics import psnr
+from ..flowcache_core.presets import OFF, Settings
+from ..flowcache_core.schedule import ChunkSchedule
+from . import host
+from .host_sampler import extend, progress_text
+from .widgets import advanced, found_by
+
+
+class Calibrate(io.ComfyNode):
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return io.Schema(
+            node_id="FlowCacheCalibrate",
+            display_name="Calibrate FlowCache",
+            category="FlowCache",
+            description="Runs a short clip of a model many times, finds the steps that are best recomputed, and writes which "
+            "quality they give to a small file beside the model. FlowCache's preset 'quality' uses it from then on.",
+            **found_by("tune", "quality", "speed up"),
+            inputs=[
+                io.Model.Input("model", tooltip="An autoregressive video model, straight from its loader."),
+                io.Conditioning.Input("positive", tooltip="What the clip shows: something typical of what you make."),
+                io.Conditioning.Input("negative", tooltip="What it does not show; used when guidance is not 1."),
+                io.Vae.Input("vae", tooltip="Clips are compared as they look, decoded."),
+                io.Int.Input("seed", default=0, min=0, max=0xFFFFFFFFFFFFFFFF, tooltip="Of the clip's noise."),
+                io.Int.Input("chunks", default=4, min=1, max=64, tooltip="Chunks of the clip."),
+                io.Float.Input(
+                    "minutes",
+                    default=10.0,
+                    min=0.0,
+                    max=600.0,
+                    tooltip="Of searching; measuring comes on top. 0 only measures evenly spread steps.",
+                ),
+                advanced(
+                    io.Int.Input(
+                        "steps",
+                        default=0,
+                        min=0,
+                        max=1000,
+                        tooltip="Denoising steps of a chunk; 0: as recommended for the model. It holds for that number only.",
+                    )
+                ),
+                advanced(
+                    io.Int.Input("width", default=0, min=0, max=8192, step=16, tooltip="Pixels; 0: as recommended.")
+                ),
+                advanced(
+                    io.Int.Input("height", default=0, min=0, max=8192, step=16, tooltip="Pixels; 0: as recommended.")
+                ),
+            ],
+            outputs=[io.String.Output(display_name="text", tooltip="What was measured, a line for each setting.")],
+            hidden=[io.Hidden.unique_id],
+            is_output_node=True,
+        )
+
+    @classmethod
+    def execute(
+        cls, model, positive, negative, vae, seed, chunks, minutes, steps=0, width=0, height=0
+    ) -> io.NodeOutput:
+        from ..flowcache_core.lab.placement import calibrate
+
+        path = calibration.beside(host.file_of(model))
+        usual = family(host.family_of(model))
+        steps = steps or usual.steps
+        schedule = ChunkSchedule(chunks, steps, usual.lag if steps == usual.steps else steps)
+
+        def clip(settings: Settings, seed: int):
+            made = extend(
+                host.patched(model, settings, "calibration"), positive, negative, usual.guidance, seed,
+                usual.levels(steps), usual.first_levels(steps), chunks, usual.chunk_frames, schedule.lag,
+                usual.solver(steps), (width or usual.size[0], height or usual.size[1]), "causal", None, None,
+                usual.condition, None, None, None, {}, cls.hidden.unique_id,
+            )  # fmt: skip
+            return vae.decode(made.latent)
+
+        def score_of(seed: int):
+            plain = []
+
+            def score(chosen: tuple[int, ...]) -> float:
+                if not plain:
+                    plain.append(clip(OFF, seed))
+                reuse = calibration.reuse(chosen, steps, schedule.lag)
+                return min(100.0, psnr(clip(Settings(reuse), seed), plain[0]))
+
+            return score
+
+        lines: list[str] = []
+
+        def told(line: str) -> None:
+            lines.append(line)
+            progress_text(line, cls.hidden.unique_id)
+
+        made = calibrate(schedule, 1, score_of(seed), score_of(seed + 1), 60.0 * minutes, told=told)
+        calibration.save(made, path)
+        text = "\n".join([*lines, f"written to {path.name}"])
+        return io.NodeOutput(text, ui={"text": [text]})

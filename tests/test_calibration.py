@@ -1,0 +1,114 @@
+"""The quality knob: what a calibration says is what a run gets, and files that say nonsense are refused."""
+
+import json
+import random
+
+import pytest
+
+from flowcache_core.calibration import (
+    SHIPPED, Calibration, Measured, beside, decibels, load, recomputing, reuse, save, settings_of,
+)  # fmt: skip
+from flowcache_core.errors import UserError
+from flowcache_core.lab.placement import calibrate, improved, moved
+from flowcache_core.presets import OFF
+from flowcache_core.reuse import spread
+from flowcache_core.schedule import ChunkSchedule
+
+MADE = Calibration(8, 4, 3, 2, (Measured((0, 4), 30.0), Measured((0, 4, 6), 37.5), Measured((0, 2, 4, 6), 46.0)))
+
+
+def chosen(quality, schedule=ChunkSchedule(2, 8, 4)):
+    policy = settings_of(quality, MADE).reuse.make(schedule)
+    return [step for step in range(schedule.steps) if policy.recompute(schedule.active(step)[0], schedule.steps, "", None)]
+
+
+def test_the_fewest_steps_that_reach_the_quality():
+    assert chosen(0.0) == [0, 4]
+    assert chosen(0.2) == [0, 4, 6]  # 30.8 dB
+    assert chosen("balanced") == [0, 2, 4, 6]  # 38 dB
+    assert settings_of("lossless", MADE) == OFF
+    assert settings_of(0.9, MADE) == OFF  # more than any list reaches
+
+
+def test_on_another_schedule_as_large_a_share():
+    settings = reuse(tuple(range(0, 64, 4)), 64, 16)
+    policy = settings.make(ChunkSchedule(2, 32, 8))
+    assert len(policy.steps) == 8
+
+
+@pytest.mark.parametrize("wrong", [-0.1, 1.5, "best"])
+def test_impossible_qualities_are_refused(wrong):
+    with pytest.raises(UserError, match="expected 0 to 1"):
+        settings_of(wrong, MADE)
+
+
+def test_saved_and_read_again(tmp_path):
+    path = beside(tmp_path / "model.safetensors")
+    assert path.name == "model.flowcache.json"
+    save(MADE, path)
+    assert load(path) == MADE
+
+
+@pytest.mark.parametrize(
+    "spoil",
+    [
+        lambda told: told.pop("format"),
+        lambda told: told.update(format="other"),
+        lambda told: told.pop("lag"),
+        lambda told: told["curve"][0].update(steps=[3, 1]),
+        lambda told: told["curve"][0].update(steps=[0, 99]),
+        lambda told: told["curve"][0].update(psnr="much"),
+        lambda told: told.update(curve=7),
+    ],
+)
+def test_damaged_files_are_refused(tmp_path, spoil):
+    path = tmp_path / "model.flowcache.json"
+    save(MADE, path)
+    told = json.loads(path.read_text())
+    spoil(told)
+    path.write_text(json.dumps(told))
+    with pytest.raises(UserError, match="calibrate the model again"):
+        load(path)
+
+
+def test_what_ships_is_sound_and_more_steps_are_more_alike():
+    shipped = load(SHIPPED)
+    assert (shipped.steps, shipped.lag) == (64, 16)
+    counts = [len(one.steps) for one in shipped.curve]
+    assert counts == sorted(set(counts))
+    assert shipped.curve[-1].psnr > shipped.curve[0].psnr + 6
+    assert recomputing(counts[0], 64, 16).steps == shipped.curve[0].steps
+
+
+def test_spread_takes_common_ticks_and_as_many_as_asked():
+    for steps, lag in ((64, 16), (50, 5), (4, 4), (12, 3)):
+        schedule = ChunkSchedule(4, steps, lag)
+        for count in range(1, steps + 1):
+            taken = spread(schedule, count)
+            assert len(taken) == count and taken[0] == 0 and list(taken) == sorted(set(taken))
+            if count >= -(-steps // lag):  # whoever recomputes finds the older chunks recomputed too
+                assert all(step + lag in taken for step in taken if step + lag < steps)
+
+
+def test_the_search_finds_a_better_list():
+    schedule = ChunkSchedule(4, 16, 4)
+    best = (0, 2, 6, 10, 14)
+
+    def score(steps):
+        return -sum(min(abs(step - other) for other in steps) for step in best)
+
+    start = spread(schedule, 5)
+    found = improved(start, schedule, score, 200, random.Random(0))
+    assert score(found) > score(start) and len(found) == 5 and found[0] == 0
+    assert all(len(moved(best, schedule, random.Random(seed))) == 5 for seed in range(50))
+
+
+def test_a_calibration_measures_what_it_found():
+    schedule = ChunkSchedule(2, 8, 4)
+    made = calibrate(schedule, 3, lambda steps: float(len(steps)), lambda steps: 10.0 * len(steps), 0.0, counts=(2, 4, 30))
+    assert [(len(one.steps), one.psnr) for one in made.curve] == [(2, 20.0), (4, 40.0)]
+    assert (made.steps, made.lag, made.chunks, made.clips) == (8, 4, 2, 3)
+
+
+def test_decibels_rise_with_quality():
+    assert [decibels(quality) for quality in (0.0, 0.5, 1.0)] == [26.0, 38.0, float("inf")]
