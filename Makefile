@@ -13,7 +13,8 @@ demo: $(VENV)/ready
 
 bench: $(VENV)/ready
 	$(VENV)/bin/python -m flowcache_core.lab.bench --out out/bench --pictures docs
-	$(VENV)/bin/python -m flowcache_core.lab.table
+	$(VENV)/bin/python tests/host/bench_host.py --out out/bench
+	$(VENV)/bin/python -m flowcache_core.lab.table --report out/bench/report.json
 
 bench-smoke: $(VENV)/ready
 	$(VENV)/bin/python -m flowcache_core.lab.bench --smoke --out out/bench_smoke

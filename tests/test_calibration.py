@@ -6,7 +6,16 @@ import random
 import pytest
 
 from flowcache_core.calibration import (
-    SHIPPED, Calibration, Measured, beside, decibels, load, recomputing, reuse, save, settings_of,
+    SHIPPED,
+    Calibration,
+    Measured,
+    beside,
+    decibels,
+    load,
+    recomputing,
+    reuse,
+    save,
+    settings_of,
 )  # fmt: skip
 from flowcache_core.errors import UserError
 from flowcache_core.lab.placement import calibrate, improved, moved
@@ -19,7 +28,9 @@ MADE = Calibration(8, 4, 3, 2, (Measured((0, 4), 30.0), Measured((0, 4, 6), 37.5
 
 def chosen(quality, schedule=ChunkSchedule(2, 8, 4)):
     policy = settings_of(quality, MADE).reuse.make(schedule)
-    return [step for step in range(schedule.steps) if policy.recompute(schedule.active(step)[0], schedule.steps, "", None)]
+    return [
+        step for step in range(schedule.steps) if policy.recompute(schedule.active(step)[0], schedule.steps, "", None)
+    ]
 
 
 def test_the_fewest_steps_that_reach_the_quality():
@@ -105,7 +116,9 @@ def test_the_search_finds_a_better_list():
 
 def test_a_calibration_measures_what_it_found():
     schedule = ChunkSchedule(2, 8, 4)
-    made = calibrate(schedule, 3, lambda steps: float(len(steps)), lambda steps: 10.0 * len(steps), 0.0, counts=(2, 4, 30))
+    made = calibrate(
+        schedule, 3, lambda steps: float(len(steps)), lambda steps: 10.0 * len(steps), 0.0, counts=(2, 4, 30)
+    )
     assert [(len(one.steps), one.psnr) for one in made.curve] == [(2, 20.0), (4, 40.0)]
     assert (made.steps, made.lag, made.chunks, made.clips) == (8, 4, 2, 3)
 

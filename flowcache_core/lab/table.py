@@ -1,6 +1,7 @@
 """The bench's table, and its place in the README: `python -m flowcache_core.lab.table` writes it there."""
 
 import argparse
+import json
 from collections.abc import Iterable
 from pathlib import Path
 
@@ -30,7 +31,9 @@ COLUMNS = (
 def table(report: dict) -> str:
     """Markdown: what was measured on, the points of each schedule, a long run, short histories, the cost of cutting."""
     return "\n\n".join(
-        part for part in (_machine(report), *_points(report), _long_run(report), _short(report), _cut(report)) if part
+        part
+        for part in (_machine(report), *_points(report), _long_run(report), _short(report), _cut(report), _host(report))
+        if part
     )
 
 
@@ -118,6 +121,20 @@ def _short(report: dict) -> str:
     )
 
 
+def _host(report: dict) -> str:
+    host = report.get("host")
+    if not host:
+        return ""
+    cells = [
+        [row["method"], row["setting"], f"{row['speedup']:.2f}x", f"{row['seconds']:.2f}", _decibels(row["psnr"])]
+        for row in host["rows"]
+    ]
+    return (
+        f"**In ComfyUI, on its own path (SamplerARVideo, {host['steps']} steps, {host['chunks']} chunks)**\n\n"
+        + _markdown(("node", "setting", "faster", "seconds", "PSNR, dB"), cells)
+    )
+
+
 def _cut(report: dict) -> str:
     cut = report.get("compression")
     if not cut:
@@ -136,10 +153,12 @@ def _markdown(names: Iterable[str], rows: Iterable[Iterable[str]]) -> str:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description="Puts the bench's table into the README, between its markers.")
-    parser.add_argument("--table", type=Path, default=Path("out/bench/table.md"), help="(default: %(default)s)")
+    parser.add_argument("--report", type=Path, default=Path("out/bench/report.json"), help="(default: %(default)s)")
     parser.add_argument("--readme", type=Path, default=Path("README.md"), help="(default: %(default)s)")
     options = parser.parse_args()
-    words = insert(options.readme.read_text(), options.table.read_text().strip())
+    made = table(json.loads(options.report.read_text()))
+    words = insert(options.readme.read_text(), made)
+    write_whole(options.report.with_name("table.md"), lambda partial: partial.write_text(made + "\n"))
     write_whole(options.readme, lambda partial: partial.write_text(words))
 
 
