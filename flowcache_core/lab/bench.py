@@ -14,16 +14,15 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 
 from ..demo import NETWORK_FILE
-from ..demo.model import decode, load_network
-from ..demo.train_network import FRAMES_PER_CHUNK
+from ..demo.model import load_network
 from ..files import check_writable, write_whole
 from ..history import HistorySettings
 from . import charts, compression_cost, process
-from .likeness import decibels, pixels
+from .likeness import decibels, pixels, pixels_by_vae
 from .long_run import long_run
 from .methods import HISTORY, OURS, PLAIN, converged, default, history_only, ours, peers, plain, sparing
 from .points import Point, References, measure, window_flops
-from .runs import Clips, Method, plain_forwards, run
+from .runs import Clips, Method, Outcome, plain_forwards, run
 from .setups import SETUPS, Setup
 from .short_history import short_history
 from .table import TITLES, table
@@ -136,9 +135,13 @@ class Bench:
         first.speedup = 1.0
         first.overhead = overheads[PLAIN]
         self.points.append(first)
+        shown = pixels_by_vae(kept.latents) if setup.converges else None
         for method in methods:
-            point = self.point(setup, method)
+            outcome = run(method, setup, self.clips)
+            point = self.point(setup, method, outcome)
             if method.setting in seconds:
+                if shown is not None:
+                    point.psnr_vae = decibels(pixels_by_vae(outcome.latents), shown)
                 point.speedup, point.timed = seconds[PLAIN] / seconds[method.setting], "pairs"
                 point.overhead = overheads[method.setting]
 
@@ -158,18 +161,13 @@ class Bench:
         alike = {}
         if setup.window:
             alike["history_only_to_plain_psnr"] = decibels(pixels(latents[HISTORY]), pixels(latents[PLAIN]))
-        elif setup.converges:
-            made, wanted = latents[methods[0].setting], latents[PLAIN]
-            alike["psnr_by_codec"] = decibels(pixels(made), pixels(wanted))
-            alike["psnr_by_vae"] = decibels(*(decode(latent, FRAMES_PER_CHUNK)[None] for latent in (made, wanted)))
         return (
             {name: statistics.median(values) for name, values in seconds.items()},
             {name: statistics.median(values) for name, values in overheads.items()},
             alike,
         )
 
-    def point(self, setup: Setup, method: Method) -> Point:
-        outcome = run(method, setup, self.clips)
+    def point(self, setup: Setup, method: Method, outcome: Outcome) -> Point:
         point = measure(method, setup, self.clips, outcome, self.references[setup.name])
         self.points.append(point)
         self.say(
@@ -190,7 +188,7 @@ class Bench:
         if self.minutes + self.references[setup.name].seconds / 120 > self.size.minutes:
             self.left_out.append(f"{setup.name}: {method.name}, {method.setting}")
             return
-        self.point(setup, method)
+        self.point(setup, method, run(method, setup, self.clips))
 
     def compression(self) -> dict:
         setup = SETUPS["magi"]

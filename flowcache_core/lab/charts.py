@@ -65,7 +65,7 @@ def likeness_chart(
             x = at(mark, low)[0]
             canvas.line([(x, top), (x, top + height)], RULE)
             canvas.text(x, top + height + 6, f"{mark:g}x", 12, FAINT, "ma")
-    canvas.sideways(MARGIN - 6, top + height / 2, "PSNR to the plain run, dB")
+    canvas.sideways(MARGIN - 16, top + height / 2, "PSNR to the plain run, dB")
     canvas.text((LEFT + right) / 2, top + height + 26, "faster than the plain run", 12, FAINT, "ma")
     for number, curve in reversed(list(enumerate(shown))):
         points = [at(*point) for point in sorted(curve.points)]
@@ -122,7 +122,7 @@ def _panel(canvas: Canvas, unit: str, lines: Sequence[tuple[str, Sequence[float]
         y = at(0, mark)[1]
         canvas.line([(LEFT, y), (right, y)], RULE)
         canvas.text(LEFT - 8, y, f"{mark:g}", 12, FAINT, "rm")
-    canvas.sideways(MARGIN - 6, top + height / 2, unit)
+    canvas.sideways(MARGIN - 16, top + height / 2, unit)
     for _, values, colour, thick in lines:
         canvas.line([at(place, value) for place, value in enumerate(values)], colour, thick)
     for mark in [0, *(share * count // 5 for share in range(1, 6))]:

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from ..demo.codec import TIME, LinearCodec
 from ..demo.detector import detect
+from ..demo.model import decode
 from ..demo.train_network import FRAMES_PER_CHUNK
 from ..metrics import psnr, ssim
 
@@ -58,6 +59,11 @@ def codec() -> LinearCodec:
 def pixels(latents: Tensor) -> Tensor:
     """Latents [clips, 16, T, h, w] to pixels [clips, 3, 4T - 3, 8h, 8w] in [-1, 1]."""
     return codec().decode(latents).clamp(-1, 1)
+
+
+def pixels_by_vae(latents: Tensor) -> Tensor:
+    """As `pixels`, by the VAE that ships."""
+    return torch.stack([decode(latent[None], FRAMES_PER_CHUNK) for latent in latents])
 
 
 def likeness(made: Tensor, other: Tensor) -> Likeness:

@@ -106,7 +106,7 @@ MODELS = {
 class Files:
     """Of ComfyUI's model folders: the network, its text encoder and its VAE."""
 
-    model: str = "demo model"
+    model: str = "demo model (ships with FlowCache)"
     text: str = ""
     vae: str = ""
 

@@ -23,6 +23,7 @@ class Point:
         speedup: wall time of the plain run over this one's.
         timed: "pairs" where runs of one clip alternated with plain ones, "batch" where the run of all clips was timed.
         psnr, ssim: to the plain run; None for itself.
+        psnr_vae: to the plain run by the VAE's decoder, which takes long; None where it was not measured.
         lpips: None, its weights are not at hand.
         psnr_converged: to the converged run, over as many chunks as that has; None where there is none.
         detector, detector_first, detector_last: share of frames with the captioned shapes; of the first and last chunk.
@@ -42,6 +43,7 @@ class Point:
     timed: str
     psnr: float | None
     ssim: float | None
+    psnr_vae: float | None
     lpips: None
     psnr_converged: float | None
     detector: float
@@ -87,6 +89,7 @@ def measure(method: Method, setup: Setup, clips: Clips, outcome: Outcome, refere
         timed="batch",
         psnr=None if plain is None else plain.psnr,
         ssim=None if plain is None else plain.ssim,
+        psnr_vae=None,
         lpips=None,
         psnr_converged=converged,
         detector=good.detector,

@@ -65,7 +65,7 @@ WAYS = (
 def run(server: Server, way: Way, chunks: int, steps: int, seed: int) -> tuple[float, torch.Tensor]:
     """Seconds inside the sampler node, and the latent it gave, as the network sees it."""
     graph = Graph()
-    loaded = graph.add("FlowCacheLoadARVideoModel", model_name="demo model", family="auto", weight_type="default"), 0
+    loaded = graph.add("FlowCacheLoadARVideoModel", model_name="demo model (ships with FlowCache)", family="auto", weight_type="default"), 0
     if way.node:
         loaded = graph.add(way.node, model=loaded, **way.inputs), 0
     sampler = native(graph, loaded, chunks * BLOCK, steps, block=BLOCK, seed=seed)
