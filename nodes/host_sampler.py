@@ -1,7 +1,7 @@
 """Our engine as a sampler of the host, and what Autoregressive Extend does with it."""
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -16,11 +16,11 @@ from torch import Tensor
 from ..flowcache_core.engine import Chunk, Engine, Progress
 from ..flowcache_core.errors import UserError
 from ..flowcache_core.families import SOLVERS
-from ..flowcache_core.history import Clean
+from ..flowcache_core.history import Clean, HistoryShape
 from ..flowcache_core.joint import Given, JointEngine, JointGuidance
 from ..flowcache_core.presets import OFF
 from ..flowcache_core.report import Report, megabytes
-from ..flowcache_core.rolling import RollingDenoise, RollingEngine, RollingHistory
+from ..flowcache_core.rolling import RollingDenoise, RollingEngine, RollingHistory, rolling_bytes
 from ..flowcache_core.schedule import CLEAN, END, LEAD, ChunkSchedule, Place
 from ..flowcache_core.solvers import chunk_noise
 from ..flowcache_core.state import State, make_state
@@ -51,6 +51,7 @@ class ARSampler(host.ChunkSampler):
         state: an earlier run's state to go on from; for "causal".
         chunks: how many to generate from a noise of a single chunk, each with its own noise of the run's seed; what is
             returned is then the last one. 0: as many as the noise holds, all of which are returned.
+        on_plan: told before the run, with the report that knows how large the history will be.
         on_progress: told after every tick, with the report and the bytes of history in use and in all.
         on_chunk: given each finished chunk in the network's latent space, oldest first, and a function that copies the
             clean history of every branch as it is now.
@@ -66,6 +67,7 @@ class ARSampler(host.ChunkSampler):
     end: Tensor | None = None
     condition: float = 0.0
     state: State | None = None
+    on_plan: Callable[[Report], None] = lambda report: None
     on_progress: Callable[[Progress, Report, int, int], None] = lambda told, report, used, total: None
     chunks: int = 0
     on_chunk: Callable[[Chunk, Callable[[], Histories]], None] = lambda chunk, save: None
@@ -115,6 +117,8 @@ class ARSampler(host.ChunkSampler):
                 shown = torch.cat([*before, *estimates.values()], dim=2) if estimates else torch.zeros_like(noise)
                 callback(told.tick - 1, shown, shown, told.ticks)
 
+        sides = [side for side in guider.conds if side != "negative" or getattr(guider, "cfg", None) != 1.0]
+        branches = sum(len(guider.conds[side] or []) for side in sides)
         prefix, end = (None if x is None else model.process_latent_in(x.to(noise)) for x in (self.prefix, self.end))
         schedule = self.schedule(chunks, len(levels) - 1)
         common = {"noise": fresh, "solver": SOLVERS[self.solver], "on_progress": progress}
@@ -137,11 +141,15 @@ class ARSampler(host.ChunkSampler):
             first = self.first_levels if schedule.first_steps else None
             engine = Engine(run.runner, denoise, levels, start, first_sigmas=first, **common)
             report, histories = run.runner.report, run.runner.histories
+            run.runner.plan_history(torch.empty(shape, device="meta"), branches)
         else:
             captions.refuse(f"attention '{self.kind}'")
             run = JointRun(model, options["transformer_options"], self.kind, self.chunk_frames)
             engine = self._joint_engine(schedule, Window(run, guided), levels, start, prefix, end, seed, common)
             report, histories = engine.report, {}
+            if self.kind == "rolling":
+                report.history_bytes_planned = branches * rolling_bytes(run.history_shape(shape, chunks), run.dtype.itemsize)
+        self.on_plan(report)
         options["transformer_options"][host.RUN] = run
         if self.kind == "causal" and prefix is not None:
             engine.prefill(prefix, self.condition)
@@ -205,6 +213,7 @@ class JointRun(host.HostRun):
         self.kind, self.chunk_frames = kind, chunk_frames
         self.levels: Tensor | None = None  # noise level of each frame; None stores a finished chunk
         self.first = 0
+        self.dtype = host.compute_dtype(model)
         self._denoise: dict[str, JointGuidance | RollingDenoise] = {}
 
     def forward(self, network: torch.nn.Module, x: Tensor, context: Tensor, options: dict) -> Tensor:
@@ -221,6 +230,11 @@ class JointRun(host.HostRun):
             else:
                 parts.append(self._denoise[name](part, self.levels, self.first))
         return torch.cat(parts)
+
+    def history_shape(self, chunk: Sequence[int], chunks: int) -> HistoryShape:
+        """Sizes of a branch's history of so many chunks of shape [B, C, T, H, W]."""
+        backbone, (batch, _, frames, *size) = self.backbone, chunk
+        return HistoryShape(backbone.layers, batch, backbone.heads, backbone.head_dim, backbone.grid(*size), frames, chunks)
 
     def _make(self, text: Tensor) -> JointGuidance | RollingDenoise:
         if self.kind == "rolling":
@@ -334,6 +348,7 @@ def extend(
         end,
         condition,
         state,
+        on_plan=lambda report: progress_text(describe_plan(report), node_id),
         on_progress=on_progress,
         on_chunk=lambda chunk, save: finished.add(chunk, save),
         on_done=lambda report, histories: kept.update(report=report, histories=histories),
@@ -396,6 +411,12 @@ def progress_text(text: str, node_id: str | None) -> None:
     server = getattr(PromptServer, "instance", None)
     if server is not None and node_id is not None:
         server.send_progress_text(text, node_id)
+
+
+def describe_plan(report: Report) -> str:
+    """What is known before a run; stays on the node until its first tick is done."""
+    planned, unbounded = report.history_bytes_planned, report.history_bytes_unbounded
+    return f"history: {megabytes(planned)} planned" + (f", {megabytes(unbounded)} unbounded" if unbounded > planned else "")
 
 
 def describe(told: Progress, report: Report, used: int, total: int, begun: float) -> str:

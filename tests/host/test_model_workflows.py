@@ -53,6 +53,10 @@ def test_runs_to_a_video(server, name):
     check_video(saved(server, prompt, outcome, prompt[key]["inputs"]["filename_prefix"]), 4 * FRAMES[name] - 3, 64)
     (report,) = [key for key, node in prompt.items() if node["class_type"] == "FlowCacheReport"]
     (text,) = outcome.outputs[report]["text"]
+    (extend,) = [key for key, node in prompt.items() if node["class_type"] == "FlowCacheAutoregressiveExtend"]
+    told, *_ = [text for key, text in outcome.texts if key == extend]  # before the first step
+    size, unit = told.removeprefix("history: ").split(" planned")[0].split()
+    assert f"planned {size} {unit}" in text and float(size) > 0
     assert "6 steps, lag 5" in text if name.startswith("skyreels") else "0% of steps reused" in text
 
 
