@@ -17,12 +17,12 @@ from .demo.model import decode, load_network, weights_name
 from .demo.train_network import FRAMES_PER_CHUNK
 from .engine import Cancelled
 from .errors import UserError
-from .families import FAMILIES
+from .families import FAMILIES, magi_usual
 from .files import check_writable, write_whole
 from .generate import generate
 from .history import HistorySettings
 from .pictures import report_picture
-from .plan import plan_history
+from .plan import plan_history, plan_magi_history
 from .presets import DEFAULT_PRESET, PRESETS, preset
 from .progress import Bar
 from .report import megabytes
@@ -97,11 +97,17 @@ def run_info(options: argparse.Namespace) -> None:
         print(f"metadata  {key} = {value}")
     for warning in info.warnings:
         print(f"warning   {warning}")
-    if info.config and info.family in FAMILIES:
-        usual = FAMILIES[info.family]
-        size = (options.width or usual.size[0], options.height or usual.size[1])
-        plan = plan_history(info.config, usual, size, options.seconds * usual.fps + 1, HistorySettings(options.budget))
-        kept = f"{options.budget} finished chunks kept" if options.budget else "all of it kept"
+    if info.family in FAMILIES:
+        usual, history = FAMILIES[info.family], HistorySettings(options.budget)
+        size = magi_usual(config)[1] if isinstance(config, MagiConfig) else usual.size
+        size = (options.width or size[0], options.height or size[1])
+        if isinstance(config, MagiConfig):
+            plan = plan_magi_history(config, size, options.seconds * usual.fps, history)
+            kept = "what MAGI-1 looks back on kept"
+        else:
+            plan = plan_history(config, usual, size, options.seconds * usual.fps + 1, history)
+            kept = "all of it kept"
+        kept = f"{options.budget} finished chunks kept" if options.budget else kept
         print(f"video     {size[0]}x{size[1]}, {plan.frames} frames ({plan.frames / usual.fps:.1f} s), {plan.chunks} chunks")
         print(f"history   {megabytes(plan.planned)} in bfloat16, {kept}; {megabytes(plan.unbounded)} unbounded")
 

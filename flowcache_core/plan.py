@@ -2,9 +2,13 @@
 
 from dataclasses import dataclass, replace
 
+from .backbones.magi_config import MagiConfig
+from .backbones.magi_sampling import CHUNK_FRAMES
 from .backbones.wan import WanConfig
-from .families import Family
+from .families import Family, magi_usual
 from .history import HistorySettings, HistoryShape
+from .magi_engine import MagiSampling, history_plan, magi_schedule
+from .presets import OFF
 from .rolling import rolling_bytes
 from .schedule import ChunkSchedule
 
@@ -65,3 +69,24 @@ def plan_history(
         planned = shape.planned_bytes(history, itemsize)
     made = FRAME_STRIDE * chunks * family.chunk_frames - (FRAME_STRIDE - 1)
     return HistoryPlan(chunks, made, branches * planned, branches * unbounded)
+
+
+def plan_magi_history(
+    config: MagiConfig,
+    size: tuple[int, int],
+    frames: int,
+    history: HistorySettings = HistorySettings(),
+    itemsize: int = 2,
+) -> HistoryPlan:
+    """The plan of a MAGI-1 run with its published steps; without a budget, of its own range of visible chunks.
+
+    Args:
+        size, frames, itemsize: as for `plan_history`.
+    """
+    schedule = magi_schedule(-(-frames // FRAME_STRIDE), magi_usual(config)[0])
+    latent = (1, config.channels, CHUNK_FRAMES, size[1] // VAE_STRIDE, size[0] // VAE_STRIDE)
+    shape, _ = history_plan(config, schedule, replace(OFF, history=history), MagiSampling(), latent)
+    unbounded = replace(shape, capacity=schedule.total_chunks).bytes(itemsize)
+    return HistoryPlan(
+        schedule.chunks, schedule.chunks * CHUNK_FRAMES * FRAME_STRIDE, shape.bytes(itemsize), unbounded
+    )

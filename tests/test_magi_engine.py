@@ -22,6 +22,7 @@ from flowcache_core.magi_engine import (
     magi_schedule,
 )
 from flowcache_core.magi_text import SpecialTokens, caption_text, null_text
+from flowcache_core.plan import plan_magi_history
 from flowcache_core.presets import OFF, ReuseSettings, Settings
 from tests.magi_weights import SMALL, SMALL_GATED, fill, normal
 
@@ -279,6 +280,9 @@ def test_memory_plan_of_the_published_network():
         == gigabytes(10, budget, PUBLISHED_FLOWCACHE)
         == pytest.approx(14.3, abs=0.1)
     )
+    plans = [plan_magi_history(MAGI_4_5B, (720, 720), 60 * 24, HistorySettings(budget)) for budget in (None, 5)]
+    assert [plan.unbounded / 2**30 for plan in plans] == pytest.approx([95.3] * 2, abs=0.1)
+    assert [plan.planned / 2**30 for plan in plans] == pytest.approx([9.5, 15.9], abs=0.1)  # 5 + 4 active + 1 waiting
     assert gigabytes(60, OFF, MagiSampling()) == gigabytes(10, OFF, MagiSampling()) == pytest.approx(9.5, abs=0.1)
 
 
