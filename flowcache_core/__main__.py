@@ -10,6 +10,7 @@ import torch
 
 from . import checkpoints, magi_files
 from .backbones.magi_config import MagiConfig
+from .calibration import QUALITIES, beside, load, settings_of
 from .demo.captions import embed_caption
 from .demo.clips import FPS
 from .demo.compare import CAPTION, compare, table
@@ -32,6 +33,14 @@ from .video import FORMATS, enlarged, frames_of, save_video
 DTYPES = {"as it is": None, "float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 
 
+def quality_of(word: str) -> float | str:
+    """A number where it is one, or a name of `QUALITIES`."""
+    try:
+        return float(word)
+    except ValueError:
+        return word
+
+
 def run_generate(options: argparse.Namespace) -> None:
     for path in (options.out, options.save_state, options.report):
         if path is not None:
@@ -39,6 +48,10 @@ def run_generate(options: argparse.Namespace) -> None:
     if options.out.suffix.lower() not in FORMATS:
         raise UserError(f"The output is called {options.out.name}; give a name that ends in {', '.join(FORMATS)}.")
     settings = preset(options.preset, options.budget)
+    if options.quality is not None:
+        own = beside(options.network) if options.network else None
+        measured = load(own) if own and own.is_file() else None
+        settings = replace(settings_of(options.quality, measured), history=settings.history)
     settings = replace(settings, history=replace(settings.history, relative=options.relative))
     state = load_state(options.state) if options.state else None
     backbone = load_network(options.network) if options.network else load_network()
@@ -153,6 +166,12 @@ def parser() -> argparse.ArgumentParser:
     part.add_argument("--chunks", type=int, default=16, help="new chunks, of 12 frames each (default: %(default)s)")
     part.add_argument(
         "--preset", choices=PRESETS, default=DEFAULT_PRESET, help="how much is reused (default: %(default)s)"
+    )
+    part.add_argument(
+        "--quality",
+        type=quality_of,
+        metavar="Q",
+        help=f"instead of a preset: 0 to 1, or {', '.join(QUALITIES)}, as calibrated (1: every step is recomputed)",
     )
     part.add_argument(
         "--budget", type=int, metavar="CHUNKS", help="clean chunks that are kept in the history (default: all)"

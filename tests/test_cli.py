@@ -11,6 +11,7 @@ from PIL import Image
 from flowcache_core import __main__ as cli
 from flowcache_core import checkpoints
 from flowcache_core.backbones.wan import WanConfig, WanNetwork
+from flowcache_core.calibration import Calibration, Measured, beside, save
 from flowcache_core.demo import compare as comparison
 from flowcache_core.engine import Progress
 from flowcache_core.progress import Bar
@@ -52,6 +53,18 @@ def quick_decode(latents: torch.Tensor, chunk_frames: int) -> torch.Tensor:
     """The right number of 16 x 16 frames, from three of the channels."""
     frames = latents[0, :3].repeat_interleave(4, dim=1)[:, 3:]
     return frames.repeat_interleave(2, dim=2).repeat_interleave(2, dim=3).clamp(-1, 1)
+
+
+def test_quality_goes_by_the_networks_own_calibration(network, tmp_path, capsys):
+    made = Calibration(4, 1, 2, 1, (Measured((0, 2), 40.0),))
+    save(made, beside(network))
+    arguments = ["generate", "a red circle", "--out", str(tmp_path / "a.webp"), "--network", str(network), *FAST]
+    assert cli.main([*arguments, "--quality", "balanced"]) == 0
+    assert "forwards: 6 of 10" in capsys.readouterr().out  # two steps and a clean pass, of two chunks
+    assert cli.main([*arguments, "--quality", "1"]) == 0
+    assert "forwards: 10 of 10" in capsys.readouterr().out
+    assert cli.main([*arguments, "--quality", "best"]) == 2
+    assert "There is no quality 'best'" in capsys.readouterr().err
 
 
 def test_demo_writes_what_it_promises(network, tmp_path, capsys, monkeypatch):

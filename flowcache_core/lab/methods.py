@@ -25,9 +25,9 @@ OUR_STEPS = {"magi": (15, 9, 6, 30, 20), "skyreels": (15, 11, 9, 7, 25), "causal
 FEWER_STEPS = {"magi": (16, 8, 32), "skyreels": (20, 10, 30), "causal": (3, 2)}
 DISTANCES = {"magi": (8, 4, 16), "skyreels": (5, 10), "causal": ()}
 THRESHOLDS = {
-    "FlowCache's rule": {"magi": (0.02, 0.04, 0.01), "skyreels": (0.02, 0.04, 0.01), "causal": (0.1,)},
-    "TeaCache's rule": {"magi": (0.02, 0.04, 0.01), "skyreels": (0.02, 0.04, 0.01), "causal": ()},
-    "EasyCache's rule": {"magi": (0.05, 0.1, 0.02), "skyreels": (0.05, 0.1, 0.02), "causal": ()},
+    "FlowCache's rule": {"magi": (0.05, 0.2, 0.1), "skyreels": (0.05, 0.2, 0.1), "causal": (0.1,)},
+    "TeaCache's rule": {"magi": (0.05, 0.2, 0.1), "skyreels": (0.05, 0.2, 0.1), "causal": ()},
+    "EasyCache's rule": {"magi": (0.05, 0.4, 0.2), "skyreels": (0.05, 0.4, 0.2), "causal": ()},
 }
 
 
