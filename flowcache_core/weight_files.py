@@ -257,7 +257,7 @@ def _open_torch(path: Path, use_ema: bool, settings: dict) -> WeightFile:
             warnings.simplefilter("ignore")  # read-only maps; nothing here writes into them
             content = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
     except Exception as error:  # torch raises many kinds for what it will not read
-        reason = str(error).splitlines()[0].rstrip(". ")
+        reason = next(iter(str(error).splitlines()), type(error).__name__).rstrip(". ")
         raise UserError(
             f"{path.name} is a zip but no torch file of plain tensors ({reason}); it may be cut short or hold code: "
             "download it again or ask for a safetensors file."

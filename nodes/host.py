@@ -39,6 +39,7 @@ CHUNK = "flowcache_chunk_frames"  # frames that go through the network at once, 
 FRAMES = "flowcache_frames"  # frames of the whole video, told to the memory estimate
 HISTORY = "flowcache_history_bytes"  # and what the history will take, where a sampler of ours knows it
 FPS = "flowcache_fps"  # frames a second that SkyReels-V2 is told, in transformer_options
+COMPILED = "torch.compile"  # the host's key of a compiled network's wrapper
 FAMILY = "flowcache_family"  # the family that our loader found, in transformer_options
 
 
@@ -193,6 +194,30 @@ class ChunkSampler(comfy.samplers.Sampler):
         return noise.shape[2]
 
 
+def settle_with_others(model_options: dict) -> None:
+    """Leaves out, for a run of ours, what other nodes have patched the model with and what does not go with chunks.
+
+    Raises:
+        UserError: a patch that takes each call of the guider for a step of the whole video, and would mix up the chunks.
+    """
+    if "easycache" in model_options.get("transformer_options", {}):
+        raise UserError(
+            "The model is patched by EasyCache or LazyCache, which reuse steps of the whole video at once and would mix up "
+            "the chunks; remove that node: FlowCache's presets reuse steps chunk by chunk."
+        )
+    if model_options.get("context_handler") is not None:
+        raise UserError(
+            "The model is patched with context windows, which cut up the whole video and would cut through the chunks; "
+            "remove that node: FlowCache's history budget bounds memory instead."
+        )
+    wrappers = model_options.get("transformer_options", {}).get("wrappers", {})
+    if wrappers.get(WrappersMP.APPLY_MODEL, {}).pop(COMPILED, None):
+        logging.warning(
+            "FlowCache: the model is patched by TorchCompileModel, which compiles the forward of a whole video; chunks run "
+            "uncompiled."
+        )
+
+
 def check_network(network: torch.nn.Module) -> None:
     """Raises UserError for a network that cannot be run chunk by chunk."""
     if not hasattr(network, "blocks") or not hasattr(network, "patch_embedding") or not hasattr(network, "time_projection"):
@@ -320,6 +345,7 @@ def _outer_sample(executor, noise, latent_image, sampler, sigmas, *args, **kwarg
             "as if it were not patched. Use Autoregressive Extend, AR Sampler (FlowCache) or SamplerARVideo."
         )
         return executor(noise, latent_image, sampler, sigmas, *args, **kwargs)
+    settle_with_others(guider.model_options)
     network = guider.model_patcher.model.diffusion_model
     run = NativeRun(guider.model_patcher.model, patch, sampler, sigmas, noise, options)
     options[RUN], options[CHUNK], options[FRAMES] = run, run.chunk_frames, noise.shape[2]

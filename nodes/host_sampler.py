@@ -79,6 +79,7 @@ class ARSampler(host.ChunkSampler):
         """Called by the host with a [B, C, T, H, W] noise; returns the sampled latent of that shape."""
         model = guider.inner_model
         options = comfy.model_patcher.create_model_options_clone(extra_args["model_options"])
+        host.settle_with_others(options)
         patch = host.patch_of(options)
         chunks = self.chunks or host.check_frames(noise, self.chunk_frames)
         if denoise_mask is not None:
