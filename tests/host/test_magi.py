@@ -1,75 +1,34 @@
 """MAGI-1 through the nodes equals its engine alone; its VAE and text encoder in the host."""
 
-import json
-from dataclasses import replace
-
 import numpy as np
 import pytest
 import torch
 from graph import Graph, fails, sample
+from magi_models import CONFIGS, network_of, tokens, vae_alone, write_network, write_vae
 from PIL import Image
 from safetensors.torch import save_file
+from test_workflows import prompt_of, saved
 from videos import check_video
 
-from flowcache_core.backbones.magi import MagiBackbone, MagiNetwork
+from flowcache_core.backbones.magi import MagiBackbone
 from flowcache_core.families import family_preset
 from flowcache_core.history import HistorySettings
 from flowcache_core.magi_engine import PUBLISHED_FLOWCACHE, MagiEngine, MagiSampling, magi_schedule
-from flowcache_core.magi_text import SpecialTokens, caption_text, null_text
-from flowcache_core.magi_vae import LATENT_SCALE, MagiVae, MagiVaeConfig
+from flowcache_core.magi_text import caption_text, null_text
+from flowcache_core.magi_vae import LATENT_SCALE
 from flowcache_core.solvers import chunk_noise
-from tests.magi_weights import SMALL, SMALL_FP8, fill, normal
+from tests.magi_weights import normal
 
-BASE = replace(SMALL, channels=16, caption_width=4096, caption_tokens=800)
-CONFIGS = {
-    "base": BASE,
-    "distilled": replace(BASE, distilled=True),
-    "fp8": replace(SMALL_FP8, channels=16, caption_width=4096, caption_tokens=800),
-}
 FAMILY = {"base": "magi", "distilled": "magi distilled", "fp8": "auto"}
 FRAMES, STEPS = 6, 8
-VAE = {
-    "_class_name": "ViTVAE",
-    "ddconfig": {"embed_dim": 256, "depth": 1, "num_heads": 4, "mlp_ratio": 2, "z_chans": 16, "video_size": 64, "conv_last_layer": True,
-                 "qkv_bias": True, "ln_in_attn": True},
-}  # fmt: skip
-
-
-def network_of(name: str) -> MagiNetwork:
-    network = MagiNetwork(CONFIGS[name])
-    fill(network, velocity=1 / 3)
-    return network.requires_grad_(False).eval()
-
-
-def tokens() -> SpecialTokens:
-    shapes = {"caption_token": (1, 4096), "logo_token": (1, 4096), "other_tokens": (17, 4096)}
-    return SpecialTokens(*(normal(name, shape).half() for name, shape in shapes.items()))
-
-
-def vae_alone() -> MagiVae:
-    vae = MagiVae(MagiVaeConfig.from_upstream(VAE))
-    fill(vae)
-    return vae.requires_grad_(False).eval()
 
 
 @pytest.fixture(scope="module", autouse=True)
 def files(server):
     models = server.base / "models"
     for name in CONFIGS:
-        folder = models / "diffusion_models" / f"magi_{name}"
-        folder.mkdir()
-        save_file(network_of(name).state_dict(), folder / "model.safetensors")
-        special = tokens()
-        np.savez(
-            folder / "special_tokens.npz",
-            caption_token=special.caption,
-            logo_token=special.logo,
-            other_tokens=special.other,
-        )
-    folder = models / "vae" / "magi"
-    folder.mkdir()
-    save_file(dict(vae_alone().state_dict()), folder / "diffusion_pytorch_model.safetensors")
-    (folder / "config.json").write_text(json.dumps(VAE))
+        write_network(name, models / "diffusion_models" / f"magi_{name}")
+    write_vae(models / "vae" / "magi")
 
 
 def load(graph: Graph, name: str = "base", **inputs) -> tuple:
@@ -332,3 +291,22 @@ def test_a_vae_that_is_none(server):
     graph.add("VAEDecode", samples=(extend(graph, load(graph)), 0), vae=(node, 0))
     graph.add("SaveImage", images=(str(len(graph)), 0), filename_prefix="s")
     assert "Nothing says the sizes of other.safetensors" in fails(server, graph, node)
+
+
+@pytest.mark.usefixtures("published")
+@pytest.mark.parametrize(
+    ("name", "frames"),
+    [("magi_text_to_video", 6), ("magi_image_to_video", 6), ("magi_continue_three_prompts", 4 * 6)],
+)
+def test_workflows_run_to_a_video(server, name, frames):
+    prompt = prompt_of(name)
+    for node in prompt.values():
+        if node["class_type"] == "CLIPLoader":
+            node |= {"class_type": "TestSmallT5", "inputs": {}}
+        elif node["class_type"] == "ImageScale":
+            node["inputs"] |= {"width": 48, "height": 48}
+        elif node["class_type"] == "FlowCacheAutoregressiveExtend":
+            node["inputs"] |= {"steps": STEPS, "chunks": 1, "width": 48, "height": 48}
+    outcome = server.run(prompt)
+    assert outcome.error is None, outcome.error["exception_message"]
+    check_video(saved(server, prompt, outcome, f"flowcache/{name}"), 4 * frames, 48)
