@@ -140,12 +140,12 @@ def generate(
         engine.prefill_end(end.to(device, dtype))
     latents = [] if given is None else [given.cpu()]
     for chunk in engine.run():
-        if not torch.isfinite(chunk.latent).all():
+        latents.append(chunk.latent.cpu())  # the one read-back a chunk
+        if not torch.isfinite(latents[-1]).all():
             raise UserError(
                 f"Chunk {chunk.index} came out with NaN or infinite values: the weights are damaged or overflow in "
                 f"{dtype}; use a sound checkpoint, or float32."
             )
-        latents.append(chunk.latent.cpu())
         on_chunk(chunk)
     whole = torch.cat(latents if end is None else [*latents, end.cpu()], dim=2)
     histories = runner.save() if end is None else {}
