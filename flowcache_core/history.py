@@ -15,7 +15,7 @@ budget; the tokens that stay may differ from head to head.
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor
@@ -25,6 +25,7 @@ from .errors import UserError
 from .rotary import Rotary, rotate
 from .schedule import END, LEAD, ChunkSchedule
 
+SYSTEM = torch.device("cpu")  # its memory is the system's
 AttentionFunction = Callable[[Tensor, Tensor, Tensor], Tensor]
 
 
@@ -38,11 +39,14 @@ class HistorySettings:
         relative: rotary positions count from the start of the window, not of the video, so that a run of any length
             uses only positions from 0 to (budget + active) chunks. Needs a budget. Costs a copy of the part of each key
             that is rotated by time.
+        memory: "auto" keeps the history on the device that computes, and moves it to system memory when that device
+            runs out; "system" keeps it there from the start. One layer's history at a time is then brought back.
     """
 
     budget: int | None = None
     compression: Compression = field(default_factory=Compression)
     relative: bool = False
+    memory: Literal["auto", "system"] = "auto"
 
     def __post_init__(self):
         if self.budget is not None and self.budget < max(1, self.compression.protected_chunks):
@@ -168,13 +172,14 @@ class History:
         self.shape = shape
         self.rotary = rotary
         self.settings = settings
-        size = (shape.layers, shape.batch, shape.heads, shape.tokens)
-        self.keys = torch.empty(*size, shape.head_dim, dtype=dtype, device=device)
-        self.values = torch.empty_like(self.keys)
-        # Number of each token in the whole video: frame x tokens a frame + place in the frame.
-        self.tokens = torch.zeros(size, dtype=torch.int32, device=device)
+        self.device = device  # that computes
+        self.dtype = dtype
         self.time_dims = rotary.parts[0] if settings.relative else 0
-        self.unrotated = torch.empty(*size, self.time_dims, dtype=dtype, device=device) if self.time_dims else None
+        self.moved = False  # to system memory, because the device ran out of its own
+        fits = settings.memory == "auto" and not _runs_out(lambda: self._allocate(device))
+        if not fits:
+            self.moved = settings.memory == "auto"
+            self._allocate(SYSTEM)
         self.queries: list[Tensor] = []  # a layer: of the chunk that asks at the next compression
         self._tables: dict[int, Tensor] = {}  # rotary table of each active chunk
         self.clean = shape.end_tokens  # tokens, those of the end included
@@ -182,11 +187,36 @@ class History:
         self.active: list[int] = []  # chunk numbers, oldest first, each with a slot behind the clean tokens
         self.shift = 0  # frames by which positions are moved towards zero
 
+    def _allocate(self, place: torch.device) -> None:
+        shape = self.shape
+        size = (shape.layers, shape.batch, shape.heads, shape.tokens)
+        self.keys = torch.empty(*size, shape.head_dim, dtype=self.dtype, device=place)
+        self.values = torch.empty_like(self.keys)
+        # Number of each token in the whole video: frame x tokens a frame + place in the frame.
+        self.tokens = torch.zeros(size, dtype=torch.int32, device=place)
+        self.unrotated = self.keys.new_empty(*size, self.time_dims) if self.time_dims else None
+        self.in_system_memory = place == SYSTEM and (self.settings.memory == "system" or self.moved)
+
+    def to_system_memory(self) -> bool:
+        """Makes room on the device that computes; False where the history is not there any more."""
+        if self.in_system_memory:
+            return False
+        self.keys, self.values, self.tokens = (part.to(SYSTEM) for part in (self.keys, self.values, self.tokens))
+        self.unrotated = None if self.unrotated is None else self.unrotated.to(SYSTEM)
+        self.queries = [query.to(SYSTEM) for query in self.queries]
+        self.in_system_memory = self.moved = True
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()
+        return True
+
+    def _buffers(self) -> list[Tensor]:
+        return [self.keys, self.values, self.tokens] + ([] if self.unrotated is None else [self.unrotated])
+
     @property
     def bytes(self) -> int:
         """Of the buffers, and of the queries that are kept for the next cut."""
-        buffers = [self.keys, self.values, self.tokens] + ([] if self.unrotated is None else [self.unrotated])
-        return sum(part.nbytes for part in (*buffers, *(query for query in self.queries if query is not None)))
+        kept = [query for query in self.queries if query is not None]
+        return sum(part.nbytes for part in (*self._buffers(), *kept))
 
     @property
     def bytes_used(self) -> int:
@@ -271,7 +301,7 @@ class History:
         """Rotary table of an active chunk, [2, tokens, D / 2]."""
         if chunk not in self._tables:
             first = self.first_frame(chunk) - self.shift - (self._beyond() if chunk == END else 0)
-            frames = torch.arange(first, first + self.frames(chunk), device=self.keys.device)
+            frames = torch.arange(first, first + self.frames(chunk), device=self.device)
             self._tables[chunk] = self.rotary.table(frames, *self.shape.grid)
         return self._tables[chunk]
 
@@ -342,19 +372,25 @@ class History:
             raise RuntimeError(
                 f"The history is full with {self.clean} clean tokens, and {given + keep} of them must stay."
             )
-        filled = self.clean + len(self.active) * self.shape.chunk_tokens
-        buffers = [self.keys, self.values, self.tokens] + ([] if self.unrotated is None else [self.unrotated])
         for layer in range(self.shape.layers):
-            queries = self.queries[layer] if self.queries else None
-            for heads, query_heads in self._head_groups(queries):
-                asked = None if queries is None else queries[:, query_heads]
-                kept = self._choose(self.keys[layer, :, heads, given : self.clean], asked, keep, layer)
-                for part in (buffer[layer, :, heads, given:] for buffer in buffers):
-                    part[:, :, :keep] = _gather(part[:, :, : self.clean - given], kept)
-                    part[:, :, keep : keep + filled - self.clean] = part[
-                        :, :, self.clean - given : filled - given
-                    ].clone()
+            for heads, query_heads in self._head_groups(self.queries[layer] if self.queries else None):
+                group = (layer, heads, query_heads, keep)
+                if _runs_out(lambda group=group: self._compress_heads(*group)):
+                    if not self.to_system_memory():
+                        raise torch.cuda.OutOfMemoryError("No memory is left to compress the history.")
+                    self._compress_heads(*group)
         self.clean = given + keep
+
+    def _compress_heads(self, layer: int, heads: slice, query_heads: slice, keep: int) -> None:
+        """All new tensors are made before the first buffer is changed: nothing is half done where memory runs out."""
+        given = self.shape.given_tokens
+        count, filled = self.clean - given, self.clean - given + len(self.active) * self.shape.chunk_tokens
+        asked = self.queries[layer][:, query_heads] if self.queries else None
+        kept = self._choose(self.keys[layer, :, heads, given : self.clean], asked, keep, layer)
+        parts = [buffer[layer, :, heads, given:] for buffer in self._buffers()]
+        fresh = [torch.cat([_gather(part[:, :, :count], kept), part[:, :, count:filled]], dim=2) for part in parts]
+        for part, new in zip(parts, fresh, strict=True):
+            part[:, :, : new.shape[2]] = new
 
     def _cut(self, saved: Clean, lead: int, keep: int) -> Clean:
         layers = []
@@ -372,8 +408,15 @@ class History:
             return
         self.shift = shift
         self._tables.clear()
+        if _runs_out(self._place_all):
+            if not self.to_system_memory():
+                raise torch.cuda.OutOfMemoryError("No memory is left to move the history's positions.")
+            self._place_all()
+
+    def _place_all(self) -> None:
+        """Rotates all keys to their positions."""
         filled = self.clean + len(self.active) * self.shape.chunk_tokens
-        frames = (self._frames_of(self.tokens[:, :, :, :filled]) - shift).clamp(min=0)
+        frames = (self._frames_of(self.tokens[:, :, :, :filled]) - self.shift).clamp(min=0)
         frames[:, :, :, : self.shape.end_tokens] -= self._beyond()
         self._turn_to(self.keys[:, :, :, :filled], self.unrotated[:, :, :, :filled], frames)
 
@@ -393,6 +436,15 @@ class History:
     def _turn(self, keys: Tensor, positions: Tensor) -> Tensor:
         angles = self.rotary.angles(positions, self.time_dims)
         return rotate(keys, torch.stack([angles.cos(), angles.sin()]).float())
+
+
+def _runs_out(work: Callable[[], object]) -> bool:
+    """Does the work, or says that the device has no memory for it; then nothing of it is left on the device."""
+    try:
+        work()
+    except torch.cuda.OutOfMemoryError:
+        return True
+    return False
 
 
 def _gather(part: Tensor, kept: Tensor) -> Tensor:
@@ -427,5 +479,6 @@ class ChunkView:
         if history.unrotated is not None:
             history.unrotated[layer, :, :, self.start : self.end] = k[..., : history.time_dims]
         if self.asks:
-            history.queries[layer] = q
-        return attention(q, keys[:, :, self.first : self.last], values[:, :, self.first : self.last])
+            history.queries[layer] = q.to(keys.device)
+        seen = (part[:, :, self.first : self.last].to(q.device) for part in (keys, values))
+        return attention(q, *seen)

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
+from .likeness import Likeness
 from .report import Report, megabytes
 from .video import enlarged
 
@@ -167,6 +168,41 @@ def filmstrip(frames: np.ndarray, count: int = 3) -> Image.Image:
     count = min(count, len(frames))
     picked = [frames[(number + 1) * len(frames) // count - 1] for number in range(count)]
     return Image.fromarray(np.ascontiguousarray(np.concatenate(picked, axis=1)))
+
+
+def likeness_picture(found: Likeness) -> Image.Image:
+    """PSNR and SSIM of each frame of two videos. RGB, 800 pixels wide."""
+    canvas = Canvas(800)
+    canvas.text(MARGIN, canvas.y, "How alike the videos are", 22)
+    canvas.y += 44
+    best = max([one for one in found.psnr if np.isfinite(one)], default=0.0)
+    shown = [one if np.isfinite(one) else best for one in found.psnr]
+    equal = sum(not np.isfinite(one) for one in found.psnr)
+    note = f"dB; {equal} equal frames have no figure" if equal else "dB"
+    _frames_chart(canvas, "PSNR", note, shown, RECOMPUTED)
+    _frames_chart(canvas, "SSIM", "1 is equal", found.ssim, RUN_COLOURS[2])
+    return canvas.finish()
+
+
+def _frames_chart(canvas: Canvas, name: str, note: str, values: Sequence[float], colour: str) -> None:
+    """A line through a value of each frame, with its lowest point marked."""
+    canvas.heading(name, note)
+    top, height, right = canvas.y, 150, WIDTH - MARGIN
+    most, marks = _scale(max(*values, 1e-3)) if len(values) > 1 else _scale(max(values[0], 1e-3))
+
+    def at(frame: int, value: float) -> tuple[float, float]:
+        x = LEFT + (right - LEFT) * frame / max(1, len(values) - 1)
+        return x, top + height - height * max(0.0, value) / most
+
+    for mark in marks:
+        y = at(0, mark)[1]
+        canvas.line([(LEFT, y), (right, y)], RULE)
+        canvas.text(LEFT - 8, y, f"{mark:g}", 12, FAINT, "rm")
+    canvas.line([at(frame, value) for frame, value in enumerate(values)], colour, 2)
+    for frame in _ticks(len(values), 9):
+        canvas.text(at(frame, 0)[0], top + height + 5, str(frame + 1), 12, FAINT, "ma")
+    canvas.text((LEFT + right) / 2, top + height + 22, "frame", 12, FAINT, "ma")
+    canvas.y = top + height + 56
 
 
 def shortened(words: str, longest: int) -> str:

@@ -95,7 +95,9 @@ class Report:
             "history_bytes_unbounded": self.history_bytes_unbounded,
             "history_bytes": [used for _, used in self.history],
             "decisions": {
-                str(branch): {str(chunk): "".join("x" if again else "." for again in steps) for chunk, steps in chunks.items()}
+                str(branch): {
+                    str(chunk): "".join("x" if again else "." for again in steps) for chunk, steps in chunks.items()
+                }
                 for branch, chunks in self.decisions.items()
             },
         }
@@ -117,3 +119,17 @@ class Report:
 
 def megabytes(count: int) -> str:
     return f"{count / 2**20:.1f} MB" if count < 2**30 else f"{count / 2**30:.2f} GB"
+
+
+def share_of(used: int, total: int) -> str:
+    """Of two sizes in bytes, with the larger one's unit: 1.2 of 2.0 GB."""
+    size, unit = (2**30, "GB") if total >= 2**30 else (2**20, "MB")
+    return f"{used / size:.1f} of {total / size:.1f} {unit}"
+
+
+def clock(seconds: float) -> str:
+    """A time that is left, as people say it."""
+    whole = round(seconds)
+    if whole < 60:
+        return f"{whole} s"
+    return f"{whole // 60} min {whole % 60} s" if whole < 3600 else f"{whole // 3600} h {whole % 3600 // 60} min"

@@ -4,7 +4,7 @@ The runner is driven by the engine, or by a host's own sampler; guidance is its 
 """
 
 import time
-from collections.abc import Hashable, Sequence
+from collections.abc import Callable, Hashable, Sequence
 from dataclasses import replace
 from typing import Literal
 
@@ -18,6 +18,11 @@ from .presets import Settings
 from .report import Report
 from .reuse import Forecast, changes
 from .schedule import CLEAN, ChunkSchedule, Place
+
+
+MOVED = (
+    "out of device memory: the history was moved to system memory, which is slower; a history budget makes it smaller"
+)
 
 
 class Runner:
@@ -116,7 +121,7 @@ class Runner:
             kept = [i for i, name in enumerate(branches) if name in again]
             part = _rows(x, kept, rows, len(branches))
             context = self._context(_rows(text, kept, rows, len(branches)), (text_key, tuple(again)))
-            fresh = self._run(part, sigma, place, again, context)
+            fresh = self._spared(lambda: self._run(part, sigma, place, again, context))
             self.report.forward_seconds += time.perf_counter() - begun
         if place.step == CLEAN:
             return torch.zeros_like(x)
@@ -136,6 +141,8 @@ class Runner:
         """A finished chunk joins the clean history; what was kept for its next steps is dropped."""
         for name, history in self.histories.items():
             history.commit(chunk)
+            if history.moved and MOVED not in self.report.notes:
+                self.report.notes.append(MOVED)
             self._forecasts.pop((chunk, name), None)
         self._signals.pop(chunk, None)
         self.report.history_bytes_allocated = sum(history.bytes for history in self.histories.values())
@@ -185,6 +192,18 @@ class Runner:
         steps = self.schedule.steps_of(place.chunk)
         decided = self.policy.recompute(place, steps, branch, self._changes.get(place.chunk))
         return decided or (place.chunk, branch) not in self._forecasts
+
+    def _spared(self, run: Callable[[], Tensor]) -> Tensor:
+        """Runs a forward, and once more with the history in system memory where the device runs out of its own.
+
+        A forward changes nothing until it is done, but its own slot of the history, which it fills again.
+        """
+        try:
+            return run()
+        except torch.cuda.OutOfMemoryError:
+            if not any([history.to_system_memory() for history in self.histories.values()]):
+                raise
+        return run()
 
     def _run(self, x: Tensor, sigma: float, place: Place, branches: Sequence[Hashable], context) -> Tensor:
         rows = x.shape[0] // len(branches)

@@ -4,6 +4,7 @@ from comfy_api.latest import ComfyExtension, io
 
 from .ar_sampler import ARSamplerNode
 from .calibrate import Calibrate
+from .compare_videos import CompareVideos
 from .demo_prompt import DemoPrompt
 from .extend import AutoregressiveExtend
 from .flowcache import FlowCache
@@ -14,6 +15,7 @@ from .magi_prompt import MagiPrompt
 from .prompts_over_time import PromptsOverTime
 from .report import FlowCacheReport
 from .resume import Resume
+from .save_video import SaveVideo
 from .stream_video import StreamVideo
 
 
@@ -33,6 +35,8 @@ class FlowCacheExtension(ComfyExtension):
             Resume,
             ARSamplerNode,
             FlowCacheReport,
+            SaveVideo,
+            CompareVideos,
         ]
 
 

@@ -27,7 +27,9 @@ class FlowCache(io.ComfyNode):
             "AR Sampler (FlowCache) and ComfyUI's SamplerARVideo. Bypass it to get the plain model back.",
             **found_by("cache", "speed up", "teacache", "easycache", "kv cache", "faster video"),
             inputs=[
-                io.Model.Input("model", tooltip="An autoregressive video model: causal Wan, SkyReels-V2, the demo model."),
+                io.Model.Input(
+                    "model", tooltip="An autoregressive video model: causal Wan, SkyReels-V2, the demo model."
+                ),
                 io.Combo.Input(
                     "preset",
                     options=[*PRESETS, CUSTOM, QUALITY],
@@ -154,6 +156,15 @@ class FlowCache(io.ComfyNode):
                         "(38 dB), 0.8 high, 1 every step recomputed. Calibrate FlowCache makes it exact for your model.",
                     )
                 ),
+                advanced(
+                    io.Combo.Input(
+                        "history_memory",
+                        options=["auto", "system"],
+                        default="auto",
+                        tooltip="Where the history lives. auto: on the graphics card, and in system memory from when that "
+                        "runs out; system: in system memory from the start, which is slower. The result is the same.",
+                    )
+                ),
             ],
             outputs=[io.Model.Output()],
         )
@@ -176,11 +187,14 @@ class FlowCache(io.ComfyNode):
         history_rule: str = "flowcache",
         correct: bool = True,
         quality: float = 0.5,
+        history_memory: str = "auto",
     ) -> io.NodeOutput:
         compression = Compression(
             rule=history_rule, weight=importance_weight, granularity=granularity, protect_first=keep_first_chunk
         )
-        history = HistorySettings(history_budget or None, compression, relative=positions == "relative")
+        history = HistorySettings(
+            history_budget or None, compression, relative=positions == "relative", memory=history_memory
+        )
         if preset == CUSTOM:
             order = ("hold", "linear", "quadratic").index(forecast)
             reuse = ReuseSettings(

@@ -402,7 +402,9 @@ def _prepare_sampling(executor, model, noise_shape, conds, *args, **kwargs):
 
 
 def _history_bytes(model, noise_shape, branches: int, options: dict) -> int:
-    """About what the keys and values of a run of a Wan network take."""
+    """About what the keys and values of a run of a Wan network take of the device's memory."""
+    if options[KEY].settings.history.memory == "system":
+        return 0
     batch, _, _, height, width = noise_shape
     network, budget = model.model.diffusion_model, options[KEY].settings.history.budget
     kept = options[FRAMES] if budget is None else min(options[FRAMES], 2 * options[CHUNK] * budget)

@@ -19,7 +19,7 @@ from ..flowcache_core.families import SOLVERS
 from ..flowcache_core.history import Clean, HistoryShape
 from ..flowcache_core.joint import Given, JointEngine, JointGuidance
 from ..flowcache_core.presets import OFF
-from ..flowcache_core.report import Report, megabytes
+from ..flowcache_core.report import Report, clock, megabytes, share_of
 from ..flowcache_core.rolling import RollingDenoise, RollingEngine, RollingHistory, rolling_bytes
 from ..flowcache_core.schedule import CLEAN, END, LEAD, ChunkSchedule, Place
 from ..flowcache_core.solvers import chunk_noise
@@ -337,7 +337,7 @@ def extend(
 
     def on_progress(told: Progress, report: Report, used: int, total: int) -> None:
         finished.tick, finished.ticks = told.tick, told.ticks
-        progress_text(describe(told, report, used, total, begun), node_id)
+        progress_text(describe(told, report, used, total, begun, len(finished.earlier)), node_id)
 
     sampler = ARSampler(
         chunk_frames,
@@ -420,13 +420,19 @@ def describe_plan(report: Report) -> str:
     return f"history: {megabytes(planned)} planned" + (f", {megabytes(unbounded)} unbounded" if unbounded > planned else "")
 
 
-def describe(told: Progress, report: Report, used: int, total: int, begun: float) -> str:
-    """Two lines on how a run goes; they fit a node's width. `used` and `total` are bytes of history."""
-    chunks = report.schedule.chunks
+def describe(told: Progress, report: Report, used: int, total: int, begun: float, earlier: int) -> str:
+    """Lines on how a run goes; they fit a node's width.
+
+    Args:
+        used, total: bytes of history.
+        begun: when, by the clock of `perf_counter`.
+        earlier: chunks that an interrupted run left.
+    """
+    chunks, chunk = report.schedule.chunks, min(report.chunks_done + 1, report.schedule.chunks)
     spent = time.perf_counter() - begun
-    left = spent / told.tick * (told.ticks - told.tick)
-    each = spent / max(1, report.chunks_done)
-    return (
-        f"chunk {min(report.chunks_done + 1, chunks)} of {chunks}, {each:.1f} s a chunk, {left:.0f} s left\n"
-        f"{report.reused:.0%} reused, history {megabytes(used)} of {megabytes(total)}"
-    )
+    whole = spent * told.ticks / told.tick  # seconds that the run will take
+    lines = [
+        f"chunk {earlier + chunk} of {earlier + chunks}, {whole / chunks:.1f} s a chunk, {clock(whole - spent)} left",
+        f"{report.reused:.0%} reused" + (f", history {share_of(used, total)}" if total else ""),
+    ]
+    return "\n".join([*lines, *report.notes])

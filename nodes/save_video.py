@@ -1,0 +1,52 @@
+"""Save Video with Report (FlowCache)."""
+
+import torch
+from comfy_api.latest import io
+
+from ..flowcache_core.video import frames_of
+from ..flowcache_core.video_stream import VideoStream
+from .host_video import OutputFile, report_metadata, workflow_metadata
+from .types import ReportType
+from .widgets import found_by
+
+AT_ONCE = 16  # frames
+
+
+class SaveVideo(io.ComfyNode):
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return io.Schema(
+            node_id="FlowCacheSaveVideo",
+            display_name="Save Video with Report (FlowCache)",
+            category="FlowCache",
+            description="Saves frames as an mp4 (h264) in ComfyUI's output folder, with the workflow and what FlowCache did "
+            "written into the file.",
+            **found_by("save video", "export video", "mp4", "metadata"),
+            inputs=[
+                io.Image.Input("images", tooltip="The frames, for example of VAE Decode."),
+                ReportType.Input("report", tooltip="Of Autoregressive Extend: settings and report for the file."),
+                io.String.Input(
+                    "filename_prefix",
+                    default="flowcache/video",
+                    tooltip="Name of the file in ComfyUI's output folder, a number is added; '/' makes a subfolder.",
+                ),
+                io.Float.Input(
+                    "fps", default=16.0, min=1.0, max=120.0, step=1.0, tooltip="Frames a second of the video."
+                ),
+            ],
+            outputs=[],
+            hidden=[io.Hidden.prompt, io.Hidden.extra_pnginfo],
+            is_output_node=True,
+        )
+
+    @classmethod
+    def execute(cls, images: torch.Tensor, report, filename_prefix: str, fps: float) -> io.NodeOutput:
+        file = OutputFile.new(filename_prefix, images.shape[2], images.shape[1])
+        stream = VideoStream(file.path, fps, workflow_metadata(cls.hidden))
+        try:
+            for part in images[..., :3].split(AT_ONCE):
+                stream.write(frames_of(2 * part.movedim(-1, 0) - 1))
+            stream.finish(report_metadata(report))
+        finally:
+            stream.close()
+        return io.NodeOutput(ui=file.shown)
