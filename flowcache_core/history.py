@@ -15,6 +15,7 @@ budget; the tokens that stay may differ from head to head.
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Literal, NamedTuple
 
 import torch
@@ -209,6 +210,14 @@ class History:
             torch.cuda.empty_cache()
         return True
 
+    def _sparing(self, work: Callable[[], object]) -> None:
+        """Does work that may be begun anew; once more in system memory where the device runs out of its own."""
+        if not _runs_out(work):
+            return
+        if not self.to_system_memory():
+            raise torch.cuda.OutOfMemoryError("Out of memory, with the history in system memory already.")
+        work()
+
     def _buffers(self) -> list[Tensor]:
         return [self.keys, self.values, self.tokens] + ([] if self.unrotated is None else [self.unrotated])
 
@@ -374,11 +383,7 @@ class History:
             )
         for layer in range(self.shape.layers):
             for heads, query_heads in self._head_groups(self.queries[layer] if self.queries else None):
-                group = (layer, heads, query_heads, keep)
-                if _runs_out(lambda group=group: self._compress_heads(*group)):
-                    if not self.to_system_memory():
-                        raise torch.cuda.OutOfMemoryError("No memory is left to compress the history.")
-                    self._compress_heads(*group)
+                self._sparing(partial(self._compress_heads, layer, heads, query_heads, keep))
         self.clean = given + keep
 
     def _compress_heads(self, layer: int, heads: slice, query_heads: slice, keep: int) -> None:
@@ -408,13 +413,11 @@ class History:
             return
         self.shift = shift
         self._tables.clear()
-        if _runs_out(self._place_all):
-            if not self.to_system_memory():
-                raise torch.cuda.OutOfMemoryError("No memory is left to move the history's positions.")
-            self._place_all()
+        self._sparing(self._place_all)
 
     def _place_all(self) -> None:
         """Rotates all keys to their positions."""
+        assert self.unrotated is not None
         filled = self.clean + len(self.active) * self.shape.chunk_tokens
         frames = (self._frames_of(self.tokens[:, :, :, :filled]) - self.shift).clamp(min=0)
         frames[:, :, :, : self.shape.end_tokens] -= self._beyond()

@@ -25,9 +25,11 @@ class Likeness:
         if all(math.isinf(one) for one in self.psnr):
             return f"The {len(self.psnr)} frames are equal."
         finite = [one for one in self.psnr if math.isfinite(one)]
+        means = f"PSNR {sum(finite) / len(finite):.1f} dB", f"SSIM {sum(self.ssim) / len(self.ssim):.3f}"
+        worst = self.psnr.index(min(finite)) + 1, self.ssim.index(min(self.ssim)) + 1
         lines = [
-            f"PSNR {sum(finite) / len(finite):.1f} dB, lowest {min(finite):.1f} dB in frame {self.psnr.index(min(finite)) + 1}",
-            f"SSIM {sum(self.ssim) / len(self.ssim):.3f}, lowest {min(self.ssim):.3f} in frame {self.ssim.index(min(self.ssim)) + 1}",
+            f"{means[0]}, lowest {min(finite):.1f} dB in frame {worst[0]}",
+            f"{means[1]}, lowest {min(self.ssim):.3f} in frame {worst[1]}",
             f"{len(self.psnr)} frames",
         ]
         equal = len(self.psnr) - len(finite)
@@ -60,7 +62,7 @@ def side_by_side(first: Tensor, second: Tensor) -> Tensor:
 
 
 def wipe(first: Tensor, second: Tensor) -> Tensor:
-    """Videos [T, H, W, 3] in [0, 1] in one frame: the first left of a white line that goes from right to left and back."""
+    """Videos [T, H, W, 3] in [0, 1] in one: the first is left of a white line that goes from right to left and back."""
     frames, _, width, _ = first.shape
     result = second.to(first).clone()
     for frame in range(frames):

@@ -19,7 +19,6 @@ from .report import Report
 from .reuse import Forecast, changes
 from .schedule import CLEAN, ChunkSchedule, Place
 
-
 MOVED = (
     "out of device memory: the history was moved to system memory, which is slower; a history budget makes it smaller"
 )

@@ -18,7 +18,8 @@ class CompareVideos(io.ComfyNode):
             node_id="FlowCacheCompareVideos",
             display_name="Compare Videos (FlowCache)",
             category="FlowCache",
-            description="Shows two videos next to each other or in one picture, and measures how alike they are: PSNR and "
+            description="Shows two videos next to each other or in one picture, and measures how alike they are: "
+            "PSNR and "
             "SSIM of every frame. For example the same seed with and without FlowCache.",
             **found_by("compare", "psnr", "ssim", "side by side", "wipe", "difference", "quality"),
             inputs=[
@@ -28,7 +29,8 @@ class CompareVideos(io.ComfyNode):
                     "view",
                     options=list(VIEWS),
                     default="side by side",
-                    tooltip="side by side: the first left, the second right; wipe: in one picture, the first on the left of "
+                    tooltip="side by side: the first left, the second right; wipe: in one picture, the first on the "
+                    "left of "
                     "a line that moves to and fro.",
                 ),
             ],

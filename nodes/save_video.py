@@ -19,7 +19,8 @@ class SaveVideo(io.ComfyNode):
             node_id="FlowCacheSaveVideo",
             display_name="Save Video with Report (FlowCache)",
             category="FlowCache",
-            description="Saves frames as an mp4 (h264) in ComfyUI's output folder, with the workflow and what FlowCache did "
+            description="Saves frames as an mp4 (h264) in ComfyUI's output folder, with the workflow and what "
+            "FlowCache did "
             "written into the file.",
             **found_by("save video", "export video", "mp4", "metadata"),
             inputs=[

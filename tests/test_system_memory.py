@@ -1,4 +1,4 @@
-"""A history in system memory: by choice, and wherever the device runs out of its own. The result is the same to the bit."""
+"""A history in system memory: by choice, and where the device runs out of its own. The bits are the same."""
 
 from dataclasses import replace
 from itertools import count

@@ -238,3 +238,48 @@ def test_killed_server_loses_only_the_active_chunks(tmp_path):
         assert torch.equal(resumed, plain(again, 12, 63, steps=40, lag=40))
     finally:
         again.stop()
+
+
+def test_two_videos_compared(server):
+    graph = Graph()
+    vae = graph.add("FlowCacheLoadDemoVAE")
+    videos = []
+    for preset in ("off", "fast"):
+        node = extend(graph, seed=70, steps=8, lag=8, model=flowcache(graph, preset=preset, history_budget=0))
+        videos.append((graph.add("VAEDecode", samples=(node, 0), vae=(vae, 0)), 0))
+    shown = graph.add("FlowCacheCompareVideos", first=videos[0], second=videos[1], view="side by side")
+    same = graph.add("FlowCacheCompareVideos", first=videos[0], second=videos[0], view="wipe")
+    saves = [graph.add("SaveImage", images=(node, 0), filename_prefix="compare") for node in (shown, same)]
+    plot = graph.add("SaveImage", images=(shown, 2), filename_prefix="plot")
+    outcome = server.run(graph)
+    assert outcome.error is None, outcome.error["exception_message"]
+    (words,), (equal,) = (outcome.outputs[node]["text"] for node in (shown, same))
+    assert "13 frames are equal" in equal and words.startswith("PSNR")
+    sizes = [Image.open(server.saved(outcome, save)[0]).size for save in saves]
+    assert sizes == [(64 + 8 + 64, 64), (64, 64)] and len(server.saved(outcome, saves[0])) == 13
+    assert Image.open(server.saved(outcome, plot)[0]).width == 800
+
+
+def test_saved_video_has_workflow_and_report(server):
+    graph = Graph()
+    vae = graph.add("FlowCacheLoadDemoVAE")
+    node = extend(graph, seed=71, model=flowcache(graph, preset="high", history_budget=0, history_memory="system"))
+    images = graph.add("VAEDecode", samples=(node, 0), vae=(vae, 0))
+    save = graph.add("FlowCacheSaveVideo", images=(images, 0), report=(node, 2), filename_prefix="long/s", fps=12.0)
+    outcome = server.run(graph)
+    assert outcome.error is None, outcome.error["exception_message"]
+    (file,) = server.saved(outcome, save)
+    assert len(frames_of(file)) == 13
+    with av.open(str(file)) as video:
+        assert json.loads(video.metadata["prompt"]) == graph
+        assert json.loads(video.metadata["flowcache"])["chunks"] == 2
+        assert video.streams.video[0].average_rate == 12
+
+
+def test_history_in_system_memory_changes_nothing(server):
+    results = []
+    for memory in ("auto", "system"):
+        graph = Graph()
+        model = flowcache(graph, preset="off", history_budget=1, history_memory=memory)
+        results.append(sample(server, graph, extend(graph, chunks=4, seed=72, model=model)))
+    assert torch.equal(*results)
