@@ -188,7 +188,7 @@ def _frames_chart(canvas: Canvas, name: str, note: str, values: Sequence[float],
     """A line through a value of each frame, with its lowest point marked."""
     canvas.heading(name, note)
     top, height, right = canvas.y, 150, WIDTH - MARGIN
-    most, marks = _scale(max(*values, 1e-3)) if len(values) > 1 else _scale(max(values[0], 1e-3))
+    most, marks = axis_marks(max([*values, 1e-3]))
 
     def at(frame: int, value: float) -> tuple[float, float]:
         x = LEFT + (right - LEFT) * frame / max(1, len(values) - 1)
