@@ -143,6 +143,7 @@ def run_convert(options: argparse.Namespace) -> None:
         options.out,
         options.family,
         DTYPES[options.dtype],
+        use_ema=options.weights == "generator_ema",
         progress=progress,
         special_tokens=options.special_tokens,
     )
@@ -229,6 +230,12 @@ def parser() -> argparse.ArgumentParser:
     part.add_argument("out", type=Path)
     part.add_argument("--family", default="auto", help=f"auto or {', '.join(checkpoints.FAMILIES)}")
     part.add_argument("--dtype", choices=DTYPES, default="as it is", help="of the matrices (default: %(default)s)")
+    part.add_argument(
+        "--weights",
+        choices=("generator_ema", "generator"),
+        default="generator_ema",
+        help="of a .pt file that has both: averaged over training, or its last ones (default: %(default)s)",
+    )
     part.add_argument(
         "--special-tokens", type=Path, metavar="FILE", help="MAGI-1's special_tokens.npz, to be put into the file"
     )

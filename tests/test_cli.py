@@ -97,6 +97,26 @@ def test_info_and_convert(network, tmp_path, capsys):
     assert (info.family, info.dtype) == ("causal", torch.bfloat16)
 
 
+def test_info_tells_the_memory_of_a_video(network, capsys):
+    assert cli.main(["info", str(network), "--width", "128", "--height", "64", "--seconds", "9"]) == 0
+    whole = capsys.readouterr().out
+    assert "128x64, 153 frames (9.6 s), 13 chunks" in whole and "all of it kept" in whole
+    assert cli.main(["info", str(network), "--seconds", "9", "--budget", "2"]) == 0
+    assert "2 finished chunks kept" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("chosen", ["generator", "generator_ema"])
+def test_convert_takes_the_weights_that_are_asked_for(tmp_path, chosen):
+    one_head = WanNetwork(replace(SMALL, dim=128, num_heads=1)).state_dict()  # 128 wide, as without metadata
+    shifts = {"generator": 1.0, "generator_ema": 2.0}
+    both = {kind: {f"model.{key}": weight + shift for key, weight in one_head.items()} for kind, shift in shifts.items()}
+    torch.save(both, tmp_path / "both.pt")
+    out = tmp_path / "out.safetensors"
+    assert cli.main(["convert", str(tmp_path / "both.pt"), str(out), "--family", "causal", "--weights", chosen]) == 0
+    written = checkpoints.load_state_dict(out)
+    assert all(torch.equal(written[name], weight + shifts[chosen]) for name, weight in one_head.items())
+
+
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
