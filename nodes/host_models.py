@@ -3,6 +3,7 @@
 import inspect
 import json
 import logging
+from collections.abc import Callable
 
 import comfy.model_management
 import comfy.model_patcher
@@ -22,7 +23,12 @@ from .host_magi_model import magi_model
 
 
 def load_model(
-    path: str, family: str, dtype: torch.dtype | None, fps: int, disable_dynamic: bool = False
+    path: str,
+    family: str,
+    dtype: torch.dtype | None,
+    fps: int,
+    disable_dynamic: bool = False,
+    on_warning: Callable[[str], None] = lambda warning: None,
 ) -> comfy.model_patcher.ModelPatcher:
     """The host's model from a checkpoint of any layout that `checkpoints` reads.
 
@@ -32,10 +38,12 @@ def load_model(
         dtype: of the weights, or None for the host's choice.
         fps: frames a second that SkyReels-V2 is told.
         disable_dynamic: asked for by the host when it loads the model again.
+        on_warning: told what the user should know, in one line each, beside the log.
     """
     info, weights = checkpoints.load(path, family)
     for warning in info.warnings:
         logging.warning("FlowCache: %s", warning)
+        on_warning(warning)
     if info.family in checkpoints.MAGI_FAMILIES:
         model = magi_model(path, info, weights, dtype, disable_dynamic)
     else:

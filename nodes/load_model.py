@@ -7,6 +7,7 @@ from comfy_api.latest import io
 from ..flowcache_core.demo import NETWORK_FILE
 from ..flowcache_core.families import FAMILIES
 from .host_models import load_model
+from .host_sampler import progress_text
 from .widgets import advanced, found_by
 
 DEMO = "demo model (ships with FlowCache)"
@@ -61,9 +62,14 @@ class LoadARVideoModel(io.ComfyNode):
                 ),
             ],
             outputs=[io.Model.Output()],
+            hidden=[io.Hidden.unique_id],
         )
 
     @classmethod
     def execute(cls, model_name: str, family: str, weight_type: str, fps: int = 24) -> io.NodeOutput:
         path = NETWORK_FILE if model_name == DEMO else folder_paths.get_full_path_or_raise("diffusion_models", model_name)
-        return io.NodeOutput(load_model(str(path), family, WEIGHT_TYPES[weight_type], fps))
+
+        def warn(warning: str) -> None:
+            progress_text(warning, cls.hidden.unique_id)
+
+        return io.NodeOutput(load_model(str(path), family, WEIGHT_TYPES[weight_type], fps, on_warning=warn))

@@ -1,10 +1,12 @@
 """Each family through the nodes equals the engine alone on the same weights, noise and caption."""
 
+import json
 from dataclasses import replace
 
 import pytest
 import torch
 from graph import SMALL, Graph, random_network, sample, write_network
+from safetensors.torch import save_file
 
 from flowcache_core.backbones.wan import WanNetwork
 from flowcache_core.demo.captions import embed_caption
@@ -16,6 +18,7 @@ from flowcache_core.rolling import RollingDenoise, RollingEngine, RollingHistory
 from flowcache_core.schedule import ChunkSchedule
 from flowcache_core.solvers import chunk_noise
 
+UNTOLD = json.dumps({"transformer": {"num_heads": SMALL.num_heads, "text_dim": SMALL.text_dim}})
 CONFIGS = {"causal": SMALL, "skyreels": replace(SMALL, fps=True), "rolling": SMALL, "wan": SMALL}
 
 
@@ -71,6 +74,20 @@ def test_nodes_equal_the_engine(server, family, preset, guidance):
     ours = normalised(sample(server, graph, extend(graph, family, preset, guidance)))
     expected = alone(family, preset, guidance)
     assert (ours - expected.latents).norm() / expected.latents.norm() < 2e-3
+
+
+def test_a_file_that_cannot_tell_its_family_is_warned_about(server):
+    """On the node and in the log; a family that was chosen is believed."""
+    save_file(random_network(6), server.base / "models" / "diffusion_models" / "untold.safetensors", {"config": UNTOLD})
+    for family, warned in (("auto", True), ("skyreels", False)):
+        graph = Graph()
+        model = graph.add("FlowCacheLoadARVideoModel", model_name="untold.safetensors", family=family, weight_type="fp32")
+        graph.add("PreviewAny", source=(graph.add("FlowCache", model=(model, 0), preset="off", history_budget=0), 0))
+        outcome = server.run(graph)
+        assert outcome.error is None
+        texts = [text for key, text in outcome.texts if key == model]
+        assert any("taken as plain Wan 2.1: choose its family" in text for text in texts) == warned
+    assert "untold.safetensors has the Wan 2.1 layout and no stamp" in server.log.read_text()
 
 
 def test_the_frame_rate_reaches_the_network(server):

@@ -36,6 +36,21 @@ def test_off_equals_the_plain_sampler(server, folder):
     assert expected.std() > 0.1
 
 
+def test_an_image_start_framewise_equals_the_plain_sampler(server, folder):
+    results = []
+    for patch in (False, True):
+        graph = Graph()
+        image = graph.add("EmptyImage", width=64, height=64, batch_size=1, color=0xFF8000)
+        vae = (graph.add("FlowCacheLoadDemoVAE"), 0)
+        start = dict(vae=vae, start_image=(image, 0), width=64, height=64, length=13, batch_size=1)
+        model = (graph.add("ARVideoI2V", model=load(graph), **start), 0)
+        node = native(graph, flowcache(graph, model) if patch else model, frames=4, block=1)
+        results.append(sample(server, graph, node))
+    plain, ours = results
+    assert (ours - plain).norm() / plain.norm() < 1e-5
+    assert plain.shape[2] == 4 and torch.equal(ours[:, :, :1], plain[:, :, :1])
+
+
 def test_reuse_is_close_and_reported(server, folder):
     graph = Graph()
     model = flowcache(graph, load(graph), "custom", policy="even", every=2)
