@@ -3,7 +3,6 @@
 PYTHON ?= python3
 VENV ?= .venv
 PACKAGES = torch==2.13.0 "numpy>=1.26,<3" "pillow>=11" "safetensors>=0.5,<1" "av>=14" "pytest>=8,<10"
-
 LINTERS = "ruff>=0.15,<1" "mypy>=1.19,<3"
 
 .PHONY: demo bench bench-smoke calibrate test lint clean

@@ -301,7 +301,7 @@ def test_a_cancelled_run_leaves_no_memory_behind(backbone):
     calls = iter(range(100))
 
     def later() -> bool:
-        return bool(engine.runner.histories) and next(calls) > 9
+        return bool(engine.runner.histories) and next(calls) > 9  # noqa: F821, it is deleted later
 
     engine = build(backbone, ChunkSchedule(4, 4, 2), settings, scale=2.0, cancelled=later)
 
