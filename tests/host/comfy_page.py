@@ -24,6 +24,7 @@ class ComfyPage(Browser):
     """The page of a running server, loaded and empty."""
 
     def __init__(self, server: Server, width: int = 1400, height: int = 900):
+        self.server = server
         for name, value in SETTINGS.items():
             server.post(f"/settings/{name}", value)
         super().__init__(width, height)
@@ -51,13 +52,29 @@ class ComfyPage(Browser):
         """The open graph in the form that is posted to /prompt."""
         return self.evaluate("app.graphToPrompt().then(made => made.output)")
 
-    def run(self) -> None:
+    def run(self, timeout: float = 600) -> None:
         """Presses Run and waits for the end.
 
         Raises:
             RuntimeError: the server refused the graph, or a node failed.
         """
+        self.start()
+        self.finish(timeout)
+
+    def start(self) -> None:
+        """Presses Run."""
         self.evaluate(RUN)
+
+    def finish(self, timeout: float = 600) -> None:
+        """Waits for the end of what `start` began; errors as for `run`."""
+        self.wait("window.runEnded", timeout)
+        ended = self.evaluate("window.runEnded")
+        if ended != "execution_success":
+            raise RuntimeError(ended)
+
+    def saved_videos(self) -> list[Path]:
+        """Files that the open graph's SaveVideo nodes wrote, in the nodes' order."""
+        return [self.server.base / file["type"] / file["subfolder"] / file["filename"] for file in self.evaluate(SAVED)]
 
     def picture(self, path: Path, width: int = 1400) -> None:
         """A screenshot of the whole graph and nothing else, after a run: videos stand still near their end."""
@@ -109,19 +126,22 @@ COMPLAINTS = """(() => {
   return said;
 })()"""
 
-RUN = """new Promise((done, failed) => {
+RUN = """(() => {
+  window.runEnded = null;
   const ends = ['execution_success', 'execution_error', 'execution_interrupted'];
   const ended = (event) => {
     ends.forEach((name) => app.api.removeEventListener(name, ended));
-    if (event.type === 'execution_success') done(true);
-    else failed(new Error(`${event.type}: ${JSON.stringify(event.detail)}`));
+    window.runEnded = event.type + (event.type === ends[0] ? '' : `: ${JSON.stringify(event.detail)}`);
   };
   ends.forEach((name) => app.api.addEventListener(name, ended));
-  app.queuePrompt(0).then(() => {
+  return app.queuePrompt(0).then(() => {
     const errors = app.lastNodeErrors;
-    if (errors && Object.keys(errors).length) failed(new Error(JSON.stringify(errors)));
+    if (errors && Object.keys(errors).length) window.runEnded = JSON.stringify(errors);
   });
-})"""
+})()"""
+
+SAVED = """app.graph.nodes.filter((node) => node.type === 'SaveVideo').sort((a, b) => a.id - b.id)
+  .flatMap((node) => app.nodeOutputs[node.id].images)"""
 
 BOUNDS = """(() => {
   const boxes = [...app.graph.nodes, ...app.graph.groups].map((item) => item.boundingRect);

@@ -1,15 +1,35 @@
-"""Writes workflows/api/*.json from the graphs in workflows/, and the demos' pictures in docs/, through ComfyUI's own page.
+"""Writes what is made of the graphs in workflows/, through ComfyUI's own page: workflows/api/*.json, thumbnails
+workflows/*.jpg for the template browser, and the pictures in docs/ of those that can run here.
 
-Run it after a workflow was changed: python tests/host/export_workflows.py
+Run it after a workflow was changed: python tests/host/export_workflows.py [names]
 """
 
 import json
+import sys
 import tempfile
 from pathlib import Path
 
+import thumbnails
 from comfy_page import DEMOS, NAMES, PACK, WORKFLOWS, ComfyPage
 from comfy_server import Server
 from published import write_published
+from videos import frames_of
+
+
+def export(page: ComfyPage, name: str) -> None:
+    workflow = WORKFLOWS / f"{name}.json"
+    page.load(workflow)
+    prompt = page.to_api()
+    (WORKFLOWS / "api" / f"{name}.json").write_text(json.dumps(prompt, indent=2) + "\n")
+    if name in DEMOS:
+        page.run()
+        page.picture(PACK / "docs" / f"{name}.png")
+        videos = [frames_of(path) for path in page.saved_videos()]
+        thumbnails.write(thumbnails.of_videos(videos), workflow)
+    else:
+        (family,) = {node["inputs"]["family"] for node in prompt.values() if "family" in node["inputs"]}
+        title = name.replace("_", " ").capitalize()
+        thumbnails.write(thumbnails.of_family(family, title), workflow)
 
 
 def main() -> None:
@@ -18,16 +38,12 @@ def main() -> None:
         write_published(server.base)
         try:
             with ComfyPage(server) as page:
-                for name in NAMES:
-                    page.load(WORKFLOWS / f"{name}.json")
-                    api = json.dumps(page.to_api(), indent=2)
-                    (WORKFLOWS / "api" / f"{name}.json").write_text(api + "\n")
-                    if name in DEMOS:
-                        page.run()
-                        page.picture(PACK / "docs" / f"{name}.png")
+                for name in sys.argv[1:] or NAMES:
+                    export(page, name)
         finally:
             server.stop()
 
 
 if __name__ == "__main__":
+    sys.path.insert(0, str(PACK))
     main()
