@@ -29,12 +29,65 @@ class ComfyPage(Browser):
             server.post(f"/settings/{name}", value)
         super().__init__(width, height)
         try:
-            self.open(server.address)
-            self.wait("window.app?.vueAppReady && app.canvas && app.extensionManager")
-            self.errors.clear()  # its own, while it loads
+            self.reopen()
         except BaseException:
             self.close()
             raise
+
+    def reopen(self) -> None:
+        """Loads the page anew."""
+        self.open(self.server.address)
+        self.wait("window.app?.vueAppReady && app.canvas && app.extensionManager")
+        self.errors.clear()  # its own, while it loads
+
+    def set_language(self, name: str) -> None:
+        self.server.post("/settings/Comfy.Locale", name)
+        self.reopen()
+
+    def click(self, selector: str) -> None:
+        """Clicks the first element, once it is there."""
+        found = f"document.querySelector({json.dumps(selector)})"
+        self.wait(found)
+        self.evaluate(f"{found}.click()")
+
+    def open_template(self, name: str) -> int:
+        """Opens a workflow by its card in the template browser; returns the width of the card's picture."""
+        self.evaluate("app.extensionManager.command.execute('Comfy.BrowseTemplates')")
+        self.wait(CATEGORY)
+        self.evaluate(f"{CATEGORY}.click()")
+        picture = f"document.querySelector('[data-testid=\"template-workflow-{name}\"] img')"
+        self.wait(f"{picture}?.complete")
+        width = self.evaluate(f"{picture}.naturalWidth")
+        self.evaluate(f"{picture}.click()")
+        self.wait(f"app.extensionManager.workflow.activeWorkflow.path.endsWith('{name}.json')")
+        self.wait(f"app.graph.nodes.length === {len(json.loads((WORKFLOWS / f'{name}.json').read_text())['nodes'])}")
+        return width
+
+    def add_by_search(self, name: str) -> None:
+        """Adds the node that the search finds for a name, as after a double click on the empty canvas."""
+        nodes = self.evaluate("app.graph.nodes.length")
+        self.evaluate("app.extensionManager.command.execute('Workspace.SearchBox.Toggle')")
+        self.wait("document.activeElement?.tagName === 'INPUT'")
+        self.call("Input.insertText", text=name)
+        self.wait(f"[...document.querySelectorAll('[role=dialog] *')].some((part) => part.innerText === {json.dumps(name)})")
+        for kind in ("keyDown", "keyUp"):
+            self.call("Input.dispatchKeyEvent", type=kind, key="Enter", code="Enter", windowsVirtualKeyCode=13)
+        self.wait(f"app.graph.nodes.length === {nodes + 1}")
+
+    def set_widget(self, kind: str, name: str, value) -> None:
+        """Changes a widget of every node of a kind."""
+        nodes = f"app.graph.nodes.filter((node) => node.type === {json.dumps(kind)})"
+        widget = f"node.widgets.find((widget) => widget.name === {json.dumps(name)})"
+        self.evaluate(f"{nodes}.forEach((node) => ({widget}.value = {json.dumps(value)}))")
+
+    def save(self) -> str:
+        """Saves the open graph under its name and returns its path among the user's files."""
+        self.evaluate("app.extensionManager.workflow.saveWorkflow(app.extensionManager.workflow.activeWorkflow)")
+        return self.evaluate("app.extensionManager.workflow.activeWorkflow.path")
+
+    def open_saved(self, path: str) -> None:
+        """Opens a saved graph."""
+        self.evaluate(OPEN_SAVED % json.dumps(path))
 
     def load(self, workflow: Path) -> None:
         """Opens a workflow file as if it had been dropped on the page."""
@@ -98,6 +151,15 @@ def listed_templates(server: Server) -> list[str]:
     with urllib.request.urlopen(server.address + "/workflow_templates") as answer:
         return json.load(answer).get("flowcache", [])
 
+
+CATEGORY = "[...document.querySelectorAll('[role=dialog] [role=button] span')].find((s) => s.innerText === 'FlowCache')"
+
+OPEN_SAVED = """(async () => {
+  const store = app.extensionManager.workflow;
+  await store.syncWorkflows();
+  const saved = await store.getWorkflowByPath(%s).load({ force: true });
+  await app.loadGraphData(JSON.parse(saved.originalContent), true, true, saved);
+})()"""
 
 COMPLAINTS = """(() => {
   const said = [];

@@ -1,12 +1,15 @@
-"""Every workflow in ComfyUI's real page, in a headless browser: nothing missing or red, and it runs to a result."""
+"""ComfyUI's real page, in a headless browser: what a user sees from the template browser to the saved graph."""
 
 import json
 
 import pytest
 from browser import CHROMIUM
-from comfy_page import DEMOS, NAMES, WORKFLOWS, ComfyPage, listed_templates
+from comfy_page import NAMES, DEMOS, WORKFLOWS, ComfyPage, listed_templates
+from thumbnails import SIDE
 
 pytestmark = pytest.mark.skipif(CHROMIUM is None, reason="no chromium: apt-get install chromium, to test the page")
+EXTEND = "FlowCacheAutoregressiveExtend"
+BLUEPRINT = "FlowCache text to long video"
 
 
 @pytest.fixture(scope="module")
@@ -19,23 +22,17 @@ def test_template_browser_lists_the_workflows(server):
     assert sorted(listed_templates(server)) == NAMES
 
 
-@pytest.mark.parametrize("name", sorted(set(NAMES) - set(DEMOS)))
-def test_workflow_loads(page, name):
-    """Models of gigabytes: that these run is tested through their API forms."""
-    page.load(WORKFLOWS / f"{name}.json")
+@pytest.mark.parametrize("name", NAMES)
+def test_template_opens_and_runs(page, name):
+    assert page.open_template(name) == SIDE, f"workflows/{name}.jpg is missing: run tests/host/export_workflows.py {name}"
     assert page.complaints() == []
-    assert page.errors == []
-
-
-@pytest.mark.parametrize("name", DEMOS)
-def test_workflow_loads_and_runs(page, name):
-    page.load(WORKFLOWS / f"{name}.json")
-    assert page.complaints() == []
+    if name not in DEMOS:  # models of gigabytes: that these run is tested through their API forms
+        return
+    page.set_widget(EXTEND, "chunks", 2)
     page.run()
     assert page.complaints() == []
     assert page.errors == []
-    shown = page.evaluate("app.graph.nodes.filter((node) => app.nodeOutputs[node.id]).map((node) => node.type)")
-    assert "SaveVideo" in shown
+    assert "SaveVideo" in page.evaluate("app.graph.nodes.filter((n) => app.nodeOutputs[n.id]).map((n) => n.type)")
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -43,3 +40,76 @@ def test_api_form_is_the_same_graph(page, name):
     """workflows/api/ is what the page makes of workflows/; export_workflows.py writes it anew."""
     page.load(WORKFLOWS / f"{name}.json")
     assert page.to_api() == json.loads((WORKFLOWS / "api" / f"{name}.json").read_text())
+
+
+def test_a_session(page):
+    """Change a widget, run and watch, bypass FlowCache and run again, save, reload the page, open what was saved."""
+    page.load(WORKFLOWS / "demo_text_to_video.json")
+    page.set_widget(EXTEND, "chunks", 3)
+    page.set_widget(EXTEND, "seed", 23)
+    page.start()
+    page.wait(f"{SHOWN}.some((line) => /chunk [1-3] of 3/.test(line))")
+    page.wait(f"{NODE}.imgs?.length")  # the preview
+    page.finish()
+    page.wait("[...document.querySelectorAll('video')].some((video) => video.readyState > 1 && video.duration > 2)")
+    assert "88% of steps reused" in page.evaluate(REPORT)
+
+    page.evaluate("app.graph.nodes.find((node) => node.type === 'FlowCache').mode = 4")
+    page.run()
+    assert " 0% of steps reused" in page.evaluate(REPORT)
+
+    prompt = page.to_api()
+    assert "FlowCache" not in {node["class_type"] for node in prompt.values()}
+    path = page.save()
+    page.reopen()
+    page.open_saved(path)
+    assert page.complaints() == []
+    assert page.to_api() == prompt
+    assert page.errors == []
+
+
+def test_blueprint_is_found_and_runs(page):
+    page.load(WORKFLOWS / "demo_text_to_video.json")
+    page.evaluate("app.graph.clear()")
+    page.add_by_search(BLUEPRINT)
+    page.evaluate(WIRED)
+    page.run()
+    assert page.errors == []
+    (video,) = page.saved_videos()
+    assert video.stat().st_size > 0
+
+
+@pytest.mark.parametrize(("language", "heading"), [("en", "Which preset"), ("zh", "选择预设")])
+def test_help_shows_beside_the_node(page, language, heading):
+    page.set_language(language)
+    try:
+        page.load(WORKFLOWS / "demo_text_to_video.json")
+        page.evaluate("app.canvas.selectNode(app.graph.nodes.find((node) => node.type === 'FlowCache'))")
+        page.click("[data-testid=info-button]")
+        page.wait(f"document.querySelector('.node-help-content')?.innerText.includes('{heading}')")
+        label = "历史预算" if language == "zh" else "history_budget"
+        budget = "app.graph.nodes.find((node) => node.type === 'FlowCache').widgets.find((w) => w.name === 'history_budget')"
+        assert page.evaluate(f"{budget}.label ?? {budget}.name") == label
+    finally:
+        page.set_language("en")
+
+
+NODE = f"app.graph.nodes.find((node) => node.type === '{EXTEND}')"
+SHOWN = f"{NODE}.widgets.filter((widget) => widget.name.startsWith('$$')).map((widget) => String(widget.value))"
+REPORT = "String(app.graph.nodes.find((node) => node.type === 'PreviewAny').widgets[0].value)"
+WIRED = """(() => {
+  const add = (type, ...values) => {
+    const node = LiteGraph.createNode(type);
+    app.graph.add(node);
+    values.forEach((value, index) => (node.widgets[index].value = value));
+    return node;
+  };
+  const video = app.graph.nodes[0];
+  const put = (from, name) => from.connect(0, video, video.inputs.findIndex((input) => input.name === name));
+  put(add('FlowCacheLoadARVideoModel'), 'model');
+  put(add('FlowCacheDemoPrompt', 'a red circle'), 'positive');
+  put(add('FlowCacheDemoPrompt', ''), 'negative');
+  put(add('FlowCacheLoadDemoVAE'), 'vae');
+  video.widgets.find((widget) => widget.name === 'chunks').value = 2;
+  video.connect(0, add('SaveVideo', 'flowcache/blueprint'), 0);
+})()"""
