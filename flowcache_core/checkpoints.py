@@ -341,7 +341,7 @@ def _family(
     elif config.fps:
         possible = ["skyreels"]
     else:
-        possible = ["causal", "causvid", "skyreels", "rolling", "wan"] + ["demo"] * (found == "demo")
+        possible = [name for name in FAMILIES if not name.startswith("magi") and (name != "demo" or found == "demo")]
     family = found if asked == "auto" else asked
     if family not in possible:
         kind = "MAGI-1's names" if config is None else "an fps embedding" if config.fps else "the Wan 2.1 layout"
@@ -376,7 +376,7 @@ def _told_family(path: Path, file: WeightFile, config: WanConfig | None, setting
             f"{path.name} may be causal, causvid or rolling, taken as causal: choose the family for CausVid or Rolling "
             "Forcing.",
         )
-    choices = "; ".join(f"{name} ({FAMILIES[name]})" for name in ("causal", "causvid", "skyreels", "rolling", "wan"))
+    choices = "; ".join(f"{name} ({FAMILIES[name]})" for name in FAMILIES if name != "demo" and not name.startswith("magi"))
     return "wan", (
         f"{path.name} has the Wan 2.1 layout and no stamp, taken as plain Wan 2.1: choose its family: {choices}.",
     )

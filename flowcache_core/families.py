@@ -52,6 +52,8 @@ class Family:
         condition: noise level at which given frames are shown.
         first_levels: noise levels of the first chunk, from the number of steps, where it takes more of them.
         attention: chunk by chunk over a history, or the active chunks together and both ways ("rolling").
+        backbone: makes what runs a network of the family, from the network, frames a second and attention.
+        published: the family's own settings for a preset, from its name and the network's width, or None.
     """
 
     steps: int
@@ -67,6 +69,10 @@ class Family:
     condition: float = 0.0
     first_levels: Callable[[int], list[float] | None] = lambda steps: None
     attention: Literal["causal", "joint", "rolling"] = "causal"
+    backbone: Callable[[nn.Module, int, Attention], WanBackbone] = lambda network, fps, attention: WanBackbone(
+        network, attention
+    )
+    published: Callable[[str, int], Settings | None] = lambda preset, dim: None
 
     def shifted_levels(self, steps: int, shift: float) -> list[float]:
         """Noise levels with another shift than the family's: shifts multiply."""
@@ -90,6 +96,23 @@ def causvid_steps(steps: int) -> list[float]:
     return noise_levels.unwarped(noise_levels.CAUSVID_3_STEPS) if steps == 3 else noise_levels.linear(steps, 8.0)
 
 
+def skyreels_published(preset: str, dim: int) -> Settings | None:
+    """FlowCache for SkyReels-V2; the 1.3B and the 14B have polynomials of their own."""
+    if preset not in PAPER_PRESETS:
+        return None
+    reuse = ReuseSettings(
+        "flowcache",
+        threshold=0.1 if preset == "paper slow" else 0.15,
+        rescale=POLYNOMIAL_1_3B if dim < 3000 else POLYNOMIAL_14B,
+        warmup=5,
+        last=True,
+        order=0,
+        held="residual",
+        correct=False,
+    )
+    return Settings(reuse, clean_pass=False)
+
+
 FAMILIES: dict[str, Family] = {
     "demo": Family(64, 16, 3, always("euler"), noise_levels.magi, 1.0, (64, 64), 3.0, "the project's own trials"),
     "causal": Family(
@@ -108,6 +131,7 @@ FAMILIES: dict[str, Family] = {
     "skyreels": Family(
         50, 5, 5, always("skyreels unipc"), noise_levels.skyreels, 6.0, (960, 544), 8.0,
         "SkyReels-V2, README (asynchronous inference, addnoise_condition 20)", fps=24, condition=0.02,
+        backbone=SkyReelsBackbone, published=skyreels_published,
     ),
     "wan": Family(
         50, 50, 3, always("unipc"), lambda steps: noise_levels.linear(steps, 8.0), 6.0, (832, 480), 8.0,
@@ -138,30 +162,11 @@ def family(name: str) -> Family:
     return FAMILIES[name]
 
 
-def make_backbone(name: str, network: nn.Module, fps: int, attention: Attention) -> WanBackbone:
-    """What runs a network of that family; `fps` matters to SkyReels-V2 alone."""
-    if name == "skyreels":
-        return SkyReelsBackbone(network, fps, attention)
-    return WanBackbone(network, attention)
-
-
 def family_preset(preset: str, name: str, dim: int, history: HistorySettings) -> Settings:
     """A preset as a family takes it: the paper's presets are the published settings for that family.
 
     Args:
         preset: a key of `presets.PRESETS`.
-        dim: width of the network; it tells SkyReels-V2's 1.3B, for which one polynomial was fitted, from the 14B.
+        dim: width of the network.
     """
-    if name == "skyreels" and preset in PAPER_PRESETS:
-        reuse = ReuseSettings(
-            "flowcache",
-            threshold=0.1 if preset == "paper slow" else 0.15,
-            rescale=POLYNOMIAL_1_3B if dim < 3000 else POLYNOMIAL_14B,
-            warmup=5,
-            last=True,
-            order=0,
-            held="residual",
-            correct=False,
-        )
-        return Settings(reuse, history, clean_pass=False)
-    return replace(PRESETS[preset], history=history)
+    return replace(family(name).published(preset, dim) or PRESETS[preset], history=history)

@@ -27,7 +27,7 @@ from torch import Tensor
 from ..flowcache_core.calibration import Calibration, beside
 from ..flowcache_core.calibration import load as load_calibration
 from ..flowcache_core.errors import UserError
-from ..flowcache_core.families import make_backbone
+from ..flowcache_core.families import family
 from ..flowcache_core.presets import Settings
 from ..flowcache_core.report import Report
 from ..flowcache_core.runner import Runner
@@ -142,8 +142,8 @@ class HostRun:
     def bind(self, network: torch.nn.Module, options: dict) -> None:
         """Runs this network from now on; hooks and several GPUs swap it."""
         self.attention = _host_attention(options)
-        name, fps = options.get(FAMILY, ""), options.get(FPS, 24)
-        self.backbone = make_backbone(name, network, fps, self.attention)
+        name, fps = options.get(FAMILY, "wan"), options.get(FPS, 24)
+        self.backbone = family(name).backbone(network, fps, self.attention)
 
     def names(self, options: dict) -> list[str]:
         """A name for each branch of a call, which outlives the run: the side of guidance, and the how-manieth there."""

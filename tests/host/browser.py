@@ -86,6 +86,9 @@ class Browser:
             elif message.get("method") == "Runtime.consoleAPICalled" and message["params"]["type"] == "error":
                 parts = message["params"]["args"]
                 self.errors.append(" ".join(str(part.get("value", part.get("description"))) for part in parts))
+            elif message.get("method") == "Page.javascriptDialogOpening":  # "leave the page?"
+                accept = {"id": -1, "method": "Page.handleJavaScriptDialog", "params": {"accept": True}}
+                self._devtools.send(json.dumps(accept))
             elif message.get("id") == self._number:
                 if "error" in message:
                     raise RuntimeError(f"{method}: {message['error']['message']}")

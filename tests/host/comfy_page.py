@@ -38,6 +38,7 @@ class ComfyPage(Browser):
         """Loads the page anew."""
         self.open(self.server.address)
         self.wait("window.app?.vueAppReady && app.canvas && app.extensionManager")
+        self.wait("app.extensionManager.workflow.activeWorkflow && app.graph.nodes.length")  # what was open last
         self.errors.clear()  # its own, while it loads
 
     def set_language(self, name: str) -> None:
@@ -52,11 +53,15 @@ class ComfyPage(Browser):
 
     def open_template(self, name: str) -> int:
         """Opens a workflow by its card in the template browser; returns the width of the card's picture."""
+        self.wait("!document.querySelector('[role=dialog]')")
         self.evaluate("app.extensionManager.command.execute('Comfy.BrowseTemplates')")
         self.wait(CATEGORY)
         self.evaluate(f"{CATEGORY}.click()")
-        picture = f"document.querySelector('[data-testid=\"template-workflow-{name}\"] img')"
-        self.wait(f"{picture}?.complete")
+        card = f"document.querySelector('[data-testid=\"template-workflow-{name}\"]')"
+        self.wait(card)
+        self.evaluate(f"{card}.scrollIntoView()")
+        picture = f"{card}.querySelector('img')"
+        self.wait(f"{picture}?.complete && {picture}.naturalWidth")
         width = self.evaluate(f"{picture}.naturalWidth")
         self.evaluate(f"{picture}.click()")
         self.wait(f"app.extensionManager.workflow.activeWorkflow.path.endsWith('{name}.json')")
@@ -124,6 +129,10 @@ class ComfyPage(Browser):
         ended = self.evaluate("window.runEnded")
         if ended != "execution_success":
             raise RuntimeError(ended)
+
+    def id_of(self, kind: str) -> str:
+        """The id, in the API form, of the first node of a kind."""
+        return str(self.evaluate(f"app.graph.nodes.find((node) => node.type === {json.dumps(kind)}).id"))
 
     def saved_videos(self) -> list[Path]:
         """Files that the open graph's SaveVideo nodes wrote, in the nodes' order."""

@@ -13,9 +13,19 @@ PAGE = (PACK / "docs" / "api.md").read_text(encoding="utf-8")
 
 
 def test_example_downloads_a_video(server, tmp_path):
-    command = [sys.executable, PACK / "docs" / "api_example.py", "--server", server.address, "--out", tmp_path / "videos"]
+    command = [
+        sys.executable,
+        PACK / "docs" / "api_example.py",
+        "--server",
+        server.address,
+        "--out",
+        tmp_path / "videos",
+    ]
     said = subprocess.run(
-        [*command, "--caption", "a green triangle", "--chunks", "2", "--seed", "3"], capture_output=True, text=True, timeout=300
+        [*command, "--caption", "a green triangle", "--chunks", "2", "--seed", "3"],
+        capture_output=True,
+        text=True,
+        timeout=300,
     )
     assert said.returncode == 0, said.stderr
     (path,) = (tmp_path / "videos").iterdir()
@@ -28,7 +38,11 @@ def test_example_says_why_a_server_refuses(server, tmp_path):
     broken.write_text(json.dumps({"1": {"class_type": "FlowCacheReport", "inputs": {"report": ["2", 0]}}}))
     command = [sys.executable, PACK / "docs" / "api_example.py", "--server", server.address, "--workflow", broken]
     said = subprocess.run(command, capture_output=True, text=True, timeout=60)
-    assert said.returncode == 1 and said.stderr.startswith("The server refused the workflow: ") and "Traceback" not in said.stderr
+    assert (
+        said.returncode == 1
+        and said.stderr.startswith("The server refused the workflow: ")
+        and "Traceback" not in said.stderr
+    )
 
 
 def test_graph_of_the_page_runs(server):

@@ -10,7 +10,7 @@ from safetensors.torch import save_file
 
 from flowcache_core.backbones.wan import WanNetwork
 from flowcache_core.demo.captions import embed_caption
-from flowcache_core.families import FAMILIES, SOLVERS, family_preset, make_backbone
+from flowcache_core.families import FAMILIES, SOLVERS, family_preset
 from flowcache_core.generate import generate
 from flowcache_core.history import HistorySettings
 from flowcache_core.joint import Given, JointEngine, JointGuidance
@@ -43,7 +43,7 @@ def files(server):
 def network_of(family: str):
     network = WanNetwork(CONFIGS[family])
     network.load_state_dict(random_network(2, CONFIGS[family]))
-    return make_backbone(family, network.eval().requires_grad_(False), 24, torch.nn.functional.scaled_dot_product_attention)
+    return FAMILIES[family].backbone(network.eval().requires_grad_(False), 24, torch.nn.functional.scaled_dot_product_attention)
 
 
 def alone(family: str, preset: str, guidance: float, prefix: torch.Tensor | None = None, end: torch.Tensor | None = None):

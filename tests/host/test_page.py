@@ -4,7 +4,8 @@ import json
 
 import pytest
 from browser import CHROMIUM
-from comfy_page import NAMES, DEMOS, WORKFLOWS, ComfyPage, listed_templates
+from comfy_page import DEMOS, NAMES, WORKFLOWS, ComfyPage, listed_templates
+from store_release import RELEASED
 from thumbnails import SIDE
 
 pytestmark = pytest.mark.skipif(CHROMIUM is None, reason="no chromium: apt-get install chromium, to test the page")
@@ -24,7 +25,9 @@ def test_template_browser_lists_the_workflows(server):
 
 @pytest.mark.parametrize("name", NAMES)
 def test_template_opens_and_runs(page, name):
-    assert page.open_template(name) == SIDE, f"workflows/{name}.jpg is missing: run tests/host/export_workflows.py {name}"
+    assert page.open_template(name) == SIDE, (
+        f"workflows/{name}.jpg is missing: run tests/host/export_workflows.py {name}"
+    )
     assert page.complaints() == []
     if name not in DEMOS:  # models of gigabytes: that these run is tested through their API forms
         return
@@ -40,6 +43,17 @@ def test_api_form_is_the_same_graph(page, name):
     """workflows/api/ is what the page makes of workflows/; export_workflows.py writes it anew."""
     page.load(WORKFLOWS / f"{name}.json")
     assert page.to_api() == json.loads((WORKFLOWS / "api" / f"{name}.json").read_text())
+
+
+@pytest.mark.parametrize("file", sorted(RELEASED.glob("*/*.json")), ids=lambda file: f"{file.parent.name} {file.stem}")
+def test_released_graph_keeps_its_values(page, file):
+    """Widgets are stored by their place: a new one before an old one would shift them."""
+    page.load(file)
+    assert [said for said in page.complaints() if "overlaps" not in said] == []
+    now = page.to_api()
+    for key, node in json.loads((file.parent / "api" / file.name).read_text()).items():
+        assert now[key]["class_type"] == node["class_type"]
+        assert {name: now[key]["inputs"].get(name) for name in node["inputs"]} == node["inputs"]
 
 
 def test_a_session(page):
@@ -59,6 +73,7 @@ def test_a_session(page):
     assert " 0% of steps reused" in page.evaluate(REPORT)
 
     prompt = page.to_api()
+    prompt[page.id_of("SaveVideo")]["inputs"].pop("video-preview", None)  # the player, there since the run
     assert "FlowCache" not in {node["class_type"] for node in prompt.values()}
     path = page.save()
     page.reopen()
@@ -88,7 +103,9 @@ def test_help_shows_beside_the_node(page, language, heading):
         page.click("[data-testid=info-button]")
         page.wait(f"document.querySelector('.node-help-content')?.innerText.includes('{heading}')")
         label = "历史预算" if language == "zh" else "history_budget"
-        budget = "app.graph.nodes.find((node) => node.type === 'FlowCache').widgets.find((w) => w.name === 'history_budget')"
+        budget = (
+            "app.graph.nodes.find((node) => node.type === 'FlowCache').widgets.find((w) => w.name === 'history_budget')"
+        )
         assert page.evaluate(f"{budget}.label ?? {budget}.name") == label
     finally:
         page.set_language("en")
