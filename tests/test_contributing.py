@@ -7,7 +7,6 @@ from pathlib import Path
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import TINY, tiny_network
 from safetensors.torch import save_file
 
 from flowcache_core import checkpoints, families
@@ -44,13 +43,13 @@ def run(backbone: WanBackbone, usual: families.Family) -> torch.Tensor:
     ).latents
 
 
-def test_new_family_is_one_file_and_two_entries(unit_time, tmp_path):
-    network = tiny_network()
+def test_new_family_is_one_file_and_two_entries(unit_time, backbone, tmp_path):
+    network = backbone.network
     file = tmp_path / "unit_time.safetensors"
-    sizes = json.dumps({"transformer": {"num_heads": TINY.num_heads}})
+    sizes = json.dumps({"transformer": {"num_heads": backbone.heads}})
     save_file(network.state_dict(), file, metadata={"config": sizes})
     assert checkpoints.inspect(file, "unit time").family == "unit time"
     assert checkpoints.convert(file, tmp_path / "stamped.safetensors", "unit time").family == "unit time"
     ours = run(unit_time.backbone(network, 24, F.scaled_dot_product_attention), unit_time)
     assert torch.isfinite(ours).all()
-    assert not torch.allclose(ours, run(WanBackbone(network), unit_time), atol=1e-3)
+    assert not torch.allclose(ours, run(backbone, unit_time), atol=1e-3)
