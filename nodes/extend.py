@@ -6,7 +6,7 @@ from ..flowcache_core.checkpoints import MAGI_FAMILIES
 from ..flowcache_core.errors import UserError
 from ..flowcache_core.families import SOLVERS, family
 from . import host, host_magi
-from .host_sampler import extend
+from .host_sampler import Extended, extend
 from .host_video import workflow_metadata
 from .types import ReportType, ResumeType, StateType, StreamType
 from .widgets import advanced, found_by
@@ -182,13 +182,14 @@ class AutoregressiveExtend(io.ComfyNode):
         if name in MAGI_FAMILIES:
             host_magi.check_fixed(
                 steps, end, frames_per_chunk=frames_per_chunk, lag=lag, solver=solver, attention=attention, shift=shift,
-                condition_noise=condition_noise, stream=stream, resume=resume,
+                condition_noise=condition_noise, resume=resume,
             )  # fmt: skip
             given = None if prefix is None else prefix["samples"]
             result = host_magi.extend(
-                model, positive, negative, seed, chunks, steps, guidance, (width, height), given, state, cls.hidden.unique_id
-            )
-            return io.NodeOutput({"samples": result.latent}, result.state, result.report)
+                model, positive, negative, seed, chunks, steps, guidance, (width, height), given, state, stream,
+                workflow_metadata(cls.hidden), cls.hidden.unique_id,
+            )  # fmt: skip
+            return _output(result)
         usual = family(name)
         steps = steps or usual.steps
         result = extend(
@@ -214,5 +215,9 @@ class AutoregressiveExtend(io.ComfyNode):
             metadata=workflow_metadata(cls.hidden),
             node_id=cls.hidden.unique_id,
         )
-        shown = None if result.video is None else result.video.shown
-        return io.NodeOutput({"samples": result.latent}, result.state, result.report, ui=shown)
+        return _output(result)
+
+
+def _output(result: Extended) -> io.NodeOutput:
+    shown = None if result.video is None else result.video.shown
+    return io.NodeOutput({"samples": result.latent}, result.state, result.report, ui=shown)

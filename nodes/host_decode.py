@@ -6,11 +6,12 @@ import torch
 from torch import Tensor
 
 from ..flowcache_core.demo.vae import Memory, WanVAE
+from .host_magi_model import VaeForHost
 
 OVERLAP = 4  # latent frames that are decoded again before a chunk, where a VAE cannot be carried on
 
 
-def stream_decoder(vae) -> "WanDecoder | DemoDecoder | OverlapDecoder":
+def stream_decoder(vae) -> "WanDecoder | DemoDecoder | MagiDecoder | OverlapDecoder":
     """What decodes that VAE's latents; call it with a latent [1, C, T, H, W], then `finish` it.
 
     Both give frames [T, H, W, 3] in [0, 1]; some may wait for the next call.
@@ -18,6 +19,8 @@ def stream_decoder(vae) -> "WanDecoder | DemoDecoder | OverlapDecoder":
     module = vae.first_stage_model
     if isinstance(module, WanVAE):
         return DemoDecoder(vae)
+    if isinstance(module, VaeForHost):
+        return MagiDecoder(vae)
     return WanDecoder(vae) if isinstance(module, comfy.ldm.wan.vae.WanVAE) else OverlapDecoder(vae)
 
 
@@ -76,6 +79,26 @@ class WanDecoder:
             frames += found if isinstance(found, list) else [found]
         self.cache = [_moved(kept, "cpu") for kept in self.cache]
         return _pixels(self.vae, torch.cat(frames, dim=2))
+
+
+class MagiDecoder:
+    """MAGI-1's VAE, whose tiles of 3 latent frames stand alone."""
+
+    def __init__(self, vae):
+        self.vae = vae
+        module = vae.first_stage_model.vae
+        self.tile = module.tile_frames // module.config.patch_length
+        self.waiting: Tensor | None = None  # frames that do not fill a tile
+
+    def __call__(self, latent: Tensor) -> Tensor | None:
+        if self.waiting is not None:
+            latent = torch.cat([self.waiting, latent], dim=2)
+        whole = latent.shape[2] // self.tile * self.tile
+        self.waiting = latent[:, :, whole:] if whole < latent.shape[2] else None
+        return _images(self.vae.decode(latent[:, :, :whole])) if whole else None
+
+    def finish(self) -> Tensor | None:
+        return None if self.waiting is None else _images(self.vae.decode(self.waiting))
 
 
 class OverlapDecoder:

@@ -38,7 +38,9 @@ from ..flowcache_core.solvers import chunk_noise
 from ..flowcache_core.state import State, make_state
 from . import host
 from .host_captions import ChunkCaptions
+from .host_finished import Finished
 from .host_sampler import Extended, describe, progress_text
+from .host_video import StreamSettings, VideoOutlet
 
 PROMPT = "flowcache_magi"  # key of a `Prompt` in a conditioning
 
@@ -175,6 +177,8 @@ def extend(
     size: tuple[int, int],
     prefix: Tensor | None,
     state: State | None,
+    stream: StreamSettings | None,
+    metadata: dict,
     node_id: str | None,
 ) -> Extended:
     """Runs MAGI-1 over `chunks` new chunks; frames of a prefix that fill no chunk are the first of them.
@@ -185,6 +189,8 @@ def extend(
         size: width and height in pixels where neither prefix nor state gives one; 0 for the published ones.
         prefix: latent [B, C, T, H, W] of any length in the host's space, or None.
         state: to go on from, or None.
+        stream: how the video is written while the run goes on, or None.
+        metadata: of the workflow, for the video.
         node_id: of the node that shows the progress, or None.
     """
     if host.patch_of(model.model_options) is None:
@@ -208,14 +214,24 @@ def extend(
     shape = [batch, config.channels, CHUNK_FRAMES, height, width]
     if state is not None:
         state.check(model_name(model), CHUNK_FRAMES, shape)
-    frames = 0 if before is None else before.shape[2]
+    frames = state.frames if state is not None else 0 if before is None else before.shape[2]
     schedule = magi_schedule(chunks * CHUNK_FRAMES - frames % CHUNK_FRAMES, steps, frames)
     sampling = replace(
         MagiSampling() if settings.clean_pass else PUBLISHED_FLOWCACHE, guidance=scales(guidance, config.distilled)
     )
     history, _ = history_plan(config, schedule, settings, sampling, shape)
-    finished, kept = [], {}
+    outlet = None if stream is None else VideoOutlet(stream, model, shape, metadata)
+    finished, kept = Finished(None, outlet, stream is None or stream.keep_latents), {}
     begun = time.perf_counter()
+
+    def on_progress(told: Progress, report: Report, used: int, total: int) -> None:
+        finished.tick, finished.ticks = told.tick, told.ticks
+        progress_text(describe(told, report, used, total, begun), node_id)
+
+    def on_chunk(chunk: Chunk) -> None:
+        lead = frames % CHUNK_FRAMES if chunk.index == schedule.prefix else 0  # given frames that fill no chunk
+        finished.add(Chunk(chunk.index, chunk.latent[:, :, lead:]), None)
+
     sampler = MagiSampler(
         schedule=schedule,
         settings=settings,
@@ -225,23 +241,34 @@ def extend(
         history_bytes=history.bytes(network.dtype.itemsize),
         given=given,
         loaded=None if state is None else state.by_branch.get(SHARED),
-        on_progress=lambda told, *figures: progress_text(describe(told, *figures, begun), node_id),
-        on_chunk=lambda chunk: finished.append(chunk.latent.cpu()),
+        on_progress=on_progress,
+        on_chunk=on_chunk,
         on_done=lambda report, histories: kept.update(report=report, histories=histories),
     )
-    noise = torch.zeros(shape)  # the sampler draws each chunk's own
+    try:
+        finished.begin(before, range(0))
+        _sample(model, positive, negative, seed, steps, sampler, shape)
+        report = kept["report"]
+        video = None if outlet is None else outlet.finish(report)
+    finally:
+        if outlet is not None:
+            outlet.close()
+    latents = torch.cat(finished.latents, dim=2)
+    dropped = schedule.total_chunks * CHUNK_FRAMES - latents.shape[2]
+    whole = make_state(latents, kept["histories"], CHUNK_FRAMES, model_name(model), dropped)
+    out = model.model.process_latent_out(latents)
+    patch.remember(out, report)
+    return Extended(out, whole, report, video)
+
+
+def _sample(model, positive, negative, seed: int, steps: int, sampler: MagiSampler, shape: list[int]) -> None:
+    """Runs the host's guider; the sampler draws each chunk's noise [B, C, T, H, W] itself."""
+    noise = torch.zeros(shape)
     guider = comfy.samplers.CFGGuider(model)
     guider.set_conds(positive, negative)
-    callback = latent_preview.prepare_callback(model, schedule.ticks)
+    callback = latent_preview.prepare_callback(model, sampler.schedule.ticks)
     levels = torch.tensor(sigmas(steps), dtype=torch.float32)
     guider.sample(noise, torch.zeros_like(noise), sampler, levels, callback=callback, disable_pbar=True, seed=seed)
-    latents = torch.cat(finished, dim=2)
-    if before is not None:  # frames that fill no chunk lie at the beginning of the first new one
-        latents = torch.cat([before, latents[:, :, frames % CHUNK_FRAMES :]], dim=2)
-    whole = make_state(latents, kept["histories"], CHUNK_FRAMES, model_name(model))
-    out = model.model.process_latent_out(latents)
-    patch.remember(out, kept["report"])
-    return Extended(out, whole, kept["report"], None)
 
 
 def check_fixed(steps: int, end: Tensor | None, **settings) -> None:
@@ -253,7 +280,6 @@ def check_fixed(steps: int, end: Tensor | None, **settings) -> None:
         "attention": ("auto", "causal"),
         "shift": (0.0, SHIFT),
         "condition_noise": (-1.0,),
-        "stream": (None,),
         "resume": (None,),
     }
     for name, value in settings.items():

@@ -22,6 +22,7 @@ def old_server(tmp_path_factory):
 def test_pack_loads(old_server):
     known = old_server.get("/object_info")
     ours = {"FlowCache", "FlowCacheLoadARVideoModel", "FlowCacheLoadDemoVAE", "FlowCacheAutoregressiveExtend"}
+    ours |= {"FlowCacheMagiPrompt", "FlowCacheLoadMagiVAE"}
     assert ours <= known.keys()
     assert "IMPORT FAILED" not in old_server.log.read_text()
 
