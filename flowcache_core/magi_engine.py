@@ -103,7 +103,8 @@ def history_plan(
     """
     history = settings.history
     if history.budget is None and sampling.visible:
-        history = HistorySettings(clean_chunks_seen(sampling.visible, schedule.prefix), Compression("window"))
+        budget = clean_chunks_seen(sampling.visible, schedule.prefix)
+        history = replace(history, budget=budget, compression=Compression("window"))
     capacity = schedule.total_chunks
     if history.budget is not None:
         capacity = min(capacity, history.budget + schedule.max_active + int(settings.clean_pass))

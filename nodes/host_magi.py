@@ -226,7 +226,7 @@ def extend(
 
     def on_progress(told: Progress, report: Report, used: int, total: int) -> None:
         finished.tick, finished.ticks = told.tick, told.ticks
-        progress_text(describe(told, report, used, total, begun), node_id)
+        progress_text(describe(told, report, used, total, begun, 0), node_id)
 
     def on_chunk(chunk: Chunk) -> None:
         lead = frames % CHUNK_FRAMES if chunk.index == schedule.prefix else 0  # given frames that fill no chunk
@@ -238,7 +238,7 @@ def extend(
         sampling=sampling,
         seed=seed,
         label=patch.label,
-        history_bytes=history.bytes(network.dtype.itemsize),
+        history_bytes=0 if settings.history.memory == "system" else history.bytes(network.dtype.itemsize),
         given=given,
         loaded=None if state is None else state.by_branch.get(SHARED),
         on_progress=on_progress,
