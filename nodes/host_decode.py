@@ -109,13 +109,15 @@ class OverlapDecoder:
         self.before: Tensor | None = None
 
     def __call__(self, latent: Tensor) -> Tensor:
-        if self.before is None:
-            frames, known = _images(self.vae.decode(latent)), 0
-        else:
-            known = _images(self.vae.decode(self.before)).shape[0]
-            frames = _images(self.vae.decode(torch.cat([self.before, latent], dim=2)))
-        self.before = (latent if self.before is None else torch.cat([self.before, latent], dim=2))[:, :, -OVERLAP:]
-        return frames[known:]
+        whole = latent if self.before is None else torch.cat([self.before, latent], dim=2)
+        known = 0 if self.before is None else self._count(self.before.shape[2])
+        self.before = whole[:, :, -OVERLAP:]
+        return _images(self.vae.decode(whole))[known:]
+
+    def _count(self, frames: int) -> int:
+        """Pixel frames of so many latent frames."""
+        ratio = self.vae.upscale_ratio[0] if isinstance(self.vae.upscale_ratio, tuple) else 1
+        return ratio(frames) if callable(ratio) else frames * ratio
 
     def finish(self) -> None:
         return None

@@ -420,7 +420,7 @@ def describe_plan(report: Report) -> str:
     return f"history: {megabytes(planned)} planned" + (f", {megabytes(unbounded)} unbounded" if unbounded > planned else "")
 
 
-def describe(told: Progress, report: Report, used: int, total: int, begun: float, earlier: int) -> str:
+def describe(told: Progress, report: Report, used: int, total: int, begun: float, earlier: int = 0) -> str:
     """Lines on how a run goes; they fit a node's width.
 
     Args:
