@@ -9,12 +9,13 @@ from conftest import TINY
 from device_log import GPU, Log, on_gpu, pretended_gpu
 from torch import Tensor
 
+from flowcache_core.backbones import magi_sampling
 from flowcache_core.backbones.magi import MagiBackbone, MagiNetwork, MagiText
-from flowcache_core.backbones.magi_sampling import VISIBLE_CHUNKS
+from flowcache_core.backbones.magi_sampling import VISIBLE_CHUNKS, sigmas
 from flowcache_core.backbones.skyreels import SkyReelsBackbone
 from flowcache_core.backbones.wan import WanBackbone, WanNetwork
 from flowcache_core.engine import Engine, guidance
-from flowcache_core.history import HistorySettings
+from flowcache_core.history import History, HistorySettings
 from flowcache_core.joint import JointEngine, JointGuidance
 from flowcache_core.magi_engine import MagiEngine, MagiSampling, magi_schedule
 from flowcache_core.multistep import UniPC
@@ -30,6 +31,7 @@ WAN = replace(TINY, num_layers=1)
 SKYREELS = replace(WAN, fps=True)
 MAGI = replace(SMALL, layers=1)
 MAGI_DISTILLED = replace(MAGI, distilled=True)
+MAGI_SIGMAS = sigmas(4)  # worked out by torch, which would make them up in the pretended world
 SCHEDULE = ChunkSchedule(4, 4, 2)
 WATCHING = {
     "flowcache": PRESETS["paper fast"],
@@ -40,6 +42,11 @@ NOT_WATCHING = {
     "even": PRESETS["fast"],
     "fixed": Settings(ReuseSettings("fixed", steps=(0, 2, 3), align=2, order=2)),
 }
+
+
+@pytest.fixture(autouse=True)
+def real_guidance_times(monkeypatch):
+    monkeypatch.setattr(magi_sampling, "_float32", list)
 
 
 def attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
@@ -62,7 +69,7 @@ def magi_engine(settings: Settings, config=MAGI, chunks=2, visible=VISIBLE_CHUNK
     backbone = MagiBackbone(on_gpu(meta(MagiNetwork, config)), attention)
     mask = torch.ones(1, config.caption_tokens, dtype=torch.bool)
     text = MagiText(empty(1, config.caption_tokens, config.caption_width), mask)
-    return MagiEngine(
+    engine = MagiEngine(
         backbone,
         magi_schedule(6 * chunks, 4),
         settings,
@@ -72,6 +79,8 @@ def magi_engine(settings: Settings, config=MAGI, chunks=2, visible=VISIBLE_CHUNK
         sampling=MagiSampling(visible=visible),
         attention=attention,
     )
+    engine.sigmas = MAGI_SIGMAS
+    return engine
 
 
 def joint_engine() -> JointEngine:
@@ -180,3 +189,49 @@ def test_no_step_copies_the_history(engine, monkeypatch):
     middle = [tick.made for tick in run[first * lag : (made_engine.schedule.chunks - 1) * lag]]
     rounds = {tuple(middle[at : at + lag]) for at in range(0, len(middle), lag)}
     assert len(middle) >= 3 * lag and len(rounds) == 1
+
+
+@pytest.mark.parametrize("name", ["wan", "wan budget", "skyreels", "magi", "magi distilled"])
+def test_attention_gets_one_stretch_of_history_and_no_mask(name, monkeypatch):
+    """What flash kernels take: three tensors, of which keys and values are pieces of the history as it lies there."""
+    kept: list[History] = []
+    over_history = 0
+
+    def watched(q: Tensor, k: Tensor, v: Tensor) -> Tensor:  # a mask, or anything else besides, would be an error here
+        nonlocal over_history
+        for part, buffer in ((k, "keys"), (v, "values")):
+            memory = part.untyped_storage()._cdata
+            if any(getattr(history, buffer).untyped_storage()._cdata == memory for history in kept):
+                assert part.stride()[-2:] == (part.shape[-1], 1)
+                over_history += 1
+        return torch.empty_like(q)
+
+    make = History.__init__
+    monkeypatch.setattr(History, "__init__", lambda self, *args: (make(self, *args), kept.append(self))[0])
+    with pretended_gpu(monkeypatch):
+        engine = ENGINES[name](OFF)
+        (engine if "magi" in name else engine.runner).attention = watched
+        list(engine.run())
+        report = engine.report if "magi" in name else engine.runner.report
+    alone = 0 if "magi" not in name else engine.schedule.steps * engine.schedule.chunks  # forwards that see no history
+    assert over_history >= 2 * (report.forwards_executed - alone) > 0
+
+
+DEVICES = ["meta"]
+DEVICES += ["cuda"] * torch.cuda.is_available() + ["mps"] * torch.backends.mps.is_available()
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("settings", [NOT_WATCHING["even"], replace(OFF, history=HistorySettings(1))])
+def test_every_tensor_follows_its_inputs_device_and_type(settings, dtype, device):
+    network = WanNetwork(WAN).to(dtype).to(device).requires_grad_(False)
+    network.patch_embedding.float()
+    runner = Runner(WanBackbone(network), SCHEDULE, settings, 2)
+    like = {"dtype": dtype, "device": device}
+    denoise = guidance(runner, torch.zeros(1, 5, WAN.text_dim, **like), torch.ones(1, 5, WAN.text_dim, **like), 3.0)
+    start = lambda chunk: torch.ones(1, WAN.in_dim, 2, 6, 4, **like)  # noqa: E731
+    for chunk in Engine(runner, denoise, linear(4), start).run():
+        assert (chunk.latent.dtype, chunk.latent.device.type) == (dtype, device)
+    for history in runner.histories.values():
+        assert (history.keys.dtype, history.keys.device.type) == (dtype, device)
