@@ -121,11 +121,14 @@ def load(
     prefix, layout = _layout(path, file.tensors)
     tensors = _rename(file.tensors, prefix, layout)
     settings = _transformer_settings(path, file)
-    config = None if layout == "magi" else _wan_config(path, tensors, settings)
-    if config is not None:
-        _check_names_and_shapes(path, tensors, config)
-    family, warnings = _family(path, file, config, settings, family)
-    if config is None:
+    wan = None if layout == "magi" else _wan_config(path, tensors, settings)
+    if wan is not None:
+        _check_names_and_shapes(path, tensors, wan)
+    family, warnings = _family(path, file, wan, settings, family)
+    config: WanConfig | MagiConfig
+    if wan is not None:
+        config = wan
+    else:
         config = MagiConfig.from_tensors(tensors, distilled=family == "magi distilled")
         _check_names_and_shapes(path, tensors, config)
     first = "videodit_blocks.layers.0.self_attention.linear_qkv" if layout == "magi" else "blocks.0.self_attn"
@@ -307,7 +310,7 @@ def _check_names_and_shapes(path: Path, tensors: dict[str, Tensor], config: WanC
     """Compares with what a network of these sizes has."""
     magi = isinstance(config, MagiConfig)
     with torch.device("meta"):
-        network = MagiNetwork(config) if magi else WanNetwork(config)
+        network = MagiNetwork(config) if isinstance(config, MagiConfig) else WanNetwork(config)
     expected = {name: weight.shape for name, weight in network.state_dict().items()}
     lost = [name for name in expected if name not in tensors]
     if lost:

@@ -263,7 +263,8 @@ class Corrector:
 
     def __init__(self):
         self.at = 0
-        self.velocity: Tensor | None = None  # the last recomputed, at step `at`
+        self.velocity: Tensor  # the last recomputed, at step `at`; the first step is one
+        self._moved: Tensor | None
         self._begin_anew()
 
     def step(self, velocity: Tensor, step: int, length: float, recomputed: bool) -> Tensor | None:
@@ -294,7 +295,7 @@ class Corrector:
 
     def _begin_anew(self) -> None:
         self._length = self._moment = 0.0  # sums of the reused steps' lengths, and of lengths times distances
-        self._moved: Tensor | None = None  # how far the reused steps have moved the latent
+        self._moved = None  # how far the reused steps have moved the latent
 
 
 def _product(factors) -> float:

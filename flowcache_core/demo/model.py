@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from .. import checkpoints
-from ..backbones.wan import WanBackbone, WanNetwork
+from ..backbones.wan import WanBackbone, WanConfig, WanNetwork
 from ..errors import UserError
 from . import NETWORK_FILE
 from .vae import Memory, load_vae
@@ -19,7 +19,7 @@ def load_network(path: Path | str = NETWORK_FILE) -> WanBackbone:
         UserError: no such file, or not a sound checkpoint of the demo's family.
     """
     info, tensors = checkpoints.load(path, check_finite=True)
-    if info.family != "demo" or info.config is None:
+    if info.family != "demo" or not isinstance(info.config, WanConfig):
         raise UserError(
             f"{Path(path).name} is of the family '{info.family}', expected 'demo': this command has no text encoder."
         )

@@ -60,19 +60,19 @@ def likeness_chart(
         y = at(slowest, mark)[1]
         canvas.line([(LEFT, y), (right, y)], RULE)
         canvas.text(LEFT - 8, y, str(mark), 12, FAINT, "rm")
-    for mark in (1, 1.5, 2, 3, 4, 6, 8, 10, 12, 16, 20, 30, 50):
-        if slowest <= mark <= fastest * 1.06:
-            x = at(mark, low)[0]
+    for times in (1, 1.5, 2, 3, 4, 6, 8, 10, 12, 16, 20, 30, 50):
+        if slowest <= times <= fastest * 1.06:
+            x = at(times, low)[0]
             canvas.line([(x, top), (x, top + height)], RULE)
-            canvas.text(x, top + height + 6, f"{mark:g}x", 12, FAINT, "ma")
+            canvas.text(x, top + height + 6, f"{times:g}x", 12, FAINT, "ma")
     canvas.sideways(MARGIN - 16, top + height / 2, "PSNR to the plain run, dB")
     canvas.text((LEFT + right) / 2, top + height + 26, "faster than the plain run", 12, FAINT, "ma")
     for number, curve in reversed(list(enumerate(shown))):
         points = [at(*point) for point in sorted(curve.points)]
-        colour, mark = COLOURS[number % len(COLOURS)], MARKS[number % len(MARKS)]
+        colour, sign = COLOURS[number % len(COLOURS)], MARKS[number % len(MARKS)]
         canvas.line(points, colour, 4 if number == 0 else 2)
         for point in points:
-            _mark(canvas, *point, mark, colour, 6 if number == 0 else 4.5)
+            _mark(canvas, *point, sign, colour, 6 if number == 0 else 4.5)
     for aim in aims:
         x, y = at(*aim)
         canvas.ring(x, y, 7, "#d55e00")
@@ -129,7 +129,7 @@ def _panel(canvas: Canvas, unit: str, lines: Sequence[tuple[str, Sequence[float]
         canvas.text(at(min(mark, count - 1), 0)[0], top + height + 6, f"{max(mark, 1):,}", 12, FAINT, "ma")
     canvas.text((LEFT + right) / 2, top + height + 24, "chunk", 12, FAINT, "ma")
     canvas.y = top + height + 46
-    x = LEFT
+    x: float = LEFT
     for name, _, colour, _ in lines:
         canvas.box(x, canvas.y + 4, x + 18, canvas.y + 8, colour)
         x += 24 + canvas.text(x + 24, canvas.y - 2, name, 12) + 28

@@ -37,7 +37,7 @@ class EasyCacheRunner(Runner):
         self.before = (dict(self.inputs), dict(self.outputs))
         known = [(x, place.chunk) for x, place in zip(latents, places, strict=True) if place.chunk in self.outputs]
         self.again = self.rate is None or not known
-        if not self.again:
+        if self.rate is not None and not self.again:
             moved = _distance([x for x, _ in known], [self.inputs[chunk] for _, chunk in known])
             size = _size([self.outputs[chunk] for _, chunk in known])
             self.drift += self.rate * moved / size

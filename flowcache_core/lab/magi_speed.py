@@ -113,7 +113,7 @@ def forward_ratio(repeats: int) -> tuple[float, float]:
     table = backbone.rotary.table(frames, *grid)
 
     def ours() -> Tensor:
-        residual = backbone.trunk(x, sigma, context, lambda *part: view.attend(*part, grouped_attention))
+        residual = backbone.trunk(x, sigma, context, lambda layer, q, k, v: view.attend(layer, q, k, v, grouped_attention))
         return backbone.head(x, sigma, residual)
 
     def bare() -> Tensor:

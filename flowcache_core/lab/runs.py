@@ -117,8 +117,9 @@ def run(
         denoise = JointGuidance(
             clips.backbone, {"cond": clips.text}, {"cond": 1.0}, block_causal(chunk_tokens(clips.backbone))
         )
-        engine: JointEngine | Engine = JointEngine(schedule, denoise, levels, clips.noise, clips.noise, solver)
-        report = engine.report
+        window = JointEngine(schedule, denoise, levels, clips.noise, clips.noise, solver)
+        engine: JointEngine | Engine = window
+        report = window.report
     else:
         runner = method.runner(clips.backbone, schedule, method.settings, FRAMES_PER_CHUNK)
         engine = Engine(runner, guidance(runner, clips.text), levels, clips.noise, clips.noise, solver)
