@@ -28,6 +28,7 @@ def export(page: ComfyPage, name: str) -> None:
         thumbnails.write(thumbnails.of_videos(videos), workflow)
     else:
         (family,) = {node["inputs"]["family"] for node in prompt.values() if "family" in node["inputs"]}
+        family = name.split("_")[0] if family == "auto" else family
         title = name.replace("_", " ").capitalize()
         thumbnails.write(thumbnails.of_family(family, title), workflow)
 
