@@ -129,7 +129,9 @@ def _host(report: dict) -> str:
     if not host:
         return ""
     cells = [
-        [row["method"], row["setting"], f"{row['speedup']:.2f}x", f"{row['seconds']:.2f}", _decibels(row["psnr"])]
+        [row["method"], row["setting"], "fails", "", ""]
+        if row["failed"]
+        else [row["method"], row["setting"], f"{row['speedup']:.2f}x", f"{row['seconds']:.2f}", _decibels(row["psnr"])]
         for row in host["rows"]
     ]
     return (

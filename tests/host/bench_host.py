@@ -13,7 +13,6 @@ import statistics
 import sys
 import tempfile
 import time
-from collections import defaultdict
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -62,10 +61,22 @@ WAYS = (
 )
 
 
+class Failed(Exception):
+    """A way that the host cannot run; the message is its own."""
+
+
 def run(server: Server, way: Way, chunks: int, steps: int, seed: int) -> tuple[float, torch.Tensor]:
     """Seconds inside the sampler node, and the latent it gave, as the network sees it."""
     graph = Graph()
-    loaded = graph.add("FlowCacheLoadARVideoModel", model_name="demo model (ships with FlowCache)", family="auto", weight_type="default"), 0
+    loaded = (
+        graph.add(
+            "FlowCacheLoadARVideoModel",
+            model_name="demo model (ships with FlowCache)",
+            family="auto",
+            weight_type="default",
+        ),
+        0,
+    )
     if way.node:
         loaded = graph.add(way.node, model=loaded, **way.inputs), 0
     sampler = native(graph, loaded, chunks * BLOCK, steps, block=BLOCK, seed=seed)
@@ -78,36 +89,55 @@ def run(server: Server, way: Way, chunks: int, steps: int, seed: int) -> tuple[f
 
     outcome: Outcome = server.run(graph, timeout=600, on_event=on_event)
     if outcome.error is not None:
-        raise SystemExit(f"{way.name}: {outcome.error['exception_message']}")
+        raise Failed(outcome.error["exception_message"].strip())
     (file,) = server.saved(outcome, save)
     raw = load_file(file)["latent_tensor"]
     mean, std = (torch.tensor(values).view(-1, 1, 1, 1) for values in (LATENT_MEAN, LATENT_STD))
     return begun[save] - begun[sampler], (raw - mean) / std
 
 
+@dataclass
+class Row:
+    """What was measured of a way, and the host's message where it fails."""
+
+    way: Way
+    seconds: list[float] = field(default_factory=list)
+    psnr: list[float] = field(default_factory=list)
+    failed: str = ""
+
+    def as_dict(self, plain_seconds: float) -> dict:
+        took = statistics.median(self.seconds) if self.seconds else None
+        return {
+            "method": self.way.name,
+            "setting": self.way.setting,
+            "seconds": took and round(took, 4),
+            "speedup": took and round(plain_seconds / took, 3),
+            "psnr": round(statistics.mean(self.psnr), 3) if self.psnr else None,
+            "failed": self.failed,
+        }
+
+
 def measure(server: Server, chunks: int, steps: int, pairs: int) -> list[dict]:
-    seconds: dict[int, list[float]] = defaultdict(list)
-    likeness: dict[int, list[float]] = defaultdict(list)
+    rows = [Row(way) for way in WAYS]
     run(server, WAYS[0], 1, 4, seed=99)
     for seed in range(pairs):
         plain = None
-        for number, way in enumerate(WAYS):
-            took, latent = run(server, way, chunks, steps, seed)
-            seconds[number].append(took)
+        for row in rows:
+            if row.failed:
+                continue
+            try:
+                took, latent = run(server, row.way, chunks, steps, seed)
+            except Failed as error:
+                row.failed = str(error)
+                continue
+            row.seconds.append(took)
             shown = pixels(latent)
-            plain = shown if plain is None else plain
-            likeness[number].append(decibels(shown, plain))
-    first = statistics.median(seconds[0])
-    return [
-        {
-            "method": way.name,
-            "setting": way.setting,
-            "seconds": round(statistics.median(seconds[number]), 4),
-            "speedup": round(first / statistics.median(seconds[number]), 3),
-            "psnr": None if number == 0 else round(statistics.mean(likeness[number]), 3),
-        }
-        for number, way in enumerate(WAYS)
-    ]
+            if plain is None:
+                plain = shown
+            else:
+                row.psnr.append(decibels(shown, plain))
+    plain_seconds = statistics.median(rows[0].seconds)
+    return [row.as_dict(plain_seconds) for row in rows]
 
 
 def main() -> None:
@@ -134,7 +164,8 @@ def main() -> None:
     write_whole(path, lambda partial: partial.write_text(json.dumps(report, indent=1) + "\n"))
     for row in rows:
         alike = "" if row["psnr"] is None else f"{row['psnr']:.1f} dB"
-        print(f"{row['method']:10} {row['setting']:14} {row['seconds']:7.2f} s {row['speedup']:5.2f}x {alike}")
+        told = row["failed"] or f"{row['seconds']:7.2f} s {row['speedup']:5.2f}x {alike}"
+        print(f"{row['method']:10} {row['setting']:14} {told}")
 
 
 if __name__ == "__main__":
