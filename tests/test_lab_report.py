@@ -4,6 +4,7 @@ import pytest
 
 from flowcache_core.errors import UserError
 from flowcache_core.lab import charts
+from flowcache_core.lab.bench import finite
 from flowcache_core.lab.table import BEGIN, END, insert, table
 
 POINT = {
@@ -54,3 +55,10 @@ def test_plots_are_800_pixels_wide_and_not_empty():
     ):
         assert picture.width == 800 and 300 < picture.height < 900
         assert len(picture.getcolors(2**20)) > 50
+
+
+def test_what_has_no_word_in_json_is_null():
+    assert finite({"a": [float("nan"), 1.5, (float("inf"), "x")], "b": {"c": 2}}) == {
+        "a": [None, 1.5, [None, "x"]],
+        "b": {"c": 2},
+    }

@@ -6,6 +6,7 @@ reach are left out and named in the report.
 
 import argparse
 import json
+import math
 import statistics
 import time
 from collections import defaultdict
@@ -235,7 +236,8 @@ AIMS = {
 
 def write(report: dict, out: Path, pictures: Path | None = None) -> None:
     """report.json, table.md and the plots; the plots also into `pictures`."""
-    write_whole(out / "report.json", lambda partial: partial.write_text(json.dumps(report, indent=1) + "\n"))
+    words = json.dumps(finite(report), indent=1, allow_nan=False) + "\n"
+    write_whole(out / "report.json", lambda partial: partial.write_text(words))
     write_whole(out / "table.md", lambda partial: partial.write_text(table(report) + "\n"))
     drawn = {f"bench_{name}": _likeness_chart(report, name) for name in SETUPS}
     run_of_many = report["long_run"]
@@ -245,6 +247,15 @@ def write(report: dict, out: Path, pictures: Path | None = None) -> None:
     for folder in [out, *([pictures] if pictures else [])]:
         for name, picture in drawn.items():
             write_whole(folder / f"{name}.png", picture.save)
+
+
+def finite(told):
+    """The same with None for every number that JSON has no word for: sizes and motion of shapes that none has seen."""
+    if isinstance(told, dict):
+        return {name: finite(value) for name, value in told.items()}
+    if isinstance(told, list | tuple):
+        return [finite(value) for value in told]
+    return None if isinstance(told, float) and not math.isfinite(told) else told
 
 
 def _likeness_chart(report: dict, schedule: str):
