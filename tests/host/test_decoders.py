@@ -1,0 +1,43 @@
+"""Latents decoded chunk by chunk by the host's VAE objects, on both hosts: as if they were decoded in one go."""
+
+import json
+import subprocess
+from pathlib import Path
+
+import pytest
+from comfy_server import HOST, PACK, host_python
+from test_old_host import OLD
+
+
+@pytest.fixture(scope="module", params=[HOST, OLD], ids=["newest", "oldest"])
+def found(request, tmp_path_factory) -> dict:
+    host: Path = request.param
+    if not (host / "main.py").exists():
+        pytest.skip(f"no ComfyUI at {host}")
+    link = tmp_path_factory.mktemp("pack") / "flowcache_pack"  # a name that an import takes
+    link.symlink_to(PACK, target_is_directory=True)
+    script = Path(__file__).with_name("run_decoders.py")
+    command = [str(host_python(host)), str(script), str(host), str(link)]
+    ended = subprocess.run(command, cwd=link.parent, capture_output=True, text=True, timeout=300, check=False)
+    assert ended.returncode == 0, ended.stderr[-3000:]
+    (line,) = (line for line in ended.stdout.splitlines() if line.startswith("RESULT "))
+    return json.loads(line.removeprefix("RESULT "))
+
+
+@pytest.mark.parametrize("chunk", [1, 2, 3])
+@pytest.mark.parametrize("vae", ["demo", "wan"])
+def test_carried_on_decoding_is_decoding_the_whole(found, vae, chunk):
+    result = found[f"{vae} {chunk}"]
+    assert result["shapes"][0] == result["shapes"][1] == [37, 32, 32, 3]
+    assert result["spread"] > 0.01 and result["largest"] < 1e-4
+
+
+@pytest.mark.parametrize("chunk", [1, 2, 3])
+def test_overlap_gives_every_frame_and_nearly_its_pixels(found, chunk):
+    result = found[f"overlap {chunk}"]
+    assert result["shapes"][0] == result["shapes"][1]
+    assert result["mean"] < 0.1 * result["spread"]
+
+
+def test_each_vae_has_its_decoder(found):
+    assert found["classes"] == ["DemoDecoder", "WanDecoder"]
