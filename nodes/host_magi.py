@@ -1,7 +1,7 @@
 """MAGI-1 in Autoregressive Extend: its own sampler as one of the host's.
 
-The host's guider prepares the run (memory, LoRA, conditions, progress, previews) and then hands over: MAGI-1's branches are
-no positive and negative, and share one history, so the sampler runs them itself and does not come back for each step.
+The host's guider prepares the run (memory, LoRA, conditions, progress, previews) and then hands over: MAGI-1's branches
+are no positive and negative, and share one history, so the sampler runs them itself and does not come back for each step.
 """
 
 import time
@@ -76,8 +76,8 @@ class Caption:
         embedding, more = condition["cross_attn"], condition
         if embedding.ndim != 3 or embedding.shape[0] != 1 or embedding.shape[-1] != width:
             raise UserError(
-                f"The caption's embedding is {list(embedding.shape)}, expected [1, tokens, {width}] of T5 v1.1 XXL: load that "
-                "encoder with type 'mochi' and use MAGI-1 Prompt."
+                f"The caption's embedding is {list(embedding.shape)}, expected [1, tokens, {width}] of T5 v1.1 XXL: load "
+                "that encoder with type 'mochi' and use MAGI-1 Prompt."
             )
         mask = more.get("attention_mask")
         names = more[PROMPT].tokens if PROMPT in more else ("hq",)
@@ -323,7 +323,7 @@ def interrupted() -> bool:
 
 
 def grouped_attention(options: dict) -> Attention:
-    """The host's attention, where several query heads share a key and value head; only torch's takes them as they are."""
+    """The host's attention, where query heads share a key and value head; only torch's takes them as they are."""
     module = comfy.ldm.modules.attention
     shares = getattr(module, "TORCH_HAS_GQA", False) and module.optimized_attention is module.attention_pytorch
     more = {"enable_gqa": True} if shares and "optimized_attention_override" not in options else {}

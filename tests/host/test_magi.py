@@ -1,5 +1,8 @@
 """MAGI-1 through the nodes equals its engine alone; its VAE and text encoder in the host."""
 
+import threading
+import time
+
 import numpy as np
 import pytest
 import torch
@@ -9,6 +12,7 @@ from PIL import Image
 from safetensors.torch import save_file
 from test_workflows import prompt_of, saved
 from videos import check_video
+from videos import frames_of as frames_in
 
 from flowcache_core.backbones.magi import MagiBackbone
 from flowcache_core.families import family_preset
@@ -227,6 +231,46 @@ def test_text_image_and_video_to_a_saved_video(server):
     outcome = server.run(graph)
     assert outcome.error is None, outcome.error["exception_message"]
     check_video(server.saved(outcome, save)[0], 4 * 24, 48)
+
+
+def test_chunks_are_streamed_to_disk(server):
+    graph = Graph()
+    vae = graph.add("FlowCacheLoadMagiVAE", vae_name="magi/diffusion_pytorch_model.safetensors")
+    stream = graph.add("FlowCacheStreamVideo", vae=(vae, 0), filename_prefix="magi/v", fps=24.0, keep_latents=False)
+    write_latent(server, "streamed", 14)
+    prefix = graph.add("LoadLatent", latent="streamed.latent")
+    node = extend(graph, load(graph), chunks=2, prefix=(prefix, 0), stream=(stream, 0))
+    last = sample(server, graph, node)
+    whole = Graph()
+    prefix = whole.add("LoadLatent", latent="streamed.latent")
+    expected = sample(server, whole, extend(whole, load(whole), chunks=2, prefix=(prefix, 0)))
+    assert torch.equal(last, expected[:, :, -FRAMES:])
+    (video,) = (server.base / "output" / "magi").glob("v_*.mp4")
+    assert len(frames_in(video)) == 4 * expected.shape[2]
+
+
+def test_prompts_over_time(server):
+    """Each chunk has its own; where the text stays the same, so does the video."""
+
+    def latent(text: str) -> torch.Tensor:
+        graph = Graph()
+        clip = graph.add("TestSmallT5")
+        words = graph.add("FlowCachePromptsOverTime", clip=(clip, 0), text=text)
+        return sample(server, graph, extend(graph, load(graph), positive=(words, 0), chunks=2))
+
+    same, changed = latent("0-: a good boy"), latent("0: a good boy\n1-: a bad cat")
+    assert torch.equal(same[:, :, :FRAMES], changed[:, :, :FRAMES])
+    assert error(changed[:, :, FRAMES:], same[:, :, FRAMES:]) > 1e-3
+
+
+def test_interrupt(server):
+    graph = Graph()
+    node = extend(graph, load(graph), chunks=2000, seed=41)
+    graph.add("SaveLatent", samples=(node, 0), filename_prefix="s")
+    threading.Thread(target=lambda: (time.sleep(3), server.post("/interrupt", {}))).start()
+    assert server.run(graph).interrupted
+    after = Graph()
+    assert error(sample(server, after, extend(after, load(after))), alone()) < 1e-3
 
 
 @pytest.mark.parametrize(
