@@ -226,7 +226,7 @@ def extend(
 
     def on_progress(told: Progress, report: Report, used: int, total: int) -> None:
         finished.tick, finished.ticks = told.tick, told.ticks
-        progress_text(describe(told, report, used, total, begun, 0), node_id)
+        progress_text(describe(told, report, used, total, begun), node_id)
 
     def on_chunk(chunk: Chunk) -> None:
         lead = frames % CHUNK_FRAMES if chunk.index == schedule.prefix else 0  # given frames that fill no chunk

@@ -85,7 +85,7 @@ MODELS = {
         chunks=5, steps=50, guidance=6.0, frames=5, lag=5, width=960, height=544,
     ),
     "magi": Model(
-        "magi", "mochi", "FlowCacheLoadMagiVAE", "FlowCacheMagiPrompt",
+        "magi distilled", "mochi", "FlowCacheLoadMagiVAE", "FlowCacheMagiPrompt",
         (
             Row("vanilla", None),
             Row("FlowCache slow", "paper slow", published=(1.86, 0.6497, 22.34)),
