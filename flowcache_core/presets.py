@@ -18,13 +18,13 @@ class ReuseSettings:
     """When to recompute, and what to use instead.
 
     Attributes:
-        policy: "off" recomputes every step; "even" every `every`-th; "spread" a `share` of them, denser towards the end;
-            "fixed" the listed `steps`; "flowcache" by each chunk's own drift; "teacache" by one drift for the whole window.
+        policy: "off" recomputes every step; "even" every `every`-th; "spread" a `share` of them, denser towards the
+            end; "fixed" the listed `steps`; "flowcache" by each chunk's own drift; "teacache" by the whole window's.
         every: of "even". It is lowered to a divisor of the schedule's lag, so that active chunks recompute on the same
             ticks, and so that a chunk gets at least `least` recomputed steps: few-step models are left as they are.
         least: recomputed steps that "even" and "spread" leave a chunk.
         share: of "spread", above 0 to 1.
-        steps: of "fixed", with the lag to `align` to or None; of "spread" where the schedule's steps and lag are `made_for`.
+        steps: of "fixed", with the lag to `align` to or None; of "spread" where steps and lag are `made_for`.
         threshold: of "flowcache" and "teacache", accumulated relative L1 change.
         rescale: polynomial for that change, highest power first, or None.
         warmup: first steps of a chunk that are always recomputed (not for "fixed").

@@ -254,8 +254,8 @@ class Forecast:
 
 
 class Corrector:
-    """Takes a chunk's reused steps again as soon as the next recomputed velocity is known: along the line, over the step
-    number, between the velocities at both ends, instead of along the forecast that stood in for it. It costs no forward.
+    """Takes a chunk's reused steps again as soon as the next recomputed velocity is known: along the line, over the
+    step number, between the velocities at both ends, instead of along the forecast. It costs no forward.
 
     Source: the corrector of predictor-corrector methods in PEC mode, as in Hairer, Norsett, Wanner, Solving Ordinary
     Differential Equations I, section III.1; here the line is summed at the same steps that a plain run takes.

@@ -19,8 +19,9 @@ class Calibrate(io.ComfyNode):
             node_id="FlowCacheCalibrate",
             display_name="Calibrate FlowCache",
             category="FlowCache",
-            description="Runs a short clip of a model many times, finds the steps that are best recomputed, and writes which "
-            "quality they give to a small file beside the model. FlowCache's preset 'quality' uses it from then on.",
+            description="Runs a short clip of a model many times, finds the steps that are best recomputed, and writes "
+            "which quality they give to a small file beside the model. "
+            "FlowCache's preset 'quality' uses it from then on.",
             **found_by("tune", "quality", "speed up"),
             inputs=[
                 io.Model.Input("model", tooltip="An autoregressive video model, straight from its loader."),
@@ -42,7 +43,8 @@ class Calibrate(io.ComfyNode):
                         default=0,
                         min=0,
                         max=1000,
-                        tooltip="Denoising steps of a chunk; 0: as recommended for the model. It holds for that number only.",
+                        tooltip="Denoising steps of a chunk; 0: as recommended for the model. It holds for that number "
+                        "only.",
                     )
                 ),
                 advanced(

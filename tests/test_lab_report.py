@@ -14,7 +14,11 @@ POINT = {
 REPORT = {
     "machine": {"cores": 2, "processor": "a processor", "torch": "2.13"},
     "size": {"clips": 8, "chunks": 16, "pairs": 5},
-    "points": [POINT | {"method": "fewer steps, AB2", "speedup": 7.0}, POINT, POINT | {"method": "plain", "psnr": None}],
+    "points": [
+        POINT | {"method": "fewer steps, AB2", "speedup": 7.0},
+        POINT,
+        POINT | {"method": "plain", "psnr": None},
+    ],
     "long_run": {
         "chunks": 1000, "settings": "magi", "last_100_over_50_to_150": 1.01, "rss_growth_after_chunk_50": 0.002,
         "history_bytes": [2**20, 3 * 2**20],

@@ -174,7 +174,8 @@ class Bench:
         point = measure(method, setup, self.clips, outcome, self.references[setup.name])
         self.points.append(point)
         self.say(
-            f"{setup.name:9} {method.name:22} {method.setting:16} {point.forwards_total / point.forwards_executed:5.1f}x fewer, "
+            f"{setup.name:9} {method.name:22} {method.setting:16} "
+            f"{point.forwards_total / point.forwards_executed:5.1f}x fewer, "
             f"{point.psnr:5.1f} dB"
         )
         return point

@@ -1,10 +1,10 @@
-"""The paper's rows on your GPU and weights: `python -m flowcache_core.lab.paper skyreels --model FILE --text FILE --vae FILE`.
+"""The paper's rows on your GPU and weights.
 
-It drives a running ComfyUI in which this pack is installed, with the paper's settings: SkyReels-V2 1.3B at 544 x 960, 50
-steps, a chunk of 5 frames every 5 ticks, guidance 6, one window of 97 frames; MAGI-1 4.5B-distill with 64 steps, 4 chunks
-at once. The paper took VBench's prompts: give them as a file, one a line. Each row is compared, frame by frame, with the
-unaccelerated run of the same prompt and seed. The paper's own figures (one A800) stand beside. `demo` does the same with the
-model that ships.
+`python -m flowcache_core.lab.paper skyreels --model FILE --text FILE --vae FILE` drives a running ComfyUI in which this
+pack is installed, with the paper's settings: SkyReels-V2 1.3B at 544 x 960, 50 steps, a chunk of 5 frames every 5 ticks,
+guidance 6, one window of 97 frames; MAGI-1 4.5B-distill with 64 steps, 4 chunks at once. The paper took VBench's
+prompts: give them as a file, one a line. Each row is compared, frame by frame, with the unaccelerated run of the same
+prompt and seed. The paper's own figures (one A800) stand beside. `demo` does the same with the model that ships.
 
 Source of the figures and settings: arXiv 2602.10825, tables of results and appendix; FlowCache's run scripts.
 """
@@ -195,7 +195,7 @@ def _pixels(frames: np.ndarray) -> Tensor:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(description=__doc__.split("`")[0])
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("family", choices=list(MODELS))
     parser.add_argument("--model", default=Files.model, help="file of ComfyUI's diffusion_models")
     parser.add_argument("--text", default="", help="file of its text_encoders: umt5 XXL (SkyReels), T5 v1.1 XXL (MAGI)")

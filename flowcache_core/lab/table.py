@@ -12,7 +12,7 @@ from ..report import megabytes
 BEGIN, END = "<!-- bench: begin -->", "<!-- bench: end -->"
 TITLES = {
     "magi": "MAGI-1's schedule (64 steps, 4 chunks at once)",
-    "skyreels": "SkyReels-V2's schedule (50 steps, a chunk every 5 ticks; plain recomputes the whole window at every tick)",
+    "skyreels": "SkyReels-V2's schedule (50 steps, a chunk every 5 ticks; plain recomputes the window at every tick)",
     "causal": "Causal, 4 steps (the demo model is not distilled: it shows cost, not quality)",
 }
 COLUMNS = (
@@ -54,10 +54,10 @@ def _machine(report: dict) -> str:
     machine, size = report["machine"], report["size"]
     return (
         f"Measured by `make bench` on {machine['cores']} cores of {machine['processor']}, torch {machine['torch']}: "
-        f"{size['clips']} clips of {size['chunks']} chunks, means; FlowCache's times are medians of {size['pairs']} runs in "
-        "alternation with the plain one, the others' are of one run of all clips. Latents become pixels by the linear map "
-        "that the VAE learned; 'by VAE' is its own decoder's, which takes long. LPIPS is left out: its weights are not at "
-        "hand."
+        f"{size['clips']} clips of {size['chunks']} chunks, means; FlowCache's times are medians of {size['pairs']} runs "
+        "in alternation with the plain one, the others' are of one run of all clips. Latents become pixels by the "
+        "linear map that the VAE learned; 'by VAE' is its own decoder's, which takes long. LPIPS is left out: its weights are "
+        "not at hand."
     )
 
 
@@ -97,8 +97,9 @@ def _long_run(report: dict) -> str:
     if not run:
         return ""
     return (
-        f"**A run of {run['chunks']:,} chunks** ({run['settings']}): median time of the last 100 chunks over that of chunks 50 "
-        f"to 150 {run['last_100_over_50_to_150']:.3f}; process memory {run['rss_growth_after_chunk_50']:+.2%} after chunk 50; "
+        f"**A run of {run['chunks']:,} chunks** ({run['settings']}): median time of the last 100 chunks over that of "
+        f"chunks 50 to 150 {run['last_100_over_50_to_150']:.3f}; process memory "
+        f"{run['rss_growth_after_chunk_50']:+.2%} after chunk 50; "
         f"history at most {megabytes(max(run['history_bytes']))}."
     )
 
@@ -146,7 +147,8 @@ def _cut(report: dict) -> str:
         return ""
     return (
         f"**Cutting the history** takes {cut['share_of_run']:.2%} of a run. At {cut['tokens']:,} clean tokens a cut is "
-        f"{cut['seconds_direct'] / cut['seconds']:.1f}x faster than the formula written out with its full matrices and takes "
+        f"{cut['seconds_direct'] / cut['seconds']:.1f}x faster than the formula written out with its full matrices and "
+        "takes "
         f"1/{cut['bytes_direct'] / cut['bytes']:.0f} of the memory; {cut['same']:.2%} of the kept tokens are the same."
     )
 

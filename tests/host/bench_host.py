@@ -3,8 +3,8 @@
     python tests/host/bench_host.py --out out/bench
 
 adds "host" to report.json there. `make bench` calls it where a ComfyUI is found (COMFYUI_PATH, else ~/comfy/ComfyUI).
-Every run is the demo model's, 24 steps a chunk; times are those between the sampler node's start and its end, medians of
-runs in alternation, after one that loads the model.
+Every run is the demo model's, 24 steps a chunk; times are those between the sampler node's start and its end, medians
+of runs in alternation, after one that loads the model.
 """
 
 import argparse

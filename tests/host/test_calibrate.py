@@ -13,9 +13,10 @@ def test_a_models_own_calibration_is_used(server):
         "FlowCacheLoadARVideoModel", model_name="calibrated.safetensors", family="causal", weight_type="default"
     )
     words = [(graph.add("FlowCacheDemoPrompt", caption=caption), 0) for caption in ("a red circle", "")]
+    vae = graph.add("FlowCacheLoadDemoVAE"), 0
     node = graph.add(
-        "FlowCacheCalibrate", model=(loaded, 0), positive=words[0], negative=words[1], vae=(graph.add("FlowCacheLoadDemoVAE"), 0),
-        seed=1, chunks=1, minutes=0.0, steps=8, width=64, height=64,
+        "FlowCacheCalibrate", model=(loaded, 0), positive=words[0], negative=words[1], vae=vae, seed=1,
+        chunks=1, minutes=0.0, steps=8, width=64, height=64,
     )  # fmt: skip
     outcome = server.run(graph)
     assert outcome.error is None, outcome.error["exception_message"]
@@ -33,8 +34,8 @@ def test_a_models_own_calibration_is_used(server):
     patched = using.add("FlowCache", model=(loaded, 0), preset="quality", history_budget=0, quality=0.5)
     words = [(using.add("FlowCacheDemoPrompt", caption=caption), 0) for caption in ("a red circle", "")]
     made = using.add(
-        "FlowCacheAutoregressiveExtend", model=(patched, 0), positive=words[0], negative=words[1], seed=1, chunks=2, steps=8,
-        guidance=1.0, frames_per_chunk=3, lag=8, width=64, height=64,
+        "FlowCacheAutoregressiveExtend", model=(patched, 0), positive=words[0], negative=words[1], seed=1, chunks=2,
+        steps=8, guidance=1.0, frames_per_chunk=3, lag=8, width=64, height=64,
     )  # fmt: skip
     report = using.add("FlowCacheReport", report=(made, 2))
     outcome = server.run(using)
