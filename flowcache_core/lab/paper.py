@@ -1,8 +1,8 @@
 """The paper's rows on your GPU and weights.
 
 `python -m flowcache_core.lab.paper skyreels --model FILE --text FILE --vae FILE` drives a running ComfyUI in which this
-pack is installed, with the paper's settings: SkyReels-V2 1.3B at 544 x 960, 50 steps, a chunk of 5 frames every 5 ticks,
-guidance 6, one window of 97 frames; MAGI-1 4.5B-distill with 64 steps, 4 chunks at once. The paper took VBench's
+pack is installed, with the paper's settings: SkyReels-V2 1.3B at 544 x 960, 50 steps, a chunk of 5 frames every 5
+ticks, guidance 6, one window of 97 frames; MAGI-1 4.5B-distill with 64 steps, 4 chunks at once. The paper took VBench's
 prompts: give them as a file, one a line. Each row is compared, frame by frame, with the unaccelerated run of the same
 prompt and seed. The paper's own figures (one A800) stand beside. `demo` does the same with the model that ships.
 

@@ -54,10 +54,10 @@ def _machine(report: dict) -> str:
     machine, size = report["machine"], report["size"]
     return (
         f"Measured by `make bench` on {machine['cores']} cores of {machine['processor']}, torch {machine['torch']}: "
-        f"{size['clips']} clips of {size['chunks']} chunks, means; FlowCache's times are medians of {size['pairs']} runs "
-        "in alternation with the plain one, the others' are of one run of all clips. Latents become pixels by the "
-        "linear map that the VAE learned; 'by VAE' is its own decoder's, which takes long. LPIPS is left out: its weights are "
-        "not at hand."
+        f"{size['clips']} clips of {size['chunks']} chunks, means; FlowCache's times are medians of {size['pairs']} "
+        "runs in alternation with the plain one, the others' are of one run of all clips. Latents become pixels by the "
+        "linear map that the VAE learned; 'by VAE' is its own decoder's, which takes long. LPIPS is left out: its "
+        "weights are not at hand."
     )
 
 
