@@ -23,6 +23,7 @@ COLOURS = (
     "#b3a100",
     "#6a3d9a",
 )
+CEILING = 60  # dB; what is nearer than that is as good as equal
 MARKS = ("disc", "square", "diamond", "triangle", "cross")
 
 
@@ -48,13 +49,13 @@ def likeness_chart(
     every = [point for curve in shown for point in curve.points] + list(aims)
     fastest, top, height, right = max(x for x, _ in every), canvas.y, 400, WIDTH - MARGIN
     slowest = min(1.0, *(x for x, _ in every))
-    low = 5 * math.floor(min(y for _, y in every) / 5)
-    high = 5 * math.ceil(max(y for _, y in every) / 5)
+    low = min(CEILING - 5, 5 * math.floor(min(y for _, y in every) / 5))
+    high = min(CEILING, 5 * math.ceil(max(y for _, y in every) / 5))
     step = 5 if high - low <= 50 else 10
     wide = math.log(fastest * 1.06 / slowest)
 
     def at(x: float, y: float) -> tuple[float, float]:
-        return LEFT + (right - LEFT) * math.log(x / slowest) / wide, top + height * (high - y) / (high - low)
+        return LEFT + (right - LEFT) * math.log(x / slowest) / wide, top + height * (high - min(y, high)) / (high - low)
 
     for mark in range(low, high + 1, step):
         y = at(slowest, mark)[1]
@@ -65,7 +66,7 @@ def likeness_chart(
             x = at(times, low)[0]
             canvas.line([(x, top), (x, top + height)], RULE)
             canvas.text(x, top + height + 6, f"{times:g}x", 12, FAINT, "ma")
-    canvas.sideways(MARGIN - 16, top + height / 2, "PSNR to the plain run, dB")
+    canvas.sideways(MARGIN - 16, top + height / 2, f"PSNR to the plain run, dB ({CEILING} and more: {CEILING})")
     canvas.text((LEFT + right) / 2, top + height + 26, "faster than the plain run", 12, FAINT, "ma")
     for number, curve in reversed(list(enumerate(shown))):
         points = [at(*point) for point in sorted(curve.points)]
