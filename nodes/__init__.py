@@ -7,6 +7,7 @@ from .calibrate import Calibrate
 from .compare_videos import CompareVideos
 from .demo_prompt import DemoPrompt
 from .extend import AutoregressiveExtend
+from .extend_windows import ExtendInWindows
 from .flowcache import FlowCache
 from .load_demo_vae import LoadDemoVAE
 from .load_magi_vae import LoadMagiVAE
@@ -31,6 +32,7 @@ class FlowCacheExtension(ComfyExtension):
             FlowCache,
             Calibrate,
             AutoregressiveExtend,
+            ExtendInWindows,
             StreamVideo,
             Resume,
             ARSamplerNode,

@@ -183,3 +183,29 @@ def test_few_step_models_take_their_steps(server, steps, forwards):
     outcome = server.run(graph)
     assert outcome.error is None, outcome.error["exception_message"]
     assert f"forwards: {forwards} of {forwards} " in outcome.outputs[report]["text"][0]
+
+
+def test_windows_equal_a_chain_of_stock_nodes(server):
+    """Upstream's long video: the end of a window is decoded, encoded again, and begins the next."""
+    graph = Graph()
+    vae = (graph.add("FlowCacheLoadDemoVAE"), 0)
+
+    def encoded(images: str, first: int, count: int) -> str:
+        part = graph.add("ImageFromBatch", image=(images, 0), batch_index=first, length=count)
+        return graph.add("VAEEncode", pixels=(part, 0), vae=vae)
+
+    together = dict(attention="joint", lag=0, chunks=1, steps=4, shift=8.0)
+    first = extend(graph, "skyreels", "off", 3.0, **together, frames_per_chunk=7, seed=4)
+    images = graph.add("VAEDecode", samples=(first, 0), vae=vae)
+    prefix = (encoded(images, 16, 9), 0)
+    second = extend(graph, "skyreels", "off", 3.0, **together, frames_per_chunk=4, seed=5, prefix=prefix)
+    chained = encoded(graph.add("VAEDecode", samples=(second, 0), vae=vae), 9, 13)
+    inputs = graph[first]["inputs"]
+    whole = graph.add(
+        "FlowCacheExtendInWindows", model=inputs["model"], vae=vae, positive=inputs["positive"], negative=inputs["negative"],
+        seed=4, frames=41, window=25, overlap=9, width=64, height=64, steps=4, guidance=3.0,
+    )  # fmt: skip
+    node = encoded(whole, 25, 13)
+    ours = sample(server, Graph(graph), node)
+    assert ours.shape[2] == 4
+    assert torch.allclose(ours, sample(server, Graph(graph), chained), atol=1e-4)
