@@ -263,10 +263,9 @@ def _from_diffusers(name: str) -> str:
 def _transformer_settings(path: Path, file: WeightFile) -> dict:
     """What the metadata and a config.json beside the weights say of the network; the metadata wins."""
     try:
-        metadata = parse_json(file.metadata.get("config", "{}")).get("transformer", {})
-    except (ValueError, AttributeError) as error:
+        return (file.settings or {}) | parse_json(file.metadata.get("config", "{}")).get("transformer", {})
+    except (ValueError, AttributeError, TypeError) as error:
         raise UserError(f"{path.name} has metadata 'config' that is not a JSON object; download it again.") from error
-    return (file.settings or {}) | metadata
 
 
 def _wan_config(path: Path, tensors: dict[str, Tensor], settings: dict) -> WanConfig:
@@ -358,7 +357,7 @@ def _told_family(path: Path, file: WeightFile, config: WanConfig | None, setting
             family = parse_json(file.metadata[STAMP])["family"]
         except (ValueError, KeyError, TypeError) as error:
             raise UserError(f"{path.name} has a broken {STAMP!r} stamp; convert it again from its source.") from error
-        if family not in FAMILIES:
+        if not isinstance(family, str) or family not in FAMILIES:
             raise UserError(
                 f"{path.name} is stamped {family!r}, expected one of {', '.join(FAMILIES)}; update FlowCache."
             )
@@ -379,7 +378,9 @@ def _told_family(path: Path, file: WeightFile, config: WanConfig | None, setting
             f"{path.name} may be causal, causvid or rolling, taken as causal: choose the family for CausVid or Rolling "
             "Forcing.",
         )
-    choices = "; ".join(f"{name} ({FAMILIES[name]})" for name in FAMILIES if name != "demo" and not name.startswith("magi"))
+    choices = "; ".join(
+        f"{name} ({FAMILIES[name]})" for name in FAMILIES if name != "demo" and not name.startswith("magi")
+    )
     return "wan", (
         f"{path.name} has the Wan 2.1 layout and no stamp, taken as plain Wan 2.1: choose its family: {choices}.",
     )

@@ -57,7 +57,7 @@ def _vae(path: Path) -> tuple[dict[str, Tensor], dict]:
     except ValueError as error:
         raise UserError(f"{path.name} has a broken {STAMP!r} stamp; convert it again from its source.") from error
     settings = settings or file.settings or folder_settings(path.parent)
-    if not settings:
+    if not settings or not isinstance(settings, dict):
         raise UserError(
             f"Nothing says the sizes of {path.name}: put the config.json of MAGI-1's vae folder beside it, or convert the "
             "folder with `python -m flowcache_core convert`."

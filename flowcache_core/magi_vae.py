@@ -23,6 +23,20 @@ OVERLAP = 0.25  # of a tile's side
 Attention = Callable[[Tensor, Tensor, Tensor], Tensor]  # q, k, v [B, heads, tokens, D] -> [B, heads, tokens, D]
 
 
+# Sizes beyond what any autoencoder has; a file from a stranger may ask for any.
+LARGEST = {
+    "width": 1 << 14,
+    "depth": 256,
+    "heads": 256,
+    "mlp_ratio": 64,
+    "latent_channels": 1024,
+    "size": 4096,
+    "length": 4096,
+    "patch": 256,
+    "patch_length": 256,
+}
+
+
 @dataclass(frozen=True)
 class MagiVaeConfig:
     """Sizes of the autoencoder; the number of heads cannot be told from the weights, so it comes from a config.json.
@@ -56,7 +70,7 @@ class MagiVaeConfig:
             UserError: another class of autoencoder, or a layout that upstream cannot run either.
         """
         kind, sizes = settings.get("_class_name"), settings.get("ddconfig")
-        if kind != "ViTVAE" or sizes is None or settings.get("model_type", "vit") != "vit":
+        if kind != "ViTVAE" or not isinstance(sizes, Mapping) or settings.get("model_type", "vit") != "vit":
             raise UserError(f"The config.json is of a '{kind}', expected MAGI-1's ViTVAE: choose its vae folder.")
         fixed = {
             "double_z": True,
@@ -72,7 +86,7 @@ class MagiVaeConfig:
                 raise UserError(
                     f"The autoencoder's config.json has {name} = {sizes[name]}; only {expected} is supported."
                 )
-        return cls(
+        config = cls(
             width=sizes.get("embed_dim", 768),
             depth=sizes.get("depth", 12),
             heads=sizes.get("num_heads", 12),
@@ -85,6 +99,14 @@ class MagiVaeConfig:
             qkv_bias=sizes.get("qkv_bias", False),
             norm_in_heads=sizes.get("ln_in_attn", False),
         )
+        for name, largest in LARGEST.items():
+            value = getattr(config, name)
+            numbers = (int, float) if name == "mlp_ratio" else (int,)
+            if type(value) not in numbers or not 0 < value <= largest:
+                raise UserError(f"The autoencoder's config.json has {name} = {value!r}, expected 1 to {largest}.")
+        if config.width % config.heads:
+            raise UserError(f"The autoencoder's config.json has {config.heads} heads for a width of {config.width}.")
+        return config
 
 
 def head_norm(x: Tensor) -> Tensor:

@@ -25,13 +25,15 @@ from safetensors.torch import save_file
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from flowcache_core import checkpoints  # noqa: E402
+from flowcache_core import calibration, checkpoints, magi_files  # noqa: E402
 from flowcache_core.backbones.magi import MagiNetwork, load_network  # noqa: E402
 from flowcache_core.backbones.magi_config import MagiConfig  # noqa: E402
 from flowcache_core.backbones.wan import WanConfig, WanNetwork  # noqa: E402
 from flowcache_core.errors import UserError  # noqa: E402
 from flowcache_core.history import Clean  # noqa: E402
 from flowcache_core.magi_text import SpecialTokens  # noqa: E402
+from flowcache_core.magi_vae import MagiVae, MagiVaeConfig  # noqa: E402
+from flowcache_core.schedule import ChunkSchedule, Place  # noqa: E402
 from flowcache_core.state import load_state, make_state, save_state  # noqa: E402
 
 SECONDS = 10  # that one file may take
@@ -141,7 +143,12 @@ def any_safetensors(content: bytes, rng: random.Random) -> bytes:
     if rng.random() < 0.4:
         return any_bytes(content, rng)
     length = int.from_bytes(content[:8], "little")
-    header = json.dumps(any_json(json.loads(content[8 : 8 + length]), rng)).encode()
+    told = json.loads(content[8 : 8 + length])
+    if "__metadata__" in told and rng.random() < 0.5:
+        told["__metadata__"] = any_json(told["__metadata__"], rng)
+    else:
+        told = any_json(told, rng)
+    header = json.dumps(told).encode()
     if rng.random() < 0.03:
         header = b'{"a":' + b"[" * 200_000
     return len(header).to_bytes(8, "little") + header + content[8 + length :]
@@ -181,6 +188,19 @@ def make_checkpoint(folder: Path) -> tuple[Path, Path]:
 def make_magi(folder: Path) -> tuple[Path, Path]:
     path = folder / "magi.safetensors"
     save_file({name: tensor.clone() for name, tensor in MagiNetwork(MAGI).state_dict().items()}, path)
+    return path, path
+
+
+def make_magi_vae(folder: Path) -> tuple[Path, Path]:
+    sizes = {
+        "embed_dim": 16, "depth": 1, "num_heads": 2, "mlp_ratio": 2, "z_chans": 2, "video_size": 16, "video_length": 4,
+        "conv_last_layer": True, "qkv_bias": True,
+    }  # fmt: skip
+    settings = {"_class_name": "ViTVAE", "model_type": "vit", "ddconfig": sizes}
+    path = folder / "vae.safetensors"
+    vae = MagiVae(MagiVaeConfig.from_upstream(settings))
+    stamp = {magi_files.STAMP: json.dumps(settings)}
+    save_file({name: tensor.clone() for name, tensor in vae.state_dict().items()}, path, metadata=stamp)
     return path, path
 
 
@@ -248,6 +268,19 @@ def make_token_trap(folder: Path) -> tuple[Path, Path]:
     return path, path
 
 
+def make_calibration(folder: Path) -> tuple[Path, Path]:
+    path = folder / "model.flowcache.json"
+    curve = (calibration.Measured((0, 3, 6), 27.0), calibration.Measured((0, 2, 4, 6), 39.5))
+    calibration.save(calibration.Calibration(8, 2, 4, 2, curve), path)
+    return path, path
+
+
+def load_calibration(path: Path) -> None:
+    found = calibration.load(path)
+    policy = calibration.settings_of(0.5, found).reuse.make(ChunkSchedule(4, 8, 2))
+    assert policy.recompute(Place(0, 0, 0), 8, "cond", None)
+
+
 def load_checkpoint(path: Path) -> None:
     checkpoints.load(path, check_finite=True)
 
@@ -261,12 +294,14 @@ def load_magi(path: Path) -> None:
 KINDS = {
     "checkpoint": Kind(make_checkpoint, load_checkpoint, any_safetensors),
     "MAGI-1": Kind(make_magi, load_magi, any_safetensors),
+    "MAGI-1's VAE": Kind(make_magi_vae, magi_files.read_vae, any_safetensors),
     "shards": Kind(make_shards, load_checkpoint, any_index),
     "config": Kind(make_config, load_checkpoint, any_index),
     "torch file": Kind(make_torch, load_checkpoint, any_zip),
     "torch file with code": Kind(make_trap, load_checkpoint, any_zip),
     "old torch file with code": Kind(make_old_trap, load_checkpoint, any_bytes),
     "state": Kind(make_saved_state, load_state, any_safetensors),
+    "calibration": Kind(make_calibration, load_calibration, any_index),
     "special tokens": Kind(make_tokens, SpecialTokens.from_file, any_zip),
     "special tokens with code": Kind(make_token_trap, SpecialTokens.from_file, any_zip),
 }
