@@ -133,7 +133,7 @@ class HistoryShape:
         return rows * ((2 * self.head_dim + time_dims) * itemsize + 4)
 
     def planned_bytes(self, settings: HistorySettings, itemsize: int) -> int:
-        """What a run allocates for one branch of guidance, known before it begins: buffers, and queries for the next cut.
+        """What a run allocates for one branch of guidance, known before it begins: buffers and kept queries.
 
         For networks of the Wan layout, where there are as many query heads as key heads.
         """

@@ -87,6 +87,4 @@ def plan_magi_history(
     latent = (1, config.channels, CHUNK_FRAMES, size[1] // VAE_STRIDE, size[0] // VAE_STRIDE)
     shape, _ = history_plan(config, schedule, replace(OFF, history=history), MagiSampling(), latent)
     unbounded = replace(shape, capacity=schedule.total_chunks).bytes(itemsize)
-    return HistoryPlan(
-        schedule.chunks, schedule.chunks * CHUNK_FRAMES * FRAME_STRIDE, shape.bytes(itemsize), unbounded
-    )
+    return HistoryPlan(schedule.chunks, schedule.chunks * CHUNK_FRAMES * FRAME_STRIDE, shape.bytes(itemsize), unbounded)

@@ -19,8 +19,8 @@ class ExtendInWindows(io.ComfyNode):
             node_id="FlowCacheExtendInWindows",
             display_name="Extend in Windows",
             category="FlowCache",
-            description="A long video as SkyReels-V2's upstream makes it: window after window, each begun with the last frames "
-            "of the one before, which are encoded anew. All frames of a window see each other, and nothing is reused. "
+            description="A long video as SkyReels-V2's upstream makes it: window after window, each begun with the last "
+            "frames of the one before, which are encoded anew. All frames of a window see each other, and nothing is reused. "
             "Autoregressive Extend makes long videos without decoding in between.",
             **found_by("long video", "skyreels", "diffusion forcing", "sliding window"),
             inputs=[
@@ -42,8 +42,8 @@ class ExtendInWindows(io.ComfyNode):
                     min=1,
                     max=100001,
                     step=4,
-                    tooltip="Frames of the video, those taken over from a start included: 257 for 10 s, 737 for 30 s at 24 frames a "
-                    "second.",
+                    tooltip="Frames of the video, those taken over from a start included: 257 for 10 s, 737 for 30 s at 24 "
+                    "frames a second.",
                 ),
                 io.Int.Input(
                     "window",
@@ -66,7 +66,12 @@ class ExtendInWindows(io.ComfyNode):
                 advanced(io.Int.Input("steps", default=50, min=1, max=1000, tooltip="Denoising steps of a chunk.")),
                 advanced(
                     io.Float.Input(
-                        "guidance", default=6.0, min=0.0, max=100.0, step=0.1, tooltip="Scale of classifier-free guidance."
+                        "guidance",
+                        default=6.0,
+                        min=0.0,
+                        max=100.0,
+                        step=0.1,
+                        tooltip="Scale of classifier-free guidance.",
                     )
                 ),
                 advanced(
@@ -94,7 +99,9 @@ class ExtendInWindows(io.ComfyNode):
                     )
                 ),
                 io.Image.Input(
-                    "start", optional=True, tooltip="A video or image to extend: its last frames are taken over. It is part of the result."
+                    "start",
+                    optional=True,
+                    tooltip="A video or image to extend: its last frames are taken over. It is part of the result.",
                 ),
             ],
             outputs=[io.Image.Output(tooltip="All frames.")],
@@ -108,7 +115,9 @@ class ExtendInWindows(io.ComfyNode):
     ) -> io.NodeOutput:  # fmt: skip
         usual = family(host.family_of(model))
         if start is not None and (start.shape[1], start.shape[2]) != (height, width):
-            raise UserError(f"The start is {start.shape[2]}x{start.shape[1]}, the video {width}x{height}; scale the start.")
+            raise UserError(
+                f"The start is {start.shape[2]}x{start.shape[1]}, the video {width}x{height}; scale the start."
+            )
         video = start
         for number, size in enumerate(window_sizes(*(latent_frames(count) for count in (frames, window, overlap)))):
             taken = 0 if video is None else latent_frames(min(overlap, video.shape[0]))
@@ -117,7 +126,9 @@ class ExtendInWindows(io.ComfyNode):
             new = size - taken
             each = usual.chunk_frames if lag else new
             if new < 1 or new % each:
-                raise UserError(f"Window {number + 1} has {new} new frames, which do not fill chunks of {each}; change the length.")
+                raise UserError(
+                    f"Window {number + 1} has {new} new frames, which do not fill chunks of {each}; change the length."
+                )
             made = extend(
                 model, positive, negative, scale=guidance, seed=seed + number, levels=usual.shifted_levels(steps, shift),
                 first_levels=None, chunks=new // each, chunk_frames=each, lag=lag, solver=usual.solver(steps),

@@ -110,7 +110,9 @@ def test_info_tells_the_memory_of_a_video(network, capsys):
 def test_convert_takes_the_weights_that_are_asked_for(tmp_path, chosen):
     one_head = WanNetwork(replace(SMALL, dim=128, num_heads=1)).state_dict()  # 128 wide, as without metadata
     shifts = {"generator": 1.0, "generator_ema": 2.0}
-    both = {kind: {f"model.{key}": weight + shift for key, weight in one_head.items()} for kind, shift in shifts.items()}
+    both = {
+        kind: {f"model.{key}": weight + shift for key, weight in one_head.items()} for kind, shift in shifts.items()
+    }
     torch.save(both, tmp_path / "both.pt")
     out = tmp_path / "out.safetensors"
     assert cli.main(["convert", str(tmp_path / "both.pt"), str(out), "--family", "causal", "--weights", chosen]) == 0

@@ -11,7 +11,7 @@ from flowcache_core.engine import Engine, guidance
 from flowcache_core.families import FAMILIES, Family
 from flowcache_core.history import HistorySettings
 from flowcache_core.plan import plan_history
-from flowcache_core.presets import OFF, Settings
+from flowcache_core.presets import OFF
 from flowcache_core.rolling import RollingDenoise, RollingEngine, RollingHistory
 from flowcache_core.runner import Runner
 from flowcache_core.schedule import ChunkSchedule
@@ -60,7 +60,11 @@ def allocated(family: Family, size: tuple[int, int], chunks: int, history: Histo
 @pytest.mark.parametrize("name", CASES)
 @pytest.mark.parametrize(
     "history",
-    [HistorySettings(), HistorySettings(3, Compression(queries=1)), HistorySettings(3, Compression("window"), relative=True)],
+    [
+        HistorySettings(),
+        HistorySettings(3, Compression(queries=1)),
+        HistorySettings(3, Compression("window"), relative=True),
+    ],
     ids=["whole", "budget", "relative window"],
 )
 def test_a_run_allocates_what_was_planned(name, history):

@@ -1,4 +1,4 @@
-"""Small random models under the names of the published files, so that the workflows that ship find what they ask for."""
+"""Small random models under the names of the published files, so that the shipped workflows find what they ask for."""
 
 import json
 import shutil
