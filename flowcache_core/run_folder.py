@@ -13,6 +13,7 @@ import shutil
 from collections.abc import Hashable, Mapping
 from pathlib import Path
 
+import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
@@ -47,6 +48,7 @@ class RunFolder:
             raise ValueError(f"The run is called '{name}', expected 32 hexadecimal digits.")
         self.root, self.path, self.limit = Path(root), Path(root) / name, limit
         self.first, self.chunk_frames, self.model, self.lead = first, chunk_frames, model, lead
+        self._shape = torch.Size()  # of a chunk's latent, by the state that was loaded
         self.full = False  # this run alone is larger than the limit: no more chunks are kept
 
     def load(self) -> State | None:
@@ -61,20 +63,26 @@ class RunFolder:
         if not whole or state.chunk_frames != self.chunk_frames or state.model != self.model:
             return None
         (self.path / NEWEST).touch()
+        self._shape = state.latents.shape
         return state
 
     def latent(self, chunk: int) -> Tensor:
-        """A finished chunk's latent [B, C, T, H, W].
+        """A finished chunk's latent [B, C, T, H, W], after `load`.
 
         Raises:
             UserError: its file is missing or damaged.
         """
+        again = f"delete the folder {self.path.name} in flowcache/runs to start anew"
         try:
-            return load_file(self._file(chunk))["latent"]
+            latent = load_file(self._file(chunk))["latent"]
         except (SafetensorError, OSError, KeyError) as error:
+            raise UserError(f"Chunk {chunk} of the interrupted run cannot be read ({error}); {again}.") from error
+        if latent.shape != self._shape or not torch.isfinite(latent).all():
             raise UserError(
-                f"Chunk {chunk} of the interrupted run cannot be read ({error}); delete {self.path} to start anew."
-            ) from error
+                f"Chunk {chunk} of the interrupted run is {list(latent.shape)}, expected finite numbers of shape "
+                f"{list(self._shape)}; {again}."
+            )
+        return latent
 
     def add(self, chunk: Chunk, histories: Mapping[Hashable, Clean]) -> None:
         """Keeps a finished chunk [B, C, T, H, W] and the clean history after it.

@@ -5,13 +5,18 @@ import os
 import pytest
 import torch
 from conftest import TINY
+from safetensors.torch import save_file
 
-from flowcache_core.engine import Chunk
+from flowcache_core.engine import Chunk, Engine, guidance
 from flowcache_core.errors import UserError
 from flowcache_core.generate import generate
 from flowcache_core.history import Clean
-from flowcache_core.presets import preset
+from flowcache_core.noise_levels import magi
+from flowcache_core.presets import OFF, preset
 from flowcache_core.run_folder import RunFolder
+from flowcache_core.runner import Runner
+from flowcache_core.schedule import ChunkSchedule
+from flowcache_core.solvers import chunk_noise
 
 NAME = "0123456789abcdef" * 2
 ROOM = 2**30
@@ -45,11 +50,36 @@ def test_interrupted_run_goes_on_to_the_same_bits(backbone, tmp_path, budget):
     for count in (1, 2, 3):
         begun = run(backbone, count, settings=settings)
         kept.add(Chunk(count - 1, begun.latents[:, :, -2:]), begun.state.by_branch)
-    state = folder(tmp_path).load()
+    again = folder(tmp_path)
+    state = again.load()
     assert state.chunks == 3 and state.latents.shape[2] == 2
     rest = run(backbone, 2, settings=settings, state=state)
-    whole = torch.cat([*(folder(tmp_path).latent(chunk) for chunk in range(3)), rest.latents[:, :, 2:]], dim=2)
+    whole = torch.cat([*(again.latent(chunk) for chunk in range(3)), rest.latents[:, :, 2:]], dim=2)
     assert torch.equal(whole, expected.latents)
+
+
+def test_state_in_the_middle_is_that_of_a_shorter_run(backbone):
+    """Where several chunks are active, a resumed run is one that goes on from a state: the seam of two extensions."""
+    runner = Runner(backbone, ChunkSchedule(5, 6, 2), OFF, 2)
+    levels = magi(6)
+    engine = Engine(runner, guidance(runner, text()), levels, lambda chunk: chunk_noise(4, chunk, (1, 4, 2, 6, 4)))
+    chunks = engine.run()
+    assert [next(chunks).index for _ in range(3)] == [0, 1, 2]
+    (middle,) = runner.save().values()
+    (shorter,) = run(backbone, 3, lag=2, settings=OFF).state.histories
+    assert middle.keys.shape[3] == 3 * 2 * 6
+    assert all(torch.equal(ours, other) for ours, other in zip(middle[:3], shorter[:3], strict=True))
+
+
+def test_chunks_that_were_tampered_with_are_refused(tmp_path):
+    kept = folder(tmp_path)
+    chunk, histories = one()
+    kept.add(chunk, histories)
+    kept.load()
+    for latent in (torch.zeros(1, 4, 3, 6, 4), torch.full((1, 4, 2, 6, 4), float("nan"))):
+        save_file({"latent": latent}, tmp_path / NAME / "chunk-00000.safetensors")
+        with pytest.raises(UserError, match="Chunk 0"):
+            kept.latent(0)
 
 
 def test_nothing_there_or_damaged_starts_anew(tmp_path):
