@@ -1,5 +1,8 @@
 """What becomes of finished chunks besides the latent that a run gives: a video, a folder to resume from, a preview."""
 
+from collections.abc import Callable
+
+from comfy.model_management import throw_exception_if_processing_interrupted
 from torch import Tensor
 
 from ..flowcache_core.engine import Chunk
@@ -35,18 +38,23 @@ class Finished:
             notes.append("the limit for interrupted runs is reached: newer chunks were not kept to resume from")
         return notes
 
-    def begin(self, before: Tensor | None, earlier: range) -> None:
-        """Takes the frames [B, C, T, H, W] that came before, and the chunks that an interrupted run left."""
+    def begin(self, before: Tensor | None, earlier: range, told: Callable[[str], None] = lambda line: None) -> None:
+        """Takes the frames [B, C, T, H, W] that came before, and the chunks that an interrupted run left.
+
+        `told` is called with a line on how that goes.
+        """
         self.earlier = earlier
         for part in [] if before is None else before.split(8, dim=2):
             self._take(part)
         for chunk in earlier:
-            self._take(self.folder.latent(chunk))
+            throw_exception_if_processing_interrupted()
             self.count += 1
+            told(f"taking chunk {self.count} of {len(earlier)} from the interrupted run")
+            self._take(self.folder.latent(chunk))
 
     def add(self, chunk: Chunk, save) -> None:
         """A chunk of the run; `save` copies the history."""
-        if self.folder is not None:
+        if self.folder is not None and not self.folder.full:
             self.folder.add(chunk, save())
         frames = self._take(chunk.latent.cpu())
         if frames is not None:

@@ -369,7 +369,8 @@ def extend(
     outlet = None if stream is None else VideoOutlet(stream, model, shape, metadata)
     finished = Finished(folder, outlet, stream is None or stream.keep_latents)
     try:
-        finished.begin(before, range(first, earlier.chunks if earlier else first))
+        ready = range(first, earlier.chunks if earlier else first)
+        finished.begin(before, ready, lambda line: progress_text(line, node_id))
         report = Report(sampler.schedule(chunks, len(levels) - 1), host.patch_of(model.model_options).label)
         histories = earlier.by_branch if earlier else {}
         sampler.chunks = chunks - finished.count

@@ -201,6 +201,8 @@ def test_interrupted_run_goes_on_to_the_same_bits(server):
     save = graph.add("SaveLatent", samples=(node, 0), filename_prefix="s")
     outcome = server.run(graph)
     assert 3 <= earlier(outcome, graph) < 12
+    assert any("from the interrupted run" in text for name, text in outcome.texts if name == node)
+    assert "chunk 12 of 12" in outcome.texts[-1][1]
     resumed = load_file(server.saved(outcome, save)[0])["latent_tensor"]
     assert torch.equal(resumed, plain(server, 12, 60, steps=40, lag=40))
     (file,) = server.saved(outcome, node)
