@@ -96,7 +96,8 @@ def spread(schedule: ChunkSchedule, count: int) -> tuple[int, ...]:
     steps, lag = schedule.steps, schedule.lag or schedule.steps
     if count >= steps:
         return tuple(range(steps))
-    lag = lag if count >= -(-steps // lag) else steps
+    while -(-steps // lag) > count:  # too few for every lag: neighbours take turns
+        lag += schedule.lag or steps
     chosen = set(range(0, steps, lag))
     while len(chosen) < count:
         room = count - len(chosen)

@@ -21,7 +21,7 @@ LONG_STEPS = 6  # recomputed of a chunk, where many chunks are made
 
 # Recomputed steps of a chunk, for ours; steps of fewer steps; distances of periodic; thresholds of the rules that watch
 # the input, which lie between 2x and 8x on the demo model.
-OUR_STEPS = {"magi": (15, 9, 6, 30, 20), "skyreels": (15, 11, 9, 7, 25), "causal": (3, 2)}
+OUR_STEPS = {"magi": (15, 9, 6, 30, 20), "skyreels": (7, 5, 4, 15, 10, 25), "causal": (3, 2)}
 FEWER_STEPS = {"magi": (16, 8, 32), "skyreels": (20, 10, 30), "causal": (3, 2)}
 DISTANCES = {"magi": (8, 4, 16), "skyreels": (5, 10), "causal": ()}
 THRESHOLDS = {
