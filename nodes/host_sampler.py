@@ -42,7 +42,7 @@ class ARSampler(host.ChunkSampler):
         chunk_frames: latent frames of a chunk.
         lag: ticks between the starts of two chunks; the number of steps, or more, is one chunk at a time.
         solver: a key of `SOLVERS`.
-        kind: "causal" goes chunk by chunk over a history; "joint" runs all chunks of a window together and "rolling" the
+        kind: "causal" goes chunk by chunk over a history; "joint" runs all chunks of a window together, "rolling" the
             active ones, seeing each other both ways (SkyReels-V2 and Rolling Forcing as upstream runs them).
         first_levels: noise levels of the first chunk where it takes more steps than the others; for "causal".
         prefix: latent [B, C, T, H, W] in the host's space that comes before the generated frames.
@@ -83,7 +83,9 @@ class ARSampler(host.ChunkSampler):
         patch = host.patch_of(options)
         chunks = self.chunks or host.check_frames(noise, self.chunk_frames)
         if denoise_mask is not None:
-            raise UserError("A noise mask was given; FlowCache extends videos instead: give the frames to keep as a prefix.")
+            raise UserError(
+                "A noise mask was given; FlowCache extends videos instead: give the frames to keep as a prefix."
+            )
         add_wrapper_with_key(WrappersMP.DIFFUSION_MODEL, host.KEY, host.diffusion_model, options, is_model_options=True)
         seed = extra_args.get("seed") or 0
         levels = sigmas.tolist()
@@ -132,7 +134,8 @@ class ARSampler(host.ChunkSampler):
 
             def denoise(x: Tensor, sigma: float, place: Place) -> Tensor:
                 run.place, run.sigma = place, sigma
-                guider.conds, run.caption = captions.of({LEAD: 0, END: schedule.total_chunks - 1}.get(place.chunk, place.chunk))
+                said = {LEAD: 0, END: schedule.total_chunks - 1}.get(place.chunk, place.chunk)
+                guider.conds, run.caption = captions.of(said)
                 clean = guided(x, sigma)
                 if place.step == CLEAN:
                     return torch.zeros_like(x)
@@ -149,7 +152,8 @@ class ARSampler(host.ChunkSampler):
             engine = self._joint_engine(schedule, Window(run, guided), levels, start, prefix, end, seed, common)
             report, histories = engine.report, {}
             if self.kind == "rolling":
-                report.history_bytes_planned = branches * rolling_bytes(run.history_shape(shape, chunks), run.dtype.itemsize)
+                a_branch = rolling_bytes(run.history_shape(shape, chunks), run.dtype.itemsize)
+                report.history_bytes_planned = branches * a_branch
         self.on_plan(report)
         options["transformer_options"][host.RUN] = run
         if self.kind == "causal" and prefix is not None:
@@ -193,7 +197,9 @@ class ARSampler(host.ChunkSampler):
 
     def _joint_engine(self, schedule, window, levels, start, prefix, end, seed, common) -> JointEngine:
         if self.state is not None:
-            raise UserError(f"A run with attention '{self.kind}' keeps no history to go on from; connect a prefix instead.")
+            raise UserError(
+                f"A run with attention '{self.kind}' keeps no history to go on from; connect a prefix instead."
+            )
         if self.kind == "rolling":
             if prefix is not None or end is not None:
                 raise UserError("Rolling Forcing takes no given frames; leave prefix and end unconnected.")
@@ -235,7 +241,8 @@ class JointRun(host.HostRun):
     def history_shape(self, chunk: Sequence[int], chunks: int) -> HistoryShape:
         """Sizes of a branch's history of so many chunks of shape [B, C, T, H, W]."""
         backbone, (batch, _, frames, *size) = self.backbone, chunk
-        return HistoryShape(backbone.layers, batch, backbone.heads, backbone.head_dim, backbone.grid(*size), frames, chunks)
+        grid = backbone.grid(*size)
+        return HistoryShape(backbone.layers, batch, backbone.heads, backbone.head_dim, grid, frames, chunks)
 
     def _make(self, text: Tensor) -> JointGuidance | RollingDenoise:
         if self.kind == "rolling":
@@ -264,7 +271,7 @@ class Window:
 
 @dataclass(frozen=True)
 class Extended:
-    """What Autoregressive Extend gives: all frames in the host's latent space, a state, a report, and its video if any."""
+    """What Autoregressive Extend gives: all frames in the host's latent space, a state, a report, its video if any."""
 
     latent: Tensor
     state: State
@@ -327,8 +334,8 @@ def extend(
         state.check(host.model_name(model), chunk_frames, shape)
         if not state.histories:
             raise UserError(
-                "The state is of a run that keeps no history (joint or rolling attention, or a given end); connect that run's "
-                "latent as a prefix instead."
+                "The state is of a run that keeps no history (joint or rolling attention, or a given end); connect that "
+                "run's latent as a prefix instead."
             )
     channel = model.model.process_latent_in
     before = state.latents if state is not None else None if prefix is None else channel(prefix.cpu().float())
@@ -359,8 +366,8 @@ def extend(
     if resume is not None:
         if kind != "causal" or lag == 0 or end is not None:
             raise UserError(
-                "A run can be resumed where chunks follow one another and nothing is given after them; use attention 'causal', "
-                "a lag above 0 and no end, or disconnect 'resume'."
+                "A run can be resumed where chunks follow one another and nothing is given after them; use attention "
+                "'causal', a lag above 0 and no end, or disconnect 'resume'."
             )
         before_run = (prefix, state and (state.latents, state.histories))
         run = (positive, negative, scale, seed, levels, first_levels, chunks, lag, solver, shape, condition, before_run)
@@ -418,7 +425,8 @@ def progress_text(text: str, node_id: str | None) -> None:
 def describe_plan(report: Report) -> str:
     """What is known before a run; stays on the node until its first tick is done."""
     planned, unbounded = report.history_bytes_planned, report.history_bytes_unbounded
-    return f"history: {megabytes(planned)} planned" + (f", {megabytes(unbounded)} unbounded" if unbounded > planned else "")
+    more = f", {megabytes(unbounded)} unbounded" if unbounded > planned else ""
+    return f"history: {megabytes(planned)} planned{more}"
 
 
 def describe(told: Progress, report: Report, used: int, total: int, begun: float, earlier: int = 0) -> str:
