@@ -51,7 +51,7 @@ class Size:
     short_clips: int = 8
     short_chunks: int = 64
     tokens: int = 8192
-    minutes: float = 24.0
+    minutes: float = 22.0
 
 
 SMOKE = Size(
