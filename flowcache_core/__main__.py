@@ -121,7 +121,8 @@ def run_info(options: argparse.Namespace) -> None:
             plan = plan_history(config, usual, size, options.seconds * usual.fps + 1, history)
             kept = "all of it kept"
         kept = f"{options.budget} finished chunks kept" if options.budget else kept
-        print(f"video     {size[0]}x{size[1]}, {plan.frames} frames ({plan.frames / usual.fps:.1f} s), {plan.chunks} chunks")
+        length = f"{plan.frames} frames ({plan.frames / usual.fps:.1f} s), {plan.chunks} chunks"
+        print(f"video     {size[0]}x{size[1]}, {length}")
         print(f"history   {megabytes(plan.planned)} in bfloat16, {kept}; {megabytes(plan.unbounded)} unbounded")
 
 

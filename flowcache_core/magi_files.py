@@ -59,7 +59,7 @@ def _vae(path: Path) -> tuple[dict[str, Tensor], dict]:
     settings = settings or file.settings or folder_settings(path.parent)
     if not settings or not isinstance(settings, dict):
         raise UserError(
-            f"Nothing says the sizes of {path.name}: put the config.json of MAGI-1's vae folder beside it, or convert the "
-            "folder with `python -m flowcache_core convert`."
+            f"Nothing says the sizes of {path.name}: put the config.json of MAGI-1's vae folder beside it, or convert "
+            "the folder with `python -m flowcache_core convert`."
         )
     return file.tensors, settings

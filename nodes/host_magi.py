@@ -1,7 +1,8 @@
 """MAGI-1 in Autoregressive Extend: its own sampler as one of the host's.
 
 The host's guider prepares the run (memory, LoRA, conditions, progress, previews) and then hands over: MAGI-1's branches
-are no positive and negative, and share one history, so the sampler runs them itself and does not come back for each step.
+are no positive and negative, and share one history, so the sampler runs them itself and does not come back for each
+step.
 """
 
 import time
@@ -76,8 +77,8 @@ class Caption:
         embedding, more = condition["cross_attn"], condition
         if embedding.ndim != 3 or embedding.shape[0] != 1 or embedding.shape[-1] != width:
             raise UserError(
-                f"The caption's embedding is {list(embedding.shape)}, expected [1, tokens, {width}] of T5 v1.1 XXL: load "
-                "that encoder with type 'mochi' and use MAGI-1 Prompt."
+                f"The caption's embedding is {list(embedding.shape)}, expected [1, tokens, {width}] of T5 v1.1 XXL: "
+                "load that encoder with type 'mochi' and use MAGI-1 Prompt."
             )
         mask = more.get("attention_mask")
         names = more[PROMPT].tokens if PROMPT in more else ("hq",)

@@ -137,8 +137,8 @@ class VaeForHost(torch.nn.Module):
         self.vae = vae
 
     def encode(self, video: Tensor) -> Tensor:
-        """Pixels [B, 3, F, H, W] to latents; frames beyond a multiple of 4 are dropped at the beginning, so that a video
-        can be continued from its last one. Fewer than 4 are taken as an image, the last."""
+        """Pixels [B, 3, F, H, W] to latents; frames beyond a multiple of 4 are dropped at the beginning, so that a
+        video can be continued from its last one. Fewer than 4 are taken as an image, the last."""
         frames = video.shape[2]
         return self.vae.encode(video[:, :, frames % 4 :] if frames >= 4 else video[:, :, -1:])
 

@@ -31,7 +31,7 @@ MOST_FORWARD, MOST_RUN = 1.10, 1.05  # what we allow ourselves
 def random_backbone() -> MagiBackbone:
     torch.manual_seed(0)
     network = MagiNetwork(CONFIG)
-    for name, parameter in network.named_parameters():
+    for parameter in network.parameters():
         if parameter.ndim > 1:
             torch.nn.init.normal_(parameter, std=parameter[0].numel() ** -0.5)
     return MagiBackbone(network.requires_grad_(False).eval())
@@ -112,8 +112,11 @@ def forward_ratio(repeats: int) -> tuple[float, float]:
     frames = torch.arange(PAST * CHUNK_FRAMES, (PAST + 1) * CHUNK_FRAMES)
     table = backbone.rotary.table(frames, *grid)
 
+    def attend(layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        return view.attend(layer, q, k, v, grouped_attention)
+
     def ours() -> Tensor:
-        residual = backbone.trunk(x, sigma, context, lambda layer, q, k, v: view.attend(layer, q, k, v, grouped_attention))
+        residual = backbone.trunk(x, sigma, context, attend)
         return backbone.head(x, sigma, residual)
 
     def bare() -> Tensor:

@@ -108,7 +108,10 @@ class ComfyPage(Browser):
 
     def to_api(self) -> dict:
         """The open graph in the form that is posted to /prompt."""
-        return self.evaluate("app.graphToPrompt().then(made => made.output)")
+        made = self.evaluate("app.graphToPrompt().then(made => made.output)")
+        for node in made.values():
+            node["inputs"].pop("video-preview", None)  # the player, which comes when a video has been read
+        return made
 
     def run(self, timeout: float = 600) -> None:
         """Presses Run and waits for the end.

@@ -20,8 +20,8 @@ CONFIGS = {
 }
 VAE = {
     "_class_name": "ViTVAE",
-    "ddconfig": {"embed_dim": 256, "depth": 1, "num_heads": 4, "mlp_ratio": 2, "z_chans": 16, "video_size": 64, "conv_last_layer": True,
-                 "qkv_bias": True, "ln_in_attn": True},
+    "ddconfig": {"embed_dim": 256, "depth": 1, "num_heads": 4, "mlp_ratio": 2, "z_chans": 16, "video_size": 64,
+                 "conv_last_layer": True, "qkv_bias": True, "ln_in_attn": True},
 }  # fmt: skip
 
 
