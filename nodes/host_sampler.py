@@ -334,8 +334,8 @@ def extend(
         state.check(host.model_name(model), chunk_frames, shape)
         if not state.histories:
             raise UserError(
-    """What Autoregressive Extend gives: all frames in the host's latent space, a state, a report, perhaps a video."""
-                "run's latent as a prefix instead."
+                "The state is of a run that keeps no history (joint or rolling attention, or a given end); connect "
+                "that run's latent as a prefix instead."
             )
     channel = model.model.process_latent_in
     before = state.latents if state is not None else None if prefix is None else channel(prefix.cpu().float())
