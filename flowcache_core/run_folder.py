@@ -113,7 +113,7 @@ class RunFolder:
         if not self.root.exists():
             return
         others = [folder for folder in self.root.iterdir() if NAME.fullmatch(folder.name) and folder != self.path]
-        others = sorted((folder for folder in others if not folder.is_symlink()), key=_last_used)
+        others = sorted((folder for folder in others if folder.is_dir() and not folder.is_symlink()), key=_last_used)
         sizes = {folder: sum(file.stat().st_size for file in folder.iterdir()) for folder in others}
         while others and sum(sizes[folder] for folder in others) + needed > self.limit:
             shutil.rmtree(others.pop(0), ignore_errors=True)

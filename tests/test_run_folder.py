@@ -103,6 +103,7 @@ def test_oldest_runs_go_first_and_nothing_else_is_touched(tmp_path):
     names = [digit * 32 for digit in "abc"]
     (tmp_path / "holiday").mkdir(parents=True)
     (tmp_path / "holiday" / "photo.png").write_bytes(bytes(9999))
+    (tmp_path / ("d" * 32)).write_bytes(b"a file by a run's name")
     chunk, histories = one(1000)
     size = None
     for age, name in enumerate(names):
@@ -115,7 +116,7 @@ def test_oldest_runs_go_first_and_nothing_else_is_touched(tmp_path):
     folder(tmp_path, NAME, limit=4 * size).add(chunk, histories)
     assert {path.name for path in tmp_path.iterdir()} >= {"holiday", names[0], NAME}
     assert not (tmp_path / names[1]).exists()
-    assert (tmp_path / "holiday" / "photo.png").exists()
+    assert (tmp_path / "holiday" / "photo.png").exists() and (tmp_path / ("d" * 32)).exists()
 
 
 def test_run_larger_than_the_limit_keeps_what_it_has(tmp_path):

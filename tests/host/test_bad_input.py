@@ -116,3 +116,16 @@ def test_widgets_out_of_range_are_refused_before_anything_runs(server, wrong):
     graph.add("SaveLatent", samples=(node, 0), filename_prefix="s")
     with pytest.raises(Refused, match=next(iter(wrong))):
         server.run(graph)
+
+
+@pytest.mark.parametrize("name", ["../../../../etc/passwd", "/etc/passwd"])
+def test_names_that_lead_out_of_the_hosts_folders_are_refused(server, name):
+    loaders = {
+        "FlowCacheLoadARVideoModel": {"model_name": name, "family": "auto", "weight_type": "default"},
+        "FlowCacheLoadMagiVAE": {"vae_name": name},
+    }
+    for kind, inputs in loaders.items():
+        graph = Graph()
+        graph.add("PreviewAny", source=(graph.add(kind, **inputs), 0))
+        with pytest.raises(Refused, match="not in list"):
+            server.run(graph)
