@@ -1,8 +1,10 @@
 """A few hundred mutated files; tests/fuzz_files.py as a script reads any number."""
 
+import pytest
 from fuzz_files import KINDS, fuzz
 
 
+@pytest.mark.filterwarnings("ignore")  # of torch, about tensors without elements
 def test_mutated_files_are_taken_or_refused_in_one_line(tmp_path):
     outcome = fuzz(40 * len(KINDS), 0, tmp_path)
     assert not outcome.faults
