@@ -15,8 +15,8 @@ class MagiPrompt(io.ComfyNode):
             display_name="MAGI-1 Prompt (FlowCache)",
             category="FlowCache",
             description="A prompt for MAGI-1: cleaned as its training captions were, encoded by T5 v1.1 XXL, with "
-            "MAGI-1's special tokens in front when it is sampled. Leave it empty for the negative input of Autoregressive "
-            "Extend.",
+            "MAGI-1's special tokens in front when it is sampled. Leave it empty for the negative input of "
+            "Autoregressive Extend.",
             **found_by("magi", "magi-1", "t5 text encode"),
             inputs=[
                 io.Clip.Input("clip", tooltip="T5 v1.1 XXL: CLIPLoader with type 'mochi'."),
