@@ -1,7 +1,7 @@
 """Runs a workflow on a ComfyUI server and downloads what it saved. Only Python's standard library is needed.
 
-    python docs/api_example.py
-    python docs/api_example.py --caption "a green triangle" --seed 7 --server http://127.0.0.1:8188 --out videos
+python docs/api_example.py
+python docs/api_example.py --caption "a green triangle" --seed 7 --server http://127.0.0.1:8188 --out videos
 """
 
 import argparse

@@ -1,4 +1,5 @@
-"""Which tokens of the clean history stay: importance x redundancy (FlowCache, arXiv 2602.10825, section on KV compression).
+"""Which tokens of the clean history stay: importance x redundancy (FlowCache, arXiv 2602.10825, section on KV
+compression).
 
 All arithmetic is linear in the history's length and done in tiles, so that the extra memory stays bounded. Ties are
 broken by age, the older token stays, which makes the choice deterministic.
@@ -27,7 +28,8 @@ class Compression:
         weight: lambda; score = lambda * importance - (1 - lambda) * redundancy.
         pool: width of the max-pooling of importance along the tokens, odd.
         granularity: whole frames or chunks may be kept by their mean score instead of single tokens by their own.
-        asked_by: whose queries weigh the importance: the newest chunk's (MAGI-1) or the oldest active one's (SkyReels-V2).
+        asked_by: whose queries weigh the importance: the newest chunk's (MAGI-1) or the oldest active one's
+            (SkyReels-V2).
         queries: how many of that chunk's last tokens ask; 0 asks with the whole chunk.
         protect_first: the first chunk (sink) always stays.
         protect_newest: the newest clean chunk always stays.
@@ -142,7 +144,8 @@ def choose(
     """Indices of the clean tokens that stay.
 
     Args:
-        queries: [B, query heads, Q, D] of the newest chunk, for the "flowcache" rule; None where the history comes from a
+        queries: [B, query heads, Q, D] of the newest chunk, for the "flowcache" rule; None where the history comes from
+            a
             run without a budget, which keeps none: then redundancy alone decides.
         keys: [B, key heads, N, D], the clean history in time order.
         keep: how many tokens stay, a whole number of chunks and less than N.

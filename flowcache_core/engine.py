@@ -157,7 +157,8 @@ class Engine:
 
     @torch.inference_mode()
     def prefill_end(self, latent: Tensor) -> None:
-        """Runs frames [B, C, T, H, W] that come after the last chunk, at their place in time; all chunks attend to them.
+        """Runs frames [B, C, T, H, W] that come after the last chunk, at their place in time; all chunks attend to
+        them.
 
         Call it after `prefill`: an end attends to everything that is given.
         """

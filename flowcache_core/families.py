@@ -138,7 +138,8 @@ FAMILIES: dict[str, Family] = {
         "Wan 2.1, README",
     ),
     **dict.fromkeys(("magi", "magi distilled"), Family(
-        64, 16, 6, always("euler"), noise_levels.magi, 7.5, (720, 720), 3.0, "MAGI-1, example/4.5B/*_config.json; see magi_usual",
+        64, 16, 6, always("euler"), noise_levels.magi, 7.5, (720, 720), 3.0,
+        "MAGI-1, example/4.5B/*_config.json; see magi_usual",
         fps=24,
     )),
 }  # fmt: skip

@@ -199,5 +199,6 @@ class JointEngine:
 
 
 def _of_frames(x: Tensor, level: float) -> Tensor:
-    """A noise level for each frame of x [B, C, T, H, W], [T]; made on x's device, which a list would have to be sent to."""
+    """A noise level for each frame of x [B, C, T, H, W], [T]; made on x's device, which a list would have to be sent
+    to."""
     return torch.full((x.shape[2],), level, dtype=torch.float32, device=x.device)

@@ -107,8 +107,12 @@ PRESETS: dict[str, Settings] = {
     "high": Settings(ReuseSettings("even", every=4, least=10)),
     "balanced": Settings(ReuseSettings("even", every=8, least=6)),
     "fast": Settings(ReuseSettings("even", every=16, least=4)),
-    "paper slow": Settings(ReuseSettings("flowcache", threshold=0.01, warmup=5, order=0, correct=False), clean_pass=False),
-    "paper fast": Settings(ReuseSettings("flowcache", threshold=0.015, warmup=5, order=0, correct=False), clean_pass=False),
+    "paper slow": Settings(
+        ReuseSettings("flowcache", threshold=0.01, warmup=5, order=0, correct=False), clean_pass=False
+    ),
+    "paper fast": Settings(
+        ReuseSettings("flowcache", threshold=0.015, warmup=5, order=0, correct=False), clean_pass=False
+    ),
 }
 DEFAULT_PRESET = "balanced"
 

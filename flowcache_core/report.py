@@ -108,8 +108,10 @@ class Report:
         lines = [
             self.settings,
             f"{self.chunks_done} chunks of {self.schedule.steps} steps, lag {self.schedule.lag}",
-            f"forwards: {self.forwards_executed} of {self.forwards_total} ({fewer:.1f}x fewer), {self.reused:.0%} of steps reused",
-            f"time: {self.seconds:.1f} s, {self.seconds / max(1, self.chunks_done):.2f} s a chunk, overhead {self.overhead:.1%}",
+            f"forwards: {self.forwards_executed} of {self.forwards_total} ({fewer:.1f}x fewer), {self.reused:.0%} of "
+            f"steps reused",
+            f"time: {self.seconds:.1f} s, {self.seconds / max(1, self.chunks_done):.2f} s a chunk, overhead "
+            f"{self.overhead:.1%}",
             f"history: planned {megabytes(self.history_bytes_planned)}, peak {megabytes(self.history_bytes_peak)}, "
             f"unbounded {megabytes(self.history_bytes_unbounded)}",
             *self.notes,

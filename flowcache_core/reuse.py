@@ -183,7 +183,8 @@ def _must(place: Place, steps: int, warmup: int, last: bool) -> bool:
 
 
 def _rescaled(change: float | None, coefficients: Sequence[float] | None) -> float | None:
-    """The change put through the polynomial; None where there is no change to go by or the polynomial is not positive."""
+    """The change put through the polynomial; None where there is no change to go by or the polynomial is not
+    positive."""
     if change is None or coefficients is None:
         return change
     value = 0.0

@@ -21,7 +21,8 @@ from .schedule import Place
 
 
 def rolling_bytes(shape: HistoryShape, itemsize: int, span: int = 21) -> int:
-    """What `RollingHistory` grows to in a run of shape.capacity chunks: keys and values of the sink and the newest ones."""
+    """What `RollingHistory` grows to in a run of shape.capacity chunks: keys and values of the sink and the newest
+    ones."""
     others = span // shape.chunk_frames - 1
     kept = 1 + min(others, shape.capacity)
     return 2 * shape.layers * shape.batch * shape.heads * shape.head_dim * itemsize * shape.chunk_tokens * kept

@@ -234,8 +234,8 @@ class Runner:
             if self._loaded:
                 if branch not in self._loaded:
                     raise UserError(
-                        f"The state holds history for the branches {sorted(map(str, self._loaded))}, not for '{branch}': "
-                        "extend with the guidance that it was made with."
+                        f"The state holds history for the branches {sorted(map(str, self._loaded))}, not for "
+                        f"'{branch}': extend with the guidance that it was made with."
                     )
                 history.load(self._loaded[branch])
             self.histories[branch] = history

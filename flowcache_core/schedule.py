@@ -46,7 +46,9 @@ class ChunkSchedule:
         if self.lag > self.steps:
             raise UserError(f"lag is {self.lag}, expected at most the {self.steps} steps of a chunk.")
         if self.first_steps is not None and self.first_steps < self.steps:
-            raise UserError(f"first_steps is {self.first_steps}, expected at least the {self.steps} steps of the others.")
+            raise UserError(
+                f"first_steps is {self.first_steps}, expected at least the {self.steps} steps of the others."
+            )
 
     @property
     def indices(self) -> range:

@@ -52,7 +52,8 @@ class State(NamedTuple):
         return dict(zip(self.branches, self.histories, strict=True))
 
     def check(self, model: str, chunk_frames: int, latent_shape: tuple[int, ...]) -> None:
-        """Raises UserError where a run of that model, chunk size and latent shape [B, C, *, H, W] cannot go on from it."""
+        """Raises UserError where a run of that model, chunk size and latent shape [B, C, *, H, W] cannot go on from
+        it."""
         mine = (self.latents.shape[0], self.latents.shape[1], *self.latents.shape[3:])
         asked = (latent_shape[0], latent_shape[1], *latent_shape[3:])
         if self.model and model and self.model != model:
@@ -63,7 +64,8 @@ class State(NamedTuple):
             raise UserError(f"The state has {self.chunk_frames} frames a chunk, the run {chunk_frames}; set the same.")
         if mine != asked:
             raise UserError(
-                f"The state's latents are {mine} [batch, channels, height, width], the run's {asked}; use the same size."
+                f"The state's latents are {mine} [batch, channels, height, width], the run's {asked}; use the same "
+                f"size."
             )
 
 
@@ -85,7 +87,12 @@ def save_state(state: State, path: Path | str) -> None:
     for number, history in enumerate(state.histories):
         for name, tensor in history._asdict().items():
             tensors[f"history.{number}.{name}"] = tensor.contiguous()
-    info = {"branches": state.branches, "chunk_frames": state.chunk_frames, "model": state.model, "dropped": state.dropped}
+    info = {
+        "branches": state.branches,
+        "chunk_frames": state.chunk_frames,
+        "model": state.model,
+        "dropped": state.dropped,
+    }
     metadata = {"format": FORMAT, "state": json.dumps(info)}
     write_whole(path, lambda partial: save_file(tensors, partial, metadata=metadata))
 

@@ -62,8 +62,8 @@ class WeightFile:
 
 
 def open_weights(path: Path, use_ema: bool = True) -> WeightFile:
-    """Opens a safetensors file, a torch file, an index.json with its shards, or a folder that holds one of them. A shard
-    that an index beside it names stands for all of them.
+    """Opens a safetensors file, a torch file, an index.json with its shards, or a folder that holds one of them. A
+    shard that an index beside it names stands for all of them.
 
     Args:
         use_ema: of a torch file that has both, take "generator_ema" rather than "generator".

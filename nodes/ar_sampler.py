@@ -14,8 +14,8 @@ class ARSamplerNode(io.ComfyNode):
             node_id="FlowCacheARSampler",
             display_name="AR Sampler (FlowCache)",
             category="FlowCache",
-            description="Samples a video chunk by chunk, for SamplerCustomAdvanced: noise, sigmas and guider stay ComfyUI's. "
-            "Put a FlowCache node before the guider to make it faster.",
+            description="Samples a video chunk by chunk, for SamplerCustomAdvanced: noise, sigmas and guider stay "
+            "ComfyUI's. Put a FlowCache node before the guider to make it faster.",
             **found_by("autoregressive sampler", "diffusion forcing sampler", "magi", "skyreels"),
             inputs=[
                 io.Int.Input(
@@ -23,8 +23,8 @@ class ARSamplerNode(io.ComfyNode):
                     default=3,
                     min=1,
                     max=64,
-                    tooltip="Latent frames that are denoised together, as the model was trained: 3 for the demo model and "
-                    "chunkwise causal Wan, 1 for framewise, 5 for SkyReels-V2, 6 for MAGI-1.",
+                    tooltip="Latent frames that are denoised together, as the model was trained: 3 for the demo model "
+                    "and chunkwise causal Wan, 1 for framewise, 5 for SkyReels-V2, 6 for MAGI-1.",
                 ),
                 io.Int.Input(
                     "lag",
@@ -46,8 +46,8 @@ class ARSamplerNode(io.ComfyNode):
                         "attention",
                         options=["causal", "joint", "rolling"],
                         default="causal",
-                        tooltip="causal: chunk by chunk over the history; joint: all chunks in every forward (SkyReels-V2 "
-                        "without acceleration); rolling: the active chunks together (Rolling Forcing).",
+                        tooltip="causal: chunk by chunk over the history; joint: all chunks in every forward "
+                        "(SkyReels-V2 without acceleration); rolling: the active chunks together (Rolling Forcing).",
                     )
                 ),
             ],

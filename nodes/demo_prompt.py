@@ -18,7 +18,8 @@ class DemoPrompt(io.ComfyNode):
                 io.String.Input(
                     "caption",
                     default="a red circle and a blue square",
-                    tooltip=f"One or two shapes, for example 'a red circle and a blue square'. Words: {', '.join(WORDS)}.",
+                    tooltip="One or two shapes, for example 'a red circle and a blue square'. "
+                    f"Words: {', '.join(WORDS)}.",
                 )
             ],
             outputs=[io.Conditioning.Output()],

@@ -21,9 +21,9 @@ class AutoregressiveExtend(io.ComfyNode):
             node_id="FlowCacheAutoregressiveExtend",
             display_name="Autoregressive Extend",
             category="FlowCache",
-            description="Generates a video chunk by chunk, or goes on from an earlier one: connect the state of another "
-            "Autoregressive Extend to continue with a new prompt (nothing is computed again), or a latent to continue a "
-            "given image or video.",
+            description="Generates a video chunk by chunk, or goes on from an earlier one: connect the state of "
+            "another Autoregressive Extend to continue with a new prompt (nothing is computed again), or a latent to "
+            "continue a given image or video.",
             **found_by("long video", "extend video", "autoregressive", "video continuation", "infinite video"),
             inputs=[
                 io.Model.Input("model", tooltip="An autoregressive video model, best with a FlowCache node before it."),
@@ -35,7 +35,8 @@ class AutoregressiveExtend(io.ComfyNode):
                     min=0,
                     max=0xFFFFFFFFFFFFFFFF,
                     control_after_generate=True,
-                    tooltip="Chunk i's noise depends on the seed and i alone, so a longer video begins like a shorter one.",
+                    tooltip="Chunk i's noise depends on the seed and i alone, so a longer video begins like a shorter "
+                    "one.",
                 ),
                 io.Int.Input(
                     "chunks",
@@ -71,8 +72,8 @@ class AutoregressiveExtend(io.ComfyNode):
                     default=-1,
                     min=-1,
                     max=1000,
-                    tooltip="Steps that a chunk is ahead of the next; the number of steps is one chunk after the other, 0 "
-                    "all chunks together, -1: as recommended for the model.",
+                    tooltip="Steps that a chunk is ahead of the next; the number of steps is one chunk after the "
+                    "other, 0 all chunks together, -1: as recommended for the model.",
                 ),
                 io.Int.Input(
                     "width",
@@ -103,9 +104,9 @@ class AutoregressiveExtend(io.ComfyNode):
                         "attention",
                         options=["auto", "causal", "joint"],
                         default="auto",
-                        tooltip="causal: chunk by chunk over the history, as FlowCache runs; joint: all chunks in every "
-                        "forward, seeing each other both ways (SkyReels-V2 without acceleration). "
-                        "auto: as the model was made for.",
+                        tooltip="causal: chunk by chunk over the history, as FlowCache runs; joint: all chunks in "
+                        "every forward, seeing each other both ways (SkyReels-V2 without acceleration). auto: as the "
+                        "model was made for.",
                     )
                 ),
                 advanced(
@@ -115,8 +116,8 @@ class AutoregressiveExtend(io.ComfyNode):
                         min=0.0,
                         max=100.0,
                         step=0.1,
-                        tooltip="Moves the noise levels towards noise; 0: as recommended for the model. SkyReels-V2 advises "
-                        "8 for text and 5 for image input.",
+                        tooltip="Moves the noise levels towards noise; 0: as recommended for the model. SkyReels-V2 "
+                        "advises 8 for text and 5 for image input.",
                     )
                 ),
                 advanced(
@@ -126,8 +127,8 @@ class AutoregressiveExtend(io.ComfyNode):
                         min=-1.0,
                         max=1.0,
                         step=0.01,
-                        tooltip="Noise level that given frames are shown at (SkyReels-V2's addnoise_condition 20 is 0.02); "
-                        "-1: as recommended for the model.",
+                        tooltip="Noise level that given frames are shown at (SkyReels-V2's addnoise_condition 20 is "
+                        "0.02); -1: as recommended for the model.",
                     )
                 ),
                 io.Latent.Input(
@@ -138,31 +139,33 @@ class AutoregressiveExtend(io.ComfyNode):
                 io.Latent.Input(
                     "end",
                     optional=True,
-                    tooltip="A given end (an encoded image), which all chunks work towards. It is part of the result, and nothing can "
-                    "go on from it.",
+                    tooltip="A given end (an encoded image), which all chunks work towards. It is part of the result, "
+                    "and nothing can go on from it.",
                 ),
                 StateType.Input(
                     "state",
                     optional=True,
-                    tooltip="The state of another Autoregressive Extend with the same model: goes on from its last chunk.",
+                    tooltip="The state of another Autoregressive Extend with the same model: goes on from its last "
+                    "chunk.",
                 ),
                 StreamType.Input(
                     "stream",
                     optional=True,
-                    tooltip="Of Stream Video to Disk: finished chunks are decoded, shown and written to a video while the run "
-                    "goes on.",
+                    tooltip="Of Stream Video to Disk: finished chunks are decoded, shown and written to a video while "
+                    "the run goes on.",
                 ),
                 ResumeType.Input(
                     "resume",
                     optional=True,
-                    tooltip="Of Resume after Interrupt: finished chunks are kept on disk, and the same run goes on from them.",
+                    tooltip="Of Resume after Interrupt: finished chunks are kept on disk, and the same run goes on "
+                    "from them.",
                 ),
             ],
             outputs=[
                 io.Latent.Output(
                     display_name="latent",
-                    tooltip="All frames, those before this extension included; only the last chunk's where a stream keeps no "
-                    "latents.",
+                    tooltip="All frames, those before this extension included; only the last chunk's where a stream "
+                    "keeps no latents.",
                 ),
                 StateType.Output(display_name="state", tooltip="Connect it to another Autoregressive Extend to go on."),
                 ReportType.Output(display_name="report"),
@@ -177,7 +180,9 @@ class AutoregressiveExtend(io.ComfyNode):
         stream=None, resume=None,
     ) -> io.NodeOutput:  # fmt: skip
         if prefix is not None and state is not None:
-            raise UserError("Both a prefix and a state are connected; a state already holds what came before. Connect one.")
+            raise UserError(
+                "Both a prefix and a state are connected; a state already holds what came before. Connect one."
+            )
         name = host.family_of(model)
         if name in MAGI_FAMILIES:
             host_magi.check_fixed(

@@ -19,9 +19,9 @@ class ExtendInWindows(io.ComfyNode):
             node_id="FlowCacheExtendInWindows",
             display_name="Extend in Windows",
             category="FlowCache",
-            description="A long video as SkyReels-V2's upstream makes it: window after window, each begun with the last "
-            "frames of the one before, which are encoded anew. All frames of a window see each other, and nothing is reused. "
-            "Autoregressive Extend makes long videos without decoding in between.",
+            description="A long video as SkyReels-V2's upstream makes it: window after window, each begun with the "
+            "last frames of the one before, which are encoded anew. All frames of a window see each other, and "
+            "nothing is reused. Autoregressive Extend makes long videos without decoding in between.",
             **found_by("long video", "skyreels", "diffusion forcing", "sliding window"),
             inputs=[
                 io.Model.Input("model", tooltip="SkyReels-V2 diffusion forcing."),
@@ -42,8 +42,8 @@ class ExtendInWindows(io.ComfyNode):
                     min=1,
                     max=100001,
                     step=4,
-                    tooltip="Frames of the video, those taken over from a start included: 257 for 10 s, 737 for 30 s at 24 "
-                    "frames a second.",
+                    tooltip="Frames of the video, those taken over from a start included: 257 for 10 s, 737 for 30 s "
+                    "at 24 frames a second.",
                 ),
                 io.Int.Input(
                     "window",
@@ -130,9 +130,11 @@ class ExtendInWindows(io.ComfyNode):
                     f"Window {number + 1} has {new} new frames, which do not fill chunks of {each}; change the length."
                 )
             made = extend(
-                model, positive, negative, scale=guidance, seed=seed + number, levels=usual.shifted_levels(steps, shift),
+                model, positive, negative, scale=guidance, seed=seed + number,
+                levels=usual.shifted_levels(steps, shift),
                 first_levels=None, chunks=new // each, chunk_frames=each, lag=lag, solver=usual.solver(steps),
-                size=(width, height), kind="joint", prefix=prefix, end=None, condition=condition_noise if given else 0.0,
+                size=(width, height), kind="joint", prefix=prefix, end=None,
+                condition=condition_noise if given else 0.0,
                 state=None, stream=None, resume=None, metadata={}, node_id=cls.hidden.unique_id,
             )  # fmt: skip
             images = vae.decode(made.latent).flatten(0, -4)[given:]

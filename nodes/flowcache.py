@@ -22,9 +22,10 @@ class FlowCache(io.ComfyNode):
             node_id="FlowCache",
             display_name="FlowCache",
             category="FlowCache",
-            description="Makes an autoregressive video model faster without training: each chunk reuses its own last results "
-            "where little changes, and the attention history is kept within a budget. Works with Autoregressive Extend, "
-            "AR Sampler (FlowCache) and ComfyUI's SamplerARVideo. Bypass it to get the plain model back.",
+            description="Makes an autoregressive video model faster without training: each chunk reuses its own last "
+            "results where little changes, and the attention history is kept within a budget. Works with "
+            "Autoregressive Extend, AR Sampler (FlowCache) and ComfyUI's SamplerARVideo. Bypass it to get the plain "
+            "model back.",
             **found_by("cache", "speed up", "teacache", "easycache", "kv cache", "faster video"),
             inputs=[
                 io.Model.Input(
@@ -34,24 +35,26 @@ class FlowCache(io.ComfyNode):
                     "preset",
                     options=[*PRESETS, CUSTOM, QUALITY],
                     default=DEFAULT_PRESET,
-                    tooltip="How much is reused: 'high' stays closest to the plain result, 'fast' is quickest. 'paper slow' "
-                    "and 'paper fast' are the published rule. 'custom' takes the advanced inputs below, 'quality' the knob of that name.",
+                    tooltip="How much is reused: 'high' stays closest to the plain result, 'fast' is quickest. 'paper "
+                    "slow' and 'paper fast' are the published rule. 'custom' takes the advanced inputs below, "
+                    "'quality' the knob of that name.",
                 ),
                 io.Int.Input(
                     "history_budget",
                     default=0,
                     min=0,
                     max=1000,
-                    tooltip="How many finished chunks the model may look back on; older tokens are dropped by importance "
-                    "and redundancy. 0 keeps all of them, so memory grows with the length of the video.",
+                    tooltip="How many finished chunks the model may look back on; older tokens are dropped by "
+                    "importance and redundancy. 0 keeps all of them, so memory grows with the length of the video.",
                 ),
                 advanced(
                     io.Combo.Input(
                         "policy",
                         options=["even", "flowcache", "teacache"],
                         default="even",
-                        tooltip="Only with preset 'custom'. even: recompute every n-th step; flowcache: when a chunk's own "
-                        "input has drifted past the threshold; teacache: one decision for all active chunks.",
+                        tooltip="Only with preset 'custom'. even: recompute every n-th step; flowcache: when a "
+                        "chunk's own input has drifted past the threshold; teacache: one decision for all active "
+                        "chunks.",
                     )
                 ),
                 advanced(
@@ -108,8 +111,8 @@ class FlowCache(io.ComfyNode):
                         min=0.0,
                         max=1.0,
                         step=0.01,
-                        tooltip="Lambda: a history token's score is lambda x importance - (1 - lambda) x redundancy. The "
-                        "paper uses 0.07.",
+                        tooltip="Lambda: a history token's score is lambda x importance - (1 - lambda) x redundancy. "
+                        "The paper uses 0.07.",
                     )
                 ),
                 advanced(
@@ -133,16 +136,17 @@ class FlowCache(io.ComfyNode):
                         "history_rule",
                         options=["flowcache", "window"],
                         default="flowcache",
-                        tooltip="What stays in a history over budget. flowcache: the tokens that score best; window: the "
-                        "newest chunks, as Self-Forcing's local_attn_size keeps them (with keep_first_chunk as its sink).",
+                        tooltip="What stays in a history over budget. flowcache: the tokens that score best; window: "
+                        "the newest chunks, as Self-Forcing's local_attn_size keeps them (with keep_first_chunk as "
+                        "its sink).",
                     )
                 ),
                 advanced(
                     io.Boolean.Input(
                         "correct",
                         default=True,
-                        tooltip="Only with preset 'custom': once a step is recomputed, take the reused steps before it again "
-                        "with what is known now. Costs nothing; the published rule does without.",
+                        tooltip="Only with preset 'custom': once a step is recomputed, take the reused steps before "
+                        "it again with what is known now. Costs nothing; the published rule does without.",
                     )
                 ),
                 advanced(
@@ -152,8 +156,9 @@ class FlowCache(io.ComfyNode):
                         min=0.0,
                         max=1.0,
                         step=0.05,
-                        tooltip="Only with preset 'quality': how alike the result is to the plain one. 0.2 draft, 0.5 balanced "
-                        "(38 dB), 0.8 high, 1 every step recomputed. Calibrate FlowCache makes it exact for your model.",
+                        tooltip="Only with preset 'quality': how alike the result is to the plain one. 0.2 draft, 0.5 "
+                        "balanced (38 dB), 0.8 high, 1 every step recomputed. Calibrate FlowCache makes it exact for "
+                        "your model.",
                     )
                 ),
                 advanced(
@@ -161,8 +166,9 @@ class FlowCache(io.ComfyNode):
                         "history_memory",
                         options=["auto", "system"],
                         default="auto",
-                        tooltip="Where the history lives. auto: on the graphics card, and in system memory from when that "
-                        "runs out; system: in system memory from the start, which is slower. The result is the same.",
+                        tooltip="Where the history lives. auto: on the graphics card, and in system memory from when "
+                        "that runs out; system: in system memory from the start, which is slower. The result is the "
+                        "same.",
                     )
                 ),
             ],

@@ -2,9 +2,9 @@
 touches ComfyUI's internals.
 
 A run goes through the host's guider, chunk by chunk, so that guidance, LoRA, memory management, interrupt, progress bar
-and previews are ComfyUI's own. Three wrappers on a patched model connect the two: OUTER_SAMPLE makes the run's state and
-always removes it, PREDICT_NOISE tells which chunk and step is asked for, DIFFUSION_MODEL runs our forward instead of the
-network's. Without a run they all pass through.
+and previews are ComfyUI's own. Three wrappers on a patched model connect the two: OUTER_SAMPLE makes the run's state
+and always removes it, PREDICT_NOISE tells which chunk and step is asked for, DIFFUSION_MODEL runs our forward instead
+of the network's. Without a run they all pass through.
 """
 
 import hashlib
@@ -64,7 +64,9 @@ def fingerprint(samples: Tensor) -> str:
     return hashlib.sha256(repr(tuple(samples.shape)).encode() + picked.numpy().tobytes()).hexdigest()
 
 
-def patched(model: comfy.model_patcher.ModelPatcher, settings: Settings, label: str) -> comfy.model_patcher.ModelPatcher:
+def patched(
+    model: comfy.model_patcher.ModelPatcher, settings: Settings, label: str
+) -> comfy.model_patcher.ModelPatcher:
     """A clone of the model that runs with FlowCache; the model itself is left as it is."""
     clone = model.clone()
     options = clone.model_options.setdefault("transformer_options", {})
@@ -92,7 +94,9 @@ def family_of(model: comfy.model_patcher.ModelPatcher) -> str:
 def model_name(model: comfy.model_patcher.ModelPatcher) -> str:
     """Tells networks of other sizes apart, for states; two files of one size pass as the same."""
     network = model.model.diffusion_model
-    return f"{type(network).__name__.replace('Causal', '')} {network.dim}x{len(network.blocks)} heads {network.num_heads}"
+    return (
+        f"{type(network).__name__.replace('Causal', '')} {network.dim}x{len(network.blocks)} heads {network.num_heads}"
+    )
 
 
 def file_of(model: comfy.model_patcher.ModelPatcher) -> Path:
@@ -160,7 +164,14 @@ class Run(HostRun):
     """A run chunk by chunk: holds the engine's runner and knows which chunk and step the guider is asked for."""
 
     def __init__(
-        self, model, settings: Settings, schedule: ChunkSchedule, chunk_frames: int, options: dict, lead: int = 0, end: int = 0
+        self,
+        model,
+        settings: Settings,
+        schedule: ChunkSchedule,
+        chunk_frames: int,
+        options: dict,
+        lead: int = 0,
+        end: int = 0,
     ):
         self.runner = Runner(None, schedule, settings, chunk_frames, dtype=compute_dtype(model), lead=lead, end=end)
         self.place: Place | None = None
@@ -183,8 +194,8 @@ class Run(HostRun):
 
 
 class ChunkSampler(comfy.samplers.Sampler):
-    """A sampler of ours, which makes its own run. `chunk_frames` go through the network at once; `history_bytes` is what
-    its history will take, if it knows."""
+    """A sampler of ours, which makes its own run. `chunk_frames` go through the network at once; `history_bytes` is
+    what its history will take, if it knows."""
 
     chunk_frames: int
     history_bytes: int | None = None
@@ -198,12 +209,13 @@ def settle_with_others(model_options: dict) -> None:
     """Leaves out, for a run of ours, what other nodes have patched the model with and what does not go with chunks.
 
     Raises:
-        UserError: a patch that takes each call of the guider for a step of the whole video, and would mix up the chunks.
+        UserError: a patch that takes each call of the guider for a step of the whole video, and would mix up the
+            chunks.
     """
     if "easycache" in model_options.get("transformer_options", {}):
         raise UserError(
-            "The model is patched by EasyCache or LazyCache, which reuse steps of the whole video at once and would mix up "
-            "the chunks; remove that node: FlowCache's presets reuse steps chunk by chunk."
+            "The model is patched by EasyCache or LazyCache, which reuse steps of the whole video at once and would "
+            "mix up the chunks; remove that node: FlowCache's presets reuse steps chunk by chunk."
         )
     if model_options.get("context_handler") is not None:
         raise UserError(
@@ -213,19 +225,25 @@ def settle_with_others(model_options: dict) -> None:
     wrappers = model_options.get("transformer_options", {}).get("wrappers", {})
     if wrappers.get(WrappersMP.APPLY_MODEL, {}).pop(COMPILED, None):
         logging.warning(
-            "FlowCache: the model is patched by TorchCompileModel, which compiles the forward of a whole video; chunks run "
-            "uncompiled."
+            "FlowCache: the model is patched by TorchCompileModel, which compiles the forward of a whole video; chunks "
+            "run uncompiled."
         )
 
 
 def check_network(network: torch.nn.Module) -> None:
     """Raises UserError for a network that cannot be run chunk by chunk."""
-    if not hasattr(network, "blocks") or not hasattr(network, "patch_embedding") or not hasattr(network, "time_projection"):
+    if (
+        not hasattr(network, "blocks")
+        or not hasattr(network, "patch_embedding")
+        or not hasattr(network, "time_projection")
+    ):
         raise UserError(
             f"The model is a {type(network).__name__}; FlowCache runs networks of the Wan 2.1 text-to-video layout. "
             "Load a causal Wan, SkyReels-V2 or the demo model; MAGI-1 is run by Autoregressive Extend."
         )
-    if getattr(network, "model_type", "t2v") != "t2v" or getattr(network, "in_dim", 16) != getattr(network, "out_dim", 16):
+    if getattr(network, "model_type", "t2v") != "t2v" or getattr(network, "in_dim", 16) != getattr(
+        network, "out_dim", 16
+    ):
         raise UserError(
             "The model is an image-to-video Wan, which is not autoregressive; load a text-to-video layout (causal Wan, "
             "SkyReels-V2, the demo model) and give images as a prefix."
@@ -248,7 +266,10 @@ def check_frames(latent: Tensor, chunk_frames: int) -> int:
         UserError: not a video latent, or its frames do not fill whole chunks.
     """
     if latent.ndim != 5:
-        raise UserError(f"The latent has shape {tuple(latent.shape)}, expected a video latent [batch, channels, frames, height, width].")
+        raise UserError(
+            f"The latent has shape {tuple(latent.shape)}, expected a video latent [batch, channels, frames, height, "
+            f"width]."
+        )
     frames = latent.shape[2]
     if frames == 0 or frames % chunk_frames:
         below = frames // chunk_frames * chunk_frames
@@ -265,8 +286,8 @@ def check_latent(latent: Tensor, channels: int) -> None:
     """Raises UserError for a latent that is no video of that many channels, or not finite."""
     if latent.ndim != 5 or latent.shape[1] != channels:
         raise UserError(
-            f"The latent has shape {tuple(latent.shape)}, expected [batch, {channels}, frames, height, width]; use the VAE of "
-            "this model family."
+            f"The latent has shape {tuple(latent.shape)}, expected [batch, {channels}, frames, height, width]; use the "
+            f"VAE of this model family."
         )
     if not torch.isfinite(latent).all():
         raise UserError("The latent holds NaN or infinite values; check the node that made it.")
@@ -276,8 +297,8 @@ def check_finite(latent: Tensor, what: str) -> None:
     """Raises UserError where a model gave NaN or infinity."""
     if not torch.isfinite(latent).all():
         raise UserError(
-            f"The model gave NaN or infinite values for {what}: its weights are damaged, or overflow in this weight type; "
-            "load the file again, or choose another weight type."
+            f"The model gave NaN or infinite values for {what}: its weights are damaged, or overflow in this weight "
+            f"type; load the file again, or choose another weight type."
         )
 
 
@@ -380,7 +401,9 @@ def _apply_model(executor, x, t, c_concat=None, c_crossattn=None, control=None, 
     return executor(x, t, c_concat, c_crossattn, control, options, **kwargs)
 
 
-def diffusion_model(executor, x, timestep, context, clip_fea=None, time_dim_concat=None, transformer_options={}, **kwargs):
+def diffusion_model(
+    executor, x, timestep, context, clip_fea=None, time_dim_concat=None, transformer_options={}, **kwargs
+):
     """The DIFFUSION_MODEL wrapper: the run that goes on answers instead of the network's own forward."""
     return transformer_options[RUN].forward(executor.class_obj, x, context, transformer_options)
 

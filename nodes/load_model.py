@@ -31,7 +31,9 @@ class LoadARVideoModel(io.ComfyNode):
             category="FlowCache",
             description="Loads an autoregressive video model: causal Wan (Self-Forcing, Causal-Forcing, CausVid), "
             "SkyReels-V2, MAGI-1, or the small demo model that ships with this pack.",
-            **found_by("self-forcing", "causal forcing", "causvid", "skyreels", "diffusion forcing", "magi", "autoregressive"),
+            **found_by(
+                "self-forcing", "causal forcing", "causvid", "skyreels", "diffusion forcing", "magi", "autoregressive"
+            ),
             inputs=[
                 io.Combo.Input(
                     "model_name",
@@ -57,7 +59,8 @@ class LoadARVideoModel(io.ComfyNode):
                         default=24,
                         min=1,
                         max=120,
-                        tooltip="Frames a second the video is made for. Only SkyReels-V2's 1.3B is told: it knows 16 and 24.",
+                        tooltip="Frames a second the video is made for. Only SkyReels-V2's 1.3B is told: it knows 16 "
+                        "and 24.",
                     )
                 ),
             ],
@@ -67,7 +70,9 @@ class LoadARVideoModel(io.ComfyNode):
 
     @classmethod
     def execute(cls, model_name: str, family: str, weight_type: str, fps: int = 24) -> io.NodeOutput:
-        path = NETWORK_FILE if model_name == DEMO else folder_paths.get_full_path_or_raise("diffusion_models", model_name)
+        path = (
+            NETWORK_FILE if model_name == DEMO else folder_paths.get_full_path_or_raise("diffusion_models", model_name)
+        )
 
         def warn(warning: str) -> None:
             progress_text(warning, cls.hidden.unique_id)

@@ -17,9 +17,9 @@ class FlowCacheReport(io.ComfyNode):
             node_id="FlowCacheReport",
             display_name="FlowCache Report",
             category="FlowCache",
-            description="What a run did: how many forwards were saved, how long it took, which step of which chunk was "
-            "recomputed, how large the history grew. Connect the report of Autoregressive Extend, or the patched model and "
-            "the latent that a sampler made with it.",
+            description="What a run did: how many forwards were saved, how long it took, which step of which chunk "
+            "was recomputed, how large the history grew. Connect the report of Autoregressive Extend, or the patched "
+            "model and the latent that a sampler made with it.",
             inputs=[
                 ReportType.Input("report", optional=True, tooltip="Of Autoregressive Extend."),
                 io.Model.Input("model", optional=True, tooltip="The model that a FlowCache node patched."),
@@ -44,16 +44,18 @@ class FlowCacheReport(io.ComfyNode):
 def _find(model, latent):
     if model is None or latent is None:
         raise UserError(
-            "Nothing to report on: connect the report of Autoregressive Extend, or both the model patched by a FlowCache "
-            "node and the latent that was sampled with it."
+            "Nothing to report on: connect the report of Autoregressive Extend, or both the model patched by a "
+            "FlowCache node and the latent that was sampled with it."
         )
     patch = host.patch_of(model.model_options)
     if patch is None:
-        raise UserError("The model was not patched by a FlowCache node (or the node is bypassed); connect the patched model.")
+        raise UserError(
+            "The model was not patched by a FlowCache node (or the node is bypassed); connect the patched model."
+        )
     report = patch.reports.get(host.fingerprint(latent["samples"]))
     if report is None:
         raise UserError(
-            "This latent was not sampled with this patched model, or too long ago; connect the latent that comes out of the "
-            "sampler, and queue again."
+            "This latent was not sampled with this patched model, or too long ago; connect the latent that comes out "
+            "of the sampler, and queue again."
         )
     return report

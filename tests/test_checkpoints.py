@@ -15,7 +15,7 @@ from safetensors.torch import save_file
 from flowcache_core.backbones.wan import WanConfig, WanNetwork
 from flowcache_core.checkpoints import CAUSAL_FAMILIES, convert, inspect, load, load_state_dict
 from flowcache_core.errors import UserError
-from flowcache_core.weight_files import open_weights, write_safetensors
+from flowcache_core.weight_files import open_weights
 
 CONFIG = WanConfig(dim=128, ffn_dim=96, num_heads=1, num_layers=2, text_dim=40)
 

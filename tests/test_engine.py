@@ -202,7 +202,9 @@ def test_relative_positions_never_leave_the_window(backbone):
             seen.extend([positions.min().item(), positions.max().item()])
             return super().angles(positions, width)
 
-    absolute = run(backbone, ChunkSchedule(12, 2, 2), replace(settings, history=HistorySettings(2, Compression("window"))))
+    absolute = run(
+        backbone, ChunkSchedule(12, 2, 2), replace(settings, history=HistorySettings(2, Compression("window")))
+    )
     backbone.rotary = Watched(backbone.rotary.head_dim)
     relative = run(backbone, ChunkSchedule(12, 2, 2), settings)
     assert min(seen) >= 0 and max(seen) < (2 + 1) * 2 + max(SIZE)
@@ -260,10 +262,17 @@ def test_a_corrected_run_takes_the_line_between_recomputed_velocities(backbone):
 
 def test_few_step_renoising(backbone):
     """Each step's velocity gives a clean estimate, which is noised again to the next level."""
-    engine = build(backbone, ChunkSchedule(2, 4, 4), solver=Renoise, noise=lambda chunk, step: torch.zeros(1, 4, 2, *SIZE))
+    engine = build(
+        backbone, ChunkSchedule(2, 4, 4), solver=Renoise, noise=lambda chunk, step: torch.zeros(1, 4, 2, *SIZE)
+    )
     estimate = [chunk.latent for chunk in engine.run()]
     assert all(torch.isfinite(latent).all() for latent in estimate)
-    again = build(backbone, ChunkSchedule(2, 4, 4), solver=Renoise, noise=lambda chunk, step: draw(chunk * 9 + step, 1, 4, 2, *SIZE))
+    again = build(
+        backbone,
+        ChunkSchedule(2, 4, 4),
+        solver=Renoise,
+        noise=lambda chunk, step: draw(chunk * 9 + step, 1, 4, 2, *SIZE),
+    )
     assert not torch.equal(estimate[0], next(again.run()).latent)
 
 
@@ -308,7 +317,9 @@ def test_a_cancelled_run_leaves_no_memory_behind(backbone):
     generator = engine.run()
     with pytest.raises(Cancelled):
         list(generator)
-    held = [weakref.ref(tensor) for history in engine.runner.histories.values() for tensor in (history.keys, history.values)]
+    held = [
+        weakref.ref(tensor) for history in engine.runner.histories.values() for tensor in (history.keys, history.values)
+    ]
     held += [weakref.ref(result) for forecast in engine.runner._forecasts.values() for result in forecast.results]
     assert len(held) > 4
     del engine, generator
@@ -344,7 +355,11 @@ def test_bfloat16_follows_its_input():
     exact = run(WanBackbone(tiny_network()), schedule)
     runner = Runner(WanBackbone(network), schedule, OFF, 2)
     engine = Engine(
-        runner, guidance(runner, text(0).bfloat16()), sigmas_of(4), lambda chunk: start_noise(2)(chunk).bfloat16(), solver=Euler
+        runner,
+        guidance(runner, text(0).bfloat16()),
+        sigmas_of(4),
+        lambda chunk: start_noise(2)(chunk).bfloat16(),
+        solver=Euler,
     )
     ours = torch.cat([chunk.latent for chunk in engine.run()], dim=2)
     assert ours.dtype == torch.bfloat16

@@ -29,8 +29,10 @@ def random_settings(count: int = 60):
         lag = rng.randint(1, steps)
         settings = ReuseSettings(
             rng.choice(["off", "even", "fixed", "flowcache", "teacache"]),
-            every=rng.randint(1, 16), least=rng.randint(1, 8), steps=tuple(sorted(rng.sample(range(steps), min(steps, 3)))),
-            align=rng.choice([None, lag]), threshold=rng.uniform(0, 0.3), warmup=rng.randint(0, 6), last=rng.random() < 0.5,
+            every=rng.randint(1, 16), least=rng.randint(1, 8),
+            steps=tuple(sorted(rng.sample(range(steps), min(steps, 3)))),
+            align=rng.choice([None, lag]), threshold=rng.uniform(0, 0.3),
+            warmup=rng.randint(0, 6), last=rng.random() < 0.5,
         )  # fmt: skip
         yield settings, ChunkSchedule(rng.randint(1, 5), steps, lag)
 

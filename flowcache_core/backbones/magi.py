@@ -293,8 +293,8 @@ class MagiText(NamedTuple):
 
     Attributes:
         embedding: the text encoder's output after the special tokens, [B, tokens, caption_width].
-        mask: [B, tokens], nonzero where there is a token, which come first; captions differ in length. On the CPU, which
-            must know that length.
+        mask: [B, tokens], nonzero where there is a token, which come first; captions differ in length. On the CPU,
+            which must know that length.
         captioned: False in branches without text.
         step_size: what a distilled network is told, `step_size` of magi_sampling.py.
     """

@@ -1,9 +1,9 @@
 """Networks of the Wan 2.1 text-to-video layout: our own module, and how to run one chunk through any such network.
 
 `WanNetwork` is the architecture and nothing else: parameters under Wan 2.1's names. `WanBackbone` runs the modules of
-a network of that layout, ours or ComfyUI's WanModel and CausalWanModel, by calling them, never by reading their weights,
-so the host's weight casting, LoRA, fp8 and GGUF layers work. Attention over the history is the caller's: the backbone
-hands over plain (unrotated) queries, keys and values and gets the attended values back.
+a network of that layout, ours or ComfyUI's WanModel and CausalWanModel, by calling them, never by reading their
+weights, so the host's weight casting, LoRA, fp8 and GGUF layers work. Attention over the history is the caller's: the
+backbone hands over plain (unrotated) queries, keys and values and gets the attended values back.
 
 Source of the architecture: Wan 2.1, wan/modules/model.py.
 """
@@ -147,7 +147,8 @@ class WanBackbone:
         return -(-height // patch_height), -(-width // patch_width)
 
     def context(self, text: Tensor) -> list[tuple[Tensor, Tensor]]:
-        """Cross-attention keys and values of a text embedding [B, tokens, text_dim]: one pair a layer, [B, H, tokens, D].
+        """Cross-attention keys and values of a text embedding [B, tokens, text_dim]: one pair a layer, [B, H, tokens,
+        D].
 
         Computed once a run and branch.
         """
@@ -215,7 +216,9 @@ class WanBackbone:
         )
         attn = block.self_attn
         y = modulate(block.norm1(x), shift1, scale1).flatten(1, 2)
-        y = attend(layer, self._split(attn.norm_q(attn.q(y))), self._split(attn.norm_k(attn.k(y))), self._split(attn.v(y)))
+        y = attend(
+            layer, self._split(attn.norm_q(attn.q(y))), self._split(attn.norm_k(attn.k(y))), self._split(attn.v(y))
+        )
         x = torch.addcmul(x, attn.o(self._join(y)).view_as(x), gate1)
         cross = block.cross_attn
         y = self._split(cross.norm_q(cross.q(block.norm3(x).flatten(1, 2))))

@@ -1,4 +1,5 @@
-"""Captions as conditioning without a text encoder: every word has a fixed vector, every place in the caption another."""
+"""Captions as conditioning without a text encoder: every word has a fixed vector, every place in the caption
+another."""
 
 import torch
 from torch import Tensor

@@ -1,8 +1,8 @@
 """The demo's latent space: 16 linear coefficients for each block of 4 frames x 8 x 8 pixels.
 
 The space is fixed by principal component analysis on drawn clips before anything is trained. The diffusion network is
-trained in it at once, and the VAE (Wan 2.1 layout) is trained to encode into it and to decode out of it, so that the two
-trainings do not wait for each other. As in Wan, latent frame 0 stands for pixel frame 0 alone (here: repeated four
+trained in it at once, and the VAE (Wan 2.1 layout) is trained to encode into it and to decode out of it, so that the
+two trainings do not wait for each other. As in Wan, latent frame 0 stands for pixel frame 0 alone (here: repeated four
 times) and latent frame k for pixel frames 4k-3 to 4k.
 """
 

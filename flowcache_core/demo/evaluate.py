@@ -74,7 +74,9 @@ def main() -> None:
             rows.append(frames_of(pixels[:, :: TIME * FRAMES_PER_CHUNK * max(1, options.chunks // 12)]))
             print(f"{found[-1].score:6.1%}  {caption}", flush=True)
     parts = " ".join(f"{share:.1%}" for share in by_part(found, 4))
-    print(f"captioned colour and kind found: {np.mean([one.score for one in found]):.1%}; by quarter of the clip: {parts}")
+    print(
+        f"captioned colour and kind found: {np.mean([one.score for one in found]):.1%}; by quarter of the clip: {parts}"
+    )
     print(f"area, last quarter over first: {np.nanmean([one.growth for one in found]):.3f}")
     print(f"change of velocity from frame to frame: {np.nanmean([one.jerk for one in found]):.3f} pixels")
     if options.sheet:

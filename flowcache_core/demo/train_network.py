@@ -70,7 +70,9 @@ class ClipPool:
         clips = self.rng.integers(self.filled, size=batch)
         starts = self.rng.integers(self.frames - frames + 1, size=batch)
         begins = torch.from_numpy(self.rng.random(batch) < 0.7)
-        latents = torch.stack([self.latents[c, 0, :, s : s + frames] for c, s in zip(clips, starts, strict=True)]).float()
+        latents = torch.stack(
+            [self.latents[c, 0, :, s : s + frames] for c, s in zip(clips, starts, strict=True)]
+        ).float()
         firsts = torch.stack([self.latents[c, 1, :, s] for c, s in zip(clips, starts, strict=True)]).float()
         latents[:, :, 0] = torch.where(begins[:, None, None, None], firsts, latents[:, :, 0])
         text = torch.stack([self.text[c] for c in clips])
@@ -178,9 +180,7 @@ class Trainer:
                 optimizer.step()
             decay = min(0.999, (1 + self.step) / (10 + self.step))
             with torch.no_grad():
-                torch._foreach_lerp_(
-                    list(self.average.parameters()), list(self.network.parameters()), 1 - decay
-                )
+                torch._foreach_lerp_(list(self.average.parameters()), list(self.network.parameters()), 1 - decay)
             shown.append(loss.item())
             self.step += 1
             self.seconds = before + time.monotonic() - begun

@@ -74,7 +74,9 @@ class ComfyPage(Browser):
         self.evaluate("app.extensionManager.command.execute('Workspace.SearchBox.Toggle')")
         self.wait("document.activeElement?.tagName === 'INPUT'")
         self.call("Input.insertText", text=name)
-        self.wait(f"[...document.querySelectorAll('[role=dialog] *')].some((part) => part.innerText === {json.dumps(name)})")
+        self.wait(
+            f"[...document.querySelectorAll('[role=dialog] *')].some((part) => part.innerText === {json.dumps(name)})"
+        )
         for kind in ("keyDown", "keyUp"):
             self.call("Input.dispatchKeyEvent", type=kind, key="Enter", code="Enter", windowsVirtualKeyCode=13)
         self.wait(f"app.graph.nodes.length === {nodes + 1}")

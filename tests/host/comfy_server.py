@@ -63,8 +63,9 @@ class Server:
             self.port = free.getsockname()[1]
         self.log = base / "server.log"
         command = [
-            str(host_python(host)), "main.py", "--cpu", "--disable-api-nodes", "--listen", "127.0.0.1", "--port", str(self.port),
-            "--base-directory", str(base), "--preview-method", "latent2rgb", "--database-url", "sqlite:///:memory:", *arguments,
+            str(host_python(host)), "main.py", "--cpu", "--disable-api-nodes",
+            "--listen", "127.0.0.1", "--port", str(self.port), "--base-directory", str(base),
+            "--preview-method", "latent2rgb", "--database-url", "sqlite:///:memory:", *arguments,
         ]  # fmt: skip
         if "--database-url" not in (host / "comfy" / "cli_args.py").read_text():
             at = command.index("--database-url")
@@ -213,7 +214,9 @@ class WebSocket:
             code = first & 0x0F
             if code == 9:
                 mask = os.urandom(4)
-                self.socket.sendall(bytes([0x8A, 0x80 | size]) + mask + bytes(b ^ mask[i % 4] for i, b in enumerate(payload)))
+                self.socket.sendall(
+                    bytes([0x8A, 0x80 | size]) + mask + bytes(b ^ mask[i % 4] for i, b in enumerate(payload))
+                )
                 continue
             if code == 8:
                 raise ConnectionError("The server closed the websocket.")

@@ -19,8 +19,8 @@ def pytest_collection_modifyitems(items):
 def pytest_terminal_summary(terminalreporter):
     if not FOUND:
         terminalreporter.write_line(
-            "Host tests were SKIPPED: there is no ComfyUI with a .venv at COMFYUI_PATH or ~/comfy/ComfyUI. Clone ComfyUI "
-            "there, make a .venv in it with its requirements, and run the tests again."
+            "Host tests were SKIPPED: there is no ComfyUI with a .venv at COMFYUI_PATH or ~/comfy/ComfyUI. Clone "
+            "ComfyUI there, make a .venv in it with its requirements, and run the tests again."
         )
 
 

@@ -54,7 +54,12 @@ def custom(graph: Graph, model: tuple, guider: tuple, noise: tuple, sampler: tup
     latent = graph.add("EmptyARVideoLatent", width=64, height=64, length=4 * frames - 3, batch_size=1)
     sigmas = graph.add("BasicScheduler", model=model, scheduler="simple", steps=steps, denoise=1.0)
     return graph.add(
-        "SamplerCustomAdvanced", noise=noise, guider=guider, sampler=sampler, sigmas=(sigmas, 0), latent_image=(latent, 0)
+        "SamplerCustomAdvanced",
+        noise=noise,
+        guider=guider,
+        sampler=sampler,
+        sigmas=(sigmas, 0),
+        latent_image=(latent, 0),
     )
 
 

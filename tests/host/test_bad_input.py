@@ -53,14 +53,18 @@ def test_prefixes_that_cannot_be_continued(server, latent, words):
 
 def test_weights_that_are_not_finite(server):
     graph = Graph()
-    loaded = graph.add("FlowCacheLoadARVideoModel", model_name="nan.safetensors", family="causal", weight_type="default")
+    loaded = graph.add(
+        "FlowCacheLoadARVideoModel", model_name="nan.safetensors", family="causal", weight_type="default"
+    )
     assert "chunk 0" in fails(server, graph, extend(graph, model=(loaded, 0)))
 
 
 def test_a_state_of_another_model(server):
     graph = Graph()
     begun = extend(graph)
-    other = graph.add("FlowCacheLoadARVideoModel", model_name="wide.safetensors", family="causal", weight_type="default")
+    other = graph.add(
+        "FlowCacheLoadARVideoModel", model_name="wide.safetensors", family="causal", weight_type="default"
+    )
     assert "another model" in fails(server, graph, extend(graph, model=(other, 0), state=(begun, 1)))
 
 
@@ -81,7 +85,9 @@ def test_a_prefix_and_a_state_at_once(server):
 
 def test_a_budget_smaller_than_what_must_stay(server):
     graph = Graph()
-    loaded = graph.add("FlowCacheLoadARVideoModel", model_name="extend.safetensors", family="causal", weight_type="default")
+    loaded = graph.add(
+        "FlowCacheLoadARVideoModel", model_name="extend.safetensors", family="causal", weight_type="default"
+    )
     patched = graph.add("FlowCache", model=(loaded, 0), preset="off", history_budget=0, positions="relative")
     extend(graph, model=(patched, 0))
     graph.add("SaveLatent", samples=(str(len(graph)), 0), filename_prefix="s")

@@ -23,12 +23,18 @@ def extend(graph: Graph, caption: str = "a red circle", model: tuple | None = No
     negative = graph.add("FlowCacheDemoPrompt", caption="")
     settings = dict(seed=3, chunks=2, steps=4, guidance=1.0, frames_per_chunk=2, lag=4, width=64, height=64)
     return graph.add(
-        "FlowCacheAutoregressiveExtend", model=model, positive=(positive, 0), negative=(negative, 0), **settings | inputs
+        "FlowCacheAutoregressiveExtend",
+        model=model,
+        positive=(positive, 0),
+        negative=(negative, 0),
+        **settings | inputs,
     )
 
 
 def flowcache(graph: Graph, **inputs) -> tuple:
-    loaded = graph.add("FlowCacheLoadARVideoModel", model_name="extend.safetensors", family="causal", weight_type="default")
+    loaded = graph.add(
+        "FlowCacheLoadARVideoModel", model_name="extend.safetensors", family="causal", weight_type="default"
+    )
     return graph.add("FlowCache", model=(loaded, 0), **inputs), 0
 
 

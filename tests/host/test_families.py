@@ -23,10 +23,14 @@ CONFIGS = {"causal": SMALL, "skyreels": replace(SMALL, fps=True), "rolling": SMA
 
 
 def extend(graph: Graph, family: str, preset: str, guidance: float, **inputs) -> str:
-    model = graph.add("FlowCacheLoadARVideoModel", model_name=f"{family}.safetensors", family=family, weight_type="fp32")
+    model = graph.add(
+        "FlowCacheLoadARVideoModel", model_name=f"{family}.safetensors", family=family, weight_type="fp32"
+    )
     patched = graph.add("FlowCache", model=(model, 0), preset=preset, history_budget=0)
     words = [graph.add("FlowCacheDemoPrompt", caption=caption) for caption in ("a red circle", "")]
-    settings = dict(seed=4, chunks=3, steps=20 if family == "skyreels" else 4, frames_per_chunk=2, lag=4, width=64, height=64)
+    settings = dict(
+        seed=4, chunks=3, steps=20 if family == "skyreels" else 4, frames_per_chunk=2, lag=4, width=64, height=64
+    )
     return graph.add(
         "FlowCacheAutoregressiveExtend", model=(patched, 0), positive=(words[0], 0), negative=(words[1], 0),
         guidance=guidance, **settings | inputs,
@@ -43,10 +47,14 @@ def files(server):
 def network_of(family: str):
     network = WanNetwork(CONFIGS[family])
     network.load_state_dict(random_network(2, CONFIGS[family]))
-    return FAMILIES[family].backbone(network.eval().requires_grad_(False), 24, torch.nn.functional.scaled_dot_product_attention)
+    return FAMILIES[family].backbone(
+        network.eval().requires_grad_(False), 24, torch.nn.functional.scaled_dot_product_attention
+    )
 
 
-def alone(family: str, preset: str, guidance: float, prefix: torch.Tensor | None = None, end: torch.Tensor | None = None):
+def alone(
+    family: str, preset: str, guidance: float, prefix: torch.Tensor | None = None, end: torch.Tensor | None = None
+):
     usual, config = FAMILIES[family], CONFIGS[family]
     steps = 20 if family == "skyreels" else 4
     return generate(
@@ -67,7 +75,13 @@ def normalised(latent: torch.Tensor) -> torch.Tensor:
 
 @pytest.mark.parametrize(
     "family, preset, guidance",
-    [("causal", "off", 1.0), ("skyreels", "off", 3.0), ("skyreels", "paper slow", 3.0), ("skyreels", "balanced", 3.0), ("wan", "off", 2.0)],
+    [
+        ("causal", "off", 1.0),
+        ("skyreels", "off", 3.0),
+        ("skyreels", "paper slow", 3.0),
+        ("skyreels", "balanced", 3.0),
+        ("wan", "off", 2.0),
+    ],
 )
 def test_nodes_equal_the_engine(server, family, preset, guidance):
     graph = Graph()
@@ -81,7 +95,9 @@ def test_a_file_that_cannot_tell_its_family_is_warned_about(server):
     save_file(random_network(6), server.base / "models" / "diffusion_models" / "untold.safetensors", {"config": UNTOLD})
     for family, warned in (("auto", True), ("skyreels", False)):
         graph = Graph()
-        model = graph.add("FlowCacheLoadARVideoModel", model_name="untold.safetensors", family=family, weight_type="fp32")
+        model = graph.add(
+            "FlowCacheLoadARVideoModel", model_name="untold.safetensors", family=family, weight_type="fp32"
+        )
         graph.add("PreviewAny", source=(graph.add("FlowCache", model=(model, 0), preset="off", history_budget=0), 0))
         outcome = server.run(graph)
         assert outcome.error is None
@@ -100,7 +116,9 @@ def test_the_frame_rate_reaches_the_network(server):
     assert not torch.allclose(*results, atol=1e-3)
 
 
-def joint_alone(family: str, steps: int, lag: int, chunks: int, guidance: float, given: Given = Given()) -> torch.Tensor:
+def joint_alone(
+    family: str, steps: int, lag: int, chunks: int, guidance: float, given: Given = Given()
+) -> torch.Tensor:
     backbone, usual = network_of(family), FAMILIES[family]
     texts = {"cond": embed_caption("a red circle"), "uncond": embed_caption("")}
     kind, denoise = JointEngine, JointGuidance(backbone, texts, {"cond": guidance, "uncond": 1 - guidance})
@@ -148,7 +166,9 @@ def test_a_start_and_an_end_image(server, attention, lag):
     video = sample(server, graph, node)
     assert video.shape[2] == 1 + 6 + 1
     given = [sample(server, Graph(graph), image) for image in images]
-    assert torch.allclose(video[:, :, :1], given[0], atol=1e-4) and torch.allclose(video[:, :, -1:], given[1], atol=1e-4)
+    assert torch.allclose(video[:, :, :1], given[0], atol=1e-4) and torch.allclose(
+        video[:, :, -1:], given[1], atol=1e-4
+    )
     for name, image in (("prefix", images[1]), ("end", images[0])):
         other = Graph(graph)
         other[node] = {**graph[node], "inputs": graph[node]["inputs"] | {name: [image, 0]}}
@@ -202,7 +222,8 @@ def test_windows_equal_a_chain_of_stock_nodes(server):
     chained = encoded(graph.add("VAEDecode", samples=(second, 0), vae=vae), 9, 13)
     inputs = graph[first]["inputs"]
     whole = graph.add(
-        "FlowCacheExtendInWindows", model=inputs["model"], vae=vae, positive=inputs["positive"], negative=inputs["negative"],
+        "FlowCacheExtendInWindows", model=inputs["model"], vae=vae,
+            positive=inputs["positive"], negative=inputs["negative"],
         seed=4, frames=41, window=25, overlap=9, width=64, height=64, steps=4, guidance=3.0,
     )  # fmt: skip
     node = encoded(whole, 25, 13)

@@ -44,7 +44,8 @@ def extend(graph: Graph, model: tuple, caption: int = 0, **inputs) -> str:
     positive = graph.add("TestCaption", seed=caption, tokens=9, width=4096)
     negative = graph.add("TestCaption", seed=100, tokens=1, width=4096)
     settings = dict(
-        positive=(positive, 0), negative=(negative, 0), seed=4, chunks=3, steps=STEPS, guidance=0.0, frames_per_chunk=0,
+        positive=(positive, 0), negative=(negative, 0), seed=4, chunks=3, steps=STEPS, guidance=0.0,
+        frames_per_chunk=0,
         lag=-1, width=48, height=32,
     )  # fmt: skip
     return graph.add("FlowCacheAutoregressiveExtend", model=model, **settings | inputs)

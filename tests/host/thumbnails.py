@@ -1,5 +1,5 @@
-"""Thumbnails for the template browser: 16 moments of what a workflow made, or, where its model is too large to run here,
-the schedule that it will run.
+"""Thumbnails for the template browser: 16 moments of what a workflow made, or, where its model is too large to run
+here, the schedule that it will run.
 
 The host looks for <workflow>.jpg beside <workflow>.json and shows it as a square.
 """
