@@ -135,10 +135,6 @@ class ComfyPage(Browser):
         if ended != "execution_success":
             raise RuntimeError(ended)
 
-    def id_of(self, kind: str) -> str:
-        """The id, in the API form, of the first node of a kind."""
-        return str(self.evaluate(f"app.graph.nodes.find((node) => node.type === {json.dumps(kind)}).id"))
-
     def saved_videos(self) -> list[Path]:
         """Files that the open graph's SaveVideo nodes wrote, in the nodes' order."""
         return [self.server.base / file["type"] / file["subfolder"] / file["filename"] for file in self.evaluate(SAVED)]
