@@ -137,7 +137,8 @@ class HistoryShape:
 
         For networks of the Wan layout, where there are as many query heads as key heads.
         """
-        queries = self.layers * self.batch * self.heads * self.chunk_tokens * self.head_dim * itemsize
+        asking = min(settings.compression.queries or self.chunk_tokens, self.chunk_tokens)
+        queries = self.layers * self.batch * self.heads * asking * self.head_dim * itemsize
         time_dims = Rotary(self.head_dim).parts[0] if settings.relative else 0
         return self.bytes(itemsize, time_dims) + (queries if settings.asks else 0)
 
@@ -482,6 +483,7 @@ class ChunkView:
         if history.unrotated is not None:
             history.unrotated[layer, :, :, self.start : self.end] = k[..., : history.time_dims]
         if self.asks:
-            history.queries[layer] = q.to(keys.device)
+            last = history.settings.compression.queries
+            history.queries[layer] = q[:, :, -last:].contiguous().to(keys.device)
         seen = (part[:, :, self.first : self.last].to(q.device) for part in (keys, values))
         return attention(q, *seen)

@@ -87,7 +87,7 @@ def test_presets_run_and_save_forwards(backbone):
     options = SHORT | {"steps": 64, "lag": 16}
     del options["settings"]
     report = generate(backbone, words(), 2, **options, settings=preset("balanced")).report
-    assert report.forwards_executed == 2 * (8 + 1)
+    assert report.forwards_executed == 2 * (12 + 1)
 
 
 def test_noise_depends_on_seed_and_chunk_only():
