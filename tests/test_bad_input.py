@@ -4,7 +4,7 @@ import itertools
 
 import pytest
 import torch
-from conftest import TINY
+from tiny import TINY
 
 from flowcache_core.engine import Cancelled
 from flowcache_core.errors import UserError

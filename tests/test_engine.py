@@ -8,7 +8,7 @@ from dataclasses import replace
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import TINY
+from tiny import TINY
 
 from flowcache_core.compression import Compression
 from flowcache_core.engine import Cancelled, Engine, guidance
@@ -345,7 +345,7 @@ def test_prompts_by_chunk(backbone):
 
 
 def test_bfloat16_follows_its_input():
-    from conftest import tiny_network
+    from tiny import tiny_network
 
     from flowcache_core.backbones.wan import WanBackbone
 

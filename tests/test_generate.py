@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from conftest import TINY
+from tiny import TINY
 
 from flowcache_core.engine import Cancelled
 from flowcache_core.generate import generate

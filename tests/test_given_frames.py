@@ -5,7 +5,7 @@ from dataclasses import replace
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import TINY
+from tiny import TINY
 
 from flowcache_core.compression import Compression
 from flowcache_core.errors import UserError

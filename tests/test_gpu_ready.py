@@ -5,8 +5,8 @@ from dataclasses import dataclass, replace
 
 import pytest
 import torch
-from conftest import TINY
 from device_log import GPU, Log, on_gpu, pretended_gpu
+from tiny import TINY
 from torch import Tensor
 
 from flowcache_core.backbones import magi_sampling

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 import torch
-from conftest import TINY
+from tiny import TINY
 
 from flowcache_core import pictures
 from flowcache_core.generate import generate

@@ -4,8 +4,8 @@ import os
 
 import pytest
 import torch
-from conftest import TINY
 from safetensors.torch import save_file
+from tiny import TINY
 
 from flowcache_core.engine import Chunk, Engine, guidance
 from flowcache_core.errors import UserError

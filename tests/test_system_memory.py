@@ -6,7 +6,7 @@ from itertools import count
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import TINY
+from tiny import TINY
 
 from flowcache_core import history
 from flowcache_core.compression import Compression

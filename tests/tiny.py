@@ -1,0 +1,20 @@
+"""Small networks that the engine tests run on."""
+
+import torch
+
+from flowcache_core.backbones.wan import WanConfig, WanNetwork
+
+TINY = WanConfig(dim=48, ffn_dim=64, num_heads=2, num_layers=2, in_dim=4, out_dim=4, text_dim=16, freq_dim=32)
+
+
+def tiny_network(seed: int = 0) -> WanNetwork:
+    """A random network whose attention is far from uniform, so that a wrong position or mask shows."""
+    torch.manual_seed(seed)
+    network = WanNetwork(TINY)
+    with torch.no_grad():
+        for name, parameter in network.named_parameters():
+            if parameter.ndim > 1:
+                parameter.normal_(std=1.5 * parameter[0].numel() ** -0.5)
+            if "norm_q" in name or "norm_k" in name:
+                parameter.fill_(1.5)
+    return network.eval().requires_grad_(False)
