@@ -71,7 +71,9 @@ class ReuseSettings:
         if self.policy == "spread":
             if self.made_for == (schedule.steps, schedule.lag):
                 return FixedSteps(self.steps)
-            return FixedSteps(spread(schedule, max(self.least, round(self.share * schedule.steps))))
+            count = max(self.least, round(self.share * schedule.steps))
+            # A longer first chunk has steps that a list of all steps of the others does not name.
+            return Always() if count >= schedule.steps else FixedSteps(spread(schedule, count))
         if self.policy == "fixed":
             return FixedSteps(self.steps, self.align)
         if self.policy == "flowcache":

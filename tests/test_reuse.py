@@ -8,7 +8,7 @@ import torch
 from flowcache_core.errors import UserError
 from flowcache_core.presets import PRESETS, ReuseSettings
 from flowcache_core.reuse import Chunkwise, FixedSteps, Forecast, Global, Periodic, relative_change
-from flowcache_core.schedule import ChunkSchedule
+from flowcache_core.schedule import ChunkSchedule, Place
 
 POLYNOMIAL_1_3B = (-5.21862437e4, 9.23041404e3, -5.28275948e2, 13.6987616, -4.99875664e-2)
 
@@ -84,6 +84,13 @@ def test_even_falls_on_the_same_ticks_for_all_active_chunks():
         taken = decide(ReuseSettings("even", every=8, least=1).make(schedule), schedule)
         for places in schedule:
             assert len({taken[place.chunk][place.step] for place in places}) == 1
+
+
+def test_a_longer_first_chunk_of_a_few_step_model_is_left_alone_too():
+    schedule = ChunkSchedule(3, 1, 1, 0, 4)
+    for name in ("high", "balanced", "fast"):
+        policy = PRESETS[name].reuse.make(schedule)
+        assert all(policy.recompute(Place(0, step, step), 4, "cond", None) for step in range(4))
 
 
 def test_few_step_models_are_left_alone_by_the_presets():

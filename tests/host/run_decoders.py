@@ -49,8 +49,11 @@ def compare(decoder, vae, latent: torch.Tensor, chunk: int) -> dict:
 def main() -> None:
     demo = host_models.video_vae(core_vae.load_vae())
     wan = host_models.video_vae(stock())
-    for weight in wan.first_stage_model.parameters():
-        torch.nn.init.normal_(weight, std=0.5 * max(1, weight[0].numel()) ** -0.5) if weight.ndim > 1 else None
+    for name, weight in wan.first_stage_model.named_parameters():  # the host's layers leave theirs as memory had it
+        if name.endswith("bias"):
+            torch.nn.init.zeros_(weight)
+        elif not name.endswith("gamma"):
+            torch.nn.init.normal_(weight, std=weight[0].numel() ** -0.5)
     latent = torch.randn(1, 16, 10, 4, 4, generator=torch.Generator().manual_seed(1))
     results = {}
     for chunk in (1, 2, 3):

@@ -87,7 +87,7 @@ def test_a_budget_bounds_the_history(server, folder):
         assert outcome.error is None, outcome.error["exception_message"]
         texts.append(outcome.outputs[report]["text"][0].splitlines()[-1])
     unbounded, bounded = (float(text.split("peak ")[1].split(" MB")[0]) for text in texts)
-    assert bounded <= unbounded / 3
+    assert bounded <= unbounded / 2  # two chunks of eight, and queries for the next cut
 
 
 def test_guidance_and_bfloat16_work(server, folder):
