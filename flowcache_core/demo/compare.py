@@ -29,7 +29,7 @@ from .model import decode, load_network
 from .train_network import FRAMES_PER_CHUNK
 
 STEPS, WINDOW = 64, 4  # MAGI-1's schedule
-CAPTION = "a red circle and a blue square"
+CAPTION = "a magenta triangle"
 FRAME_TOKENS = 16  # the newest frame asks what stays: whole chunks of queries would take half a chunk of memory
 HISTORY_SHARE = 0.45  # of the whole history, the most that the third run may take
 
