@@ -9,11 +9,13 @@ import sys
 import tempfile
 from pathlib import Path
 
-import thumbnails
-from comfy_page import DEMOS, NAMES, PACK, WORKFLOWS, ComfyPage
-from comfy_server import Server
-from published import write_published
-from videos import frames_of
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # a script has only its own folder there
+
+import thumbnails  # noqa: E402
+from comfy_page import DEMOS, NAMES, PACK, WORKFLOWS, ComfyPage  # noqa: E402
+from comfy_server import Server  # noqa: E402
+from published import write_published  # noqa: E402
+from videos import frames_of  # noqa: E402
 
 
 def export(page: ComfyPage, name: str) -> None:
@@ -46,5 +48,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    sys.path.insert(0, str(PACK))
     main()
