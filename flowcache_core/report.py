@@ -112,8 +112,9 @@ class Report:
             f"steps reused",
             f"time: {self.seconds:.1f} s, {self.seconds / max(1, self.chunks_done):.2f} s a chunk, overhead "
             f"{self.overhead:.1%}",
-            f"history: planned {megabytes(self.history_bytes_planned)}, peak {megabytes(self.history_bytes_peak)}, "
-            f"unbounded {megabytes(self.history_bytes_unbounded)}",
+            "history: "
+            + (f"planned {megabytes(self.history_bytes_planned)}, " if self.history_bytes_planned else "")
+            + f"peak {megabytes(self.history_bytes_peak)}, unbounded {megabytes(self.history_bytes_unbounded)}",
             *self.notes,
         ]
         return "\n".join(line for line in lines if line)

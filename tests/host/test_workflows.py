@@ -74,7 +74,7 @@ def difference(a: np.ndarray, b: np.ndarray) -> float:
 def test_a_new_caption_computes_only_its_own_continuation(server):
     prompt = prompt_of("demo_extend")
     server.run(prompt, PATIENCE)
-    (changed,) = [k for k, each in prompt.items() if each["inputs"].get("caption") == "a white square"]
+    (changed,) = [k for k, each in prompt.items() if each["inputs"].get("caption") == "a white triangle"]
     prompt[changed]["inputs"]["caption"] = "a yellow circle"
     outcome = server.run(prompt, PATIENCE)
     assert outcome.error is None
