@@ -66,7 +66,9 @@ def test_two_prompts_make_one_video(server):
     outcome = run(server, prompt)
     beginning = check_video(saved(server, prompt, outcome, "flowcache/skyreels_extend_beginning"), 37, 64)
     whole = check_video(saved(server, prompt, outcome, "flowcache/skyreels_extend_whole"), 37 + 40, 64)
-    assert difference(beginning[:-12], whole[: 37 - 12]) < 4  # coded anew; the last frames see what comes after them
+    # Coded anew, and noise codes badly; the last frames see what comes after them.
+    same, other = (difference(beginning[:-12], part) for part in (whole[: 37 - 12], whole[37 : 37 + 25]))
+    assert same < other / 3, (same, other)
     (second,) = [key for key, node in prompt.items() if "state" in node["inputs"]]
     prompt[prompt[second]["inputs"]["positive"][0]]["inputs"]["caption"] = "a yellow circle"
     again = run(server, prompt)
