@@ -145,8 +145,7 @@ def choose(
 
     Args:
         queries: [B, query heads, Q, D] of the newest chunk, for the "flowcache" rule; None where the history comes from
-            a
-            run without a budget, which keeps none: then redundancy alone decides.
+            a run without a budget, which keeps none: then redundancy alone decides.
         keys: [B, key heads, N, D], the clean history in time order.
         keep: how many tokens stay, a whole number of chunks and less than N.
         frame_tokens, chunk_tokens: tokens of a frame and of a chunk.

@@ -8,7 +8,7 @@ from dataclasses import replace
 import pytest
 import torch
 import torch.nn.functional as F
-from tiny import TINY
+from tiny import TINY, watch_positions
 
 from flowcache_core.compression import Compression
 from flowcache_core.engine import Cancelled, Engine, guidance
@@ -190,22 +190,10 @@ def test_relative_positions_equal_absolute_ones_while_all_fits(backbone):
 
 def test_relative_positions_never_leave_the_window(backbone):
     settings = replace(OFF, history=HistorySettings(2, Compression("window"), relative=True))
-    seen = []
-    table = type(backbone.rotary).table
-
-    class Watched(type(backbone.rotary)):
-        def table(self, frames, rows, columns):
-            seen.extend(frames.tolist())
-            return table(self, frames, rows, columns)
-
-        def angles(self, positions, width):
-            seen.extend([positions.min().item(), positions.max().item()])
-            return super().angles(positions, width)
-
     absolute = run(
         backbone, ChunkSchedule(12, 2, 2), replace(settings, history=HistorySettings(2, Compression("window")))
     )
-    backbone.rotary = Watched(backbone.rotary.head_dim)
+    seen = watch_positions(backbone)
     relative = run(backbone, ChunkSchedule(12, 2, 2), settings)
     assert min(seen) >= 0 and max(seen) < (2 + 1) * 2 + max(SIZE)
     assert max(seen) < 12 * 2

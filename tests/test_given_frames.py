@@ -5,7 +5,7 @@ from dataclasses import replace
 import pytest
 import torch
 import torch.nn.functional as F
-from tiny import TINY
+from tiny import TINY, watch_positions
 
 from flowcache_core.compression import Compression
 from flowcache_core.errors import UserError
@@ -120,19 +120,7 @@ def test_an_end_far_away_is_not_seen_where_positions_are_relative(backbone):
 
 
 def test_relative_positions_stay_near_the_window(backbone):
-    seen = []
-    table = type(backbone.rotary).table
-
-    class Watched(type(backbone.rotary)):
-        def table(self, frames, rows, columns):
-            seen.extend(frames.tolist())
-            return table(self, frames, rows, columns)
-
-        def angles(self, positions, width):
-            seen.extend([positions.min().item(), positions.max().item()])
-            return super().angles(positions, width)
-
-    backbone.rotary = Watched(backbone.rotary.head_dim)
+    seen = watch_positions(backbone)
     made(backbone, 12, HistorySettings(1, relative=True), prefix=draw(1, 1), end=draw(2, 2))
     window = 1 + (1 + 2) * FRAMES  # the lead, then the budget and the active chunks
     assert min(seen) >= 0 and max(seen) < window + 2

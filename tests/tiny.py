@@ -18,3 +18,20 @@ def tiny_network(seed: int = 0) -> WanNetwork:
             if "norm_q" in name or "norm_k" in name:
                 parameter.fill_(1.5)
     return network.eval().requires_grad_(False)
+
+
+def watch_positions(backbone) -> list[int]:
+    """Gives the backbone a rotary table that tells which frames it is asked for; returns the list that they go to."""
+    seen: list[int] = []
+
+    class Watched(type(backbone.rotary)):
+        def table(self, frames, rows, columns):
+            seen.extend(frames.tolist())
+            return super().table(frames, rows, columns)
+
+        def angles(self, positions, width):
+            seen.extend([positions.min().item(), positions.max().item()])
+            return super().angles(positions, width)
+
+    backbone.rotary = Watched(backbone.rotary.head_dim)
+    return seen
