@@ -9,16 +9,28 @@ from flowcache_core.lab.table import BEGIN, END, insert, table
 
 POINT = {
     "schedule": "magi", "method": "ours", "setting": "9 steps", "speedup": 6.5, "forwards_executed": 160, "psnr": 38.25,
-    "ssim": 0.9871, "psnr_vae": 36.0, "psnr_converged": None, "detector": 0.9, "overhead": 0.012,
+    "ssim": 0.9871, "psnr_vae": 36.0, "psnr_converged": None, "detector": 0.9, "overhead": 0.012, "timed": "pairs",
+    "forwards_total": 1040,
 }  # fmt: skip
+QUALITY = {"detector": 0.9, "detector_first": 0.95, "detector_last": 0.9}
+NAMES = ("whole history", "importance x redundancy", "sliding window", "random tokens")
 REPORT = {
     "machine": {"cores": 2, "processor": "a processor", "torch": "2.13"},
-    "size": {"clips": 8, "chunks": 16, "pairs": 5},
+    "size": {"clips": 8, "chunks": 16, "pairs": 5, "converged_clips": 4, "converged_chunks": 6},
     "points": [
         POINT | {"method": "fewer steps, AB2", "speedup": 7.0},
         POINT,
         POINT | {"method": "plain", "psnr": None},
     ],
+    "checks": {},
+    "left_out": [],
+    "short_history": {
+        "budget": 3, "chunks": 64,
+        "rows": [
+            {"name": name, "history_bytes": 2**20, "quality": QUALITY, "likeness": {"psnr": 30.0 - place}}
+            for place, name in enumerate(NAMES)
+        ],
+    },
     "long_run": {
         "chunks": 1000, "settings": "magi", "last_100_over_50_to_150": 1.01, "rss_growth_after_chunk_50": 0.002,
         "history_bytes": [2**20, 3 * 2**20],

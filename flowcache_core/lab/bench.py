@@ -14,14 +14,16 @@ from collections.abc import Iterable
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 
+from ..calibration import QUALITIES, SHIPPED, load, settings_of
 from ..demo import NETWORK_FILE
 from ..demo.model import load_network
 from ..files import check_writable, write_whole
 from ..history import HistorySettings
 from . import charts, compression_cost, process
+from .aims import SPEED_AIMS
 from .likeness import decibels, pixels, pixels_by_vae
 from .long_run import long_run
-from .methods import HISTORY, OURS, PLAIN, converged, default, history_only, ours, peers, plain, sparing
+from .methods import EVERY, HISTORY, OURS, PLAIN, converged, default, history_only, ours, peers, plain, sparing
 from .points import Point, References, measure, window_flops
 from .runs import Clips, Method, Outcome, plain_forwards, run
 from .setups import SETUPS, Setup
@@ -36,7 +38,8 @@ class Size:
     Attributes:
         clips, chunks: of the likeness curves.
         pairs: alternating runs for time.
-        every: only every n-th setting of a sweep.
+        settings: so many of each method's sweep.
+        converged_clips, converged_chunks: the first of those, for the converged run.
         long_chunks: of the long run.
         short_clips, short_chunks: of the comparison of short histories.
         tokens: of clean history, for the cost of cutting it.
@@ -46,17 +49,28 @@ class Size:
     clips: int = 8
     chunks: int = 16
     pairs: int = 5
-    every: int = 1
+    settings: int = 9
+    converged_clips: int = 4
+    converged_chunks: int = 4
     long_chunks: int = 1000
-    short_clips: int = 8
+    short_clips: int = 4
     short_chunks: int = 64
     tokens: int = 8192
     minutes: float = 22.0
 
 
 SMOKE = Size(
-    clips=2, chunks=4, pairs=1, every=3, long_chunks=60, short_clips=1, short_chunks=8, tokens=1024, minutes=2.7
-)
+    clips=2, chunks=4, pairs=1, settings=2, converged_clips=1, converged_chunks=1, long_chunks=60, short_clips=1,
+    short_chunks=8, tokens=1024, minutes=2.7,
+)  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Timing:
+    """Of one clip, medians over runs in alternation: seconds, and the share of them outside the network."""
+
+    seconds: float
+    overhead: float
 
 
 @dataclass
@@ -67,6 +81,7 @@ class Bench:
         size: how much.
         network: file of the demo's family.
         begun: when the clock was started.
+        timings: of the runs in alternation, by schedule, method and setting.
     """
 
     size: Size
@@ -76,11 +91,13 @@ class Bench:
     left_out: list[str] = field(default_factory=list)
     checks: dict = field(default_factory=dict)
     references: dict[str, References] = field(default_factory=dict)
+    timings: dict[tuple[str, str, str], Timing] = field(default_factory=dict)
 
     def __post_init__(self):
         self.backbone = load_network(self.network)
         self.clips = Clips.held_out(self.backbone, self.size.clips, self.size.chunks)
         self.one = Clips(self.backbone, self.clips.captions[:1], self.size.chunks)
+        self.fewer = Clips(self.backbone, self.clips.captions[: self.size.converged_clips], self.size.converged_chunks)
 
     @property
     def minutes(self) -> float:
@@ -97,7 +114,8 @@ class Bench:
         self.say(f"long run: last chunks {made.slower:.3f} times as slow, memory {made.grown:+.2%}")
         for setup in SETUPS.values():
             self.schedule(setup)
-        self.checks["converged_to_twice_its_steps_psnr"] = round(self.convergence(), 2)
+        self.checks["converged_to_half_its_steps_psnr"] = round(self.convergence(), 2)
+        self.checks["balanced"] = self.balanced()
         report["compression"] = self.compression()
         report["short_history"] = self.short()
         for setup, method in self.peers():
@@ -112,66 +130,61 @@ class Bench:
 
     def schedule(self, setup: Setup) -> None:
         """The plain and the converged run of a way of sampling, and ours."""
-        methods = ours(setup)[:: self.size.every]
-        quick = [method for method in methods if method.timed]
-        seconds, overheads, likest = self.pairs(setup, quick)
+        methods = ours(setup)[: self.size.settings]
+        alike = self.alternate(setup, [m for m in [*methods, *peers(setup, self.size.settings)] if m.timed])
+        once = self.timings[setup.name, PLAIN, EVERY]
         kept = run(history_only(), setup, self.clips)  # where the plain run keeps no history, it gives the same
-        scale = seconds[PLAIN] / seconds[HISTORY] if setup.window else 1.0
-        half = replace(self.clips, chunks=max(1, self.clips.chunks // 2))
-        reached = run(converged(setup), setup, half) if setup.converges else None
+        scale = once.seconds / self.timings[setup.name, HISTORY, EVERY].seconds if setup.window else 1.0
+        reached = run(converged(setup), setup, self.fewer) if setup.converges else None
         self.references[setup.name] = references = References(
             plain=pixels(kept.latents),
             converged=pixels(reached.latents) if reached else None,
             forwards=plain_forwards(setup, self.clips.chunks),
             seconds=kept.seconds * scale,
+            half_seconds=kept.seconds / 2,
         )
-        self.checks[setup.name] = {"plain_seconds_of_one_clip": round(seconds[PLAIN], 4), **likest}
+        self.checks[setup.name] = {"plain_seconds_of_one_clip": round(once.seconds, 4)}
         first = measure(plain(setup), setup, self.clips, kept, references)
         first.psnr = first.ssim = None
         if setup.window:
             first.flops = window_flops(setup, self.clips)
             first.seconds, first.forwards_executed = references.seconds, references.forwards
             first.history_bytes_peak = 0
-            alike = measure(history_only(), setup, self.clips, kept, references)
-            self.points.append(replace(alike, psnr=likest["history_only_to_plain_psnr"], ssim=None))
-        first.speedup = 1.0
-        first.overhead = overheads[PLAIN]
+            self.checks[setup.name]["history_only_to_plain_psnr"] = alike
+            history = measure(history_only(), setup, self.clips, kept, references)
+            self.points.append(replace(history, psnr=alike, ssim=None))
+        first.speedup, first.overhead = 1.0, once.overhead
         self.points.append(first)
-        in_time = setup.converges and self.minutes < self.size.minutes / 2
-        shown = pixels_by_vae(kept.latents) if in_time else None
+        shown = pixels_by_vae(kept.latents[:1]) if setup.converges else None
         for method in methods:
             outcome = run(method, setup, self.clips)
             point = self.point(setup, method, outcome)
-            if method.setting in seconds:
-                if shown is not None:
-                    point.psnr_vae = decibels(pixels_by_vae(outcome.latents), shown)
-                point.speedup, point.timed = seconds[PLAIN] / seconds[method.setting], "pairs"
-                point.overhead = overheads[method.setting]
+            if method is methods[0] and shown is not None:
+                point.psnr_vae = decibels(pixels_by_vae(outcome.latents[:1]), shown)
 
-    def pairs(self, setup: Setup, methods: list[Method]) -> tuple[dict[str, float], dict[str, float], dict[str, float]]:
-        """Seconds and overhead of one clip, medians of runs in alternation with the plain one, by name or setting."""
-        seconds: dict[str, list[float]] = defaultdict(list)
-        overheads: dict[str, list[float]] = defaultdict(list)
+    def alternate(self, setup: Setup, methods: list[Method]) -> float | None:
+        """Fills `timings` with runs of one clip in alternation with the plain one; returns how alike history only is to
+        the plain run, dB, where that keeps none."""
+        seconds: dict[tuple[str, str, str], list[float]] = defaultdict(list)
+        overheads: dict[tuple[str, str, str], list[float]] = defaultdict(list)
         latents = {}
         for number in range(self.size.pairs):
-            others = [history_only()] if setup.window and number == 0 else []
+            others = [history_only()] if setup.window and number < 2 else []
             for method in [plain(setup), *others, *methods]:
                 outcome = run(method, setup, self.one)
-                name = method.name if method.name in (PLAIN, HISTORY) else method.setting
-                seconds[name].append(outcome.seconds)
-                overheads[name].append(outcome.report.overhead)
-                latents[name] = outcome.latents
-        alike = {}
-        if setup.window:
-            alike["history_only_to_plain_psnr"] = decibels(pixels(latents[HISTORY]), pixels(latents[PLAIN]))
-        return (
-            {name: statistics.median(values) for name, values in seconds.items()},
-            {name: statistics.median(values) for name, values in overheads.items()},
-            alike,
-        )
+                key = setup.name, method.name, method.setting
+                seconds[key].append(outcome.seconds)
+                overheads[key].append(outcome.report.overhead)
+                latents[method.name] = outcome.latents
+        for key, values in seconds.items():
+            self.timings[key] = Timing(statistics.median(values), statistics.median(overheads[key]))
+        return decibels(pixels(latents[HISTORY]), pixels(latents[PLAIN])) if setup.window else None
 
     def point(self, setup: Setup, method: Method, outcome: Outcome) -> Point:
         point = measure(method, setup, self.clips, outcome, self.references[setup.name])
+        if timing := self.timings.get((setup.name, method.name, method.setting)):
+            plain_seconds = self.timings[setup.name, PLAIN, EVERY].seconds
+            point.speedup, point.overhead, point.timed = plain_seconds / timing.seconds, timing.overhead, "pairs"
         self.points.append(point)
         self.say(
             f"{setup.name:9} {method.name:22} {method.setting:16} "
@@ -180,33 +193,47 @@ class Bench:
         )
         return point
 
+    def balanced(self) -> dict | None:
+        """What the shipped calibration says of `balanced`, and what held-out captions give; None where it reaches that
+        with every step alone."""
+        predicted = load(SHIPPED).choose(QUALITIES["balanced"])
+        if predicted is None:
+            return None
+        setting = f"{len(predicted.steps)} steps"
+        ours_so_far = [p for p in self.points if (p.schedule, p.method) == ("magi", OURS)]
+        point = next((p for p in ours_so_far if p.setting == setting), None)
+        if point is None:
+            method = Method(OURS, setting, settings_of("balanced"))
+            point = self.point(SETUPS["magi"], method, run(method, SETUPS["magi"], self.clips))
+        return {"setting": setting, "predicted_psnr": predicted.psnr, "psnr": point.psnr}
+
     def peers(self) -> Iterable[tuple[Setup, Method]]:
         """All peers of all ways of sampling, in turn."""
-        sweeps = [[(setup, method) for method in peers(setup)][:: self.size.every] for setup in SETUPS.values()]
+        sweeps = [[(setup, method) for method in peers(setup, self.size.settings)] for setup in SETUPS.values()]
         for place in range(max(map(len, sweeps))):
             for sweep in sweeps:
                 yield from sweep[place : place + 1]
 
     def peer(self, setup: Setup, method: Method) -> None:
-        """One point, if the time reaches for a run of half the plain one's."""
-        if self.minutes + self.references[setup.name].seconds / 120 > self.size.minutes:
+        """One point, if the time reaches for half of the steps."""
+        if self.minutes + self.references[setup.name].half_seconds / 60 > self.size.minutes:
             self.left_out.append(f"{setup.name}: {method.name}, {method.setting}")
             return
         self.point(setup, method, run(method, setup, self.clips))
 
     def convergence(self) -> float:
-        """How alike the converged run is to one of twice its steps, dB: one clip of two chunks, MAGI-1's schedule."""
-        setup, short = SETUPS["magi"], replace(self.one, chunks=2)
-        once = converged(setup)
-        twice = replace(once, steps=2 * (once.steps or setup.steps))
-        return decibels(*(pixels(run(method, setup, short).latents) for method in (once, twice)))
+        """How alike half the converged run's steps come to it, dB: the first chunk of one clip, MAGI-1's schedule."""
+        setup, method = SETUPS["magi"], converged(SETUPS["magi"])
+        half = replace(method, steps=method.steps // 2)
+        shown = pixels(run(half, setup, replace(self.fewer, captions=self.fewer.captions[:1], chunks=1)).latents)
+        return decibels(shown, self.references["magi"].converged[:1, :, : shown.shape[2]])
 
     def compression(self) -> dict:
         setup = SETUPS["magi"]
         method = default(setup)
         short = replace(method, settings=replace(method.settings, history=HistorySettings(SHORT_BUDGET)))
         with compression_cost.Stopwatch() as watch:
-            outcome = run(short, setup, self.one)
+            outcome = run(short, setup, replace(self.one, chunks=max(2 * SHORT_BUDGET + 2, self.one.chunks)))
         cost = compression_cost.cut_cost(self.size.tokens)
         self.say(f"a cut at {cost.tokens} tokens: {cost.seconds_direct / cost.seconds:.1f}x faster than written out")
         return {"share_of_run": round(watch.seconds / outcome.seconds, 5), **asdict(cost)}
@@ -229,10 +256,6 @@ class Bench:
 
 
 SHORT_BUDGET = 3
-AIMS = {
-    "magi": ((4.0, 42.0), (6.5, 38.0), (10.0, 32.0)),
-    "skyreels": ((8.0, 38.0), (12.0, 30.0), (15.0, 22.95)),
-}
 
 
 def write(report: dict, out: Path, pictures: Path | None = None) -> None:
@@ -271,7 +294,7 @@ def _likeness_chart(report: dict, schedule: str):
         f"Likeness over speedup: {TITLES[schedule].split(' (')[0]}",
         f"demo model, {size['clips']} clips of {size['chunks']} chunks, {report['machine']['cores']} CPU cores",
         curves,
-        AIMS.get(schedule, ()),
+        SPEED_AIMS.get(schedule, ()),
     )
 
 

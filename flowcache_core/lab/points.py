@@ -23,9 +23,9 @@ class Point:
         speedup: wall time of the plain run over this one's.
         timed: "pairs" where runs of one clip alternated with plain ones, "batch" where the run of all clips was timed.
         psnr, ssim: to the plain run; None for itself.
-        psnr_vae: to the plain run by the VAE's decoder, which takes long; None where it was not measured.
+        psnr_vae: of the first clip, by the VAE's decoder, which takes long; None where it was not measured.
         lpips: None, its weights are not at hand.
-        psnr_converged: to the converged run, over as many chunks as that has; None where there is none.
+        psnr_converged: to the converged run, over as many clips and chunks as that has; None where there is none.
         detector, detector_first, detector_last: share of frames with the captioned shapes; of the first and last chunk.
         growth: area of the shapes, last quarter over first.
         jerk: change of velocity from frame to frame, pixels.
@@ -65,12 +65,20 @@ class Point:
 
 @dataclass
 class References:
-    """Pixels [clips, 3, T, H, W] that runs are compared with, and what the plain run costs."""
+    """What runs are compared with.
+
+    Attributes:
+        plain: its pixels [clips, 3, T, H, W].
+        converged: the converged run's, of the first of the clips and frames; None where there is none.
+        forwards, seconds: of the plain run.
+        half_seconds: about what a run of half of the steps takes.
+    """
 
     plain: Tensor
     converged: Tensor | None
     forwards: int
     seconds: float
+    half_seconds: float
 
 
 def measure(method: Method, setup: Setup, clips: Clips, outcome: Outcome, references: References) -> Point:
@@ -79,7 +87,8 @@ def measure(method: Method, setup: Setup, clips: Clips, outcome: Outcome, refere
     plain = likeness(shown, references.plain) if shown is not references.plain else None
     converged = None
     if references.converged is not None:
-        converged = decibels(shown[:, :, : references.converged.shape[2]], references.converged)
+        clips_seen, _, frames, *_ = references.converged.shape
+        converged = decibels(shown[:clips_seen, :, :frames], references.converged)
     good = quality(shown, clips.captions)
     return Point(
         schedule=setup.name,

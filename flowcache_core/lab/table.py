@@ -8,6 +8,7 @@ from pathlib import Path
 from ..errors import UserError
 from ..files import write_whole
 from ..report import megabytes
+from .aims import aims
 
 BEGIN, END = "<!-- bench: begin -->", "<!-- bench: end -->"
 TITLES = {
@@ -30,12 +31,10 @@ COLUMNS = (
 
 
 def table(report: dict) -> str:
-    """Markdown: what was measured on, the points of each schedule, a long run, short histories, the cost of cutting."""
-    return "\n\n".join(
-        part
-        for part in (_machine(report), *_points(report), _long_run(report), _short(report), _cut(report), _host(report))
-        if part
-    )
+    """Markdown: what was measured on, aims and whether they were reached, the points of each schedule, and the rest."""
+    parts = [_machine(report), _aims(report), *_points(report)]
+    parts += [_long_run(report), _short(report), _cut(report), _host(report)]
+    return "\n\n".join(part for part in parts if part)
 
 
 def insert(readme: str, words: str) -> str:
@@ -56,8 +55,19 @@ def _machine(report: dict) -> str:
         f"Measured by `make bench` on {machine['cores']} cores of {machine['processor']}, torch {machine['torch']}: "
         f"{size['clips']} clips of {size['chunks']} chunks, means; FlowCache's times are medians of {size['pairs']} "
         "runs in alternation with the plain one, the others' are of one run of all clips. Latents become pixels by the "
-        "linear map that the VAE learned; 'by VAE' is its own decoder's, which takes long. LPIPS is left out: its "
-        "weights are not at hand."
+        "linear map that the VAE learned; 'by VAE' is its own decoder's, of the first clip, because it takes long. The "
+        f"converged run takes eight times the steps and has {size['converged_clips']} of the clips, "
+        f"{size['converged_chunks']} chunks of each. LPIPS is left out: its weights are not at hand."
+    )
+
+
+def _aims(report: dict) -> str:
+    rows = [[aim.name, aim.wanted, aim.reached, aim.verdict] for aim in aims(report)]
+    left_out = "; ".join(report["left_out"])
+    return (
+        "**Aims** (leads are the smallest over the measured points of the curves)\n\n"
+        + _markdown(("aim", "wanted", "reached", "holds"), rows)
+        + (f"\n\nFor want of time left out: {left_out}." if left_out else "")
     )
 
 
