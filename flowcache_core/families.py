@@ -171,3 +171,18 @@ def family_preset(preset: str, name: str, dim: int, history: HistorySettings) ->
         dim: width of the network.
     """
     return replace(family(name).published(preset, dim) or PRESETS[preset], history=history)
+
+
+def fitted(reuse: ReuseSettings, name: str, dim: int) -> ReuseSettings:
+    """A rule that watches the input, as a family takes it: with the polynomial that was fitted to its signal, and
+    holding what that was fitted for. Thresholds then mean what they mean to the rule's makers.
+
+    Args:
+        reuse: any policy; those that watch nothing stay as they are.
+        name: of the family.
+        dim: width of the network.
+    """
+    published = family(name).published("paper slow", dim)
+    if published is None or reuse.policy not in ("flowcache", "teacache"):
+        return reuse
+    return replace(reuse, rescale=published.reuse.rescale, held=published.reuse.held)

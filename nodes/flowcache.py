@@ -6,7 +6,7 @@ from comfy_api.latest import io
 
 from ..flowcache_core.calibration import settings_of
 from ..flowcache_core.compression import Compression
-from ..flowcache_core.families import family_preset
+from ..flowcache_core.families import family_preset, fitted
 from ..flowcache_core.history import HistorySettings
 from ..flowcache_core.presets import DEFAULT_PRESET, PRESETS, ReuseSettings, Settings
 from . import host
@@ -201,16 +201,16 @@ class FlowCache(io.ComfyNode):
         history = HistorySettings(
             history_budget or None, compression, relative=positions == "relative", memory=history_memory
         )
+        width = getattr(model.model.diffusion_model, "dim", 0)
         if preset == CUSTOM:
             order = ("hold", "linear", "quadratic").index(forecast)
             reuse = ReuseSettings(
                 policy, every=every, least=1, threshold=threshold, warmup=warmup, order=order, correct=correct
             )
-            settings = Settings(reuse, history)
+            settings = Settings(fitted(reuse, host.family_of(model), width), history)
         elif preset == QUALITY:
             settings = replace(settings_of(quality, host.calibration_of(model)), history=history)
         else:
-            network = model.model.diffusion_model
-            settings = family_preset(preset, host.family_of(model), getattr(network, "dim", 0), history)
+            settings = family_preset(preset, host.family_of(model), width, history)
         budget = f"history budget {history_budget} chunks" if history_budget else "whole history"
         return io.NodeOutput(host.patched(model, settings, f"FlowCache {preset}, {budget}"))

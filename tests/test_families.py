@@ -4,7 +4,8 @@ import pytest
 
 from flowcache_core import noise_levels as levels
 from flowcache_core.errors import UserError
-from flowcache_core.families import FAMILIES, family
+from flowcache_core.families import FAMILIES, POLYNOMIAL_1_3B, POLYNOMIAL_14B, family, fitted
+from flowcache_core.presets import ReuseSettings
 
 
 def test_few_step_models_take_the_published_levels():
@@ -34,3 +35,11 @@ def test_skyreels_with_the_shift_for_images():
 def test_an_unknown_family_is_told():
     with pytest.raises(UserError, match="expected one of demo"):
         family("sora")
+
+
+def test_a_rule_that_watches_takes_the_familys_polynomial():
+    teacache, even = ReuseSettings("teacache", threshold=0.2, order=0), ReuseSettings("even")
+    small, large = (fitted(teacache, "skyreels", dim) for dim in (1536, 5120))
+    assert small.rescale == POLYNOMIAL_1_3B and large.rescale == POLYNOMIAL_14B
+    assert (small.policy, small.threshold, small.held) == ("teacache", 0.2, "residual")
+    assert fitted(teacache, "demo", 256) == teacache and fitted(even, "skyreels", 1536) == even

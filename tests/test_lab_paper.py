@@ -3,20 +3,51 @@
 import pytest
 
 from flowcache_core.errors import UserError
-from flowcache_core.lab.paper import MODELS, Files, Measured, graph_of, main, seconds_of, table
+from flowcache_core.lab.paper import MODELS, Files, Measured, frames_of, main, run_of, seconds_of, table
+
+
+def nodes(graph, kind):
+    return [node["inputs"] for node in graph.values() if node["class_type"] == kind]
 
 
 @pytest.mark.parametrize("family", MODELS)
 def test_every_row_has_a_whole_graph(family):
     model = MODELS[family]
     for row in model.rows:
-        graph, pictures, report = graph_of(model, Files("a", "b", "c"), row, "words", 3, 2)
-        for node in graph.values():
+        run = run_of(model, Files("a", "b", "c"), row, "words", 3, model.windows)
+        for node in run.graph.values():
             links = [value for value in node["inputs"].values() if isinstance(value, list)]
-            assert all(name in graph for name, _ in links)
-        assert graph[pictures]["class_type"] == "PreviewImage" and graph[report]["class_type"] == "FlowCacheReport"
-        presets = [node["inputs"]["preset"] for node in graph.values() if node["class_type"] == "FlowCache"]
+            assert all(name in run.graph for name, _ in links)
+        assert [run.graph[name]["class_type"] for name in run.pictures] == ["PreviewImage"] * len(model.windows)
+        assert [run.graph[name]["class_type"] for name in run.reports] == ["FlowCacheReport"] * len(model.windows)
+        presets = [node["preset"] for node in nodes(run.graph, "FlowCache")]
         assert presets == ([row.preset] if row.preset else [])
+
+
+def test_skyreels_rows_are_177_frames_in_windows_of_97():
+    model = MODELS["skyreels"]
+    first, second = model.windows
+    assert (frames_of(model, first, False), frames_of(model, second, True)) == (97, 97)
+    assert frames_of(model, first, False) + frames_of(model, second, True) - model.overlap == 177
+    run = run_of(model, Files("a", "b", "c"), model.rows[0], "words", 3, model.windows)
+    (taken,) = nodes(run.graph, "ImageFromBatch")
+    assert (taken["batch_index"], taken["length"]) == (80, 17)
+    one, two = nodes(run.graph, "FlowCacheAutoregressiveExtend")
+    assert (
+        "prefix" not in one
+        and two["condition_noise"] == 0.02
+        and run.graph[two["prefix"][0]]["class_type"] == "VAEEncode"
+    )
+
+
+def test_teacaches_rows_hold_the_last_result_by_its_rule():
+    for model in MODELS.values():
+        rows = [row for row in model.rows if row.name.startswith("TeaCache")]
+        assert len(rows) == 2
+        for row in rows:
+            (node,) = nodes(run_of(model, Files(), row, "words", 3, (1,)).graph, "FlowCache")
+            assert (node["policy"], node["threshold"], node["warmup"]) == ("teacache", row.threshold, 5)
+            assert (node["forecast"], node["correct"]) == ("hold", False)
 
 
 def test_the_table_has_the_papers_figures_beside():

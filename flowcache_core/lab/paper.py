@@ -2,16 +2,23 @@
 
 `python -m flowcache_core.lab.paper skyreels --model FILE --text FILE --vae FILE` drives a running ComfyUI in which this
 pack is installed, with the paper's settings: SkyReels-V2 1.3B at 544 x 960, 50 steps, a chunk of 5 frames every 5
-ticks, guidance 6, one window of 97 frames; MAGI-1 4.5B-distill with 64 steps, 4 chunks at once. The paper took VBench's
-prompts: give them as a file, one a line. Each row is compared, frame by frame, with the unaccelerated run of the same
-prompt and seed. The paper's own figures (one A800) stand beside. `demo` does the same with the model that ships.
+ticks, guidance 6, 177 frames in two windows of 97 which share 17, encoded anew and shown at noise level 0.02; MAGI-1
+4.5B-distill with 64 steps, 4 chunks at once. The paper took VBench's prompts: give them as a file,
+one a line. Each row is compared, frame by frame, with the unaccelerated run of the same prompt and seed. The paper's
+own figures (one A800) stand beside. `demo` does the same with the model that ships.
 
-Source of the figures and settings: arXiv 2602.10825, tables of results and appendix; FlowCache's run scripts.
+TeaCache's rows: on MAGI-1 the threshold 0.01 is published, 0.015 is FlowCache's for its fast row; the paper names none
+for SkyReels-V2, so these are the model's makers' (0.2, and 0.3 in their examples). The rule runs over the history
+here, as FlowCache does, where upstream's recomputes the whole window.
+
+Source of the figures and settings: arXiv 2602.10825, tables of results and appendix; FlowCache's run scripts;
+SkyReels-V2's generate_video_df.py and README.
 """
 
 import argparse
 import re
 import sys
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -22,6 +29,7 @@ from torch import Tensor
 from ..errors import UserError
 from ..files import check_writable, write_whole
 from ..metrics import psnr, ssim
+from ..plan import FRAME_STRIDE
 from .comfy import ComfyUI, Graph
 
 
@@ -33,15 +41,22 @@ class Row:
         name: as the table calls it.
         preset: of the FlowCache node, or None to run without it.
         attention: of Autoregressive Extend.
+        threshold: of TeaCache's rule, where the preset is "custom".
         published: speedup, SSIM and PSNR as the paper has them, or None.
     """
 
     name: str
     preset: str | None
     attention: str = "auto"
+    threshold: float | None = None
     published: tuple[float, float, float] | None = None
 
 
+def teacache(threshold: float, speed: str, published: tuple[float, float, float] | None = None) -> Row:
+    return Row(f"TeaCache {speed} ({threshold:g})", "custom", threshold=threshold, published=published)
+
+
+TEACACHE = {"warmup": 5, "forecast": "hold", "correct": False}  # of the FlowCache node
 OURS = (Row("ours, high", "high"), Row("ours, balanced", "balanced"), Row("ours, fast", "fast"))
 
 
@@ -52,7 +67,10 @@ class Model:
     Attributes:
         text_type: of CLIPLoader, or None where captions need no encoder.
         vae, prompt: nodes that load the VAE and that encode a prompt.
-        chunks, steps, guidance, frames, lag, width, height: of Autoregressive Extend.
+        windows: chunks that each generates.
+        overlap: pixel frames that a window takes over from the one before.
+        condition: noise level that they are shown at.
+        steps, guidance, frames, lag, width, height: of Autoregressive Extend.
         negative: prompt of the unconditional branch.
         rows: the unaccelerated run first.
     """
@@ -62,7 +80,9 @@ class Model:
     vae: str
     prompt: str
     rows: tuple[Row, ...]
-    chunks: int
+    windows: tuple[int, ...]
+    overlap: int = 0
+    condition: float = -1.0
     steps: int = 0
     guidance: float = 0.0
     frames: int = 0
@@ -78,26 +98,38 @@ MODELS = {
         (
             Row("vanilla", None, "joint"),
             Row("history only", "off"),
+            teacache(0.2, "slow", (1.89, 0.7501, 21.96)),
+            teacache(0.3, "fast", (2.20, 0.6121, 18.39)),
             Row("FlowCache slow", "paper slow", published=(5.88, 0.7890, 23.74)),
             Row("FlowCache fast", "paper fast", published=(6.70, 0.7635, 22.95)),
             *OURS,
         ),
-        chunks=5, steps=50, guidance=6.0, frames=5, lag=5, width=960, height=544,
+        windows=(5, 4), overlap=17, condition=0.02,
+        steps=50, guidance=6.0, frames=5, lag=5, width=960, height=544,
     ),
     "magi": Model(
         "magi distilled", "mochi", "FlowCacheLoadMagiVAE", "FlowCacheMagiPrompt",
         (
             Row("vanilla", None),
+            teacache(0.01, "slow", (1.12, 0.2801, 13.26)),
+            teacache(0.015, "fast", (1.44, 0.1138, 8.94)),
             Row("FlowCache slow", "paper slow", published=(1.86, 0.6497, 22.34)),
             Row("FlowCache fast", "paper fast", published=(2.38, 0.5140, 19.27)),
             *OURS,
         ),
-        chunks=10, steps=64,
+        windows=(10,), steps=64,
     ),
     "demo": Model(
         "auto", None, "FlowCacheLoadDemoVAE", "FlowCacheDemoPrompt",
-        (Row("vanilla", None), Row("FlowCache slow", "paper slow"), Row("FlowCache fast", "paper fast"), *OURS),
-        chunks=8, prompts=("a red circle and a blue square",),
+        (
+            Row("vanilla", None),
+            teacache(0.1, "slow"),
+            teacache(0.2, "fast"),
+            Row("FlowCache slow", "paper slow"),
+            Row("FlowCache fast", "paper fast"),
+            *OURS,
+        ),
+        windows=(4, 3), overlap=9, condition=0.0, frames=3, prompts=("a red circle and a blue square",),
     ),
 }  # fmt: skip
 
@@ -121,8 +153,17 @@ class Measured:
     psnr: list[float] = field(default_factory=list)
 
 
-def graph_of(model: Model, files: Files, row: Row, prompt: str, seed: int, chunks: int) -> tuple[Graph, str, str]:
-    """The graph of one run, its node of pictures and its node of the report."""
+@dataclass(frozen=True)
+class Run:
+    """A graph of one row; the nodes of pictures and of reports, a window each."""
+
+    graph: Graph
+    pictures: list[str]
+    reports: list[str]
+
+
+def run_of(model: Model, files: Files, row: Row, prompt: str, seed: int, windows: Sequence[int]) -> Run:
+    """One row on one prompt, in windows of so many generated chunks."""
     graph = Graph()
     loaded = graph.add(
         "FlowCacheLoadARVideoModel", model_name=files.model, family=model.family, weight_type="default"
@@ -134,30 +175,48 @@ def graph_of(model: Model, files: Files, row: Row, prompt: str, seed: int, chunk
         clip = graph.add("CLIPLoader", clip_name=files.text, type=model.text_type, device="default")
         words = [graph.add(model.prompt, clip=(clip, 0), text=text) for text in (prompt, "")]
     if row.preset is not None:
-        loaded = graph.add("FlowCache", model=(loaded, 0), preset=row.preset, history_budget=0)
-    made = graph.add(
-        "FlowCacheAutoregressiveExtend",
-        model=(loaded, 0), positive=(words[0], 0), negative=(words[1], 0), seed=seed, chunks=chunks, steps=model.steps,
-        guidance=model.guidance, frames_per_chunk=model.frames, lag=model.lag, width=model.width, height=model.height,
-        attention=row.attention,
-    )  # fmt: skip
-    pixels = graph.add("VAEDecode", samples=(made, 0), vae=(vae, 0))
-    pictures = graph.add("PreviewImage", images=(pixels, 0))
-    report = graph.add("FlowCacheReport", report=(made, 2))
-    return graph, pictures, report
+        rule = {} if row.threshold is None else {"policy": "teacache", "threshold": row.threshold} | TEACACHE
+        loaded = graph.add("FlowCache", model=(loaded, 0), preset=row.preset, history_budget=0, **rule)
+    run, given = Run(graph, [], []), {}
+    for number, chunks in enumerate(windows):
+        made = graph.add(
+            "FlowCacheAutoregressiveExtend",
+            model=(loaded, 0), positive=(words[0], 0), negative=(words[1], 0), seed=seed + number, chunks=chunks,
+            steps=model.steps, guidance=model.guidance, frames_per_chunk=model.frames, lag=model.lag,
+            width=model.width, height=model.height, attention=row.attention, **given,
+        )  # fmt: skip
+        pixels = graph.add("VAEDecode", samples=(made, 0), vae=(vae, 0))
+        run.pictures.append(graph.add("PreviewImage", images=(pixels, 0)))
+        run.reports.append(graph.add("FlowCacheReport", report=(made, 2)))
+        if number + 1 < len(windows):
+            begin = frames_of(model, chunks, number > 0) - model.overlap
+            last = graph.add("ImageFromBatch", image=(pixels, 0), batch_index=begin, length=model.overlap)
+            start = graph.add("VAEEncode", pixels=(last, 0), vae=(vae, 0))
+            given = {"prefix": (start, 0), "condition_noise": model.condition}
+    return run
 
 
-def measure(host: ComfyUI, model: Model, files: Files, prompts: list[str], seed: int, chunks: int) -> list[Measured]:
+def frames_of(model: Model, chunks: int, given: bool) -> int:
+    """Pixel frames of a window that generates so many chunks, those taken over included: four a latent frame, the
+    first one has one."""
+    new = FRAME_STRIDE * model.frames * chunks
+    return new + model.overlap if given else new - (FRAME_STRIDE - 1)
+
+
+def measure(
+    host: ComfyUI, model: Model, files: Files, prompts: list[str], seed: int, windows: Sequence[int]
+) -> list[Measured]:
     """Runs every row on every prompt; a short run before them loads the model and is not counted."""
-    host.run(graph_of(model, files, model.rows[0], prompts[0], seed + 1, min(2, chunks))[0])
+    host.run(run_of(model, files, model.rows[0], prompts[0], seed + 1, (1,)).graph)
     measured = [Measured(row) for row in model.rows]
     for prompt in prompts:
         wanted = None
         for one in measured:
-            graph, pictures, report = graph_of(model, files, one.row, prompt, seed, chunks)
-            outputs = host.run(graph)
-            one.seconds.append(seconds_of(outputs[report]["text"][0]))
-            shown = _pixels(host.pictures(outputs, pictures))
+            run = run_of(model, files, one.row, prompt, seed, windows)
+            outputs = host.run(run.graph)
+            one.seconds.append(sum(seconds_of(outputs[report]["text"][0]) for report in run.reports))
+            parts = [_pixels(host.pictures(outputs, pictures)) for pictures in run.pictures]
+            shown = torch.cat([parts[0], *(part[:, model.overlap :] for part in parts[1:])], dim=1)
             if wanted is None:
                 wanted = shown
                 continue
@@ -201,7 +260,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--text", default="", help="file of its text_encoders: umt5 XXL (SkyReels), T5 v1.1 XXL (MAGI)")
     parser.add_argument("--vae", default="", help="file of its vae folder")
     parser.add_argument("--prompts", type=Path, help="a file of prompts, one a line, as VBench's")
-    parser.add_argument("--chunks", type=int, help="of each video (default: as in the paper)")
+    parser.add_argument("--chunks", type=int, help="of each window (default: as in the paper)")
     parser.add_argument("--seed", type=int, default=1024)
     parser.add_argument("--server", default="http://127.0.0.1:8188", help="a running ComfyUI (default: %(default)s)")
     parser.add_argument("--out", type=Path, default=Path("out/paper.md"), help="the table (default: %(default)s)")
@@ -214,7 +273,8 @@ def main(arguments: list[str] | None = None) -> int:
         if not prompts:
             raise UserError(f"{options.prompts} holds no prompt; write one a line.")
         files = Files(options.model, options.text, options.vae)
-        measured = measure(ComfyUI(options.server), model, files, prompts, options.seed, options.chunks or model.chunks)
+        windows = [options.chunks or chunks for chunks in model.windows]
+        measured = measure(ComfyUI(options.server), model, files, prompts, options.seed, windows)
     except (UserError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
