@@ -70,7 +70,7 @@ def test_a_curve_is_read_between_its_points_alone():
 
 def test_every_aim_says_what_was_reached():
     found = told(REPORT)
-    assert found["magi: likeness at 4x by time"] == ("46.0 dB", True)
+    assert found["magi: likeness at 4x by time"] == ("46.00 dB", True)
     assert found["magi: likeness at 10x by time"] == ("8.0x is the fastest", False)
     assert found["skyreels: likeness at 8x by time"] == ("", None)
     between = "at equal forwards, 2x to 8x"
@@ -81,7 +81,7 @@ def test_every_aim_says_what_was_reached():
     assert found["magi: overhead (the worst: 15 steps)"] == ("3.5%", False)
     assert found["causal: against plain with as many steps fewer, likeness"] == ("+1.0 dB", True)
     assert found["causal: against plain with as many steps fewer, speed"] == ("0.96x", False)
-    assert found["quality balanced: off its prediction (38.5 dB; 40.0 measured)"] == ("1.5 dB", True)
+    assert found["quality balanced: off its prediction (38.5 dB; 40.0 measured)"] == ("1.50 dB", True)
     assert found["1,000 chunks: time of the last 100 over chunks 50 to 150"] == ("1.040x", False)
     history = "history of 3 clean chunks, 64 chunks long"
     assert found[f"{history}: captions found less than with the whole"] == ("0.5%", True)
@@ -93,8 +93,8 @@ def test_every_aim_says_what_was_reached():
 
 def test_the_table_hides_no_failure():
     words = table(REPORT)
-    assert "| magi: likeness at 10x by time | at least 32.0 dB | 8.0x is the fastest | **no** |" in words
-    assert "| skyreels: likeness at 8x by time | at least 38.0 dB |  | not measured |" in words
+    assert "| magi: likeness at 10x by time | at least 32.00 dB | 8.0x is the fastest | **no** |" in words
+    assert "| skyreels: likeness at 8x by time | at least 38.00 dB |  | not measured |" in words
     assert "left out: magi: periodic, held, every 4th." in words
     whole = copy.deepcopy(REPORT)
     whole["left_out"] = []

@@ -21,7 +21,7 @@ DETECTOR_LOSS = 0.01
 CUT_SHARE, CUT_FASTER, CUT_SMALLER = 0.02, 5.0, 10.0
 MISPREDICTION = 2.0  # dB
 
-DECIBELS, LEAD, SHARE, TIMES = "{:.1f} dB", "{:+.1f} dB", "{:.1%}", "{:.2f}x"
+DECIBELS, LEAD, SHARE, TIMES = "{:.2f} dB", "{:+.1f} dB", "{:.1%}", "{:.2f}x"
 
 
 @dataclass(frozen=True)
@@ -128,7 +128,8 @@ def _short(report: dict) -> Iterable[Aim]:
     yield _most(f"{told}: drift more than with the whole", _drift(ours) - _drift(whole), DETECTOR_LOSS, SHARE)
     for other in others:
         lead = ours["likeness"]["psnr"] - other["likeness"]["psnr"]
-        yield _least(f"{told}: lead on {other['name']}, likeness to the whole", lead, 0.0, LEAD)
+        name = f"{told}: lead on {other['name']}, likeness to the whole"
+        yield Aim(name, f"more than {LEAD.format(0.0)}", LEAD.format(lead), lead > 0.0)
 
 
 def _drift(row: dict) -> float:

@@ -147,7 +147,7 @@ def main() -> None:
     )
     parser.add_argument("--chunks", type=int, default=5)
     parser.add_argument("--steps", type=int, default=24)
-    parser.add_argument("--pairs", type=int, default=3)
+    parser.add_argument("--pairs", type=int, default=8)
     options = parser.parse_args()
     if not (HOST / "main.py").exists():
         print(f"The host is not measured: there is no ComfyUI at {HOST}; set COMFYUI_PATH.")
