@@ -17,6 +17,7 @@ bench: $(VENV)/ready
 
 bench-smoke: $(VENV)/ready
 	$(VENV)/bin/python -m flowcache_core.lab.bench --smoke --out out/bench_smoke
+	$(VENV)/bin/python tests/host/bench_host.py --out out/bench_smoke --chunks 2 --pairs 1
 
 calibrate: $(VENV)/ready
 	$(VENV)/bin/python -m flowcache_core.lab.search

@@ -36,7 +36,7 @@ REPORT = {
         point("ours", "3 steps", 1.25, 20.0, schedule="causal", timed="pairs"),
         point("fewer steps", "3 steps", 1.3, 19.0, schedule="causal", timed="pairs"),
     ],
-    "checks": {"balanced": {"setting": "9 steps", "predicted_psnr": 38.5, "psnr": 40.0}},
+    "checks": {"balanced": {"setting": "9 steps", "chunks": 16, "predicted_psnr": 38.5, "psnr": 40.0}},
     "left_out": ["magi: periodic, held, every 4th"],
     "long_run": {
         "chunks": 1000, "settings": "magi", "last_100_over_50_to_150": 1.04, "rss_growth_after_chunk_50": 0.002,
@@ -89,6 +89,12 @@ def test_every_aim_says_what_was_reached():
     assert found[f"{history}: lead on random tokens, likeness to the whole"] == ("+5.0 dB", True)
     cut = "a cut at 8,192 tokens against the formula written out"
     assert (found[f"{cut}: faster"], found[f"{cut}: memory smaller"]) == (("9.00x", True), ("9.00x", False))
+
+
+def test_a_prediction_is_for_its_length():
+    shorter = copy.deepcopy(REPORT)
+    shorter["size"]["chunks"] = 4
+    assert told(shorter)["quality balanced: off its prediction"] == ("", None)
 
 
 def test_the_table_hides_no_failure():
