@@ -8,9 +8,10 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from .report import Report
 from .reuse import Corrector
 from .runner import Runner
-from .schedule import CLEAN, END, LEAD, Place
+from .schedule import CLEAN, END, LEAD, ChunkSchedule, Place
 from .solvers import Euler, Solver, SolverFactory, no_noise
 
 Denoise = Callable[[Tensor, float, Place], Tensor]  # latent, noise level, place -> guided velocity
@@ -40,6 +41,31 @@ class Progress:
     ticks: int
     places: Sequence[Place]
     clean: int
+
+
+def turns(
+    schedule: ChunkSchedule,
+    report: Report,
+    take: Callable[[int, Sequence[Place]], list[Chunk]],
+    on_progress: Callable[[Progress], None],
+) -> Iterator[Chunk]:
+    """The loop of every engine: tick by tick, timed and told.
+
+    Args:
+        take: one tick, by its number and its places; gives the chunks that are finished by it.
+    """
+    for tick, places in enumerate(schedule):
+        begun = time.perf_counter()
+        finished = take(tick, places)
+        report.seconds += time.perf_counter() - begun
+        on_progress(Progress(tick + 1, schedule.ticks, places, schedule.prefix + report.chunks_done))
+        yield from finished
+
+
+def check(cancelled: Callable[[], bool], report: Report) -> None:
+    """Raises Cancelled where the caller wants the run to end."""
+    if cancelled():
+        raise Cancelled(f"Cancelled after {report.chunks_done} of {report.schedule.chunks} chunks.")
 
 
 @dataclass
@@ -132,6 +158,7 @@ class Engine:
             runner.hold_clean()
         self.on_progress = on_progress
         self.cancelled = cancelled
+        self._active: dict[int, Active] = {}
         for chunk in {self.schedule.indices[0], self.schedule.indices[-1]}:
             steps, levels = self.schedule.steps_of(chunk), self._sigmas(chunk)
             if len(levels) != steps + 1:
@@ -166,7 +193,7 @@ class Engine:
 
     def _show(self, index: int, latent: Tensor, condition: float) -> None:
         begun = time.perf_counter()
-        self._check()
+        check(self.cancelled, self.runner.report)
         if condition:
             latent = torch.lerp(latent, self.noise(index, CLEAN)[:, :, : latent.shape[2]], condition)
         self.denoise(latent, condition, Place(index, CLEAN, 0))
@@ -175,19 +202,11 @@ class Engine:
 
     def run(self) -> Iterator[Chunk]:
         """Generates the schedule's chunks, oldest first."""
-        active: dict[int, Active] = {}
-        report = self.runner.report
-        for tick, places in enumerate(self.schedule):
-            begun = time.perf_counter()
-            finished = self._tick(places, active)
-            report.history.append((tick, self.runner.history_bytes_used))
-            report.seconds += time.perf_counter() - begun
-            clean = self.schedule.prefix + report.chunks_done
-            self.on_progress(Progress(tick + 1, self.schedule.ticks, places, clean))
-            yield from finished
+        return turns(self.schedule, self.runner.report, self._tick, self.on_progress)
 
     @torch.inference_mode()
-    def _tick(self, places: Sequence[Place], active: dict[int, Active]) -> list[Chunk]:
+    def _tick(self, tick: int, places: Sequence[Place]) -> list[Chunk]:
+        active = self._active
         for place in places:
             if place.step == 0:
                 solver = self.solver(self._sigmas(place.chunk), self._noise_of(place.chunk))
@@ -195,7 +214,7 @@ class Engine:
         levels = [self._sigmas(place.chunk)[place.step] for place in places]
         self.runner.plan(places, [active[place.chunk].latent for place in places], levels)
         for place, sigma in zip(places, levels, strict=True):
-            self._check()
+            check(self.cancelled, self.runner.report)
             self._step(active[place.chunk], place, sigma)
         # After all steps of the tick: active chunks' slots lie behind one another.
         finished = [place for place in places if place.step == self.schedule.steps_of(place.chunk) - 1]
@@ -206,6 +225,7 @@ class Engine:
                 self.denoise(x, 0.0, Place(place.chunk, CLEAN, place.tick))
             self.runner.commit(place.chunk)
             chunks.append(Chunk(place.chunk, x))
+        self.runner.report.history.append((tick, self.runner.history_bytes_used))
         return chunks
 
     def _step(self, chunk: Active, place: Place, sigma: float) -> None:
@@ -223,7 +243,3 @@ class Engine:
 
     def _noise_of(self, chunk: int) -> Callable[[int], Tensor]:
         return lambda step: self.noise(chunk, step)
-
-    def _check(self) -> None:
-        if self.cancelled():
-            raise Cancelled(f"Cancelled after {self.runner.report.chunks_done} of {self.schedule.chunks} chunks.")

@@ -13,7 +13,7 @@ finished chunk becomes clean by moving a boundary. When the next chunk needs roo
 budget; the tokens that stay may differ from head to head.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Hashable, Iterable, Mapping
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Literal, NamedTuple
@@ -27,6 +27,9 @@ from .rotary import Rotary, rotate
 from .schedule import END, LEAD, ChunkSchedule
 
 SYSTEM = torch.device("cpu")  # its memory is the system's
+MOVED = (
+    "out of device memory: the history was moved to system memory, which is slower; a history budget makes it smaller"
+)
 AttentionFunction = Callable[[Tensor, Tensor, Tensor], Tensor]
 
 
@@ -158,6 +161,18 @@ class Clean(NamedTuple):
     queries: Tensor
 
 
+class Grown(NamedTuple):
+    """What clean histories have grown by since they were last looked at.
+
+    Attributes:
+        histories: of each branch, its new tokens; or all of them.
+        whole: all, because older ones were dropped since, or nothing was looked at before.
+    """
+
+    histories: dict[Hashable, Clean]
+    whole: bool
+
+
 class History:
     """Keys and values of one branch.
 
@@ -188,6 +203,7 @@ class History:
         self.has_end = False  # whether the end's tokens are there yet
         self.active: list[int] = []  # chunk numbers, oldest first, each with a slot behind the clean tokens
         self.shift = 0  # frames by which positions are moved towards zero
+        self.taken = 0  # tokens at the front that `grown` has given out; 0 once one of them is dropped
 
     def _allocate(self, place: torch.device) -> None:
         shape = self.shape
@@ -321,9 +337,14 @@ class History:
             return False
         return self.settings.compression.asked_by == "newest" or chunk == self.active[0]
 
-    def save(self) -> Clean:
-        """A copy of the clean history on the CPU."""
-        kept = slice(self.shape.end_tokens, self.clean)
+    def save(self, first: int = 0, finished: int = 0) -> Clean:
+        """A copy of the clean history on the CPU.
+
+        Args:
+            first: token to begin with.
+            finished: so many of the oldest active chunks count as clean.
+        """
+        kept = slice(max(first, self.shape.end_tokens), self.clean + finished * self.shape.chunk_tokens)
         keys, values, tokens = (
             part[:, :, :, kept].to("cpu", copy=True) for part in (self.keys, self.values, self.tokens)
         )
@@ -386,6 +407,7 @@ class History:
             for heads, query_heads in self._head_groups(self.queries[layer] if self.queries else None):
                 self._sparing(partial(self._compress_heads, layer, heads, query_heads, keep))
         self.clean = given + keep
+        self.taken = 0
 
     def _compress_heads(self, layer: int, heads: slice, query_heads: slice, keep: int) -> None:
         """All new tensors are made before the first buffer is changed: nothing is half done where memory runs out."""
@@ -440,6 +462,32 @@ class History:
     def _turn(self, keys: Tensor, positions: Tensor) -> Tensor:
         angles = self.rotary.angles(positions, self.time_dims)
         return rotate(keys, torch.stack([angles.cos(), angles.sin()]).float())
+
+
+def grown(histories: Mapping[Hashable, History], finished: int = 0) -> Grown:
+    """What the clean histories of all branches have grown by since the last call, on the CPU.
+
+    Args:
+        finished: so many of the oldest active chunks count as clean.
+    """
+    whole = not all(history.taken for history in histories.values())
+    new = {name: history.save(0 if whole else history.taken, finished) for name, history in histories.items()}
+    for history in histories.values():
+        history.taken = history.clean + finished * history.shape.chunk_tokens
+    return Grown(new, whole)
+
+
+def spared(work: Callable[[], Tensor], histories: Iterable[History]) -> Tensor:
+    """Does a part of a forward, and once more with the history in system memory where the device runs out of its own.
+
+    A forward changes nothing until it is done, but its own slot of the history, which it fills again.
+    """
+    try:
+        return work()
+    except torch.cuda.OutOfMemoryError:
+        if not any([history.to_system_memory() for history in histories]):
+            raise
+    return work()
 
 
 def _runs_out(work: Callable[[], object]) -> bool:

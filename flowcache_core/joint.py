@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .backbones.wan import Attention, WanBackbone
-from .engine import Cancelled, Chunk, Progress
+from .engine import Chunk, Progress, check, turns
 from .errors import UserError
 from .report import Report
 from .rotary import rotate
@@ -128,13 +128,7 @@ class JointEngine:
 
     def run(self) -> Iterator[Chunk]:
         """Generates the schedule's chunks, oldest first."""
-        for tick, places in enumerate(self.schedule):
-            begun = time.perf_counter()
-            self._begin(places)
-            finished = self._tick(tick, places)
-            self.report.seconds += time.perf_counter() - begun
-            self.on_progress(Progress(tick + 1, self.schedule.ticks, places, self.report.chunks_done))
-            yield from finished
+        return turns(self.schedule, self.report, self._tick, self.on_progress)
 
     def _begin(self, places: Sequence[Place]) -> None:
         """Gives every chunk its noise, also those that only wait."""
@@ -143,8 +137,8 @@ class JointEngine:
 
     @torch.inference_mode()
     def _tick(self, tick: int, places: Sequence[Place]) -> list[Chunk]:
-        if self.cancelled():
-            raise Cancelled(f"Cancelled after {self.report.chunks_done} of {self.schedule.chunks} chunks.")
+        check(self.cancelled, self.report)
+        self._begin(places)
         steps = {place.chunk: place.step for place in places}
         window, levels = self._window(tick, steps)
         x = torch.cat(window, dim=2)

@@ -12,6 +12,7 @@ Source: MAGI-1, inference/pipeline/video_generate.py and forward_dispatcher in i
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Literal, NamedTuple
 
 import torch
@@ -33,9 +34,10 @@ from .backbones.magi_sampling import (
     visible_before,
 )
 from .compression import Compression
-from .engine import Cancelled, Chunk, Progress
+from .engine import Chunk, Progress, check, turns
 from .errors import UserError
-from .history import Clean, History, HistorySettings, HistoryShape
+from .history import MOVED, Clean, Grown, History, HistorySettings, HistoryShape, grown, spared
+from .noise_levels import row_levels
 from .presets import Settings
 from .report import Report
 from .reuse import Corrector, Forecast, changes
@@ -184,7 +186,7 @@ class MagiEngine:
         self.policy = settings.reuse.make(schedule)
         self.report = Report(schedule)
         self.history: History = None  # type: ignore[assignment]  # made at the first forward, which tells its size
-        self.estimates: dict[int, Tensor] = {}  # of the clean chunk, by the last tick's velocity: for previews
+        self.estimates: dict[int, Callable[[], Tensor]] = {}  # of clean chunks, by the last tick's velocity: previews
         self._loaded: Clean | None = None
         self._latents: dict[int, Tensor] = {}
         self._forecasts: dict[int, Forecast] = {}
@@ -204,14 +206,7 @@ class MagiEngine:
             )
         if self._loaded is None:
             self._prefill()
-        for tick, places in enumerate(self.schedule):
-            begun = time.perf_counter()
-            chunks = self._tick(places)
-            self.report.history.append((tick, self.history.bytes_used))
-            self.report.seconds += time.perf_counter() - begun
-            done = self.schedule.prefix + self.report.chunks_done
-            self.on_progress(Progress(tick + 1, self.schedule.ticks, places, done))
-            yield from chunks
+        return turns(self.schedule, self.report, self._tick, self.on_progress)
 
     def load(self, clean: Clean) -> None:
         """Starts from the clean history of an earlier run, which holds the schedule's given chunks."""
@@ -221,20 +216,32 @@ class MagiEngine:
     def save(self) -> dict[str, Clean]:
         """The clean history of a run that has ended, on the CPU."""
         if self._finished is not None:
-            self._clean_pass(self.branches[-1], self.schedule.ticks)
+            self._clean_pass(self.branches[-1])
             self._commit_finished()
         return {SHARED: self.history.save()}
+
+    @torch.inference_mode()
+    def save_new(self) -> Grown:
+        """What the clean history has grown by since the last call, up to the newest chunk that was handed out.
+
+        A chunk that waits for its clean pass gets one more, which the next tick repeats: the run goes on as it would.
+        """
+        asking = list(self.history.queries)
+        self._clean_pass(self.branches[-1])
+        new = grown({SHARED: self.history}, finished=int(self._finished is not None))
+        self.history.queries = asking
+        return new
 
     @torch.inference_mode()
     def _prefill(self) -> None:
         for chunk in range(self.schedule.prefix):
             assert self.given is not None
             self._finished = Finished(chunk, self.given[:, :, chunk * CHUNK_FRAMES : (chunk + 1) * CHUNK_FRAMES])
-            self._clean_pass(self.branches[-1], 0)
+            self._clean_pass(self.branches[-1])
             self._commit_finished()
 
     @torch.inference_mode()
-    def _tick(self, places: Sequence[Place]) -> list[Chunk]:
+    def _tick(self, tick: int, places: Sequence[Place]) -> list[Chunk]:
         self.estimates = {}
         for place in places:
             x = self.start(place.chunk) if place.step == 0 else self._latents[place.chunk]
@@ -244,13 +251,17 @@ class MagiEngine:
         changes = self._changes(places)
         weights = {place.chunk: self._mix(place, place is places[0]) for place in places}
         again = [place for place in places if self._recompute(place, changes, weights[place.chunk])]
-        velocities = self._velocities(again, weights, places[0].tick)
+        velocities = self._velocities(again, weights)
         for place in places:
             for branch in weights[place.chunk]:
                 self.report.record(place, branch, place in again)
             self._step(place, velocities.get(place.chunk), weights[place.chunk])
         self._commit_finished()
-        return [self._finish(place.chunk) for place in places if place.step == self.schedule.steps - 1]
+        if self.history.moved:
+            self.report.note(MOVED)
+        chunks = [self._finish(place.chunk) for place in places if place.step == self.schedule.steps - 1]
+        self.report.history.append((tick, self.history.bytes_used))
+        return chunks
 
     def _step(self, place: Place, fresh: Tensor | None, weights: dict[str, float]) -> None:
         """Takes a chunk one step on, by a recomputed velocity or by what stands in for it."""
@@ -269,7 +280,7 @@ class MagiEngine:
             change = self._correctors[chunk].step(velocity, place.step, length, fresh is not None)
             x = x if change is None else x + change
         step = 1.0 if changes_held else length
-        self.estimates[chunk] = torch.add(x, velocity, alpha=step * -sigma / length)
+        self.estimates[chunk] = partial(torch.add, x, velocity, alpha=step * -sigma / length)
         self._latents[chunk] = torch.add(x, velocity, alpha=step)
 
     def _finish(self, chunk: int) -> Chunk:
@@ -320,9 +331,7 @@ class MagiEngine:
             return {"text": NEAR_CLEAN_WEIGHT, "alone": 1.0 - NEAR_CLEAN_WEIGHT}
         return {"text": 1.0}
 
-    def _velocities(
-        self, places: Sequence[Place], weights: dict[int, dict[str, float]], tick: int
-    ) -> dict[int, Tensor]:
+    def _velocities(self, places: Sequence[Place], weights: dict[int, dict[str, float]]) -> dict[int, Tensor]:
         """Guided velocities of the chunks that are recomputed in this tick."""
         velocities: dict[int, Tensor] = {}
         for branch in self.branches:
@@ -330,7 +339,7 @@ class MagiEngine:
             weighed = [number for number, place in enumerate(places) if branch in weights[place.chunk]]
             count = len(places) if branch == self.branches[-1] else max(weighed, default=-1) + 1
             if count or branch == self.branches[-1]:
-                self._clean_pass(branch, tick)
+                self._clean_pass(branch)
             for place in places[:count]:
                 residual = self._forward(place, branch)
                 self._add(velocities, place, weights, branch, residual)
@@ -342,10 +351,8 @@ class MagiEngine:
     def _add(self, velocities: dict, place: Place, weights: dict, branch: str, residual: Tensor) -> None:
         if branch not in weights[place.chunk]:
             return
-        x, begun = self._latents[place.chunk], time.perf_counter()
-        velocity = self.backbone.head(x, self._level(place.chunk, self.sigmas[place.step]), residual)
-        self.report.forward_seconds += time.perf_counter() - begun
-        velocity = velocity * weights[place.chunk][branch]
+        x, level = self._latents[place.chunk], self._level(place.chunk, self.sigmas[place.step])
+        velocity = self._timed(lambda: self.backbone.head(x, level, residual)) * weights[place.chunk][branch]
         velocities[place.chunk] = velocities[place.chunk] + velocity if place.chunk in velocities else velocity
 
     def _forward(self, place: Place, branch: str) -> Tensor:
@@ -359,24 +366,27 @@ class MagiEngine:
         view = self._history_of(x).view(place.chunk, visible)
         return self._trunk(x, level, context, lambda layer, q, k, v: view.attend(layer, q, k, v, self.attention))
 
-    def _clean_pass(self, branch: str, tick: int) -> None:
+    def _clean_pass(self, branch: str) -> None:
         """Writes the finished chunk's keys and values as it sees itself alone, without caption."""
         if self._finished is None:
             return
         chunk, x = self._finished
         view = self._history_of(x).view(chunk, visible=0)
-        level = torch.full((x.shape[0],), 1.0 - CLEAN_TIME, dtype=torch.float32, device=x.device)
         context = self._context(CLEAN, branch, 0)
+        level = row_levels(1.0 - CLEAN_TIME, x)
         self._trunk(x, level, context, lambda layer, q, k, v: view.attend(layer, q, k, v, self.attention))
-        self.report.record(Place(chunk, CLEAN, tick), branch, True)
+        self.report.record(Place(chunk, CLEAN, self.schedule.start(chunk) + self.schedule.steps), branch, True)
 
     def _trunk(self, x: Tensor, level: Tensor, context: MagiContext, attend) -> Tensor:
-        if self.cancelled():
-            raise Cancelled(f"Cancelled after {self.report.chunks_done} of {self.schedule.chunks} chunks.")
+        check(self.cancelled, self.report)
+        return self._timed(lambda: self.backbone.trunk(x, level, context, attend))
+
+    def _timed(self, work: Callable[[], Tensor]) -> Tensor:
+        """A part of a forward."""
         begun = time.perf_counter()
-        residual = self.backbone.trunk(x, level, context, attend)
+        result = spared(work, [self.history])
         self.report.forward_seconds += time.perf_counter() - begun
-        return residual
+        return result
 
     def _attend_alone(self, x: Tensor):
         frames = torch.arange(x.shape[2], device=x.device)
@@ -394,8 +404,7 @@ class MagiEngine:
         return self._contexts[key]
 
     def _level(self, chunk: int, sigma: float) -> Tensor:
-        x = self._latents[chunk]
-        return torch.full((x.shape[0],), sigma, dtype=torch.float32, device=x.device)
+        return row_levels(sigma, self._latents[chunk])
 
     @property
     def _whole_chunks(self) -> bool:

@@ -5,6 +5,9 @@ A network of the Wan layout is told time-step 1000 x sigma.
 
 from collections.abc import Sequence
 
+import torch
+from torch import Tensor
+
 TRAINED_LEVELS = 1000
 
 # Denoising lists of the few-step models, as time-steps before warping.
@@ -14,6 +17,11 @@ CAUSAL_FORCING_1_STEP = (1000,)  # causal_forcing_dmd_framewise_1step.yaml; like
 ROLLING_FORCING = (1000, 800, 600, 400, 200)  # configs/rolling_forcing_dmd.yaml
 CAUSVID_3_STEPS = (1000, 757, 522)  # configs/wan_causal_dmd.yaml, not warped
 CAUSVID_4_STEPS = (1000, 750, 500, 250)  # configs/wan_causal_dmd_warp_4step_cfg2.yaml, warped
+
+
+def row_levels(sigma: float, x: Tensor) -> Tensor:
+    """One noise level for each row of x [B, ...], made on its device."""
+    return torch.full((x.shape[0],), sigma, dtype=torch.float32, device=x.device)
 
 
 def shifted(sigma: float, shift: float) -> float:

@@ -44,6 +44,11 @@ class Report:
         else:
             self.decisions.setdefault(branch, {}).setdefault(place.chunk, []).append(recomputed)
 
+    def note(self, line: str) -> None:
+        """Adds a line to the notes, once."""
+        if line not in self.notes:
+            self.notes.append(line)
+
     @property
     def steps_done(self) -> int:
         """Steps taken so far, in all branches."""

@@ -2,16 +2,20 @@
 
 One folder holds all runs, each in a folder named by what determines it:
 
-    <root>/<name>/chunk-00007.safetensors   latent of a finished chunk
-    <root>/<name>/state.safetensors         history after the newest chunk, and that chunk's latent
+    <root>/<name>/chunk-00007.safetensors     latent of a finished chunk
+    <root>/<name>/history-00005.safetensors   state after that chunk: the whole history, and the chunk's latent
+    <root>/<name>/added-00006.safetensors     the same, but only with what that chunk has added to the history
 
-A chunk is written before the state that counts it, and each file appears whole or not at all.
+As long as nothing is dropped from the history, each chunk adds as much to it. Where a budget has it cut, it is written
+anew, as large as the budget, and what was written before is removed. A chunk is written before the state that counts
+it, and each file appears whole or not at all.
 """
 
 import re
 import shutil
-from collections.abc import Hashable, Mapping
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Literal
 
 import torch
 from safetensors import SafetensorError
@@ -21,11 +25,11 @@ from torch import Tensor
 from .engine import Chunk
 from .errors import UserError
 from .files import write_whole
-from .history import Clean
+from .history import Clean, Grown
 from .state import State, load_state, make_state, save_state
 
 NAME = re.compile(r"[0-9a-f]{32}")  # of a run; nothing else in the root is ever touched
-NEWEST = "state.safetensors"
+Kind = Literal["chunk", "history", "added"]
 
 
 class RunFolder:
@@ -53,18 +57,19 @@ class RunFolder:
 
     def load(self) -> State | None:
         """History after the newest finished chunk, with that chunk's latent alone; None to start anew."""
-        if not (self.path / NEWEST).exists():
+        newest = max(self.path.glob("history-*"), default=None)
+        last = None if newest is None else self._read(newest)
+        if newest is None or last is None:
             return None
-        try:
-            state = load_state(self.path / NEWEST)
-        except UserError:  # damaged by a failing disk or by hand
+        parts, layout = [last.histories], _layout(last)
+        while (added := self._read(self._file("added", last.chunks))) is not None and _layout(added) == layout:
+            parts.append(added.histories)
+            last = added
+        if not all(self._file("chunk", chunk).exists() for chunk in range(self.first, last.chunks)):
             return None
-        whole = all(self._file(chunk).exists() for chunk in range(self.first, state.chunks))
-        if not whole or state.chunk_frames != self.chunk_frames or state.model != self.model:
-            return None
-        (self.path / NEWEST).touch()
-        self._shape = state.latents.shape
-        return state
+        newest.touch()
+        self._shape = last.latents.shape
+        return last._replace(histories=_joined(parts))
 
     def latent(self, chunk: int) -> Tensor:
         """A finished chunk's latent [B, C, T, H, W], after `load`.
@@ -74,7 +79,7 @@ class RunFolder:
         """
         again = f"delete the folder {self.path.name} in flowcache/runs to start anew"
         try:
-            latent = load_file(self._file(chunk))["latent"]
+            latent = load_file(self._file("chunk", chunk))["latent"]
         except (SafetensorError, OSError, KeyError) as error:
             raise UserError(f"Chunk {chunk} of the interrupted run cannot be read ({error}); {again}.") from error
         if latent.shape != self._shape or not torch.isfinite(latent).all():
@@ -84,8 +89,8 @@ class RunFolder:
             )
         return latent
 
-    def add(self, chunk: Chunk, histories: Mapping[Hashable, Clean]) -> None:
-        """Keeps a finished chunk [B, C, T, H, W] and the clean history after it.
+    def add(self, chunk: Chunk, grown: Grown) -> None:
+        """Keeps a finished chunk [B, C, T, H, W] and what the clean history has grown by.
 
         Raises:
             UserError: the folder cannot be written to.
@@ -94,19 +99,35 @@ class RunFolder:
             return
         latent = chunk.latent.to("cpu").contiguous()
         before = self.lead + chunk.index * self.chunk_frames
-        state = make_state(latent, histories, self.chunk_frames, self.model, dropped=before)
-        coming = 2 * latent.nbytes + sum(part.nbytes for clean in histories.values() for part in clean)
-        kept = sum(file.stat().st_size for file in self.path.glob("chunk-*"))
-        # The old state stays until the new one is whole.
-        self.full = kept + 2 * coming > self.limit
+        state = make_state(latent, grown.histories, self.chunk_frames, self.model, dropped=before)
+        # What a whole history replaces stays until that is written.
+        needed = 2 * latent.nbytes + sum(part.nbytes for clean in state.histories for part in clean)
+        needed += sum(file.stat().st_size for file in self.path.glob("*.safetensors"))
+        self.full = needed > self.limit
         if self.full:
             return
-        self._make_room(kept + 2 * coming)
-        write_whole(self._file(chunk.index), lambda partial: save_file({"latent": latent}, partial))
-        save_state(state, self.path / NEWEST)
+        self._make_room(needed)
+        earlier = [file for kind in ("history", "added") for file in self.path.glob(f"{kind}-*")]
+        written = self._file("history" if grown.whole else "added", chunk.index)
+        write_whole(self._file("chunk", chunk.index), lambda partial: save_file({"latent": latent}, partial))
+        save_state(state, written)
+        for file in earlier if grown.whole else []:
+            if file != written:
+                file.unlink()
 
-    def _file(self, chunk: int) -> Path:
-        return self.path / f"chunk-{chunk:05}.safetensors"
+    def _file(self, kind: Kind, chunk: int) -> Path:
+        return self.path / f"{kind}-{chunk:05}.safetensors"
+
+    def _read(self, file: Path) -> State | None:
+        """A state of this run; None where it is not there, of another, or damaged by a failing disk or by hand."""
+        if not file.exists():
+            return None
+        try:
+            state = load_state(file)
+        except UserError:
+            return None
+        mine = (state.chunk_frames, state.model) == (self.chunk_frames, self.model)
+        return state if mine and file.stem.endswith(f"-{state.chunks - 1:05}") else None
 
     def _make_room(self, needed: int) -> None:
         """Removes other runs, the one that was not used for longest first."""
@@ -117,6 +138,23 @@ class RunFolder:
         sizes = {folder: sum(file.stat().st_size for file in folder.iterdir()) for folder in others}
         while others and sum(sizes[folder] for folder in others) + needed > self.limit:
             shutil.rmtree(others.pop(0), ignore_errors=True)
+
+
+def _layout(state: State) -> list:
+    """What must be alike in two states for their histories to follow one another."""
+    sizes = [(clean.keys.shape[:3], clean.keys.shape[4], clean.keys.dtype) for clean in state.histories]
+    return [state.branches, state.latents.shape, sizes]
+
+
+def _joined(parts: Sequence[tuple[Clean, ...]]) -> tuple[Clean, ...]:
+    """The history of each branch, from its parts in time order; queries are the newest."""
+    return tuple(
+        Clean(
+            *(torch.cat(tensors, dim=3) for tensors in zip(*(part[:3] for part in branch), strict=True)),
+            branch[-1].queries,
+        )
+        for branch in zip(*parts, strict=True)
+    )
 
 
 def _last_used(folder: Path) -> float:

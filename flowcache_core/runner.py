@@ -4,7 +4,7 @@ The runner is driven by the engine, or by a host's own sampler; guidance is its 
 """
 
 import time
-from collections.abc import Callable, Hashable, Sequence
+from collections.abc import Hashable, Sequence
 from dataclasses import replace
 from typing import Literal
 
@@ -13,15 +13,12 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .errors import UserError
-from .history import AttentionFunction, Clean, Given, History, HistoryShape
+from .history import MOVED, AttentionFunction, Clean, Given, Grown, History, HistoryShape, grown, spared
+from .noise_levels import row_levels
 from .presets import Settings
 from .report import Report
 from .reuse import Forecast, changes
 from .schedule import CLEAN, ChunkSchedule, Place
-
-MOVED = (
-    "out of device memory: the history was moved to system memory, which is slower; a history budget makes it smaller"
-)
 
 
 class Runner:
@@ -88,7 +85,7 @@ class Runner:
         if not self.policy.watches:
             return
         signals = {
-            place.chunk: self.backbone.reuse_signal(x.to(self.dtype or x.dtype), _levels(sigma, x))
+            place.chunk: self.backbone.reuse_signal(x.to(self.dtype or x.dtype), row_levels(sigma, x))
             for place, x, sigma in zip(places, latents, sigmas, strict=True)
         }
         self._changes = changes(signals, self._signals, self.policy.whole_window)
@@ -120,7 +117,7 @@ class Runner:
             kept = [i for i, name in enumerate(branches) if name in again]
             part = _rows(x, kept, rows, len(branches))
             context = self._context(_rows(text, kept, rows, len(branches)), (text_key, tuple(again)))
-            fresh = self._spared(lambda: self._run(part, sigma, place, again, context))
+            fresh = spared(lambda: self._run(part, sigma, place, again, context), self.histories.values())
             self.report.forward_seconds += time.perf_counter() - begun
         if place.step == CLEAN:
             return torch.zeros_like(x)
@@ -132,16 +129,30 @@ class Runner:
             return (x - result) / sigma
         if self.held == "residual":
             begun = time.perf_counter()
-            result = self.backbone.head(x, _levels(sigma, x), result)
+            result = self.backbone.head(x, row_levels(sigma, x), result)
             self.report.forward_seconds += time.perf_counter() - begun
         return result
+
+    def reuses(self, place: Place) -> bool:
+        """Whether a step is reused in every branch, where that is certain before its input is looked at.
+
+        If so it is reported, and `forward` need not be called for it.
+        """
+        if place.step == CLEAN or self.policy.watches or self.held == "residual" or not self.histories:
+            return False
+        if any(self._recompute(place, name) for name in self.histories):
+            return False
+        for name in self.histories:
+            self.report.record(place, name, False)
+        self.recomputed = False
+        return True
 
     def commit(self, chunk: int) -> None:
         """A finished chunk joins the clean history; what was kept for its next steps is dropped."""
         for name, history in self.histories.items():
             history.commit(chunk)
-            if history.moved and MOVED not in self.report.notes:
-                self.report.notes.append(MOVED)
+            if history.moved:
+                self.report.note(MOVED)
             self._forecasts.pop((chunk, name), None)
         self._signals.pop(chunk, None)
         self.report.history_bytes_allocated = sum(history.bytes for history in self.histories.values())
@@ -154,6 +165,10 @@ class Runner:
     def save(self) -> dict[Hashable, Clean]:
         """The clean history of every branch, on the CPU."""
         return {name: history.save() for name, history in self.histories.items()}
+
+    def save_new(self) -> Grown:
+        """What the clean history of every branch has grown by since the last call."""
+        return grown(self.histories)
 
     @property
     def history_bytes_used(self) -> int:
@@ -192,18 +207,6 @@ class Runner:
         decided = self.policy.recompute(place, steps, branch, self._changes.get(place.chunk))
         return decided or (place.chunk, branch) not in self._forecasts
 
-    def _spared(self, run: Callable[[], Tensor]) -> Tensor:
-        """Runs a forward, and once more with the history in system memory where the device runs out of its own.
-
-        A forward changes nothing until it is done, but its own slot of the history, which it fills again.
-        """
-        try:
-            return run()
-        except torch.cuda.OutOfMemoryError:
-            if not any([history.to_system_memory() for history in self.histories.values()]):
-                raise
-        return run()
-
     def _run(self, x: Tensor, sigma: float, place: Place, branches: Sequence[Hashable], context) -> Tensor:
         rows = x.shape[0] // len(branches)
         views = [self._history(name, x, rows).view(place.chunk) for name in branches]
@@ -214,7 +217,7 @@ class Runner:
             parts = zip(views, q.split(rows), k.split(rows), v.split(rows), strict=True)
             return torch.cat([view.attend(layer, q, k, v, self.attention) for view, q, k, v in parts])
 
-        levels = _levels(sigma, x)
+        levels = row_levels(sigma, x)
         residual = self.backbone.trunk(x, levels, context, attend)
         if place.step == CLEAN:
             return residual
@@ -250,10 +253,6 @@ class Runner:
                 self._contexts.pop(next(iter(self._contexts)))
             self._contexts[key] = self.backbone.context(text)
         return self._contexts[key]
-
-
-def _levels(sigma: float, x: Tensor) -> Tensor:
-    return torch.full((x.shape[0],), sigma, dtype=torch.float32, device=x.device)
 
 
 def _rows(x: Tensor, kept: Sequence[int], rows: int, groups: int) -> Tensor:

@@ -14,6 +14,7 @@ from flowcache_core.compression import Compression
 from flowcache_core.engine import Cancelled, Engine, guidance
 from flowcache_core.history import HistorySettings
 from flowcache_core.presets import OFF, PRESETS, ReuseSettings, Settings
+from flowcache_core.reuse import Forecast
 from flowcache_core.rotary import rotate
 from flowcache_core.runner import Runner
 from flowcache_core.schedule import ChunkSchedule
@@ -352,3 +353,32 @@ def test_bfloat16_follows_its_input():
     ours = torch.cat([chunk.latent for chunk in engine.run()], dim=2)
     assert ours.dtype == torch.bfloat16
     assert (ours.float() - exact).norm() / exact.norm() < 5e-2
+
+
+@pytest.mark.parametrize("solver", [Euler, Renoise])
+def test_what_stands_in_for_a_sum_is_the_sum_of_what_stands_in(backbone, solver):
+    """Guided steps that are reused for sure can be foretold without asking for their branches."""
+    schedule, settings = ChunkSchedule(3, 8, 4), Settings(ReuseSettings("fixed", steps=(0, 1, 4, 7), order=1))
+    noise = {"noise": lambda chunk, step: draw(100 * chunk + step, 1, TINY.in_dim, 2, *SIZE), "solver": solver}
+    expected = build(backbone, schedule, settings, scale=3.0, **noise)
+    plain = torch.cat([chunk.latent for chunk in expected.run()], dim=2)
+    engine = build(backbone, schedule, settings, scale=3.0, **noise)
+    runner, guided, sums, asked = engine.runner, engine.denoise, {}, []
+
+    def denoise(x, sigma, place):
+        held = runner.held == "clean"
+        if runner.reuses(place):
+            result = sums[place.chunk].at(place.step)
+            return (x - result) / sigma if held else result
+        asked.append(place)
+        velocity = guided(x, sigma, place)
+        if place.step >= 0:
+            sums.setdefault(place.chunk, Forecast(runner.order)).add(
+                place.step, x - sigma * velocity if held else velocity
+            )
+        return velocity
+
+    engine.denoise = denoise
+    assert torch.allclose(torch.cat([chunk.latent for chunk in engine.run()], dim=2), plain, atol=1e-4)
+    assert runner.report.decisions == expected.runner.report.decisions
+    assert len(asked) == expected.runner.report.forwards_executed / 2 < 3 * 8  # of two branches

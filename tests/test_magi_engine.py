@@ -45,6 +45,8 @@ RUNS = {  # network, chunks' worth of frames to generate, steps, given frames, o
     "reuse": (DISTILLED, 5, 16, 0, "8,16,16"),
     "compressed": (DISTILLED, 8, 16, 0, "8,16,16"),
     "last": (DISTILLED, 2, 16, 0, "8,16,16"),
+    "short": (SMALL, 3, 4, 1, "8,16,16"),
+    "short_distill": (replace(SMALL, distilled=True), 3, 8, 8, "8,16,16"),
 }
 
 

@@ -11,9 +11,9 @@ from tiny import TINY
 from flowcache_core import history
 from flowcache_core.compression import Compression
 from flowcache_core.engine import Engine, guidance
-from flowcache_core.history import History, HistorySettings
+from flowcache_core.history import MOVED, History, HistorySettings
 from flowcache_core.presets import OFF
-from flowcache_core.runner import MOVED, Runner
+from flowcache_core.runner import Runner
 from flowcache_core.schedule import ChunkSchedule
 from flowcache_core.solvers import chunk_noise
 
