@@ -7,8 +7,9 @@ from ..flowcache_core.families import family
 from ..flowcache_core.metrics import psnr
 from ..flowcache_core.presets import OFF, Settings
 from ..flowcache_core.schedule import ChunkSchedule
-from . import host
-from .host_sampler import extend, progress_text
+from . import host, inputs
+from .host_extend import Extension, Sampling, extend
+from .host_progress import progress_text
 from .widgets import advanced, found_by
 
 
@@ -38,21 +39,14 @@ class Calibrate(io.ComfyNode):
                     tooltip="Of searching; measuring comes on top. 0 only measures evenly spread steps.",
                 ),
                 advanced(
-                    io.Int.Input(
-                        "steps",
-                        default=0,
-                        min=0,
-                        max=1000,
-                        tooltip="Denoising steps of a chunk; 0: as recommended for the model. It holds for that number "
-                        "only.",
+                    inputs.steps(
+                        0,
+                        0,
+                        "Denoising steps of a chunk; 0: as recommended for the model. It holds for that number only.",
                     )
                 ),
-                advanced(
-                    io.Int.Input("width", default=0, min=0, max=8192, step=16, tooltip="Pixels; 0: as recommended.")
-                ),
-                advanced(
-                    io.Int.Input("height", default=0, min=0, max=8192, step=16, tooltip="Pixels; 0: as recommended.")
-                ),
+                advanced(inputs.pixels("width", 0, 0, "Pixels; 0: as recommended.")),
+                advanced(inputs.pixels("height", 0, 0, "Pixels; 0: as recommended.")),
             ],
             outputs=[io.String.Output(display_name="text", tooltip="What was measured, a line for each setting.")],
             hidden=[io.Hidden.unique_id],
@@ -70,14 +64,19 @@ class Calibrate(io.ComfyNode):
         steps = steps or usual.steps
         schedule = ChunkSchedule(chunks, steps, usual.lag if steps == usual.steps else steps)
 
+        how = Sampling(
+            usual.levels(steps),
+            usual.chunk_frames,
+            schedule.lag,
+            usual.solver(steps),
+            usual.guidance,
+            usual.first_levels(steps),
+        )
+        size = (width or usual.size[0], height or usual.size[1])
+
         def clip(settings: Settings, seed: int):
-            made = extend(
-                host.patched(model, settings, "calibration"), positive, negative, usual.guidance, seed,
-                usual.levels(steps), usual.first_levels(steps), chunks, usual.chunk_frames, schedule.lag,
-                usual.solver(steps), (width or usual.size[0], height or usual.size[1]), "causal", None, None,
-                usual.condition, None, None, None, {}, cls.hidden.unique_id,
-            )  # fmt: skip
-            return vae.decode(made.latent)
+            asked = Extension(positive, negative, seed, chunks, size, node_id=cls.hidden.unique_id)
+            return vae.decode(extend(host.patched(model, settings, "calibration"), asked, how).latent)
 
         def score_of(seed: int):
             plain = []

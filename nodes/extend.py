@@ -1,12 +1,14 @@
 """Autoregressive Extend: a video, chunk after chunk, for as long as you like."""
 
+from dataclasses import replace
+
 from comfy_api.latest import io
 
 from ..flowcache_core.checkpoints import MAGI_FAMILIES
 from ..flowcache_core.errors import UserError
 from ..flowcache_core.families import SOLVERS, family
-from . import host, host_magi
-from .host_sampler import Extended, extend
+from . import host, host_magi, inputs
+from .host_extend import Extended, Extension, Sampling, extend
 from .host_video import workflow_metadata
 from .types import ReportType, ResumeType, StateType, StreamType
 from .widgets import advanced, found_by
@@ -29,14 +31,8 @@ class AutoregressiveExtend(io.ComfyNode):
                 io.Model.Input("model", tooltip="An autoregressive video model, best with a FlowCache node before it."),
                 io.Conditioning.Input("positive", tooltip="What these chunks shall show."),
                 io.Conditioning.Input("negative", tooltip="What they shall not show; used when guidance is not 1."),
-                io.Int.Input(
-                    "seed",
-                    default=0,
-                    min=0,
-                    max=0xFFFFFFFFFFFFFFFF,
-                    control_after_generate=True,
-                    tooltip="Chunk i's noise depends on the seed and i alone, so a longer video begins like a shorter "
-                    "one.",
+                inputs.seed(
+                    "Chunk i's noise depends on the seed and i alone, so a longer video begins like a shorter one."
                 ),
                 io.Int.Input(
                     "chunks",
@@ -45,20 +41,9 @@ class AutoregressiveExtend(io.ComfyNode):
                     max=10000,
                     tooltip="How many chunks to add. A chunk of 3 latent frames is 12 pixel frames.",
                 ),
-                io.Int.Input(
-                    "steps",
-                    default=AUTO,
-                    min=0,
-                    max=1000,
-                    tooltip="Denoising steps of a chunk; 0: as recommended for the model.",
-                ),
-                io.Float.Input(
-                    "guidance",
-                    default=0.0,
-                    min=0.0,
-                    max=100.0,
-                    step=0.1,
-                    tooltip="Scale of classifier-free guidance; 1 turns it off, 0: as recommended for the model.",
+                inputs.steps(AUTO, 0, "Denoising steps of a chunk; 0: as recommended for the model."),
+                inputs.guidance(
+                    0.0, "Scale of classifier-free guidance; 1 turns it off, 0: as recommended for the model."
                 ),
                 io.Int.Input(
                     "frames_per_chunk",
@@ -67,29 +52,23 @@ class AutoregressiveExtend(io.ComfyNode):
                     max=64,
                     tooltip="Latent frames of a chunk, as the model was trained; 0: as recommended for the model.",
                 ),
-                io.Int.Input(
-                    "lag",
-                    default=-1,
-                    min=-1,
-                    max=1000,
-                    tooltip="Steps that a chunk is ahead of the next; the number of steps is one chunk after the "
+                inputs.lag(
+                    -1,
+                    -1,
+                    "Steps that a chunk is ahead of the next; the number of steps is one chunk after the "
                     "other, 0 all chunks together, -1: as recommended for the model.",
                 ),
-                io.Int.Input(
+                inputs.pixels(
                     "width",
-                    default=AUTO,
-                    min=0,
-                    max=8192,
-                    step=16,
-                    tooltip="Pixels; 0: as recommended for the model. Not used when a latent or state is connected.",
+                    AUTO,
+                    0,
+                    "Pixels; 0: as recommended for the model. Not used when a latent or state is connected.",
                 ),
-                io.Int.Input(
+                inputs.pixels(
                     "height",
-                    default=AUTO,
-                    min=0,
-                    max=8192,
-                    step=16,
-                    tooltip="Pixels; 0: as recommended for the model. Not used when a latent or state is connected.",
+                    AUTO,
+                    0,
+                    "Pixels; 0: as recommended for the model. Not used when a latent or state is connected.",
                 ),
                 advanced(
                     io.Combo.Input(
@@ -110,24 +89,18 @@ class AutoregressiveExtend(io.ComfyNode):
                     )
                 ),
                 advanced(
-                    io.Float.Input(
-                        "shift",
-                        default=0.0,
-                        min=0.0,
-                        max=100.0,
-                        step=0.1,
-                        tooltip="Moves the noise levels towards noise; 0: as recommended for the model. SkyReels-V2 "
+                    inputs.shift(
+                        0.0,
+                        0.0,
+                        "Moves the noise levels towards noise; 0: as recommended for the model. SkyReels-V2 "
                         "advises 8 for text and 5 for image input.",
                     )
                 ),
                 advanced(
-                    io.Float.Input(
-                        "condition_noise",
-                        default=-1.0,
-                        min=-1.0,
-                        max=1.0,
-                        step=0.01,
-                        tooltip="Noise level that given frames are shown at (SkyReels-V2's addnoise_condition 20 is "
+                    inputs.condition_noise(
+                        -1.0,
+                        -1.0,
+                        "Noise level that given frames are shown at (SkyReels-V2's addnoise_condition 20 is "
                         "0.02); -1: as recommended for the model.",
                     )
                 ),
@@ -183,44 +156,41 @@ class AutoregressiveExtend(io.ComfyNode):
             raise UserError(
                 "Both a prefix and a state are connected; a state already holds what came before. Connect one."
             )
-        name = host.family_of(model)
-        if name in MAGI_FAMILIES:
-            host_magi.check_fixed(
-                steps, end, frames_per_chunk=frames_per_chunk, lag=lag, solver=solver, attention=attention, shift=shift,
-                condition_noise=condition_noise, resume=resume,
-            )  # fmt: skip
-            given = None if prefix is None else prefix["samples"]
-            result = host_magi.extend(
-                model, positive, negative, seed, chunks, steps, guidance, (width, height), given, state, stream,
-                workflow_metadata(cls.hidden), cls.hidden.unique_id,
-            )  # fmt: skip
-            return _output(result)
-        usual = family(name)
-        steps = steps or usual.steps
-        result = extend(
-            model,
+        asked = Extension(
             positive,
             negative,
-            scale=guidance or usual.guidance,
-            seed=seed,
-            levels=usual.shifted_levels(steps, shift) if shift else usual.levels(steps),
-            chunks=chunks,
-            chunk_frames=frames_per_chunk or usual.chunk_frames,
-            lag=usual.lag if lag < 0 else lag,
-            first_levels=usual.first_levels(steps),
-            solver=usual.solver(steps) if solver == "auto" else solver,
-            size=(width or usual.size[0], height or usual.size[1]),
-            kind=usual.attention if attention == "auto" else attention,
+            seed,
+            chunks,
+            (width, height),
             prefix=None if prefix is None else prefix["samples"],
             end=None if end is None else end["samples"],
-            condition=usual.condition if condition_noise < 0 else condition_noise,
             state=state,
             stream=stream,
             resume=resume,
             metadata=workflow_metadata(cls.hidden),
             node_id=cls.hidden.unique_id,
         )
-        return _output(result)
+        name = host.family_of(model)
+        if name in MAGI_FAMILIES:
+            host_magi.check_fixed(
+                steps, end, frames_per_chunk=frames_per_chunk, lag=lag, solver=solver, attention=attention, shift=shift,
+                condition_noise=condition_noise,
+            )  # fmt: skip
+            return _output(host_magi.extend(model, asked, steps, guidance))
+        usual = family(name)
+        steps = steps or usual.steps
+        how = Sampling(
+            levels=usual.shifted_levels(steps, shift) if shift else usual.levels(steps),
+            chunk_frames=frames_per_chunk or usual.chunk_frames,
+            lag=usual.lag if lag < 0 else lag,
+            solver=usual.solver(steps) if solver == "auto" else solver,
+            scale=guidance or usual.guidance,
+            first_levels=usual.first_levels(steps),
+            kind=usual.attention if attention == "auto" else attention,
+            condition=usual.condition if condition_noise < 0 else condition_noise,
+        )
+        size = (width or usual.size[0], height or usual.size[1])
+        return _output(extend(model, replace(asked, size=size), how))
 
 
 def _output(result: Extended) -> io.NodeOutput:

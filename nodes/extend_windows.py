@@ -7,8 +7,8 @@ from ..flowcache_core.errors import UserError
 from ..flowcache_core.families import family
 from ..flowcache_core.plan import FRAME_STRIDE
 from ..flowcache_core.windows import window_sizes
-from . import host
-from .host_sampler import extend
+from . import host, inputs
+from .host_extend import Extension, Sampling, extend
 from .widgets import advanced, found_by
 
 
@@ -28,14 +28,7 @@ class ExtendInWindows(io.ComfyNode):
                 io.Vae.Input("vae", tooltip="The Wan 2.1 VAE; it decodes every window and encodes its last frames."),
                 io.Conditioning.Input("positive", tooltip="What the video shall show."),
                 io.Conditioning.Input("negative", tooltip="What it shall not show."),
-                io.Int.Input(
-                    "seed",
-                    default=0,
-                    min=0,
-                    max=0xFFFFFFFFFFFFFFFF,
-                    control_after_generate=True,
-                    tooltip="Each window counts on from it.",
-                ),
+                inputs.seed("Each window counts on from it."),
                 io.Int.Input(
                     "frames",
                     default=257,
@@ -61,43 +54,15 @@ class ExtendInWindows(io.ComfyNode):
                     step=4,
                     tooltip="Frames that a window takes over from the one before.",
                 ),
-                io.Int.Input("width", default=960, min=16, max=8192, step=16, tooltip="Pixels."),
-                io.Int.Input("height", default=544, min=16, max=8192, step=16, tooltip="Pixels."),
-                advanced(io.Int.Input("steps", default=50, min=1, max=1000, tooltip="Denoising steps of a chunk.")),
+                inputs.pixels("width", 960, 16, "Pixels."),
+                inputs.pixels("height", 544, 16, "Pixels."),
+                advanced(inputs.steps(50, 1, "Denoising steps of a chunk.")),
+                advanced(inputs.guidance(6.0, "Scale of classifier-free guidance.")),
+                advanced(inputs.shift(8.0, 0.1, "8 for text, 5 for image input.")),
                 advanced(
-                    io.Float.Input(
-                        "guidance",
-                        default=6.0,
-                        min=0.0,
-                        max=100.0,
-                        step=0.1,
-                        tooltip="Scale of classifier-free guidance.",
-                    )
+                    inputs.lag(0, 0, "Upstream's ar_step: 0 denoises a window's frames together, 5 chunk after chunk.")
                 ),
-                advanced(
-                    io.Float.Input(
-                        "shift", default=8.0, min=0.1, max=100.0, step=0.1, tooltip="8 for text, 5 for image input."
-                    )
-                ),
-                advanced(
-                    io.Int.Input(
-                        "lag",
-                        default=0,
-                        min=0,
-                        max=1000,
-                        tooltip="Upstream's ar_step: 0 denoises a window's frames together, 5 chunk after chunk.",
-                    )
-                ),
-                advanced(
-                    io.Float.Input(
-                        "condition_noise",
-                        default=0.02,
-                        min=0.0,
-                        max=1.0,
-                        step=0.01,
-                        tooltip="Noise level that frames taken over are shown at.",
-                    )
-                ),
+                advanced(inputs.condition_noise(0.02, 0.0, "Noise level that frames taken over are shown at.")),
                 io.Image.Input(
                     "start",
                     optional=True,
@@ -130,12 +95,15 @@ class ExtendInWindows(io.ComfyNode):
                     f"Window {number + 1} has {new} new frames, which do not fill chunks of {each}; change the length."
                 )
             made = extend(
-                model, positive, negative, scale=guidance, seed=seed + number,
-                levels=usual.shifted_levels(steps, shift),
-                first_levels=None, chunks=new // each, chunk_frames=each, lag=lag, solver=usual.solver(steps),
-                size=(width, height), kind="joint", prefix=prefix, end=None,
-                condition=condition_noise if given else 0.0,
-                state=None, stream=None, resume=None, metadata={}, node_id=cls.hidden.unique_id,
+                model,
+                Extension(
+                    positive, negative, seed + number, new // each, (width, height), prefix,
+                    node_id=cls.hidden.unique_id,
+                ),
+                Sampling(
+                    usual.shifted_levels(steps, shift), each, lag, usual.solver(steps), guidance,
+                    kind="joint", condition=condition_noise if given else 0.0,
+                ),
             )  # fmt: skip
             images = vae.decode(made.latent).flatten(0, -4)[given:]
             video = images if video is None else torch.cat([video, images.to(video)])

@@ -1,5 +1,5 @@
-"""How a run of ours lives inside a run of the host's. With `host_sampler` and `host_models` beside it this is all that
-touches ComfyUI's internals.
+"""How a run of ours lives inside a run of the host's. With the other `host_*` files this is all that touches ComfyUI's
+internals.
 
 A run goes through the host's guider, chunk by chunk, so that guidance, LoRA, memory management, interrupt, progress bar
 and previews are ComfyUI's own. Three wrappers on a patched model connect the two: OUTER_SAMPLE makes the run's state
@@ -28,10 +28,11 @@ from ..flowcache_core.calibration import Calibration, beside
 from ..flowcache_core.calibration import load as load_calibration
 from ..flowcache_core.errors import UserError
 from ..flowcache_core.families import family
-from ..flowcache_core.presets import Settings
+from ..flowcache_core.presets import OFF, Settings
 from ..flowcache_core.report import Report
 from ..flowcache_core.runner import Runner
 from ..flowcache_core.schedule import CLEAN, ChunkSchedule, Place
+from .host_shortcut import Shortcut, same_sum
 
 KEY = "flowcache"  # our wrappers' key on a patched model, and the patch's in transformer_options
 RUN = "flowcache_run"  # a run's key in transformer_options, while it goes on
@@ -79,6 +80,11 @@ def patched(
         clone.remove_wrappers_with_key(kind, KEY)
         clone.add_wrapper_with_key(kind, KEY, wrapper)
     return clone
+
+
+def surely_patched(model: comfy.model_patcher.ModelPatcher) -> comfy.model_patcher.ModelPatcher:
+    """The model itself where FlowCache patched it, else a clone that reuses nothing."""
+    return model if patch_of(model.model_options) else patched(model, OFF, "FlowCache off")
 
 
 def patch_of(model_options: dict) -> Patch | None:
@@ -316,6 +322,7 @@ class NativeRun(Run):
         # The host always makes a clean pass, which costs a forward whether its keys are kept or not.
         super().__init__(model, patch.settings, schedule, self.chunk_frames, options)
         self.runner.hold_clean()  # the host's sampler adds fresh noise at every step
+        self.shortcut: Shortcut | None = None  # made at the first call, when the guider has prepared its conditions
         self.calls = 0
 
     def predict(self, executor, x: Tensor, timestep: Tensor, model_options: dict, seed):
@@ -332,7 +339,9 @@ class NativeRun(Run):
         self.sigma = 0.0 if step == steps else self.levels[step]
         if step < steps:
             self.runner.plan([self.place], [x], [self.sigma])
-        result = executor(x, timestep, model_options, seed)
+        if self.shortcut is None:
+            self.shortcut = Shortcut(self.runner, same_sum(executor.class_obj, model_options, KEY))
+        result = self.shortcut(x, self.sigma, self.place, lambda: executor(x, timestep, model_options, seed))
         if step == steps:
             self.runner.commit(chunk)
             self.runner.report.history.append((tick, self.runner.history_bytes_used))

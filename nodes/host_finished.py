@@ -1,32 +1,50 @@
-"""What becomes of finished chunks besides the latent that a run gives: a video, a folder to resume from, a preview."""
+"""What becomes of a run: its chunks go to a video, to a folder to resume from, to a preview; the node says how far it
+is."""
 
+import time
 from collections.abc import Callable
+from dataclasses import dataclass, field
 
 from comfy.model_management import throw_exception_if_processing_interrupted
 from torch import Tensor
 
-from ..flowcache_core.engine import Chunk
+from ..flowcache_core.engine import Chunk, Progress
+from ..flowcache_core.history import Clean, Grown
+from ..flowcache_core.report import Report
 from ..flowcache_core.run_folder import RunFolder
+from .host_progress import describe, describe_plan, progress_text
 from .host_video import VideoOutlet, show
 
 
+@dataclass
 class Finished:
-    """Takes a run's finished chunks, oldest first.
-
-    Args:
-        folder: keeps them on disk, or None.
-        outlet: writes them to a video, or None.
-        keep: hold all latents in memory, not only the newest chunk's.
+    """Listens to a sampler: takes a run's finished chunks, oldest first, and what it leaves in the end.
 
     Attributes:
+        folder: keeps chunks on disk, or None.
+        outlet: writes them to a video, or None.
+        keep: hold all latents in memory, not only the newest chunk's.
+        node_id: of the node that shows the progress, or None.
+        report, histories: of the run, when it has ended; before that, of what an interrupted run left.
+        first: number of the first generated chunk.
+        inside: given frames that it begins with, where a sampler hands them out again.
         latents: on the CPU, in the network's latent space; what came before the run included.
         count: chunks that were taken, with those of an interrupted run.
     """
 
-    def __init__(self, folder: RunFolder | None, outlet: VideoOutlet | None, keep: bool):
-        self.folder, self.outlet, self.keep = folder, outlet, keep
-        self.latents: list[Tensor] = []
-        self.count = 0
+    folder: RunFolder | None
+    outlet: VideoOutlet | None
+    keep: bool
+    node_id: str | None
+    report: Report
+    first: int
+    inside: int = 0
+    histories: dict[str, Clean] = field(default_factory=dict)
+    latents: list[Tensor] = field(default_factory=list)
+    count: int = 0
+
+    def __post_init__(self):
+        self.begun = time.perf_counter()
         self.earlier = range(0)
         self.tick = self.ticks = 1  # of the run, for the preview
 
@@ -38,28 +56,40 @@ class Finished:
             notes.append("the limit for interrupted runs is reached: newer chunks were not kept to resume from")
         return notes
 
-    def begin(self, before: Tensor | None, earlier: range, told: Callable[[str], None] = lambda line: None) -> None:
-        """Takes the frames [B, C, T, H, W] that came before, and the chunks that an interrupted run left.
-
-        `told` is called with a line on how that goes.
-        """
+    def begin(self, before: Tensor | None, earlier: range) -> None:
+        """Takes the frames [B, C, T, H, W] that came before, and the chunks that an interrupted run left."""
         self.earlier = earlier
         for part in [] if before is None else before.split(8, dim=2):
             self._take(part)
         for chunk in earlier:
             throw_exception_if_processing_interrupted()
             self.count += 1
-            told(f"taking chunk {self.count} of {len(earlier)} from the interrupted run")
-            self._take(self.folder.latent(chunk))
+            progress_text(f"taking chunk {self.count} of {len(earlier)} from the interrupted run", self.node_id)
+            self._take(self._generated(Chunk(chunk, self.folder.latent(chunk))))
 
-    def add(self, chunk: Chunk, save) -> None:
-        """A chunk of the run; `save` copies the history."""
+    def plan(self, report: Report) -> None:
+        progress_text(describe_plan(report), self.node_id)
+
+    def progress(self, told: Progress, report: Report, used: int, total: int) -> None:
+        """A tick is done; `used` and `total` are bytes of history."""
+        self.tick, self.ticks = told.tick, told.ticks
+        progress_text(describe(told, report, used, total, self.begun, len(self.earlier)), self.node_id)
+
+    def add(self, chunk: Chunk, save_new: Callable[[], Grown]) -> None:
+        """A chunk of the run; `save_new` copies what the history has grown by since it was last called."""
         if self.folder is not None and not self.folder.full:
-            self.folder.add(chunk, save())
-        frames = self._take(chunk.latent.cpu())
+            self.folder.add(chunk, save_new())
+        frames = self._take(self._generated(chunk).cpu())
         if frames is not None:
             show(frames, self.tick, self.ticks)
         self.count += 1
+
+    def done(self, report: Report, histories: dict[str, Clean]) -> None:
+        self.report, self.histories = report, histories
+
+    def _generated(self, chunk: Chunk) -> Tensor:
+        """A chunk's frames that were not given."""
+        return chunk.latent[:, :, self.inside :] if chunk.index == self.first else chunk.latent
 
     def _take(self, latent: Tensor) -> Tensor | None:
         if not self.keep:

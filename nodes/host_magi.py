@@ -5,15 +5,12 @@ are no positive and negative, and share one history, so the sampler runs them it
 step.
 """
 
-import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 import comfy.ldm.modules.attention
 import comfy.model_management
 import comfy.model_patcher
-import comfy.samplers
-import latent_preview
 import torch
 from torch import Tensor
 
@@ -22,7 +19,7 @@ from ..flowcache_core.backbones.magi_sampling import CHUNK_FRAMES, SHIFT, WINDOW
 from ..flowcache_core.engine import Chunk, Progress
 from ..flowcache_core.errors import UserError
 from ..flowcache_core.families import magi_usual
-from ..flowcache_core.history import Clean
+from ..flowcache_core.history import Clean, Grown
 from ..flowcache_core.magi_engine import (
     PUBLISHED_FLOWCACHE,
     SHARED,
@@ -32,16 +29,16 @@ from ..flowcache_core.magi_engine import (
     magi_schedule,
 )
 from ..flowcache_core.magi_text import SpecialTokens, caption_text, null_text
-from ..flowcache_core.presets import OFF, Settings
+from ..flowcache_core.presets import Settings
 from ..flowcache_core.report import Report
 from ..flowcache_core.schedule import ChunkSchedule
 from ..flowcache_core.solvers import chunk_noise
-from ..flowcache_core.state import State, make_state
+from ..flowcache_core.state import State
 from . import host
 from .host_captions import ChunkCaptions
+from .host_extend import Extended, Extension, Layout, carry_out, run_guider
 from .host_finished import Finished
-from .host_sampler import Extended, describe, progress_text
-from .host_video import StreamSettings, VideoOutlet
+from .host_resume import run_folder
 
 PROMPT = "flowcache_magi"  # key of a `Prompt` in a conditioning
 
@@ -100,9 +97,7 @@ class MagiSampler(host.ChunkSampler):
         history_bytes: what the history will take, for the host's memory management.
         given: latent frames [B, C, T, H, W] before the generated ones, in the network's space, or None.
         loaded: the clean history of an earlier run that holds them, or None.
-        on_progress: told after every tick, with the report and the bytes of history in use and in all.
-        on_chunk: given each finished chunk in the network's space, oldest first.
-        on_done: given the report and the clean history.
+        on_progress, on_chunk, on_done: see `ARSampler`.
     """
 
     schedule: ChunkSchedule
@@ -114,7 +109,7 @@ class MagiSampler(host.ChunkSampler):
     given: Tensor | None
     loaded: Clean | None
     on_progress: Callable[[Progress, Report, int, int], None]
-    on_chunk: Callable[[Chunk], None]
+    on_chunk: Callable[[Chunk, Callable[[], Grown]], None]
     on_done: Callable[[Report, dict[str, Clean]], None]
     chunk_frames: int = CHUNK_FRAMES
 
@@ -137,7 +132,7 @@ class MagiSampler(host.ChunkSampler):
         def progress(told: Progress) -> None:
             self.on_progress(told, engine.report, engine.history.bytes_used, engine.history.bytes)
             if callback:
-                shown = engine.estimates[told.places[0].chunk]
+                shown = engine.estimates[told.places[0].chunk]()
                 callback(told.tick - 1, shown, shown, told.ticks)
 
         engine = MagiEngine(
@@ -157,7 +152,7 @@ class MagiSampler(host.ChunkSampler):
             engine.load(self.loaded)
         for chunk in engine.run():
             host.check_finite(chunk.latent, f"chunk {chunk.index}")
-            self.on_chunk(chunk)
+            self.on_chunk(chunk, engine.save_new)
         engine.report.settings = self.label
         self.on_done(engine.report, engine.save())
         return chunk.latent
@@ -167,109 +162,73 @@ class MagiSampler(host.ChunkSampler):
         return self.schedule.total_chunks * CHUNK_FRAMES
 
 
-def extend(
-    model: comfy.model_patcher.ModelPatcher,
-    positive,
-    negative,
-    seed: int,
-    chunks: int,
-    steps: int,
-    guidance: float,
-    size: tuple[int, int],
-    prefix: Tensor | None,
-    state: State | None,
-    stream: StreamSettings | None,
-    metadata: dict,
-    node_id: str | None,
-) -> Extended:
-    """Runs MAGI-1 over `chunks` new chunks; frames of a prefix that fill no chunk are the first of them.
+def extend(model: comfy.model_patcher.ModelPatcher, asked: Extension, steps: int, guidance: float) -> Extended:
+    """Runs MAGI-1 over new chunks; frames of a prefix that fill no chunk are the first of them.
 
     Args:
         steps: of a chunk, or 0 for the published number.
         guidance: scale of the caption, or 0 for the published one; a distilled network takes none.
-        size: width and height in pixels where neither prefix nor state gives one; 0 for the published ones.
-        prefix: latent [B, C, T, H, W] of any length in the host's space, or None.
-        state: to go on from, or None.
-        stream: how the video is written while the run goes on, or None.
-        metadata: of the workflow, for the video.
-        node_id: of the node that shows the progress, or None.
     """
-    if host.patch_of(model.model_options) is None:
-        model = host.patched(model, OFF, "FlowCache off")
+    model = host.surely_patched(model)
     patch, network = host.patch_of(model.model_options), model.model.diffusion_model
-    config, settings = network.config, patch.settings
-    check_negative(negative)
+    config, settings, state = network.config, patch.settings, asked.state
+    check_negative(asked.negative)
     usual_steps, usual_size = magi_usual(config)
     steps = steps or usual_steps
-    width, height = (mine or usual for mine, usual in zip(size, usual_size, strict=True))
-    batch, height, width = 1, height // 8, width // 8
-    given, before = None, None
-    if prefix is not None:
-        host.check_latent(prefix, config.channels)
-        given = model.model.process_latent_in(prefix.cpu().float())
-        before = given
-    if state is not None:
-        before = state.latents
-    if before is not None:
-        batch, height, width = before.shape[0], *before.shape[3:]
-    shape = [batch, config.channels, CHUNK_FRAMES, height, width]
+    given = None
+    if asked.prefix is not None:
+        host.check_latent(asked.prefix, config.channels)
+        given = model.model.process_latent_in(asked.prefix.cpu().float())
+    before = given if state is None else state.latents
+    width, height = (mine or usual for mine, usual in zip(asked.size, usual_size, strict=True))
+    batch, size = (1, (height // 8, width // 8)) if before is None else (before.shape[0], before.shape[3:])
+    shape = [batch, config.channels, CHUNK_FRAMES, *size]
     if state is not None:
         state.check(model_name(model), CHUNK_FRAMES, shape)
     frames = state.frames if state is not None else 0 if before is None else before.shape[2]
-    schedule = magi_schedule(chunks * CHUNK_FRAMES - frames % CHUNK_FRAMES, steps, frames)
+    inside = frames % CHUNK_FRAMES
+    schedule = magi_schedule(asked.chunks * CHUNK_FRAMES - inside, steps, frames)
     sampling = replace(
         MagiSampling() if settings.clean_pass else PUBLISHED_FLOWCACHE, guidance=scales(guidance, config.distilled)
     )
     history, _ = history_plan(config, schedule, settings, sampling, shape)
-    outlet = None if stream is None else VideoOutlet(stream, model, shape, metadata)
-    finished, kept = Finished(None, outlet, stream is None or stream.keep_latents), {}
-    begun = time.perf_counter()
 
-    def on_progress(told: Progress, report: Report, used: int, total: int) -> None:
-        finished.tick, finished.ticks = told.tick, told.ticks
-        progress_text(describe(told, report, used, total, begun), node_id)
+    def sample(finished: Finished, earlier: State | None) -> None:
+        begun, left = state, schedule
+        if earlier is not None:
+            begun = earlier
+            left = magi_schedule(schedule.total_chunks * CHUNK_FRAMES - earlier.frames, steps, earlier.frames)
+        sampler = MagiSampler(
+            schedule=left,
+            settings=settings,
+            sampling=sampling,
+            seed=asked.seed,
+            label=patch.label,
+            history_bytes=0 if settings.history.memory == "system" else history.bytes(network.dtype.itemsize),
+            given=given,
+            loaded=None if begun is None else begun.by_branch.get(SHARED),
+            on_progress=finished.progress,
+            on_chunk=finished.add,
+            on_done=finished.done,
+        )
+        run_guider(model, asked, sampler, sigmas(steps), shape, left.ticks)
 
-    def on_chunk(chunk: Chunk) -> None:
-        lead = frames % CHUNK_FRAMES if chunk.index == schedule.prefix else 0  # given frames that fill no chunk
-        finished.add(Chunk(chunk.index, chunk.latent[:, :, lead:]), None)
-
-    sampler = MagiSampler(
-        schedule=schedule,
-        settings=settings,
-        sampling=sampling,
-        seed=seed,
-        label=patch.label,
-        history_bytes=0 if settings.history.memory == "system" else history.bytes(network.dtype.itemsize),
-        given=given,
-        loaded=None if state is None else state.by_branch.get(SHARED),
-        on_progress=on_progress,
-        on_chunk=on_chunk,
-        on_done=lambda report, histories: kept.update(report=report, histories=histories),
-    )
-    try:
-        finished.begin(before, range(0))
-        _sample(model, positive, negative, seed, steps, sampler, shape)
-        report = kept["report"]
-        video = None if outlet is None else outlet.finish(report)
-    finally:
-        if outlet is not None:
-            outlet.close()
-    latents = torch.cat(finished.latents, dim=2)
-    dropped = schedule.total_chunks * CHUNK_FRAMES - latents.shape[2]
-    whole = make_state(latents, kept["histories"], CHUNK_FRAMES, model_name(model), dropped)
-    out = model.model.process_latent_out(latents)
-    patch.remember(out, report)
-    return Extended(out, whole, report, video)
-
-
-def _sample(model, positive, negative, seed: int, steps: int, sampler: MagiSampler, shape: list[int]) -> None:
-    """Runs the host's guider; the sampler draws each chunk's noise [B, C, T, H, W] itself."""
-    noise = torch.zeros(shape)
-    guider = comfy.samplers.CFGGuider(model)
-    guider.set_conds(positive, negative)
-    callback = latent_preview.prepare_callback(model, sampler.schedule.ticks)
-    levels = torch.tensor(sigmas(steps), dtype=torch.float32)
-    guider.sample(noise, torch.zeros_like(noise), sampler, levels, callback=callback, disable_pbar=True, seed=seed)
+    name, folder = model_name(model), None
+    if asked.resume is not None:
+        before_run = (asked.prefix, state and (state.latents, state.histories))
+        what = (
+            asked.positive,
+            asked.seed,
+            asked.chunks,
+            shape,
+            before_run,
+            steps,
+            sampling,
+            model.model.special_tokens,
+        )
+        folder = run_folder(asked.resume, model, name, schedule.prefix, CHUNK_FRAMES, 0, *what)
+    layout = Layout(shape, before, schedule, schedule.total_chunks * CHUNK_FRAMES, inside)
+    return carry_out(model, name, asked, layout, folder, sample)
 
 
 def check_fixed(steps: int, end: Tensor | None, **settings) -> None:
@@ -281,12 +240,9 @@ def check_fixed(steps: int, end: Tensor | None, **settings) -> None:
         "attention": ("auto", "causal"),
         "shift": (0.0, SHIFT),
         "condition_noise": (-1.0,),
-        "resume": (None,),
     }
     for name, value in settings.items():
         if value not in possible[name]:
-            if possible[name] == (None,):
-                raise UserError(f"MAGI-1 cannot be run with '{name}' yet; disconnect it.")
             raise UserError(
                 f"{name} is {value}, and MAGI-1 knows only {' or '.join(map(str, possible[name]))}; set that."
             )

@@ -28,10 +28,12 @@ def root() -> Path:
     return Path(folder_paths.get_user_directory()) / "flowcache" / "runs"
 
 
-def run_folder(settings: ResumeSettings, model, first: int, chunk_frames: int, lead: int, *what) -> RunFolder:
+def run_folder(
+    settings: ResumeSettings, model, model_name: str, first: int, chunk_frames: int, lead: int, *what
+) -> RunFolder:
     """The folder of a run that goes by the model and everything in `what`."""
-    name = digest(weights_of(model), first, chunk_frames, lead, *what)
-    return RunFolder(root(), name, settings.limit, first, chunk_frames, host.model_name(model), lead)
+    name = digest(model_name, weights_of(model), first, chunk_frames, lead, *what)
+    return RunFolder(root(), name, settings.limit, first, chunk_frames, model_name, lead)
 
 
 def weights_of(model) -> list:
@@ -50,7 +52,7 @@ def weights_of(model) -> list:
         patch and patch.settings,
         str(host.compute_dtype(model.model)),
     ]
-    return [host.model_name(model), weights, dict(model.patches), setup]
+    return [weights, dict(model.patches), setup]
 
 
 def digest(*what) -> str:

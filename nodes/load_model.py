@@ -7,7 +7,7 @@ from comfy_api.latest import io
 from ..flowcache_core.demo import NETWORK_FILE
 from ..flowcache_core.families import FAMILIES
 from .host_models import load_model
-from .host_sampler import progress_text
+from .host_progress import progress_text
 from .widgets import advanced, found_by
 
 DEMO = "demo model (ships with FlowCache)"

@@ -15,8 +15,7 @@ class Resume(io.ComfyNode):
             display_name="Resume after Interrupt (FlowCache)",
             category="FlowCache",
             description="Connect it to Autoregressive Extend: every finished chunk is kept on disk. After an "
-            "interrupt or a "
-            "crash, queue the same workflow again and the run goes on from there.",
+            "interrupt or a crash, queue the same workflow again and the run goes on from there.",
             **found_by("checkpoint", "continue", "crash", "interrupt", "resume run", "autosave"),
             inputs=[
                 io.Float.Input(
@@ -26,8 +25,7 @@ class Resume(io.ComfyNode):
                     max=10000.0,
                     step=0.1,
                     tooltip="Space in ComfyUI's user folder (flowcache/runs) for all runs together; the ones not "
-                    "used for "
-                    "longest are removed first. Without a history budget a long run needs much of it.",
+                    "used for longest are removed first. Without a history budget a long run needs much of it.",
                 ),
             ],
             outputs=[ResumeType.Output(display_name="resume", tooltip="For Autoregressive Extend.")],

@@ -5,6 +5,7 @@ from comfy_api.latest import io
 
 from ..flowcache_core.video import frames_of
 from ..flowcache_core.video_stream import VideoStream
+from . import inputs
 from .host_video import OutputFile, report_metadata, workflow_metadata
 from .types import ReportType
 from .widgets import found_by
@@ -20,20 +21,13 @@ class SaveVideo(io.ComfyNode):
             display_name="Save Video with Report (FlowCache)",
             category="FlowCache",
             description="Saves frames as an mp4 (h264) in ComfyUI's output folder, with the workflow and what "
-            "FlowCache did "
-            "written into the file.",
+            "FlowCache did written into the file.",
             **found_by("save video", "export video", "mp4", "metadata"),
             inputs=[
                 io.Image.Input("images", tooltip="The frames, for example of VAE Decode."),
                 ReportType.Input("report", tooltip="Of Autoregressive Extend: settings and report for the file."),
-                io.String.Input(
-                    "filename_prefix",
-                    default="flowcache/video",
-                    tooltip="Name of the file in ComfyUI's output folder, a number is added; '/' makes a subfolder.",
-                ),
-                io.Float.Input(
-                    "fps", default=16.0, min=1.0, max=120.0, step=1.0, tooltip="Frames a second of the video."
-                ),
+                inputs.filename_prefix(),
+                inputs.fps(),
             ],
             outputs=[],
             hidden=[io.Hidden.prompt, io.Hidden.extra_pnginfo],

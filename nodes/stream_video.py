@@ -2,6 +2,7 @@
 
 from comfy_api.latest import io
 
+from . import inputs
 from .host_video import OutputFile, StreamSettings
 from .types import StreamType
 from .widgets import advanced, found_by
@@ -15,28 +16,19 @@ class StreamVideo(io.ComfyNode):
             display_name="Stream Video to Disk (FlowCache)",
             category="FlowCache",
             description="Connect it to Autoregressive Extend: every finished chunk is decoded, shown and written to "
-            "one mp4 in "
-            "ComfyUI's output folder while the run goes on. An interrupted file still plays. The workflow, the "
-            "settings and "
-            "the report are written into it.",
+            "one mp4 in ComfyUI's output folder while the run goes on. An interrupted file still plays. The workflow, "
+            "the settings and the report are written into it.",
             **found_by("save video", "stream video", "write video", "long video to disk", "infinite video"),
             inputs=[
                 io.Vae.Input("vae", tooltip="Decodes the chunks. Wan's and the demo's go on without a seam."),
-                io.String.Input(
-                    "filename_prefix",
-                    default="flowcache/video",
-                    tooltip="Name of the file in ComfyUI's output folder, a number is added; '/' makes a subfolder.",
-                ),
-                io.Float.Input(
-                    "fps", default=16.0, min=1.0, max=120.0, step=1.0, tooltip="Frames a second of the video."
-                ),
+                inputs.filename_prefix(),
+                inputs.fps(),
                 advanced(
                     io.Boolean.Input(
                         "keep_latents",
                         default=True,
                         tooltip="Also hold all latents in memory for the latent output. Off: only the last chunk's, "
-                        "so that "
-                        "memory does not grow with the length of the video.",
+                        "so that memory does not grow with the length of the video.",
                     )
                 ),
             ],

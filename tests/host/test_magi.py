@@ -9,7 +9,8 @@ import torch
 from graph import Graph, fails, sample
 from magi_models import CONFIGS, network_of, tokens, vae_alone, write_network, write_vae
 from PIL import Image
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
+from test_long import earlier, stop_after
 from test_workflows import prompt_of, saved
 from videos import check_video
 from videos import frames_of as frames_in
@@ -272,6 +273,34 @@ def test_interrupt(server):
     assert server.run(graph).interrupted
     after = Graph()
     assert error(sample(server, after, extend(after, load(after))), alone()) < 1e-3
+
+
+@pytest.mark.parametrize("name", ["base", "distilled"])
+def test_an_interrupted_run_goes_on(server, name):
+    """From a picture, so that the first chunk begins with a frame that is given."""
+    write_latent(server, "resumed", 1)
+
+    def graph_of(**inputs) -> tuple[Graph, str]:
+        graph = Graph()
+        inputs = {each: (graph.add(node, **settings), 0) for each, (node, settings) in inputs.items()}
+        prefix = graph.add("LoadLatent", latent="resumed.latent")
+        node = extend(graph, load(graph, name), chunks=8, seed=43, prefix=(prefix, 0), **inputs)
+        graph.add("FlowCacheReport", report=(node, 2))
+        return graph, node
+
+    plain = sample(server, *graph_of())
+    graph, node = graph_of(resume=("FlowCacheResume", {"limit_gb": 1.0}))
+    stop_after(server, 3, lambda: server.post("/interrupt", {}))
+    assert server.run(graph).interrupted
+    save = graph.add("SaveLatent", samples=(node, 0), filename_prefix="s")
+    outcome = server.run(graph)
+    assert outcome.error is None, outcome.error["exception_message"]
+    ready = earlier(outcome, graph)
+    resumed = load_file(server.saved(outcome, save)[0])["latent_tensor"]
+    assert 3 <= ready < 8 and resumed.shape == plain.shape == (1, 16, 8 * FRAMES, 4, 6)
+    assert torch.equal(resumed[:, :, : ready * FRAMES], plain[:, :, : ready * FRAMES])
+    begun, expected = (latent[:, :, ready * FRAMES :] for latent in (resumed, plain))
+    assert torch.isfinite(begun).all() and error(begun, expected) < 1.0  # begun anew: with the same noise
 
 
 @pytest.mark.parametrize(

@@ -7,6 +7,7 @@ import pytest
 import torch
 from graph import Graph, native, random_network, sample, write_network
 from safetensors.torch import save_file
+from test_extend import extend
 
 MODELS = ("models", "diffusion_models")
 
@@ -49,6 +50,24 @@ def test_an_image_start_framewise_equals_the_plain_sampler(server, folder):
     plain, ours = results
     assert (ours - plain).norm() / plain.norm() < 1e-5
     assert plain.shape[2] == 4 and torch.equal(ours[:, :, :1], plain[:, :, :1])
+
+
+@pytest.mark.parametrize("sampler", ["native", "ours"])
+def test_reused_steps_are_the_same_without_the_guider(server, folder, sampler):
+    """A patch that wants to see every step has the guider asked for all of them."""
+    results = []
+    for seen in (False, True):
+        graph = Graph()
+        model = flowcache(graph, load(graph), "custom", policy="even", every=4, warmup=2)
+        if seen:
+            model = graph.add("TestSeeEveryStep", model=model), 0
+        if sampler == "native":
+            node = native(graph, model, steps=8, cfg=3.0)
+        else:
+            node = extend(graph, model=model, steps=8, lag=4, guidance=3.0)
+        results.append(sample(server, graph, node))
+    foretold, asked = results
+    assert (foretold - asked).norm() / asked.norm() < 1e-3
 
 
 def test_reuse_is_close_and_reported(server, folder):

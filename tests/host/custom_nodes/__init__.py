@@ -1,4 +1,5 @@
-"""Nodes for the tests alone: captions of T5 v1.1 XXL's width without its 9 GB of weights."""
+"""Nodes for the tests alone: captions of T5 v1.1 XXL's width without its 9 GB of weights, and a patch that sees every
+step."""
 
 import comfy.sd
 import comfy.supported_models_base
@@ -51,4 +52,18 @@ def config() -> dict:
     return {}
 
 
-NODE_CLASS_MAPPINGS = {"TestCaption": Caption, "TestSmallT5": SmallT5}
+class SeeEveryStep:
+    """Patches a model with a function that is shown each of the guider's results and leaves it as it is."""
+
+    INPUT_TYPES = classmethod(lambda cls: {"required": {"model": ("MODEL",)}})
+    RETURN_TYPES = ("MODEL",)
+    FUNCTION = "patch"
+    CATEGORY = "test"
+
+    def patch(self, model):
+        model = model.clone()
+        model.set_model_sampler_post_cfg_function(lambda args: args["denoised"])
+        return (model,)
+
+
+NODE_CLASS_MAPPINGS = {"TestCaption": Caption, "TestSmallT5": SmallT5, "TestSeeEveryStep": SeeEveryStep}
