@@ -66,3 +66,5 @@ def test_every_peer_has_a_curve():
         sweep = list(peers(setup, 9))
         assert len({(method.name, method.setting) for method in sweep}) == len(sweep)
         assert all((method.steps or setup.steps) <= setup.steps for method in sweep)
+        names = [method.name for method in sweep]
+        assert len(set(names[: len(set(names))])) == len(set(names))  # where time is short, one point of each

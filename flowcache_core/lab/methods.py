@@ -73,11 +73,14 @@ def sparing(setup: Setup) -> Method:
 
 
 def peers(setup: Setup, settings: int) -> Iterator[Method]:
-    """Everything else, so many settings of each; the first setting of every method first."""
-    sweeps = [*_rules(setup), *_fewer_steps(setup), *_periodic(setup)]
-    for place in range(settings):
-        for sweep in sweeps:
-            yield from sweep[place : place + 1]
+    """Everything else, so many settings of each: the first of every method, then what says most."""
+    published, periodic = [*_rules(setup), *_fewer_steps(setup)], _periodic(setup)
+    for sweep in [*published, *periodic]:
+        yield from sweep[:1]
+    for sweeps in (published, periodic):
+        for place in range(1, settings):
+            for sweep in sweeps:
+                yield from sweep[place : place + 1]
 
 
 def _fewer_steps(setup: Setup) -> list[list[Method]]:
