@@ -11,9 +11,11 @@ anew, as large as the budget, and what was written before is removed. A chunk is
 it, and each file appears whole or not at all.
 """
 
+import os
 import re
 import shutil
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Literal
 
@@ -102,7 +104,7 @@ class RunFolder:
         state = make_state(latent, grown.histories, self.chunk_frames, self.model, dropped=before)
         # What a whole history replaces stays until that is written.
         needed = 2 * latent.nbytes + sum(part.nbytes for clean in state.histories for part in clean)
-        needed += sum(file.stat().st_size for file in self.path.glob("*.safetensors"))
+        needed += sum(file.st_size for file in _files(self.path))
         self.full = needed > self.limit
         if self.full:
             return
@@ -135,7 +137,7 @@ class RunFolder:
             return
         others = [folder for folder in self.root.iterdir() if NAME.fullmatch(folder.name) and folder != self.path]
         others = sorted((folder for folder in others if folder.is_dir() and not folder.is_symlink()), key=_last_used)
-        sizes = {folder: sum(file.stat().st_size for file in folder.iterdir()) for folder in others}
+        sizes = {folder: sum(file.st_size for file in _files(folder)) for folder in others}
         while others and sum(sizes[folder] for folder in others) + needed > self.limit:
             shutil.rmtree(others.pop(0), ignore_errors=True)
 
@@ -158,4 +160,14 @@ def _joined(parts: Sequence[tuple[Clean, ...]]) -> tuple[Clean, ...]:
 
 
 def _last_used(folder: Path) -> float:
-    return max((file.stat().st_mtime for file in folder.iterdir()), default=0.0)
+    return max((file.st_mtime for file in _files(folder)), default=0.0)
+
+
+def _files(folder: Path) -> list[os.stat_result]:
+    """Of what is in a folder; another server may be writing or removing that run."""
+    found = []
+    with suppress(FileNotFoundError):
+        for file in folder.iterdir():
+            with suppress(FileNotFoundError):
+                found.append(file.stat())
+    return found

@@ -9,6 +9,7 @@ from .demo_prompt import DemoPrompt
 from .extend import AutoregressiveExtend
 from .extend_windows import ExtendInWindows
 from .flowcache import FlowCache
+from .host_inputs import checked
 from .load_demo_vae import LoadDemoVAE
 from .load_magi_vae import LoadMagiVAE
 from .load_model import LoadARVideoModel
@@ -22,7 +23,7 @@ from .stream_video import StreamVideo
 
 class FlowCacheExtension(ComfyExtension):
     async def get_node_list(self) -> list[type[io.ComfyNode]]:
-        return [
+        nodes = [
             LoadARVideoModel,
             LoadDemoVAE,
             LoadMagiVAE,
@@ -40,6 +41,7 @@ class FlowCacheExtension(ComfyExtension):
             SaveVideo,
             CompareVideos,
         ]
+        return [checked(node) for node in nodes]
 
 
 async def comfy_entrypoint() -> FlowCacheExtension:

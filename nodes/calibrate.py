@@ -95,7 +95,7 @@ class Calibrate(io.ComfyNode):
             lines.append(line)
             progress_text(line, cls.hidden.unique_id)
 
-        made = calibrate(schedule, 1, score_of(seed), score_of(seed + 1), 60.0 * minutes, told=told)
+        made = calibrate(schedule, 1, score_of(seed), score_of((seed + 1) % 2**64), 60.0 * minutes, told=told)
         calibration.save(made, path)
         text = "\n".join([*lines, f"written to {path.name}"])
         return io.NodeOutput(text, ui={"text": [text]})

@@ -97,7 +97,7 @@ class ExtendInWindows(io.ComfyNode):
             made = extend(
                 model,
                 Extension(
-                    positive, negative, seed + number, new // each, (width, height), prefix,
+                    positive, negative, (seed + number) % 2**64, new // each, (width, height), prefix,
                     node_id=cls.hidden.unique_id,
                 ),
                 Sampling(

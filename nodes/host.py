@@ -12,7 +12,7 @@ import logging
 import math
 import time
 from collections import OrderedDict
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -295,8 +295,16 @@ def check_latent(latent: Tensor, channels: int) -> None:
             f"The latent has shape {tuple(latent.shape)}, expected [batch, {channels}, frames, height, width]; use the "
             f"VAE of this model family."
         )
+    if 0 in latent.shape:
+        raise UserError(f"The latent is empty: its shape is {tuple(latent.shape)}; check the node that made it.")
     if not torch.isfinite(latent).all():
         raise UserError("The latent holds NaN or infinite values; check the node that made it.")
+
+
+def check_size(shape: Sequence[int]) -> None:
+    """Raises UserError for a latent's shape [..., height, width] that holds no picture."""
+    if 0 in shape[-2:]:
+        raise UserError("The video is less than 8 pixels wide or high; set a larger width and height.")
 
 
 def check_finite(latent: Tensor, what: str) -> None:
@@ -414,7 +422,14 @@ def diffusion_model(
     executor, x, timestep, context, clip_fea=None, time_dim_concat=None, transformer_options={}, **kwargs
 ):
     """The DIFFUSION_MODEL wrapper: the run that goes on answers instead of the network's own forward."""
-    return transformer_options[RUN].forward(executor.class_obj, x, context, transformer_options)
+    network = executor.class_obj
+    if context is None or context.shape[-1] != network.text_dim:
+        found = "missing" if context is None else f"{context.shape[-1]} wide"
+        raise UserError(
+            f"A prompt's embedding is {found}, and this model reads {network.text_dim}; use the text encoder of its "
+            f"family (Demo Prompt for the demo model)."
+        )
+    return transformer_options[RUN].forward(network, x, context, transformer_options)
 
 
 def _prepare_sampling(executor, model, noise_shape, conds, *args, **kwargs):

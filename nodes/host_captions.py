@@ -4,6 +4,7 @@ from ..flowcache_core.errors import UserError
 from ..flowcache_core.prompts import FOREVER
 
 CHUNKS = "flowcache_chunks"  # of a condition: first and last chunk that it holds for
+WHOLE = ("area", "mask", "control", "concat_latent_image")  # of a condition: they are made for a whole video at once
 
 Conditions = dict[str, list[dict]]  # the host's: for each side of guidance a list, each with "uuid" and what it says
 
@@ -13,11 +14,20 @@ class ChunkCaptions:
 
     Args:
         conditions: as the guider has processed them for a run.
+
+    Raises:
+        UserError: a condition brings something that is made for the whole video and cannot be cut into chunks.
     """
 
     def __init__(self, conditions: Conditions):
         self.conditions = conditions
         self._known: dict[tuple, int] = {}
+        for side, held in conditions.items():
+            for what in (name for one in held or [] for name in WHOLE if one.get(name) is not None):
+                raise UserError(
+                    f"The {side} prompt brings '{what}', which is for a whole video and does not go with chunks; leave "
+                    f"that node out (images are given as a prefix)."
+                )
 
     def of(self, chunk: int) -> tuple[Conditions, int]:
         """What holds for a chunk, and a number that tells it from what holds for others.

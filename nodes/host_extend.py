@@ -211,6 +211,7 @@ def _chunk_shape(model: comfy.model_patcher.ModelPatcher, asked: Extension, chun
             host.check_latent(given, channels)
             shape = [*given.shape[:2], chunk_frames, *given.shape[3:]]
             sizes.append((8 * given.shape[4], 8 * given.shape[3]))
+    host.check_size(shape)
     if len(set(sizes)) > 1:
         raise UserError(f"The given frames are of sizes {sizes} (width, height); bring them to one size.")
     return shape

@@ -183,6 +183,7 @@ def extend(model: comfy.model_patcher.ModelPatcher, asked: Extension, steps: int
     width, height = (mine or usual for mine, usual in zip(asked.size, usual_size, strict=True))
     batch, size = (1, (height // 8, width // 8)) if before is None else (before.shape[0], before.shape[3:])
     shape = [batch, config.channels, CHUNK_FRAMES, *size]
+    host.check_size(shape)
     if state is not None:
         state.check(model_name(model), CHUNK_FRAMES, shape)
     frames = state.frames if state is not None else 0 if before is None else before.shape[2]

@@ -1,5 +1,6 @@
 """A run's video as it comes: decoded chunk by chunk, written to ComfyUI's output folder, shown on the node."""
 
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -46,18 +47,31 @@ class OutputFile:
 
     @classmethod
     def new(cls, prefix: str, width: int, height: int) -> "OutputFile":
-        """The next free number behind a prefix.
+        """The next free number behind a prefix. The file is there from now on, so that no other run or server takes it.
 
         Raises:
-            UserError: the prefix leads out of the output folder.
+            UserError: the prefix leads out of the output folder, or names no file that can be written.
         """
-        root = Path(folder_paths.get_output_directory()).resolve()
-        if not (root / prefix).resolve().is_relative_to(root):
+        check_prefix(prefix)
+        root = folder_paths.get_output_directory()
+        try:
+            _, name, counter, subfolder, _ = folder_paths.get_save_image_path(prefix, root, width, height)
+            while True:
+                file = cls(f"{name}_{counter:05}_.mp4", subfolder)
+                with suppress(FileExistsError):
+                    file.path.touch(exist_ok=False)
+                    return file
+                counter += 1
+        except OSError as error:
             raise UserError(
-                f"The file name prefix '{prefix[:80]}' leads out of ComfyUI's output folder; use a name inside it."
-            )
-        _, name, counter, subfolder, _ = folder_paths.get_save_image_path(prefix, str(root), width, height)
-        return cls(f"{name}_{counter:05}_.mp4", subfolder)
+                f"Cannot write '{prefix[:80]}' in ComfyUI's output folder ({error.strerror or error}); use another "
+                f"file name prefix."
+            ) from error
+
+    def drop_empty(self) -> None:
+        """Takes the file away if nothing was written to it."""
+        if self.path.exists() and not self.path.stat().st_size:
+            self.path.unlink()
 
     @property
     def path(self) -> Path:
@@ -67,6 +81,15 @@ class OutputFile:
     def shown(self) -> ui.PreviewVideo:
         """For the page."""
         return ui.PreviewVideo([ui.SavedResult(self.name, self.subfolder, io.FolderType.output)])
+
+
+def check_prefix(prefix: str) -> None:
+    """Raises UserError for a file name prefix that leads out of the output folder."""
+    root = Path(folder_paths.get_output_directory()).resolve()
+    if "\0" in prefix or not (root / prefix).resolve().is_relative_to(root):
+        raise UserError(
+            f"The file name prefix '{prefix[:80]}' leads out of ComfyUI's output folder; use a name inside it."
+        )
 
 
 def workflow_metadata(hidden) -> dict:
@@ -120,6 +143,7 @@ class VideoOutlet:
     def close(self) -> None:
         """Leaves a file that plays as far as it goes."""
         self.stream.close()
+        self.file.drop_empty()
 
     def _write(self, frames: Tensor | None) -> None:
         if frames is not None:

@@ -44,4 +44,5 @@ class SaveVideo(io.ComfyNode):
             stream.finish(report_metadata(report))
         finally:
             stream.close()
+            file.drop_empty()
         return io.NodeOutput(ui=file.shown)

@@ -3,7 +3,7 @@
 from comfy_api.latest import io
 
 from . import inputs
-from .host_video import OutputFile, StreamSettings
+from .host_video import StreamSettings, check_prefix
 from .types import StreamType
 from .widgets import advanced, found_by
 
@@ -37,5 +37,5 @@ class StreamVideo(io.ComfyNode):
 
     @classmethod
     def execute(cls, vae, filename_prefix: str, fps: float, keep_latents: bool = True) -> io.NodeOutput:
-        OutputFile.new(filename_prefix, 0, 0)
+        check_prefix(filename_prefix)
         return io.NodeOutput(StreamSettings(vae, filename_prefix, fps, keep_latents))

@@ -8,6 +8,7 @@ import time
 from collections.abc import Callable, Sequence
 
 from ..calibration import Calibration, Measured
+from ..errors import UserError
 from ..reuse import spread
 from ..schedule import ChunkSchedule
 
@@ -58,9 +59,17 @@ def calibrate(
         clips: their number.
         search_score, final_score: likeness to the plain run in dB of a list of recomputed steps; the first on few short
             clips, the second on what is reported.
+
+    Raises:
+        UserError: too few steps for any of them to be left out.
     """
     draw = random.Random(0)
     curve: list[Measured] = []
+    if schedule.steps <= min(counts):
+        raise UserError(
+            f"{schedule.steps} steps are too few to leave any out; calibrate with more than {min(counts)}, or use the "
+            f"preset 'off'."
+        )
     counts = [count for count in counts if count < schedule.steps]
     search_score(spread(schedule, counts[0]))  # makes the plain run, which is not to count as a list's time
     begun = time.monotonic()

@@ -1,10 +1,12 @@
-"""Nodes for the tests alone: captions of T5 v1.1 XXL's width without its 9 GB of weights, and a patch that sees every
-step."""
+"""Nodes for the tests alone: captions of T5 v1.1 XXL's width without its 9 GB of weights, a patch that sees every step,
+and wrong objects."""
 
 import comfy.sd
 import comfy.supported_models_base
 import comfy.text_encoders.genmo
 import torch
+
+from .wrong_objects import WrongObject
 
 WIDTH = 4096
 SIZES = {"d_ff": 64, "d_kv": 64, "d_model": WIDTH, "num_heads": 2, "num_layers": 1}
@@ -66,4 +68,9 @@ class SeeEveryStep:
         return (model,)
 
 
-NODE_CLASS_MAPPINGS = {"TestCaption": Caption, "TestSmallT5": SmallT5, "TestSeeEveryStep": SeeEveryStep}
+NODE_CLASS_MAPPINGS = {
+    "TestCaption": Caption,
+    "TestSmallT5": SmallT5,
+    "TestSeeEveryStep": SeeEveryStep,
+    "TestWrongObject": WrongObject,
+}
