@@ -115,7 +115,7 @@ class RunFolder:
         save_state(state, written)
         for file in earlier if grown.whole else []:
             if file != written:
-                file.unlink()
+                file.unlink(missing_ok=True)  # by another server that does the same run
 
     def _file(self, kind: Kind, chunk: int) -> Path:
         return self.path / f"{kind}-{chunk:05}.safetensors"
