@@ -36,7 +36,11 @@ REPORT = {
         point("ours", "3 steps", 1.25, 20.0, schedule="causal", timed="pairs"),
         point("fewer steps", "3 steps", 1.3, 19.0, schedule="causal", timed="pairs"),
     ],
-    "checks": {"balanced": {"setting": "9 steps", "chunks": 16, "predicted_psnr": 38.5, "psnr": 40.0}},
+    "checks": {
+        "balanced": {
+            "setting": "9 steps", "chunks": 16, "predicted_psnr": 38.5, "psnr": 40.0, "standard_error": 1.25,
+        },
+    },
     "left_out": ["magi: periodic, held, every 4th"],
     "long_run": {
         "chunks": 1000, "settings": "magi", "last_100_over_50_to_150": 1.04, "rss_growth_after_chunk_50": 0.002,
@@ -81,7 +85,7 @@ def test_every_aim_says_what_was_reached():
     assert found["magi: overhead (the worst: 15 steps)"] == ("3.5%", False)
     assert found["causal: against plain with as many steps fewer, likeness"] == ("+1.0 dB", True)
     assert found["causal: against plain with as many steps fewer, speed"] == ("0.96x", False)
-    assert found["quality balanced: off its prediction (38.5 dB; 40.0 measured)"] == ("1.50 dB", True)
+    assert found["quality balanced: off its prediction (38.5 dB; 40.0 ± 1.2 measured)"] == ("1.50 dB", True)
     assert found["1,000 chunks: time of the last 100 over chunks 50 to 150"] == ("1.040x", False)
     history = "history of 3 clean chunks, 64 chunks long"
     assert found[f"{history}: captions found less than with the whole"] == ("0.5%", True)

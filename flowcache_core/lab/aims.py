@@ -110,7 +110,8 @@ def _balanced(report: dict) -> Iterable[Aim]:
     if found and found["chunks"] != report["size"]["chunks"]:
         found = None  # differences add up over chunks, so another length is another prediction
     off = found and abs(found["predicted_psnr"] - found["psnr"])
-    told = f" ({found['predicted_psnr']:.1f} dB; {found['psnr']:.1f} measured)" if found else ""
+    measured = found and f"{found['psnr']:.1f} ± {found['standard_error']:.1f}"
+    told = f" ({found['predicted_psnr']:.1f} dB; {measured} measured)" if found else ""
     yield _most(f"quality balanced: off its prediction{told}", off, MISPREDICTION, DECIBELS)
 
 

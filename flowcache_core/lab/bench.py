@@ -145,14 +145,14 @@ class Bench:
         )
         self.checks[setup.name] = {"plain_seconds_of_one_clip": round(once.seconds, 4)}
         first = measure(plain(setup), setup, self.clips, kept, references)
-        first.psnr = first.ssim = None
+        first.psnr = first.ssim = first.psnr_deviation = None
         if setup.window:
             first.flops = window_flops(setup, self.clips)
             first.seconds, first.forwards_executed = references.seconds, references.forwards
             first.history_bytes_peak = 0
             self.checks[setup.name]["history_only_to_plain_psnr"] = alike
             history = measure(history_only(), setup, self.clips, kept, references)
-            self.points.append(replace(history, psnr=alike, ssim=None))
+            self.points.append(replace(history, psnr=alike, ssim=None, psnr_deviation=None))
         first.speedup, first.overhead = 1.0, once.overhead
         self.points.append(first)
         shown = pixels_by_vae(kept.latents[:1]) if setup.converges else None
@@ -206,7 +206,9 @@ class Bench:
         if point is None:
             method = Method(OURS, setting, settings_of("balanced"))
             point = self.point(SETUPS["magi"], method, run(method, SETUPS["magi"], self.clips))
-        return {"setting": setting, "chunks": shipped.chunks, "predicted_psnr": predicted.psnr, "psnr": point.psnr}
+        error = point.psnr_deviation / math.sqrt(self.size.clips)
+        found = {"setting": setting, "chunks": shipped.chunks, "predicted_psnr": predicted.psnr, "psnr": point.psnr}
+        return found | {"standard_error": round(error, 2)}
 
     def peers(self) -> Iterable[tuple[Setup, Method]]:
         """All peers of all ways of sampling, in turn."""

@@ -22,10 +22,11 @@ CHUNK_PIXEL_FRAMES = TIME * FRAMES_PER_CHUNK
 
 @dataclass(frozen=True)
 class Likeness:
-    """To another run of the same clips: means over the clips, dB and at most 1."""
+    """To another run of the same clips: means over the clips, dB and at most 1, and how much clips differ, dB."""
 
     psnr: float
     ssim: float
+    psnr_deviation: float
 
 
 @dataclass(frozen=True)
@@ -69,12 +70,17 @@ def pixels_by_vae(latents: Tensor) -> Tensor:
 def likeness(made: Tensor, other: Tensor) -> Likeness:
     """Pixels [clips, 3, T, H, W] of two runs; SSIM is taken of every fourth frame, one for each latent frame."""
     pairs = zip(made[:, :, ::TIME], other[:, :, ::TIME], strict=True)
-    return Likeness(decibels(made, other), float(np.mean([ssim(a, b, span=2.0) for a, b in pairs])))
+    each = _decibels_of_each(made, other)
+    return Likeness(float(np.mean(each)), float(np.mean([ssim(a, b, span=2.0) for a, b in pairs])), float(np.std(each)))
 
 
 def decibels(made: Tensor, other: Tensor) -> float:
     """PSNR of pixels [clips, 3, T, H, W], mean over the clips; equal clips, which would be infinite, count as 100."""
-    return float(np.mean([min(psnr(a, b, span=2.0), 100.0) for a, b in zip(made, other, strict=True)]))
+    return float(np.mean(_decibels_of_each(made, other)))
+
+
+def _decibels_of_each(made: Tensor, other: Tensor) -> list[float]:
+    return [min(psnr(a, b, span=2.0), 100.0) for a, b in zip(made, other, strict=True)]
 
 
 def quality(made: Tensor, captions: list[str]) -> Quality:

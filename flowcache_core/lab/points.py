@@ -23,6 +23,7 @@ class Point:
         speedup: wall time of the plain run over this one's.
         timed: "pairs" where runs of one clip alternated with plain ones, "batch" where the run of all clips was timed.
         psnr, ssim: to the plain run; None for itself.
+        psnr_deviation: standard deviation of that PSNR over the clips, dB.
         psnr_vae: of the first clip, by the VAE's decoder, which takes long; None where it was not measured.
         lpips: None, its weights are not at hand.
         psnr_converged: to the converged run, over as many clips and chunks as that has; None where there is none.
@@ -43,6 +44,7 @@ class Point:
     timed: str
     psnr: float | None
     ssim: float | None
+    psnr_deviation: float | None
     psnr_vae: float | None
     lpips: None
     psnr_converged: float | None
@@ -98,6 +100,7 @@ def measure(method: Method, setup: Setup, clips: Clips, outcome: Outcome, refere
         timed="batch",
         psnr=None if plain is None else plain.psnr,
         ssim=None if plain is None else plain.ssim,
+        psnr_deviation=None if plain is None else plain.psnr_deviation,
         psnr_vae=None,
         lpips=None,
         psnr_converged=converged,
