@@ -73,7 +73,7 @@ def _schedule(points: list[dict], schedule: str) -> Iterable[Aim]:
         yield _least(f"{schedule}: lead on {rule} at equal forwards, {told}", lead, LEAD_ON_RULES, LEAD)
     timed = [point for point in ours if point["timed"] == "pairs"]
     worst = max(timed, key=lambda point: point["overhead"], default=None)
-    reached = worst and worst["overhead"]
+    reached = None if worst is None else worst["overhead"]
     name = f"{schedule}: overhead" + (f" (the worst: {worst['setting']})" if worst else "")
     yield _most(name, reached, OVERHEAD, SHARE)
 

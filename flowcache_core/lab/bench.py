@@ -23,7 +23,20 @@ from . import charts, compression_cost, process
 from .aims import SPEED_AIMS
 from .likeness import decibels, pixels, pixels_by_vae
 from .long_run import long_run
-from .methods import EVERY, HISTORY, OURS, PLAIN, converged, default, history_only, ours, peers, plain, sparing
+from .methods import (
+    CONVERGED,
+    EVERY,
+    HISTORY,
+    OURS,
+    PLAIN,
+    converged,
+    default,
+    history_only,
+    ours,
+    peers,
+    plain,
+    sparing,
+)
 from .points import Point, References, measure, window_flops
 from .runs import Clips, Method, Outcome, plain_forwards, run
 from .setups import SETUPS, Setup
@@ -206,7 +219,7 @@ class Bench:
         if point is None:
             method = Method(OURS, setting, settings_of("balanced"))
             point = self.point(SETUPS["magi"], method, run(method, SETUPS["magi"], self.clips))
-        error = point.psnr_deviation / math.sqrt(self.size.clips)
+        error = (point.psnr_deviation or 0.0) / math.sqrt(self.size.clips)
         found = {"setting": setting, "chunks": shipped.chunks, "predicted_psnr": predicted.psnr, "psnr": point.psnr}
         return found | {"standard_error": round(error, 2)}
 
@@ -226,10 +239,11 @@ class Bench:
 
     def convergence(self) -> float:
         """How alike half the converged run's steps come to it, dB: the first chunk of one clip, MAGI-1's schedule."""
-        setup, method = SETUPS["magi"], converged(SETUPS["magi"])
-        half = replace(method, steps=method.steps // 2)
+        setup, reached = SETUPS["magi"], self.references["magi"].converged
+        assert reached is not None
+        half = replace(converged(setup), steps=CONVERGED * setup.steps // 2)
         shown = pixels(run(half, setup, replace(self.fewer, captions=self.fewer.captions[:1], chunks=1)).latents)
-        return decibels(shown, self.references["magi"].converged[:1, :, : shown.shape[2]])
+        return decibels(shown, reached[:1, :, : shown.shape[2]])
 
     def compression(self) -> dict:
         setup = SETUPS["magi"]

@@ -16,6 +16,7 @@ FEWER, EVERY = "fewer steps", "every step"
 SOLVERS: dict[str, SolverFactory] = {"AB2": AdamsBashforth2, "DPM++ 2M": DPM2M, "UniPC": UniPC, "Euler": Euler}
 FORECASTS = ("held", "linear", "quadratic")
 
+CONVERGED = 8  # times the plain run's steps
 TIMED = 4  # of our settings
 LONG_STEPS = 6  # recomputed of a chunk, where many chunks are made
 
@@ -43,7 +44,8 @@ def history_only() -> Method:
 
 def converged(setup: Setup) -> Method:
     """Eight times the steps of the plain run, with its solver; keys and values are kept, which gives the same."""
-    return Method("converged", f"{8 * setup.steps} steps", steps=8 * setup.steps)
+    steps = CONVERGED * setup.steps
+    return Method("converged", f"{steps} steps", steps=steps)
 
 
 def ours(setup: Setup) -> list[Method]:

@@ -177,7 +177,8 @@ def run_of(model: Model, files: Files, row: Row, prompt: str, seed: int, windows
     if row.preset is not None:
         rule = {} if row.threshold is None else {"policy": "teacache", "threshold": row.threshold} | TEACACHE
         loaded = graph.add("FlowCache", model=(loaded, 0), preset=row.preset, history_budget=0, **rule)
-    run, given = Run(graph, [], []), {}
+    run = Run(graph, [], [])
+    given: dict = {}
     for number, chunks in enumerate(windows):
         made = graph.add(
             "FlowCacheAutoregressiveExtend",
