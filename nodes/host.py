@@ -41,6 +41,7 @@ FRAMES = "flowcache_frames"  # frames of the whole video, told to the memory est
 HISTORY = "flowcache_history_bytes"  # and what the history will take, where a sampler of ours knows it
 FPS = "flowcache_fps"  # frames a second that SkyReels-V2 is told, in transformer_options
 COMPILED = "torch.compile"  # the host's key of a compiled network's wrapper
+UNCOMPILED = "TorchCompileModel has no effect: it compiles the forward of a whole video, and chunks run without that"
 FAMILY = "flowcache_family"  # the family that our loader found, in transformer_options
 
 
@@ -211,8 +212,11 @@ class ChunkSampler(comfy.samplers.Sampler):
         return noise.shape[2]
 
 
-def settle_with_others(model_options: dict) -> None:
+def settle_with_others(model_options: dict) -> list[str]:
     """Leaves out, for a run of ours, what other nodes have patched the model with and what does not go with chunks.
+
+    Returns:
+        Lines on what was left out, for the report.
 
     Raises:
         UserError: a patch that takes each call of the guider for a step of the whole video, and would mix up the
@@ -230,10 +234,8 @@ def settle_with_others(model_options: dict) -> None:
         )
     wrappers = model_options.get("transformer_options", {}).get("wrappers", {})
     if wrappers.get(WrappersMP.APPLY_MODEL, {}).pop(COMPILED, None):
-        logging.warning(
-            "FlowCache: the model is patched by TorchCompileModel, which compiles the forward of a whole video; chunks "
-            "run uncompiled."
-        )
+        return [UNCOMPILED]
+    return []
 
 
 def check_network(network: torch.nn.Module) -> None:
@@ -383,9 +385,10 @@ def _outer_sample(executor, noise, latent_image, sampler, sigmas, *args, **kwarg
             "as if it were not patched. Use Autoregressive Extend, AR Sampler (FlowCache) or SamplerARVideo."
         )
         return executor(noise, latent_image, sampler, sigmas, *args, **kwargs)
-    settle_with_others(guider.model_options)
+    notes = settle_with_others(guider.model_options)
     network = guider.model_patcher.model.diffusion_model
     run = NativeRun(guider.model_patcher.model, patch, sampler, sigmas, noise, options)
+    run.runner.report.notes += notes
     options[RUN], options[CHUNK], options[FRAMES] = run, run.chunk_frames, noise.shape[2]
     add_wrapper_with_key(WrappersMP.APPLY_MODEL, KEY, _apply_model, options)
     add_wrapper_with_key(WrappersMP.DIFFUSION_MODEL, KEY, diffusion_model, options)

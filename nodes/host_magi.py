@@ -150,6 +150,8 @@ class MagiSampler(host.ChunkSampler):
         )
         if self.loaded is not None:
             engine.load(self.loaded)
+        options = comfy.model_patcher.create_model_options_clone(extra_args["model_options"])
+        engine.report.notes += host.settle_with_others(options)
         for chunk in engine.run():
             host.check_finite(chunk.latent, f"chunk {chunk.index}")
             self.on_chunk(chunk, engine.save_new)

@@ -78,12 +78,13 @@ class ARSampler(host.ChunkSampler):
                 "A noise mask was given; FlowCache extends videos instead: give the frames to keep as a prefix."
             )
         options = comfy.model_patcher.create_model_options_clone(extra_args["model_options"])
-        host.settle_with_others(options)
+        notes = host.settle_with_others(options)
         patch = host.patch_of(options)
         add_wrapper_with_key(WrappersMP.DIFFUSION_MODEL, host.KEY, host.diffusion_model, options, is_model_options=True)
         seed = extra_args.get("seed") or 0
         call = Call(self, guider, options, sigmas.tolist(), seed, noise, latent_image, callback)
         course = call.causal() if self.kind == "causal" else call.joint()
+        course.report.notes += notes
         for chunk in course.engine.run():
             host.check_finite(chunk.latent, f"chunk {chunk.index}")
             call.finish(chunk)

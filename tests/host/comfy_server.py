@@ -61,7 +61,7 @@ class Server:
         with socket.socket() as free:
             free.bind(("127.0.0.1", 0))
             self.port = free.getsockname()[1]
-        self.log = base / "server.log"
+        self.log = base / f"server-{self.port}.log"
         command = [
             str(host_python(host)), "main.py", "--cpu", "--disable-api-nodes",
             "--listen", "127.0.0.1", "--port", str(self.port), "--base-directory", str(base),

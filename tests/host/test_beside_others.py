@@ -79,3 +79,15 @@ def test_what_goes_together(server, other):
     ours = sample(server, both, native(both, flowcache(both, other(both, loaded(both)))))
     assert (ours - expected).norm() / expected.norm() < 1e-4
     assert (other is compiled) or (unpatched - expected).norm() / expected.norm() > 1e-2
+
+
+def test_what_has_no_effect_is_said(server):
+    for sampled, slot in ((native, None), (lambda graph, model: extend(graph, model=model), 2)):
+        graph = Graph()
+        model = flowcache(graph, compiled(graph, loaded(graph)))
+        node = sampled(graph, model)
+        told = {"report": (node, slot)} if slot else {"model": model, "latent": (node, 0)}
+        report = graph.add("FlowCacheReport", **told)
+        outcome = server.run(graph)
+        assert outcome.error is None, outcome.error["exception_message"]
+        assert "TorchCompileModel has no effect" in outcome.outputs[report]["text"][0]
