@@ -2,7 +2,7 @@
 
 `lab.search` measures that on one short clip of the model and writes it beside the model's file as
 `<model>.flowcache.json`. Without such a file the demo model's is taken; on another schedule than it was made for, as
-large a share of the steps is spread by rule (`reuse.spread`).
+large a share of the steps is spread by rule (`spread.spread`).
 """
 
 import json

@@ -116,7 +116,7 @@ class Active:
 
     latent: Tensor
     solver: Solver
-    corrector: Corrector = field(default_factory=Corrector)
+    corrector: Corrector
 
 
 class Engine:
@@ -210,7 +210,7 @@ class Engine:
         for place in places:
             if place.step == 0:
                 solver = self.solver(self._sigmas(place.chunk), self._noise_of(place.chunk))
-                active[place.chunk] = Active(self.start(place.chunk), solver)
+                active[place.chunk] = Active(self.start(place.chunk), solver, Corrector(self.runner.order))
         levels = [self._sigmas(place.chunk)[place.step] for place in places]
         self.runner.plan(places, [active[place.chunk].latent for place in places], levels)
         for place, sigma in zip(places, levels, strict=True):
@@ -231,11 +231,9 @@ class Engine:
     def _step(self, chunk: Active, place: Place, sigma: float) -> None:
         velocity = self.denoise(chunk.latent, sigma, place)
         if self.runner.corrects:
-            length = self._sigmas(place.chunk)[place.step + 1] - sigma
-            change = chunk.corrector.step(velocity, place.step, length, self.runner.recomputed)
-            if change is not None:
-                chunk.latent = chunk.latent + change
-                chunk.solver.move(change)
+            chunk.latent, chunk.solver = chunk.corrector.step(
+                chunk.latent, chunk.solver, velocity, place.step, self.runner.recomputed
+            )
         chunk.latent = chunk.solver.step(chunk.latent, velocity, place.step)
 
     def _sigmas(self, chunk: int) -> list[float]:

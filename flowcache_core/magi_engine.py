@@ -43,6 +43,7 @@ from .report import Report
 from .reuse import Corrector, Forecast, changes
 from .rotary import rotate
 from .schedule import CLEAN, ChunkSchedule, Place
+from .solvers import Euler, no_noise
 
 SHARED = "past"  # the name that the one history has in a state
 
@@ -184,6 +185,8 @@ class MagiEngine:
         self.branches = ("text",) if backbone.config.distilled else ("text", "past")
         self.sigmas = sigmas(schedule.steps, sampling.order)
         self.policy = settings.reuse.make(schedule)
+        self.order = settings.reuse.order_on(schedule)
+        self._solver = Euler(self.sigmas, partial(no_noise, 0))
         self.report = Report(schedule)
         self.history: History = None  # type: ignore[assignment]  # made at the first forward, which tells its size
         self.estimates: dict[int, Callable[[], Tensor]] = {}  # of clean chunks, by the last tick's velocity: previews
@@ -270,15 +273,14 @@ class MagiEngine:
         changes_held = self.sampling.held == "change"
         if self._weights.get(chunk) != weights:  # no line leads from one mix of branches to another
             self._weights[chunk] = weights
-            self._forecasts[chunk], self._correctors[chunk] = Forecast(self.settings.reuse.order), Corrector()
+            self._forecasts[chunk], self._correctors[chunk] = Forecast(self.order), Corrector(self.order)
         forecast = self._forecasts[chunk]
         if fresh is not None:
             forecast.add(place.step, fresh * length if changes_held else fresh)
         velocity = forecast.at(place.step)
         x = self._latents[chunk]
         if self.settings.reuse.correct and not changes_held:
-            change = self._correctors[chunk].step(velocity, place.step, length, fresh is not None)
-            x = x if change is None else x + change
+            x, _ = self._correctors[chunk].step(x, self._solver, velocity, place.step, fresh is not None)
         step = 1.0 if changes_held else length
         self.estimates[chunk] = partial(torch.add, x, velocity, alpha=step * -sigma / length)
         self._latents[chunk] = torch.add(x, velocity, alpha=step)

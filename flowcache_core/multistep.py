@@ -31,9 +31,6 @@ class DPM2M:
         clean = torch.sub(x, velocity, alpha=self.sigmas[step])
         return self.predict(x, clean, step)
 
-    def move(self, change: Tensor) -> None:
-        """Told when the latent was moved between two steps by something else than this solver."""
-
     def order(self, step: int) -> int:
         """1 at the first step, which has no past, and at the last, where lambda may be infinite."""
         return 1 if step == 0 or step == len(self.sigmas) - 2 else 2
@@ -63,9 +60,6 @@ class UniPC(DPM2M):
             x = self.correct(clean, step)
         self.corrected = x
         return self.predict(x, clean, step)
-
-    def move(self, change: Tensor) -> None:
-        self.corrected = self.corrected + change
 
     def correct(self, clean: Tensor, step: int) -> Tensor:
         """The latent at `step` again, from the one before it and the clean estimates on both sides."""

@@ -7,8 +7,13 @@ from typing import Literal
 from .compression import Compression
 from .errors import UserError
 from .history import HistorySettings
-from .reuse import Always, Chunkwise, FixedSteps, Global, Periodic, Policy, spread
+from .reuse import Always, Chunkwise, FixedSteps, Global, Periodic, Policy
 from .schedule import ChunkSchedule
+from .spread import error, spread
+
+# Expected error (`spread.error`) below which a parabola forecasts better than a line: on the demo model from 12
+# recomputed steps of a chunk on, with MAGI-1's schedule and with SkyReels-V2's.
+DENSE = 70.0
 
 PolicyName = Literal["off", "even", "spread", "fixed", "flowcache", "teacache"]
 
@@ -29,7 +34,8 @@ class ReuseSettings:
         rescale: polynomial for that change, highest power first, or None.
         warmup: first steps of a chunk that are always recomputed (not for "fixed").
         last: a chunk's last step is always recomputed (not for "fixed").
-        order: of the forecast: 0 holds, 1 linear, 2 quadratic, over sigma.
+        order: of the forecast and the correction over the step number: 0 holds, 1 linear, 2 quadratic; None takes 2
+            where the recomputed steps of a list lie close (`DENSE`), else 1.
         held: what is held or forecast: the velocity, or the blocks' residual with the head run again.
         correct: takes reused steps again once the next recomputed velocity is known, see `reuse.Corrector`.
     """
@@ -45,12 +51,12 @@ class ReuseSettings:
     rescale: Sequence[float] | None = None
     warmup: int = 1
     last: bool = False
-    order: int = 1
+    order: int | None = None
     held: Literal["velocity", "residual"] = "velocity"
     correct: bool = True
 
     def __post_init__(self):
-        if self.order not in (0, 1, 2):
+        if self.order not in (None, 0, 1, 2):
             raise UserError(f"The forecast order is {self.order}, expected 0 (hold), 1 (linear) or 2 (quadratic).")
         if self.threshold < 0:
             raise UserError(f"The threshold is {self.threshold}, expected 0 or more.")
@@ -81,6 +87,14 @@ class ReuseSettings:
         if self.policy == "teacache":
             return Global(self.threshold, self.warmup, self.last, self.rescale)
         raise UserError(f"The policy is '{self.policy}', expected off, even, spread, fixed, flowcache or teacache.")
+
+    def order_on(self, schedule: ChunkSchedule) -> int:
+        """Order of the forecast on a schedule."""
+        if self.order is not None:
+            return self.order
+        policy = self.make(schedule)
+        dense = isinstance(policy, FixedSteps) and error(frozenset(policy.steps), schedule.steps) < DENSE
+        return 2 if dense else 1
 
 
 @dataclass(frozen=True)

@@ -5,14 +5,17 @@ forecast through the last recomputed ones, and corrected once the next is known,
 predictor-corrector solver of its own.
 """
 
+import math
 from collections.abc import Sequence
+from copy import copy
 from dataclasses import dataclass, field
 from typing import Protocol
 
 import torch
 from torch import Tensor
 
-from .schedule import ChunkSchedule, Place
+from .schedule import Place
+from .solvers import Solver
 
 Branch = object  # a hashable name of one side of guidance: "cond", "uncond", ...
 
@@ -84,39 +87,6 @@ class FixedSteps:
     def recompute(self, place: Place, steps: int, branch: Branch, change: float | None) -> bool:
         in_phase = place.step % self.align in self._phases if self.align else False
         return place.step == 0 or place.step in self._chosen or in_phase
-
-
-def spread(schedule: ChunkSchedule, count: int) -> tuple[int, ...]:
-    """So many steps to recompute, the same for every chunk: somewhat denser towards the end, and on common ticks.
-
-    Where chunks overlap, a recomputed chunk wants fresh keys from the older ones: with every step those that lie whole
-    lags later are taken too. Steps are added so, one such row at a time, where they shorten the gaps most; what is left
-    over goes towards the end, where rows are short.
-    """
-    steps, lag = schedule.steps, schedule.lag or schedule.steps
-    if count >= steps:
-        return tuple(range(steps))
-    while -(-steps // lag) > count:  # too few for every lag: neighbours take turns
-        lag += schedule.lag or steps
-    chosen = set(range(0, steps, lag))
-    while len(chosen) < count:
-        room = count - len(chosen)
-        rows = [set(range(step, steps, lag)) - chosen for step in range(1, steps)]
-        fitting = [row for row in rows if 0 < len(row) <= room]
-        chosen |= min(
-            fitting, key=lambda row: (_unevenness(chosen | row, steps) - _unevenness(chosen, steps)) / len(row)
-        )
-    return tuple(sorted(chosen))
-
-
-def _unevenness(chosen: set[int], steps: int) -> float:
-    """The sum of the cubed gaps between chosen steps, which is how a second-order method errs.
-
-    Gaps are measured for the most part in steps, and a little in noise level, which falls fastest at the end.
-    """
-    parts = [step / steps for step in (*sorted(chosen), steps)]
-    places = [0.85 * part + 0.15 * part**2 / (3.0 - 2.0 * part**2) for part in parts]
-    return sum((after - before) ** 3 for before, after in zip(places, places[1:], strict=False))
 
 
 @dataclass
@@ -236,72 +206,62 @@ class Forecast:
         self.steps = [*self.steps[-self.order :], step] if self.order else [step]
         self.results = [*self.results[-self.order :], result] if self.order else [result]
 
-    def weights(self, step: int) -> list[float]:
-        """Lagrange weights of the kept results at a step; they add up to 1."""
-        return [
-            _product((step - other) / (mine - other) for other in self.steps if other != mine) for mine in self.steps
-        ]
-
     def at(self, step: int) -> Tensor:
-        if len(self.results) == 1:
-            return self.results[0]
-        if len(self.results) == 2:
-            older, newer = self.steps
-            return torch.lerp(self.results[0], self.results[1], (step - older) / (newer - older))
-        weights = self.weights(step)
-        total = self.results[-1] * weights[-1]
-        for weight, result in zip(weights[:-1], self.results[:-1], strict=True):
-            total.add_(result, alpha=weight)
-        return total
+        return self.results[0] if len(self.results) == 1 else weighted(self.results, lagrange(self.steps, step))
 
 
 class Corrector:
-    """Takes a chunk's reused steps again as soon as the next recomputed velocity is known: along the line, over the
-    step number, between the velocities at both ends, instead of along the forecast. It costs no forward.
+    """Takes a chunk's reused steps again as soon as the next recomputed velocity is known: with velocities from the
+    line or parabola, over the step number, through the recomputed ones around them, instead of from the forecast. The
+    solver takes every step as in a plain run, and no forward is added.
 
     Source: the corrector of predictor-corrector methods in PEC mode, as in Hairer, Norsett, Wanner, Solving Ordinary
-    Differential Equations I, section III.1; here the line is summed at the same steps that a plain run takes.
+    Differential Equations I, section III.1.
+
+    Args:
+        order: 1 for a line between both ends, 2 for a parabola that also goes through the velocity before.
     """
 
-    def __init__(self):
-        self.at = 0
-        self.velocity: Tensor  # the last recomputed, at step `at`; the first step is one
-        self._moved: Tensor | None
-        self._begin_anew()
+    def __init__(self, order: int):
+        self.order = max(1, order)
+        self.steps: list[int] = []  # recomputed ones that the next curve goes through
+        self.velocities: list[Tensor] = []
+        self.start: tuple[Tensor, Solver]  # the latent and the solver before the last of them
 
-    def step(self, velocity: Tensor, step: int, length: float, recomputed: bool) -> Tensor | None:
-        """To be told every step of the chunk, in order.
+    def step(
+        self, latent: Tensor, solver: Solver, velocity: Tensor, step: int, recomputed: bool
+    ) -> tuple[Tensor, Solver]:
+        """To be told every step of the chunk, in order, before the solver takes it.
 
         Args:
-            velocity: that the step takes, [B, C, T, H, W].
+            latent, velocity: before the step, [B, C, T, H, W].
+            solver: that will take it.
             step: its number.
-            length: change of the noise level in the step.
             recomputed: whether the velocity is the network's.
 
         Returns:
-            What to add to the latent before this step, or None.
+            Latent and solver to go on with.
         """
         if not recomputed:
-            self._length += length
-            self._moment += (step - self.at) * length
-            part = velocity * length
-            self._moved = part if self._moved is None else self._moved.add_(part)
-            return None
-        change = None
-        if self._moved is not None:
-            newer = self._moment / (step - self.at)
-            change = (newer * velocity).add_(self.velocity, alpha=self._length - newer).sub_(self._moved)
-        self.at, self.velocity = step, velocity
-        self._begin_anew()
-        return change
-
-    def _begin_anew(self) -> None:
-        self._length = self._moment = 0.0  # sums of the reused steps' lengths, and of lengths times distances
-        self._moved = None  # how far the reused steps have moved the latent
+            return latent, solver
+        steps, velocities = [*self.steps, step], [*self.velocities, velocity]
+        if self.steps and step - self.steps[-1] > 1:
+            latent, solver = self.start
+            for again in range(self.steps[-1], step):
+                latent = solver.step(latent, weighted(velocities, lagrange(steps, again)), again)
+        self.steps, self.velocities = steps[-self.order :], velocities[-self.order :]
+        self.start = latent, copy(solver)
+        return latent, solver
 
 
-def _product(factors) -> float:
-    product = 1.0
-    for factor in factors:
-        product *= factor
-    return product
+def lagrange(steps: Sequence[int], at: int) -> list[float]:
+    """Weights of values at some steps in the polynomial through them, at another step; they add up to 1."""
+    return [math.prod((at - other) / (mine - other) for other in steps if other != mine) for mine in steps]
+
+
+def weighted(tensors: Sequence[Tensor], weights: Sequence[float]) -> Tensor:
+    """The weighted sum, in a new tensor."""
+    total = tensors[0] * weights[0]
+    for tensor, weight in zip(tensors[1:], weights[1:], strict=True):
+        total.add_(tensor, alpha=weight)
+    return total

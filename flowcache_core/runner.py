@@ -54,7 +54,7 @@ class Runner:
         self.given = Given(lead, end, end_at=lead + schedule.total_chunks * chunk_frames)
         self.policy = settings.reuse.make(schedule)
         self.held: Literal["velocity", "residual", "clean"] = settings.reuse.held
-        self.order = settings.reuse.order
+        self.order = settings.reuse.order_on(schedule)
         self.recomputed = True  # whether the last forward ran the network for all its branches
         self.report = Report(schedule)
         self.histories: dict[Hashable, History] = {}

@@ -21,12 +21,11 @@ def no_noise(chunk: int, step: int) -> Tensor:
 
 
 class Solver(Protocol):
+    """What it remembers is replaced at each step, never changed in place, so that a shallow copy is a point to return
+    to."""
+
     def step(self, x: Tensor, velocity: Tensor, step: int) -> Tensor:
         """The latent after `step`, from the latent before it and the velocity there; shapes [B, C, T, H, W]."""
-        ...
-
-    def move(self, change: Tensor) -> None:
-        """Told when the latent was moved between two steps by something else than this solver."""
         ...
 
 
@@ -42,9 +41,6 @@ class Euler:
     def step(self, x: Tensor, velocity: Tensor, step: int) -> Tensor:
         return torch.add(x, velocity, alpha=self.sigmas[step + 1] - self.sigmas[step])
 
-    def move(self, change: Tensor) -> None:
-        pass
-
 
 class Renoise:
     """Few-step samplers: jump to the clean estimate, then noise it again with fresh noise (Self-Forcing, CausVid)."""
@@ -59,9 +55,6 @@ class Renoise:
         clean = torch.sub(x, velocity, alpha=self.sigmas[step])
         level = self.sigmas[step + 1]
         return clean if level == 0 else (1.0 - level) * clean + level * self.noise(step)
-
-    def move(self, change: Tensor) -> None:
-        pass
 
 
 def chunk_noise(seed: int, chunk: int, shape: Sequence[int], step: int = CLEAN) -> Tensor:

@@ -20,8 +20,8 @@ from flowcache_core.calibration import (
 from flowcache_core.errors import UserError
 from flowcache_core.lab.placement import calibrate, improved, moved
 from flowcache_core.presets import OFF
-from flowcache_core.reuse import spread
 from flowcache_core.schedule import ChunkSchedule
+from flowcache_core.spread import spread
 
 MADE = Calibration(8, 4, 3, 2, (Measured((0, 4), 30.0), Measured((0, 4, 6), 37.5), Measured((0, 2, 4, 6), 46.0)))
 
@@ -89,16 +89,6 @@ def test_what_ships_is_sound_and_more_steps_are_more_alike():
     assert counts == sorted(set(counts))
     assert shipped.curve[-1].psnr > shipped.curve[0].psnr + 6
     assert recomputing(counts[0], 64, 16).steps == shipped.curve[0].steps
-
-
-def test_spread_takes_common_ticks_and_as_many_as_asked():
-    for steps, lag in ((64, 16), (50, 5), (4, 4), (12, 3)):
-        schedule = ChunkSchedule(4, steps, lag)
-        for count in range(1, steps + 1):
-            taken = spread(schedule, count)
-            assert len(taken) == count and taken[0] == 0 and list(taken) == sorted(set(taken))
-            if count >= -(-steps // lag):  # whoever recomputes finds the older chunks recomputed too
-                assert all(step + lag in taken for step in taken if step + lag < steps)
 
 
 def test_the_search_finds_a_better_list():

@@ -6,9 +6,22 @@ import pytest
 import torch
 
 from flowcache_core.errors import UserError
+from flowcache_core.lab.adams_bashforth import AdamsBashforth2
+from flowcache_core.multistep import DPM2M, SkyReelsUniPC, UniPC
+from flowcache_core.noise_levels import skyreels
 from flowcache_core.presets import PRESETS, ReuseSettings
-from flowcache_core.reuse import Chunkwise, FixedSteps, Forecast, Global, Periodic, relative_change
+from flowcache_core.reuse import (
+    Chunkwise,
+    Corrector,
+    FixedSteps,
+    Forecast,
+    Global,
+    Periodic,
+    lagrange,
+    relative_change,
+)  # fmt: skip
 from flowcache_core.schedule import ChunkSchedule, Place
+from flowcache_core.solvers import Euler
 
 POLYNOMIAL_1_3B = (-5.21862437e4, 9.23041404e3, -5.28275948e2, 13.6987616, -4.99875664e-2)
 
@@ -126,7 +139,7 @@ def test_a_forecast_is_exact_on_polynomials_of_its_order(order):
     assert len(forecast.results) == order + 1
     assert torch.allclose(forecast.at(0.35), curve(0.35), atol=1e-4)
     assert torch.allclose(forecast.at(0.6), curve(0.6), atol=1e-5)
-    assert sum(forecast.weights(0.35)) == pytest.approx(1.0)
+    assert sum(lagrange(forecast.steps, 0.35)) == pytest.approx(1.0)
 
 
 def test_a_forecast_with_too_few_points_takes_the_order_they_allow():
@@ -146,3 +159,26 @@ def test_relative_change_is_the_papers():
 def test_impossible_settings_are_refused(wrong):
     with pytest.raises(UserError, match="expected"):
         ReuseSettings("even", **wrong)
+
+
+@pytest.mark.parametrize("solver", [Euler, AdamsBashforth2, DPM2M, UniPC, SkyReelsUniPC])
+@pytest.mark.parametrize("order, recomputed", [(1, (0, 3, 4, 8, 11)), (2, (0, 1, 4, 8, 11))])
+def test_a_corrected_run_is_the_plain_one_where_velocities_lie_on_the_curve(solver, order, recomputed):
+    """Whatever the solver remembers: it has taken every step as in the plain run."""
+    parts = [torch.randn(4, generator=torch.Generator().manual_seed(seed), dtype=torch.float64) for seed in range(4)]
+    velocities = [
+        sum(part * (step / 12) ** power for power, part in enumerate(parts[: order + 1])) for step in range(12)
+    ]
+    sigmas = skyreels(12)
+    plain, corrected = solver(sigmas, None), solver(sigmas, None)
+    x = y = parts[3]
+    corrector, forecast = Corrector(order), Forecast(order)
+    for step in range(12):
+        if step in recomputed:
+            forecast.add(step, velocities[step])
+        used = forecast.at(step)
+        y, corrected = corrector.step(y, corrected, used, step, step in recomputed)
+        if step in recomputed:
+            assert torch.allclose(x, y, atol=1e-9)
+        x, y = plain.step(x, velocities[step], step), corrected.step(y, used, step)
+    assert torch.allclose(x, y, atol=1e-9)

@@ -18,9 +18,6 @@ class AdamsBashforth2:
         self.sigmas = sigmas
         self.last: Tensor | None = None
 
-    def move(self, change: Tensor) -> None:
-        """The latent was moved between two steps; the velocities that this solver remembers stay."""
-
     def step(self, x: Tensor, velocity: Tensor, step: int) -> Tensor:
         """The latent after `step`, from the latent before it and the velocity there; shapes [B, C, T, H, W]."""
         stride = self.sigmas[step + 1] - self.sigmas[step]

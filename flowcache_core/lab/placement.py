@@ -9,25 +9,23 @@ from collections.abc import Callable, Sequence
 
 from ..calibration import Calibration, Measured
 from ..errors import UserError
-from ..reuse import spread
 from ..schedule import ChunkSchedule
+from ..spread import neighbours, spread
 
-COUNTS = (5, 6, 7, 8, 9, 11, 15, 20, 30)  # recomputed steps of a chunk
+COUNTS = (5, 6, 7, 8, 9, 12, 15, 20, 30)  # recomputed steps of a chunk
 
 Steps = tuple[int, ...]
 Score = Callable[[Steps], float]  # PSNR to the plain run of a list of recomputed steps, dB
 
 
 def moved(chosen: Steps, schedule: ChunkSchedule, draw: random.Random) -> Steps:
-    """The list with one step moved a little, mostly with those that lie whole lags from it."""
-    lag = schedule.lag or schedule.steps
-    step, by = draw.choice(chosen[1:]), draw.choice((-4, -3, -2, -1, 1, 2, 3, 4))
-    row = {other for other in chosen[1:] if (other - step) % lag == 0 and (other >= step or draw.random() < 0.5)}
-    if draw.random() < 0.3:
-        row = {step}
-    new = {0} | (set(chosen) - row) | {other + by for other in row}
-    sound = len(new) == len(chosen) and min(new) == 0 and max(new) < schedule.steps
-    return tuple(sorted(new)) if sound else chosen
+    """An aligned list that differs little, the likelier the less; the list itself if there is none."""
+    others = list(neighbours(frozenset(chosen), frozenset({0}), schedule.steps, schedule.lag or schedule.steps))
+    if not others:
+        return chosen
+    lists = [tuple(sorted(other)) for other in others]
+    nearness = [1 / sum(abs(a - b) for a, b in zip(chosen, other, strict=True)) for other in lists]
+    return draw.choices(lists, nearness)[0]
 
 
 def improved(start: Steps, schedule: ChunkSchedule, score: Score, tries: int, draw: random.Random) -> Steps:

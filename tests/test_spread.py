@@ -1,0 +1,56 @@
+"""Where the recomputed steps of a chunk lie."""
+
+import random
+
+import pytest
+
+from flowcache_core.presets import ReuseSettings
+from flowcache_core.schedule import ChunkSchedule
+from flowcache_core.spread import error, neighbours, spread
+
+SHAPES = ((64, 16), (50, 5), (4, 4), (12, 3), (50, 50))
+
+
+def aligned(chosen, steps, lag):
+    """Whoever recomputes after its first step finds the older chunks recomputed too."""
+    return all(step + lag in chosen for step in chosen if 0 < step < steps - lag)
+
+
+@pytest.mark.parametrize("steps, lag", SHAPES)
+def test_as_many_as_asked_and_on_common_ticks(steps, lag):
+    for count in range(1, min(steps, 20) + 1):
+        taken = spread(ChunkSchedule(4, steps, lag), count)
+        assert len(taken) == count and taken[0] == 0 and list(taken) == sorted(set(taken)) and taken[-1] < steps
+        if count > steps // lag:
+            assert aligned(taken, steps, lag)
+
+
+@pytest.mark.parametrize("steps, lag", SHAPES)
+def test_more_steps_are_expected_to_err_less(steps, lag):
+    errors = [error(frozenset(spread(ChunkSchedule(4, steps, lag), count)), steps) for count in (2, 3, 4)]
+    assert errors == sorted(errors, reverse=True)
+    assert error(frozenset(range(steps)), steps) == 0.0
+
+
+def test_neighbours_are_as_many_and_aligned():
+    chosen, steps, lag = frozenset(spread(ChunkSchedule(4, 64, 16), 9)), 64, 16
+    found = list(neighbours(chosen, frozenset({0}), steps, lag))
+    assert chosen not in found and all(len(other) == 9 and 0 in other for other in found)
+    assert all(aligned(other, steps, lag) for other in found)
+
+
+def test_no_aligned_list_near_is_better():
+    schedule = ChunkSchedule(4, 64, 16)
+    for count in (8, 12, 20):
+        chosen = frozenset(spread(schedule, count))
+        fixed = frozenset({0, 16, 32, 48})
+        for other in random.Random(count).sample(sorted(map(sorted, neighbours(chosen, fixed, 64, 16))), 20):
+            assert error(frozenset(other), 64) >= error(chosen, 64)
+
+
+def test_a_parabola_forecasts_where_steps_lie_close():
+    schedule = ChunkSchedule(4, 64, 16)
+    orders = [ReuseSettings("spread", share=count / 64, least=1).order_on(schedule) for count in (6, 8, 15, 30)]
+    assert orders == [1, 1, 2, 2]
+    assert ReuseSettings("even").order_on(schedule) == 1
+    assert ReuseSettings("spread", share=0.5, order=0).order_on(schedule) == 0
