@@ -15,6 +15,7 @@ from ..flowcache_core.run_folder import RunFolder
 from ..flowcache_core.schedule import ChunkSchedule
 from ..flowcache_core.state import State, make_state
 from . import host
+from .host_checks import check_latent, check_size
 from .host_finished import Finished
 from .host_resume import ResumeSettings, run_folder
 from .host_sampler import ARSampler, Kind
@@ -208,10 +209,10 @@ def _chunk_shape(model: comfy.model_patcher.ModelPatcher, asked: Extension, chun
     sizes = []
     for given in (asked.prefix, asked.end, None if asked.state is None else asked.state.latents):
         if given is not None:
-            host.check_latent(given, channels)
+            check_latent(given, channels)
             shape = [*given.shape[:2], chunk_frames, *given.shape[3:]]
             sizes.append((8 * given.shape[4], 8 * given.shape[3]))
-    host.check_size(shape)
+    check_size(shape)
     if len(set(sizes)) > 1:
         raise UserError(f"The given frames are of sizes {sizes} (width, height); bring them to one size.")
     return shape

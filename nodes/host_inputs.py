@@ -16,6 +16,7 @@ from ..flowcache_core.errors import UserError
 from ..flowcache_core.report import Report
 from ..flowcache_core.state import State
 from . import host
+from .host_checks import check_network
 from .host_resume import ResumeSettings
 from .host_video import StreamSettings
 
@@ -59,7 +60,7 @@ def _model(value) -> str | None:
     if not hasattr(value, "model_options") or not hasattr(getattr(value, "model", None), "diffusion_model"):
         return f"holds a {_kind(value)}, no model; connect the output of a model loader"
     if host.family_of(value) not in MAGI_FAMILIES:
-        host.check_network(value.model.diffusion_model)
+        check_network(value.model.diffusion_model)
     return None
 
 

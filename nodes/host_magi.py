@@ -36,6 +36,7 @@ from ..flowcache_core.solvers import chunk_noise
 from ..flowcache_core.state import State
 from . import host
 from .host_captions import ChunkCaptions
+from .host_checks import check_finite, check_latent, check_size, settle_with_others
 from .host_extend import Extended, Extension, Layout, carry_out, run_guider
 from .host_finished import Finished
 from .host_resume import run_folder
@@ -151,9 +152,9 @@ class MagiSampler(host.ChunkSampler):
         if self.loaded is not None:
             engine.load(self.loaded)
         options = comfy.model_patcher.create_model_options_clone(extra_args["model_options"])
-        engine.report.notes += host.settle_with_others(options)
+        engine.report.notes += settle_with_others(options)
         for chunk in engine.run():
-            host.check_finite(chunk.latent, f"chunk {chunk.index}")
+            check_finite(chunk.latent, f"chunk {chunk.index}")
             self.on_chunk(chunk, engine.save_new)
         engine.report.settings = self.label
         self.on_done(engine.report, engine.save())
@@ -179,13 +180,13 @@ def extend(model: comfy.model_patcher.ModelPatcher, asked: Extension, steps: int
     steps = steps or usual_steps
     given = None
     if asked.prefix is not None:
-        host.check_latent(asked.prefix, config.channels)
+        check_latent(asked.prefix, config.channels)
         given = model.model.process_latent_in(asked.prefix.cpu().float())
     before = given if state is None else state.latents
     width, height = (mine or usual for mine, usual in zip(asked.size, usual_size, strict=True))
     batch, size = (1, (height // 8, width // 8)) if before is None else (before.shape[0], before.shape[3:])
     shape = [batch, config.channels, CHUNK_FRAMES, *size]
-    host.check_size(shape)
+    check_size(shape)
     if state is not None:
         state.check(model_name(model), CHUNK_FRAMES, shape)
     frames = state.frames if state is not None else 0 if before is None else before.shape[2]

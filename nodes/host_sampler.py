@@ -23,6 +23,7 @@ from ..flowcache_core.solvers import chunk_noise
 from ..flowcache_core.state import State
 from . import host
 from .host_captions import ChunkCaptions
+from .host_checks import check_finite, check_frames, settle_with_others
 from .host_joint import JointRun, Window
 from .host_shortcut import Shortcut, same_sum
 
@@ -78,7 +79,7 @@ class ARSampler(host.ChunkSampler):
                 "A noise mask was given; FlowCache extends videos instead: give the frames to keep as a prefix."
             )
         options = comfy.model_patcher.create_model_options_clone(extra_args["model_options"])
-        notes = host.settle_with_others(options)
+        notes = settle_with_others(options)
         patch = host.patch_of(options)
         add_wrapper_with_key(WrappersMP.DIFFUSION_MODEL, host.KEY, host.diffusion_model, options, is_model_options=True)
         seed = extra_args.get("seed") or 0
@@ -86,7 +87,7 @@ class ARSampler(host.ChunkSampler):
         course = call.causal() if self.kind == "causal" else call.joint()
         course.report.notes += notes
         for chunk in course.engine.run():
-            host.check_finite(chunk.latent, f"chunk {chunk.index}")
+            check_finite(chunk.latent, f"chunk {chunk.index}")
             call.finish(chunk)
             self.on_chunk(chunk, course.save_new)
         course.report.settings = patch.label if patch else "FlowCache off"
@@ -160,7 +161,7 @@ class Call:
 
     def __post_init__(self):
         sampler, noise = self.sampler, self.noise
-        chunks = sampler.chunks or host.check_frames(noise, sampler.chunk_frames)
+        chunks = sampler.chunks or check_frames(noise, sampler.chunk_frames)
         self.model = self.guider.inner_model
         self.shape = (*noise.shape[:2], sampler.chunk_frames, *noise.shape[3:])
         self.schedule = sampler.schedule(chunks, len(self.levels) - 1)
