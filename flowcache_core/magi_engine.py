@@ -232,7 +232,7 @@ class MagiEngine:
         asking = list(self.history.queries)
         self._clean_pass(self.branches[-1])
         new = grown({SHARED: self.history}, finished=int(self._finished is not None))
-        self.history.queries = asking
+        self.history.queries = [query.to(self.history.keys.device) for query in asking]
         return new
 
     @torch.inference_mode()

@@ -152,7 +152,9 @@ def _joined(parts: Sequence[tuple[Clean, ...]]) -> tuple[Clean, ...]:
     """The history of each branch, from its parts in time order; queries are the newest."""
     return tuple(
         Clean(
-            *(torch.cat(tensors, dim=3) for tensors in zip(*(part[:3] for part in branch), strict=True)),
+            torch.cat([part.keys for part in branch], dim=3),
+            torch.cat([part.values for part in branch], dim=3),
+            torch.cat([part.tokens for part in branch], dim=3),
             branch[-1].queries,
         )
         for branch in zip(*parts, strict=True)
