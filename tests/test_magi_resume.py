@@ -1,6 +1,7 @@
 """MAGI-1 goes on from a run that was cut off, and from a lack of device memory, to the same bits."""
 
 from dataclasses import replace
+from functools import cache
 
 import pytest
 import torch
@@ -33,11 +34,11 @@ def rest(name: str, clean: Clean, first: int) -> list[torch.Tensor]:
 
 @pytest.mark.parametrize(("name", "given"), [("short", 1), ("short_distill", 8)])
 def test_a_run_that_is_cut_off_is_a_shorter_one(name, given, tmp_path):
-    plain = [chunk.latent for chunk in engine(name, sampling=ALL).run()]
+    undisturbed = [chunk.latent for chunk in engine(name, sampling=ALL).run()]
     run = engine(name, sampling=ALL)
     first = run.schedule.prefix
     kept = RunFolder(tmp_path, NAME, 2**30, first, FRAMES)
-    for chunk, expected in zip(run.run(), plain, strict=False):
+    for chunk, expected in zip(run.run(), undisturbed, strict=False):
         kept.add(chunk, run.save_new())
         assert torch.equal(chunk.latent, expected)  # keeping a chunk changes nothing
         if chunk.index == first + 1:
@@ -53,11 +54,15 @@ def test_a_run_that_is_cut_off_is_a_shorter_one(name, given, tmp_path):
     assert torch.equal(ours, its) and torch.isfinite(ours).all()
 
 
+@cache
+def plain(name: str) -> torch.Tensor:
+    return torch.cat([chunk.latent for chunk in engine(name).run()], dim=2)
+
+
 @pytest.mark.parametrize(("name", "call"), [("short", 0), ("short", 40), ("short_distill", 7)])  # of attention
 def test_a_forward_that_runs_out_of_memory_is_run_again(name, call):
-    expected = torch.cat([chunk.latent for chunk in engine(name).run()], dim=2)
     run = engine(name, attention=fails_at({call}, grouped_attention))
-    assert torch.equal(torch.cat([chunk.latent for chunk in run.run()], dim=2), expected)
+    assert torch.equal(torch.cat([chunk.latent for chunk in run.run()], dim=2), plain(name))
     assert run.report.notes == [MOVED] and run.history.in_system_memory
 
 
@@ -67,7 +72,6 @@ def test_a_second_failure_is_an_error():
 
 
 def test_history_in_system_memory_by_choice():
-    expected = torch.cat([chunk.latent for chunk in engine("short").run()], dim=2)
     run = engine("short", replace(OFF, history=replace(OFF.history, memory="system")))
-    assert torch.equal(torch.cat([chunk.latent for chunk in run.run()], dim=2), expected)
+    assert torch.equal(torch.cat([chunk.latent for chunk in run.run()], dim=2), plain("short"))
     assert run.history.in_system_memory and not run.report.notes
