@@ -115,7 +115,7 @@ class Settings:
 
 OFF = Settings()
 
-# Steps spread by rule, with a linear forecast and the correction, won over every published rule in the project's own
+# Steps spread by rule, forecast and corrected, won over every published rule in the project's own
 # trials on the demo model; how many of them are recomputed was read off the same curves (`make bench`). The paper's
 # settings are those of its MAGI-1 runs (threshold 0.01 and 0.015, warm-up 5, velocity held, no clean pass);
 # SkyReels-V2's stand with its family.
