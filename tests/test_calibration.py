@@ -115,3 +115,15 @@ def test_a_calibration_measures_what_it_found():
 
 def test_decibels_rise_with_quality():
     assert [decibels(quality) for quality in (0.0, 0.5, 1.0)] == [26.0, 38.0, float("inf")]
+
+
+def test_an_earlier_calibration_is_begun_with_where_it_is_better():
+    schedule, best = ChunkSchedule(3, 8, 4), (0, 4, 6)
+
+    def score(steps):
+        return 40.0 if steps == best else 20.0
+
+    begun = calibrate(schedule, 1, score, score, 0.0, counts=(3,), known=MADE)
+    assert begun.curve == (Measured(best, 40.0),)
+    elsewhere = calibrate(ChunkSchedule(3, 8, 8), 1, score, score, 0.0, counts=(3,), known=MADE)
+    assert elsewhere.curve[0].steps == spread(ChunkSchedule(3, 8, 8), 3)

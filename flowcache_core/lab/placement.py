@@ -6,6 +6,7 @@ Whatever makes and compares videos is the caller's: `lab.search` runs the demo m
 import random
 import time
 from collections.abc import Callable, Sequence
+from functools import cache
 
 from ..calibration import Calibration, Measured
 from ..errors import UserError
@@ -41,6 +42,13 @@ def improved(start: Steps, schedule: ChunkSchedule, score: Score, tries: int, dr
     return best
 
 
+def found_before(known: Calibration | None, schedule: ChunkSchedule, count: int) -> list[Steps]:
+    """The list of so many steps of an earlier calibration for the same schedule, if it has one."""
+    fits = known is not None and (known.steps, known.lag) == (schedule.steps, schedule.lag)
+    listed = known.by_count(count) if known and fits else None
+    return [listed] if listed else []
+
+
 def calibrate(
     schedule: ChunkSchedule,
     clips: int,
@@ -49,6 +57,7 @@ def calibrate(
     seconds: float,
     counts: Sequence[int] = COUNTS,
     told: Callable[[str], None] = lambda words: None,
+    known: Calibration | None = None,
 ) -> Calibration:
     """Searches for about so long, all counts alike, then measures.
 
@@ -69,14 +78,15 @@ def calibrate(
             f"preset 'off'."
         )
     counts = [count for count in counts if count < schedule.steps]
+    search_score = cache(search_score)
     search_score(spread(schedule, counts[0]))  # makes the plain run, which is not to count as a list's time
     begun = time.monotonic()
     for place, count in enumerate(counts):
         share = seconds * (place + 1) / len(counts)
-        start = spread(schedule, count)
         took = time.monotonic()
-        search_score(start)
-        took = time.monotonic() - took
+        starts = [spread(schedule, count), *found_before(known, schedule, count)]
+        start = max(starts, key=search_score)
+        took = (time.monotonic() - took) / len(starts)
         left = share - (time.monotonic() - begun)
         best = improved(start, schedule, search_score, max(0, int(left / max(took, 1e-3)) - 1), draw)
         curve.append(Measured(best, 0.0))

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from torch import Tensor
 
-from ..calibration import beside, reuse, save
+from ..calibration import SHIPPED, beside, load, reuse, save
 from ..demo import NETWORK_FILE
 from ..demo.model import load_network
 from ..files import check_writable
@@ -57,6 +57,7 @@ def main() -> None:
         scored(setup, final_clips),
         60 * options.minutes,
         told=lambda words: print(words, flush=True),
+        known=load(SHIPPED) if SHIPPED.is_file() else None,
     )
     save(made, out)
     print(f"{out}: {len(made.curve)} settings")
