@@ -93,7 +93,7 @@ class ReuseSettings:
         if self.order is not None:
             return self.order
         policy = self.make(schedule)
-        dense = isinstance(policy, FixedSteps) and error(frozenset(policy.steps), schedule.steps) < DENSE
+        dense = isinstance(policy, FixedSteps) and error(frozenset({0, *policy.steps}), schedule.steps) < DENSE
         return 2 if dense else 1
 
 

