@@ -15,7 +15,7 @@ from ..flowcache_core.run_folder import RunFolder
 from ..flowcache_core.schedule import ChunkSchedule
 from ..flowcache_core.state import State, make_state
 from . import host
-from .host_checks import check_latent, check_size
+from .host_checks import check_latent, check_network, check_size
 from .host_finished import Finished
 from .host_resume import ResumeSettings, run_folder
 from .host_sampler import ARSampler, Kind
@@ -111,6 +111,7 @@ class Extended:
 
 def extend(model: comfy.model_patcher.ModelPatcher, asked: Extension, how: Sampling) -> Extended:
     """Runs the host's guider over new chunks of a network of the Wan layout."""
+    check_network(model.model.diffusion_model)
     model = host.surely_patched(model)
     state, chunk_frames = asked.state, how.chunk_frames
     shape = _chunk_shape(model, asked, chunk_frames)

@@ -350,12 +350,26 @@ def test_wrong_captions_latents_and_samplers(server):
             positive=caption, negative=caption, latent_image=(latent, 0), denoise=1.0,
         )  # fmt: skip
 
+    def calibrated(graph):
+        return graph.add("FlowCacheCalibrate", **others(graph), chunks=1, minutes=0.0)
+
+    def in_windows(graph):
+        sizes = dict(frames=21, window=21, overlap=5, width=48, height=32)
+        return graph.add("FlowCacheExtendInWindows", **others(graph), **sizes)
+
+    def others(graph) -> dict:
+        caption = (graph.add("TestCaption", seed=0, tokens=9, width=4096), 0)
+        vae = (graph.add("FlowCacheLoadMagiVAE", vae_name="magi/diffusion_pytorch_model.safetensors"), 0)
+        return dict(model=load(graph), positive=caption, negative=caption, vae=vae, seed=0)
+
     assert "is [1, 256, 2048], expected [1, tokens, 4096]" in message(narrow)
     assert "takes none; leave that MAGI-1 Prompt empty" in message(negative)
     assert "a distilled MAGI-1 takes none" in message(guided)
     assert "expected [batch, 16, frames" in message(channels)
     assert "another model" in message(others_state)
     assert "use Autoregressive Extend" in message(stock_sampler)
+    for node in (calibrated, in_windows):
+        assert "MAGI-1 is run by Autoregressive Extend" in message(node)
 
 
 def test_a_vae_that_is_none(server):
