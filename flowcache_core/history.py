@@ -203,7 +203,7 @@ class History:
         self.has_end = False  # whether the end's tokens are there yet
         self.active: list[int] = []  # chunk numbers, oldest first, each with a slot behind the clean tokens
         self.shift = 0  # frames by which positions are moved towards zero
-        self.taken = 0  # tokens at the front that `grown` has given out; 0 once one of them is dropped
+        self.taken = 0  # tokens at the front that are loaded or that `grown` has given out; 0 once one is dropped
 
     def _allocate(self, place: torch.device) -> None:
         shape = self.shape
@@ -367,7 +367,8 @@ class History:
                 "[layers, batch, heads, tokens, head width]: the state is of another model, size or batch."
             )
         budget, lead, end = self.settings.budget, self.shape.given_tokens - self.shape.end_tokens, self.shape.end_tokens
-        if budget is not None and count - lead > budget * self.shape.chunk_tokens:
+        cut = budget is not None and count - lead > budget * self.shape.chunk_tokens
+        if cut:
             saved = self._cut(saved, lead, budget * self.shape.chunk_tokens)
             count = saved.keys.shape[3]
         if count > self.shape.tokens - end:
@@ -383,6 +384,7 @@ class History:
             frames = self._frames_of(self.tokens[:, :, :, place])
             self.unrotated[:, :, :, place] = self._turn(self.keys[:, :, :, place, : self.time_dims], -frames)
         self.clean = end + count
+        self.taken = 0 if cut else self.clean
 
     def _choose(self, keys: Tensor, queries: Tensor | None, keep: int, layer: int) -> Tensor:
         settings, shape = self.settings.compression, self.shape
@@ -464,13 +466,14 @@ class History:
         return rotate(keys, torch.stack([angles.cos(), angles.sin()]).float())
 
 
-def grown(histories: Mapping[Hashable, History], finished: int = 0) -> Grown:
+def grown(histories: Mapping[Hashable, History], anew: bool, finished: int = 0) -> Grown:
     """What the clean histories of all branches have grown by since the last call, on the CPU.
 
     Args:
+        anew: all of them, whatever was loaded or given out before.
         finished: so many of the oldest active chunks count as clean.
     """
-    whole = not all(history.taken for history in histories.values())
+    whole = anew or not all(history.taken for history in histories.values())
     new = {name: history.save(0 if whole else history.taken, finished) for name, history in histories.items()}
     for history in histories.values():
         history.taken = history.clean + finished * history.shape.chunk_tokens

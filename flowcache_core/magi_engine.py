@@ -224,14 +224,15 @@ class MagiEngine:
         return {SHARED: self.history.save()}
 
     @torch.inference_mode()
-    def save_new(self) -> Grown:
-        """What the clean history has grown by since the last call, up to the newest chunk that was handed out.
+    def save_new(self, anew: bool) -> Grown:
+        """What the clean history has grown by since the last call or `load`, up to the newest chunk that was handed
+        out; `anew`: all of it.
 
         A chunk that waits for its clean pass gets one more, which the next tick repeats: the run goes on as it would.
         """
         asking = list(self.history.queries)
         self._clean_pass(self.branches[-1])
-        new = grown({SHARED: self.history}, finished=int(self._finished is not None))
+        new = grown({SHARED: self.history}, anew, finished=int(self._finished is not None))
         self.history.queries = [query.to(self.history.keys.device) for query in asking]
         return new
 

@@ -55,6 +55,7 @@ class RunFolder:
         self.root, self.path, self.limit = Path(root), Path(root) / name, limit
         self.first, self.chunk_frames, self.model, self.lead = first, chunk_frames, model, lead
         self._shape = torch.Size()  # of a chunk's latent, by the state that was loaded
+        self.begun = False  # a history is there that can be added to
         self.full = False  # this run alone is larger than the limit: no more chunks are kept
 
     def load(self) -> State | None:
@@ -69,8 +70,9 @@ class RunFolder:
             last = added
         if not all(self._file("chunk", chunk).exists() for chunk in range(self.first, last.chunks)):
             return None
-        newest.touch()
-        self._shape = last.latents.shape
+        with suppress(FileNotFoundError):  # another server has just removed the run
+            os.utime(newest)
+        self._shape, self.begun = last.latents.shape, True
         return last._replace(histories=_joined(parts))
 
     def latent(self, chunk: int) -> Tensor:
@@ -109,13 +111,16 @@ class RunFolder:
         if self.full:
             return
         self._make_room(needed)
-        earlier = [file for kind in ("history", "added") for file in self.path.glob(f"{kind}-*")]
+        added = list(self.path.glob("added-*"))
         written = self._file("history" if grown.whole else "added", chunk.index)
         write_whole(self._file("chunk", chunk.index), lambda partial: save_file({"latent": latent}, partial))
+        # What follows an addition that could not be read is of the run before the interrupt.
+        replaced = [*self.path.glob("history-*"), *added] if grown.whole else [file for file in added if file > written]
         save_state(state, written)
-        for file in earlier if grown.whole else []:
+        for file in replaced:
             if file != written:
                 file.unlink(missing_ok=True)  # by another server that does the same run
+        self.begun = True
 
     def _file(self, kind: Kind, chunk: int) -> Path:
         return self.path / f"{kind}-{chunk:05}.safetensors"

@@ -166,9 +166,9 @@ class Runner:
         """The clean history of every branch, on the CPU."""
         return {name: history.save() for name, history in self.histories.items()}
 
-    def save_new(self) -> Grown:
-        """What the clean history of every branch has grown by since the last call."""
-        return grown(self.histories)
+    def save_new(self, anew: bool) -> Grown:
+        """What the clean history of every branch has grown by since the last call or `load`; `anew`: all of it."""
+        return grown(self.histories, anew)
 
     @property
     def history_bytes_used(self) -> int:

@@ -75,10 +75,10 @@ class Finished:
         self.tick, self.ticks = told.tick, told.ticks
         progress_text(describe(told, report, used, total, self.begun, len(self.earlier)), self.node_id)
 
-    def add(self, chunk: Chunk, save_new: Callable[[], Grown]) -> None:
-        """A chunk of the run; `save_new` copies what the history has grown by since it was last called."""
+    def add(self, chunk: Chunk, save_new: Callable[[bool], Grown]) -> None:
+        """A chunk of the run; `save_new` copies what the history has grown by since it was last called, or all."""
         if self.folder is not None and not self.folder.full:
-            self.folder.add(chunk, save_new())
+            self.folder.add(chunk, save_new(not self.folder.begun))
         frames = self._take(self._generated(chunk).cpu())
         if frames is not None:
             show(frames, self.tick, self.ticks)

@@ -47,7 +47,7 @@ def kept_run(backbone, path, chunks: int, settings) -> tuple[list[int], Runner]:
     engine = Engine(runner, guidance(runner, text()), magi(6), lambda chunk: chunk_noise(4, chunk, (1, 4, 2, 6, 4)))
     kept, written, seen = folder(path), [], set()
     for chunk in engine.run():
-        kept.add(chunk, runner.save_new())
+        kept.add(chunk, runner.save_new(anew=not kept.begun))
         files = {(file, file.stat().st_mtime_ns): file.stat().st_size for file in kept.path.iterdir()}
         written.append(sum(size for file, size in files.items() if file not in seen))
         seen |= set(files)
@@ -79,6 +79,35 @@ def test_a_chunk_writes_no_more_than_the_budget_however_long_the_run(backbone, t
     (state,) = folder(tmp_path).load().histories
     saved = history.save()
     assert all(torch.equal(ours, its) for ours, its in zip(state, saved, strict=True))
+
+
+def test_a_run_that_goes_on_adds_to_what_is_there(backbone, tmp_path):
+    """The limit has room for the history once, not for a second copy of it."""
+    kept_run(backbone, tmp_path, 6, OFF)
+    limit = 3 * sum(file.stat().st_size for file in (tmp_path / NAME).iterdir()) // 2
+    again = folder(tmp_path, limit=limit)
+    runner = Runner(backbone, ChunkSchedule(1, 6, 6, prefix=6), OFF, 2)
+    runner.load(again.load().by_branch)
+    engine = Engine(runner, guidance(runner, text()), magi(6), lambda chunk: chunk_noise(4, chunk, (1, 4, 2, 6, 4)))
+    (chunk,) = engine.run()
+    again.add(chunk, runner.save_new(anew=not again.begun))
+    assert not again.full and again.load().chunks == 7
+    (ours,), (saved,) = again.load().histories, runner.save().values()
+    assert all(torch.equal(part, its) for part, its in zip(ours, saved, strict=True))
+    other = folder(tmp_path, "f" * 32)  # of another run, which begins with that state
+    other.add(chunk, runner.save_new(anew=not other.begun))
+    assert {file.name[:5] for file in other.path.iterdir()} == {"chunk", "histo"}
+
+
+def test_additions_after_one_that_could_not_be_read_are_dropped(tmp_path):
+    kept = folder(tmp_path)
+    for index in range(4):
+        kept.add(*one(index=index))
+    (kept.path / "added-00002.safetensors").write_bytes(b"")
+    again = folder(tmp_path)
+    assert again.load().chunks == 2
+    again.add(*one(index=2))
+    assert again.load().chunks == 3
 
 
 def test_what_a_whole_history_replaces_is_removed(tmp_path):
