@@ -10,6 +10,7 @@ from ..flowcache_core.reuse import Forecast
 from ..flowcache_core.runner import Runner
 from ..flowcache_core.schedule import CLEAN, Place
 
+ASKED = ("__call__", "outer_predict_noise", "predict_noise")  # methods of a guider, one calls the next
 FUNCTIONS = (  # of model options, which see or change what the guider gives at a step
     "sampler_cfg_function",
     "sampler_pre_cfg_function",
@@ -34,7 +35,8 @@ def same_sum(guider, options: dict, own: str) -> bool:
         options: the model options of the run.
         own: key of our wrappers, which change no result.
     """
-    stock = getattr(type(guider), "predict_noise", None) is comfy.samplers.CFGGuider.predict_noise
+    kinds = type(guider), comfy.samplers.CFGGuider
+    stock = all(len({getattr(kind, name, None) for kind in kinds}) == 1 for name in ASKED)
     conditions = [one for side in guider.conds.values() for one in side or []]
     wrappers = options.get("transformer_options", {}).get("wrappers", {})
     return (

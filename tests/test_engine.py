@@ -357,7 +357,11 @@ def test_bfloat16_follows_its_input():
 
 @pytest.mark.parametrize("solver", [Euler, Renoise])
 def test_what_stands_in_for_a_sum_is_the_sum_of_what_stands_in(backbone, solver):
-    """Guided steps that are reused for sure can be foretold without asking for their branches."""
+    """Guided steps that are reused for sure can be foretold without asking for their branches.
+
+    The nodes' Shortcut rests on that; a stand-in for it is used here. The class itself needs the host: see
+    `test_reused_steps_are_the_same_without_the_guider` in tests/host/test_native.py.
+    """
     schedule, settings = ChunkSchedule(3, 8, 4), Settings(ReuseSettings("fixed", steps=(0, 1, 4, 7), order=1))
     noise = {"noise": lambda chunk, step: draw(100 * chunk + step, 1, TINY.in_dim, 2, *SIZE), "solver": solver}
     expected = build(backbone, schedule, settings, scale=3.0, **noise)

@@ -28,6 +28,13 @@ def flowcache(graph: Graph, model: tuple, preset: str = "off", budget: int = 0, 
     return graph.add("FlowCache", model=model, preset=preset, history_budget=budget, **more), 0
 
 
+def guider_calls(server) -> int:
+    """Since the server began."""
+    graph = Graph()
+    node = graph.add("TestGuiderCalls")
+    return int(server.run(graph).outputs[node]["text"][0])
+
+
 def test_off_equals_the_plain_sampler(server, folder):
     """Up to rounding: our rotary angles are computed in float64, the host's in float32."""
     plain, patched = Graph(), Graph()
@@ -55,7 +62,7 @@ def test_an_image_start_framewise_equals_the_plain_sampler(server, folder):
 @pytest.mark.parametrize("sampler", ["native", "ours"])
 def test_reused_steps_are_the_same_without_the_guider(server, folder, sampler):
     """A patch that wants to see every step has the guider asked for all of them."""
-    results = []
+    results, calls = [], []
     for seen in (False, True):
         graph = Graph()
         model = flowcache(graph, load(graph), "custom", policy="even", every=4, warmup=2)
@@ -65,9 +72,12 @@ def test_reused_steps_are_the_same_without_the_guider(server, folder, sampler):
             node = native(graph, model, steps=8, cfg=3.0)
         else:
             node = extend(graph, model=model, steps=8, lag=4, guidance=3.0)
+        before = guider_calls(server)
         results.append(sample(server, graph, node))
+        calls.append(guider_calls(server) - before)
     foretold, asked = results
     assert (foretold - asked).norm() / asked.norm() < 1e-3
+    assert 0 < calls[0] < calls[1] / 1.5, calls
 
 
 def test_reuse_is_close_and_reported(server, folder):

@@ -1,6 +1,9 @@
 """Nodes for the tests alone: captions of T5 v1.1 XXL's width without its 9 GB of weights, a patch that sees every step,
-and wrong objects."""
+a count of the guider's calls, and wrong objects."""
 
+from functools import wraps
+
+import comfy.samplers
 import comfy.sd
 import comfy.supported_models_base
 import comfy.text_encoders.genmo
@@ -68,9 +71,36 @@ class SeeEveryStep:
         return (model,)
 
 
+class GuiderCalls:
+    """Tells how often guiders have been asked for a step since the server began."""
+
+    INPUT_TYPES = classmethod(lambda cls: {"required": {}})
+    IS_CHANGED = classmethod(lambda cls: float("nan"))
+    RETURN_TYPES = ()
+    OUTPUT_NODE = True
+    FUNCTION = "tell"
+    CATEGORY = "test"
+    count = 0
+
+    def tell(self):
+        return {"ui": {"text": [str(GuiderCalls.count)]}}
+
+
+def counted(sampling_function):
+    @wraps(sampling_function)
+    def count(*args, **kwargs):
+        GuiderCalls.count += 1
+        return sampling_function(*args, **kwargs)
+
+    return count
+
+
+comfy.samplers.sampling_function = counted(comfy.samplers.sampling_function)
+
 NODE_CLASS_MAPPINGS = {
     "TestCaption": Caption,
     "TestSmallT5": SmallT5,
     "TestSeeEveryStep": SeeEveryStep,
+    "TestGuiderCalls": GuiderCalls,
     "TestWrongObject": WrongObject,
 }
