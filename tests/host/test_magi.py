@@ -300,7 +300,7 @@ def test_an_interrupted_run_goes_on(server, name):
     assert 3 <= ready < 8 and resumed.shape == plain.shape == (1, 16, 8 * FRAMES, 4, 6)
     assert torch.equal(resumed[:, :, : ready * FRAMES], plain[:, :, : ready * FRAMES])
     begun, expected = (latent[:, :, ready * FRAMES :] for latent in (resumed, plain))
-    assert torch.isfinite(begun).all() and error(begun, expected) < 1.0  # begun anew: with the same noise
+    assert torch.isfinite(begun).all() and error(begun, expected) < 0.3  # begun anew: same noise; another's differ by 1.1
 
 
 @pytest.mark.parametrize(
@@ -355,7 +355,9 @@ def test_wrong_captions_latents_and_samplers(server):
 
     def in_windows(graph):
         sizes = dict(frames=21, window=21, overlap=5, width=48, height=32)
-        return graph.add("FlowCacheExtendInWindows", **others(graph), **sizes)
+        node = graph.add("FlowCacheExtendInWindows", **others(graph), **sizes)
+        graph.add("SaveImage", images=(node, 0), filename_prefix="s")
+        return node
 
     def others(graph) -> dict:
         caption = (graph.add("TestCaption", seed=0, tokens=9, width=4096), 0)
