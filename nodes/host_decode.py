@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from ..flowcache_core.demo.vae import Memory, WanVAE
+from ..flowcache_core.errors import UserError
 from .host_magi_model import VaeForHost
 
 OVERLAP = 4  # latent frames that are decoded again before a chunk, where a VAE cannot be carried on
@@ -14,8 +15,16 @@ OVERLAP = 4  # latent frames that are decoded again before a chunk, where a VAE 
 def stream_decoder(vae) -> "WanDecoder | DemoDecoder | MagiDecoder | OverlapDecoder":
     """What decodes that VAE's latents; call it with a latent [1, C, T, H, W], then `finish` it.
 
-    Both give frames [T, H, W, 3] in [0, 1]; some may wait for the next call.
+    Each gives frames [T, H, W, 3] in [0, 1]; some may wait for the next call.
+
+    Raises:
+        UserError: the VAE is another node's own object, not the host's.
     """
+    if not hasattr(vae, "first_stage_model"):
+        raise UserError(
+            f"The VAE is a {type(vae).__name__}, which cannot decode a video in parts; stream with the VAE of a VAE "
+            "loader, or decode the latent after the run."
+        )
     module = vae.first_stage_model
     if isinstance(module, WanVAE):
         return DemoDecoder(vae)

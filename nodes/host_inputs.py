@@ -7,6 +7,7 @@ whatever a linked node really gave.
 import math
 from collections.abc import Callable, Mapping
 from functools import wraps
+from numbers import Integral, Real
 
 from comfy_api.latest import io
 from torch import Tensor, isfinite
@@ -23,8 +24,10 @@ from .host_video import StreamSettings
 
 def checked(node: type[io.ComfyNode]) -> type[io.ComfyNode]:
     """The node, which now runs only with inputs that it can use; its `execute` raises UserError for others."""
-    inputs = node.define_schema().inputs
     execute = node.execute.__func__
+    if hasattr(execute, "__wrapped__"):  # the host has asked for the nodes before
+        return node
+    inputs = node.define_schema().inputs
 
     @wraps(execute)
     def guarded(cls, **given) -> io.NodeOutput:
@@ -44,11 +47,27 @@ def _anything(value) -> None:
     return None
 
 
-def _number(value: float) -> str | None:
+def _number(value) -> str | None:
+    if not isinstance(value, Real):
+        return f"holds a {_kind(value)}; give a number"
     return None if math.isfinite(value) else f"is {value}; give a number"
 
 
-def _text(value: str) -> str | None:
+def _whole_number(value) -> str | None:
+    return None if isinstance(value, Integral) else f"holds a {_kind(value)}; give a whole number"
+
+
+def _switch(value) -> str | None:
+    return None if isinstance(value, bool) else f"holds a {_kind(value)}; give true or false"
+
+
+def _choice(value) -> str | None:
+    return None if isinstance(value, str) else f"holds a {_kind(value)}; give one of the names in its list"
+
+
+def _text(value) -> str | None:
+    if not isinstance(value, str):
+        return f"holds a {_kind(value)}; give a text"
     try:
         value.encode()
     except UnicodeEncodeError:
@@ -65,7 +84,8 @@ def _model(value) -> str | None:
 
 
 def _vae(value) -> str | None:
-    if not hasattr(value, "decode") or getattr(value, "first_stage_model", None) is None:
+    unread = getattr(value, "first_stage_model", value) is None
+    if unread or not hasattr(value, "decode") or not hasattr(value, "encode"):
         return f"holds a {_kind(value)}, no VAE that could be read; connect the output of a VAE loader"
     return None
 
@@ -126,6 +146,9 @@ def _kind(value) -> str:
 
 CHECKS: dict[str, Callable[..., str | None]] = {
     "FLOAT": _number,
+    "INT": _whole_number,
+    "BOOLEAN": _switch,
+    "COMBO": _choice,
     "STRING": _text,
     "MODEL": _model,
     "VAE": _vae,

@@ -26,6 +26,7 @@ HARMLESS = {  # unusual, and what they mean is clear
 }
 UNUSED = {("FlowCacheCalibrate", "negative"), ("FlowCacheReport", "latent")}  # by the rest of `everything`
 
+SETTINGS = {"FlowCache", "FlowCacheARSampler", "FlowCacheStreamVideo", "FlowCacheResume"}  # act where they are used
 LONG = {("FlowCacheCalibrate", name) for name in ("chunks", "minutes")}  # at their edge, which is in `everything`
 
 
@@ -114,7 +115,7 @@ def complaint(server: Server, node: str, wrong: Wrong) -> str | None:
         harmless = wrong.may_run or wrong.link in HARMLESS or (kind, wrong.name) in UNUSED
         return None if harmless else "it ran"
     message = error["exception_message"].strip()
-    if error["node_id"] not in after:
+    if error["node_id"] not in (after if kind in SETTINGS else {node}):
         return f"{error['node_type']} is blamed: {message[:200]}"
     if not error["exception_type"].endswith("UserError") or "\n" in message:
         return f"{error['exception_type']} in {error['node_type']}: {message[:200]}"

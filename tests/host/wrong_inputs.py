@@ -10,6 +10,7 @@ TEXTS = (
     "", "no schedule", "5-2: a red circle", "0: a | b *", "0: a *nan", "0: a *-1 | b *1", "0: a *1e999",
     f"{10**30}-: a red circle", "0-5: a red circle\n3-: a blue square", "\ud800", "a " * 5000,
 )  # fmt: skip
+WIDGETS = ("INT", "FLOAT", "BOOLEAN", "COMBO", "STRING")
 FOREIGN = (None, "text", 5, {}, {"__value__": [1, 2, 3]})  # where a link belongs
 
 
@@ -52,14 +53,16 @@ def widgets(info: dict, draw: random.Random) -> Iterator[Wrong]:
 
 
 def links(info: dict, objects: list[str]) -> Iterator[Wrong]:
-    """Of each link objects of its type with the wrong shape or content, one of another type, values in its place."""
+    """Of each input linked objects of its type with the wrong shape or content, one of another type; of each that has
+    no widget, values in its place."""
     kinds = sorted({one.split(": ")[0] for one in objects})
     for name, (kind, _) in inputs(info):
         if kind in kinds:
             mine = [one for one in objects if one.startswith(f"{kind}: ")]
             other = next(one for one in objects if one.startswith(kinds[kinds.index(kind) - 1]))
             optional = name in info["input"].get("optional", {})
-            yield from (Wrong(name, value, may_run=value is None and optional) for value in FOREIGN)
+            if kind not in WIDGETS:
+                yield from (Wrong(name, value, may_run=value is None and optional) for value in FOREIGN)
             yield from (Wrong(name, link=one) for one in [*mine, other])
 
 
