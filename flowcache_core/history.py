@@ -367,9 +367,10 @@ class History:
                 "[layers, batch, heads, tokens, head width]: the state is of another model, size or batch."
             )
         budget, lead, end = self.settings.budget, self.shape.given_tokens - self.shape.end_tokens, self.shape.end_tokens
-        cut = budget is not None and count - lead > budget * self.shape.chunk_tokens
+        keep = count if budget is None else lead + budget * self.shape.chunk_tokens
+        cut = count > keep
         if cut:
-            saved = self._cut(saved, lead, budget * self.shape.chunk_tokens)
+            saved = self._cut(saved, lead, keep - lead)
             count = saved.keys.shape[3]
         if count > self.shape.tokens - end:
             raise UserError(
