@@ -27,15 +27,15 @@ def checked(node: type[io.ComfyNode]) -> type[io.ComfyNode]:
     execute = node.execute.__func__
     if hasattr(execute, "__wrapped__"):  # the host has asked for the nodes before
         return node
-    inputs = node.define_schema().inputs
 
     @wraps(execute)
     def guarded(cls, **given) -> io.NodeOutput:
-        for one in inputs:
-            if given.get(one.id) is None:
+        for one in node.define_schema().inputs:  # anew, because the files in its lists come and go
+            value = given.get(one.id)
+            if value is None:
                 if one.id in given and not one.optional:
                     raise UserError(f"The input '{one.id}' is empty; connect a {one.io_type}.")
-            elif complaint := CHECKS.get(str(one.io_type), _anything)(given[one.id]):
+            elif complaint := CHECKS.get(str(one.io_type), _anything)(value) or _unlisted(one, value):
                 raise UserError(f"The input '{one.id}' {complaint}.")
         return execute(cls, **given)
 
@@ -63,6 +63,12 @@ def _switch(value) -> str | None:
 
 def _choice(value) -> str | None:
     return None if isinstance(value, str) else f"holds a {_kind(value)}; give one of the names in its list"
+
+
+def _unlisted(one: io.Input, value) -> str | None:
+    if not isinstance(one, io.Combo.Input) or value in one.options:
+        return None
+    return f"is {value!r:.60}, which its list does not have; choose a name from the list"
 
 
 def _text(value) -> str | None:

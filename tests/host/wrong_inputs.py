@@ -22,12 +22,14 @@ class Wrong:
         name: of the input.
         value: as it is posted, where no `link` takes its place.
         link: name of an object of `custom_nodes/wrong_objects.py`.
+        widget: the input has one.
         may_run: it is at the edge of what the input means: it may run, or fail with a clear line.
     """
 
     name: str
     value: object = None
     link: str = ""
+    widget: bool = False
     may_run: bool = False
 
     def __str__(self) -> str:
@@ -63,7 +65,7 @@ def links(info: dict, objects: list[str]) -> Iterator[Wrong]:
             optional = name in info["input"].get("optional", {})
             if kind not in WIDGETS:
                 yield from (Wrong(name, value, may_run=value is None and optional) for value in FOREIGN)
-            yield from (Wrong(name, link=one) for one in [*mine, other])
+            yield from (Wrong(name, link=one, widget=kind in WIDGETS) for one in [*mine, other])
 
 
 def inputs(info: dict) -> Iterator[tuple[str, tuple]]:

@@ -85,7 +85,7 @@ OBJECTS = {
     "INT": {"text": lambda: "5", "a fraction": lambda: 0.5},
     "FLOAT": {"text": lambda: "0.5", "NaN": lambda: float("nan")},
     "BOOLEAN": {"text": lambda: "yes"},
-    "COMBO": {"a number": lambda: 5},
+    "COMBO": {"a number": lambda: 5, "of no list": lambda: "text\nof two lines"},
     "STRING": {"a number": lambda: 5},
     "FLOWCACHE_STATE": {"bare": Bare, "a latent": lambda: latent(1, 16, 3, 8, 8)},
     "FLOWCACHE_REPORT": {"bare": Bare, "text": lambda: "report"},
