@@ -31,7 +31,7 @@ class Compression:
         asked_by: whose queries weigh the importance: the newest chunk's (MAGI-1) or the oldest active one's
             (SkyReels-V2).
         queries: how many of that chunk's last tokens ask; 0 asks with the whole chunk.
-        protect_first: the first chunk (sink) always stays.
+        protect_first: the first chunk (sink) always stays, where there is room for more than one.
         protect_newest: the newest clean chunk always stays.
     """
 
@@ -57,6 +57,11 @@ class Compression:
     @property
     def protected_chunks(self) -> int:
         return int(self.protect_first) + int(self.protect_newest)
+
+
+# What stays unless told otherwise: whole frames and the first chunk. With a budget of 3 chunks on the demo model, that
+# was more alike to the whole history than the published choice of single tokens, which the defaults above make.
+BY_FRAMES = Compression(weight=0.15, granularity="frame", protect_first=True)
 
 
 def importance(queries: Tensor, keys: Tensor, pool: int) -> Tensor:
@@ -155,7 +160,7 @@ def choose(
         int64 [B, key heads, keep], ascending.
     """
     batch, heads, count, _ = keys.shape
-    head = chunk_tokens if settings.protect_first else 0
+    head = chunk_tokens if settings.protect_first and keep > chunk_tokens else 0
     tail = chunk_tokens if settings.protect_newest else 0
     free = keep - head - tail
     if free < 0:

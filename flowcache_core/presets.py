@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from typing import Literal
 
-from .compression import Compression
+from .compression import BY_FRAMES, Compression
 from .errors import UserError
 from .history import HistorySettings
 from .reuse import Always, Chunkwise, FixedSteps, Global, Periodic, Policy
@@ -134,7 +134,7 @@ PRESETS: dict[str, Settings] = {
 DEFAULT_PRESET = "balanced"
 
 
-def preset(name: str, budget: int | None = None, compression: Compression = Compression()) -> Settings:
+def preset(name: str, budget: int | None = None, compression: Compression = BY_FRAMES) -> Settings:
     """A preset by name, with a history budget in clean chunks if wanted.
 
     Raises:

@@ -100,14 +100,15 @@ class FlowCache(io.ComfyNode):
                     io.Combo.Input(
                         "granularity",
                         options=["token", "frame", "chunk"],
-                        default="token",
-                        tooltip="What the history drops at a time when it is over budget.",
+                        default="frame",
+                        tooltip="What the history drops at a time when it is over budget. The paper drops tokens; on "
+                        "the demo model whole frames lose less.",
                     )
                 ),
                 advanced(
                     io.Float.Input(
                         "importance_weight",
-                        default=0.07,
+                        default=0.15,
                         min=0.0,
                         max=1.0,
                         step=0.01,
@@ -118,8 +119,9 @@ class FlowCache(io.ComfyNode):
                 advanced(
                     io.Boolean.Input(
                         "keep_first_chunk",
-                        default=False,
-                        tooltip="The first chunk always stays in the history (an attention sink).",
+                        default=True,
+                        tooltip="The first chunk always stays in the history (an attention sink), if the budget is "
+                        "more than one chunk.",
                     )
                 ),
                 advanced(
@@ -146,7 +148,7 @@ class FlowCache(io.ComfyNode):
                         "correct",
                         default=True,
                         tooltip="Only with preset 'custom': once a step is recomputed, take the reused steps before "
-                        "it again with what is known now. Costs nothing; the published rule does without.",
+                        "it again with what is known now. It costs no forward; the published rule does without.",
                     )
                 ),
                 advanced(
@@ -186,9 +188,9 @@ class FlowCache(io.ComfyNode):
         threshold: float = 0.1,
         warmup: int = 1,
         forecast: str = "linear",
-        granularity: str = "token",
-        importance_weight: float = 0.07,
-        keep_first_chunk: bool = False,
+        granularity: str = "frame",
+        importance_weight: float = 0.15,
+        keep_first_chunk: bool = True,
         positions: str = "absolute",
         history_rule: str = "flowcache",
         correct: bool = True,

@@ -50,7 +50,7 @@ REPORT = {
         "budget": 3, "chunks": 64,
         "rows": [
             kept("whole history", 0.95, None),
-            kept("importance x redundancy", 0.945, 30.0),
+            kept("frames by importance", 0.945, 30.0),
             kept("sliding window", 0.9, 31.0),
             kept("random tokens", 0.9, 25.0),
         ],

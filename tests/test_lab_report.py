@@ -13,7 +13,7 @@ POINT = {
     "forwards_total": 1040,
 }  # fmt: skip
 QUALITY = {"detector": 0.9, "detector_first": 0.95, "detector_last": 0.9}
-NAMES = ("whole history", "importance x redundancy", "sliding window", "random tokens")
+NAMES = ("whole history", "frames by importance", "sliding window", "random tokens")
 REPORT = {
     "machine": {"cores": 2, "processor": "a processor", "torch": "2.13"},
     "size": {"clips": 8, "chunks": 16, "pairs": 5, "converged_clips": 4, "converged_chunks": 6},

@@ -5,13 +5,13 @@
 
 import json
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
 from torch import Tensor
 
-from ..compression import Compression
+from ..compression import BY_FRAMES
 from ..errors import UserError
 from ..files import check_writable, write_whole
 from ..generate import Result, generate
@@ -86,7 +86,7 @@ def compare(out: Path, caption: str = CAPTION, chunks: int = 16, seed: int = 0, 
     made = [
         run("plain", preset("off")),
         run("FlowCache", preset(DEFAULT_PRESET)),
-        run("short history", preset(DEFAULT_PRESET, budget, Compression(queries=FRAME_TOKENS))),
+        run("short history", preset(DEFAULT_PRESET, budget, replace(BY_FRAMES, queries=FRAME_TOKENS))),
     ]
     numbers = figures(*made) | {"caption": caption, "seed": seed, "budget": budget}
     numbers["runs"] = {one.name: one.result.report.as_dict() for one in made}

@@ -15,6 +15,7 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 
 from ..calibration import QUALITIES, SHIPPED, load, settings_of
+from ..compression import BY_FRAMES
 from ..demo import NETWORK_FILE
 from ..demo.model import load_network
 from ..files import check_writable, write_whole
@@ -248,7 +249,7 @@ class Bench:
     def compression(self) -> dict:
         setup = SETUPS["magi"]
         method = default(setup)
-        short = replace(method, settings=replace(method.settings, history=HistorySettings(SHORT_BUDGET)))
+        short = replace(method, settings=replace(method.settings, history=HistorySettings(SHORT_BUDGET, BY_FRAMES)))
         with compression_cost.Stopwatch() as watch:
             outcome = run(short, setup, replace(self.one, chunks=max(2 * SHORT_BUDGET + 2, self.one.chunks)))
         cost = compression_cost.cut_cost(self.size.tokens)

@@ -5,6 +5,7 @@ import statistics
 import time
 from dataclasses import dataclass, field
 
+from ..compression import BY_FRAMES
 from ..demo.captions import embed_caption
 from ..demo.compare import CAPTION
 from ..demo.train_network import FRAMES_PER_CHUNK
@@ -61,7 +62,7 @@ class LongRun:
 
 def long_run(backbone, setup: Setup, settings: Settings, chunks: int, budget: int = 3) -> LongRun:
     """One clip of so many chunks, whose latents are dropped as they come, with positions relative to the window."""
-    history = HistorySettings(budget, settings.history.compression, relative=True)
+    history = HistorySettings(budget, BY_FRAMES, relative=True)
     settings = Settings(settings.reuse, history, settings.clean_pass)
     runner = Runner(backbone, ChunkSchedule(chunks, setup.steps, setup.lag), settings, FRAMES_PER_CHUNK)
     shape = (1, backbone.channels, FRAMES_PER_CHUNK, *LATENT)

@@ -1,19 +1,19 @@
 """What is lost with a short history: FlowCache's choice of tokens against other choices of the same size."""
 
 from dataclasses import dataclass, replace
-from typing import Literal
 
-from ..compression import Compression
+from ..compression import BY_FRAMES, Compression
 from ..history import HistorySettings
 from ..presets import Settings
 from .likeness import Likeness, Quality, likeness, pixels, quality
 from .runs import Clips, Method, Outcome, run
 from .setups import Setup
 
-RULES: dict[str, Literal["flowcache", "window", "random"]] = {
-    "importance x redundancy": "flowcache",
-    "sliding window": "window",
-    "random tokens": "random",
+CHOICES = {
+    "frames by importance": BY_FRAMES,
+    "tokens as published": Compression(),
+    "sliding window": Compression(rule="window"),
+    "random tokens": Compression(rule="random"),
 }
 
 
@@ -33,8 +33,8 @@ def short_history(setup: Setup, clips: Clips, settings: Settings, budget: int = 
     whole = run(Method("whole history", settings=settings), setup, clips)
     shown = pixels(whole.latents)
     made = [_kept("whole history", whole, clips, shown, None)]
-    for name, rule in RULES.items():
-        history = HistorySettings(budget, Compression(rule=rule))
+    for name, choice in CHOICES.items():
+        history = HistorySettings(budget, choice)
         outcome = run(Method(name, settings=replace(settings, history=history)), setup, clips)
         made.append(_kept(name, outcome, clips, pixels(outcome.latents), shown))
     return made
