@@ -6,7 +6,7 @@ called aligned. Only the start of a chunk, nearly noise, may find them stale.
 """
 
 from bisect import bisect
-from collections.abc import Iterator
+from collections.abc import Iterator, Set
 from functools import cache
 from itertools import combinations, pairwise
 
@@ -49,10 +49,11 @@ def _spread(steps: int, lag: int, count: int) -> tuple[int, ...]:
     if steps > LONG:
         return tuple(sorted(_filled(fitting[0], steps, lag, count)))
     found = [_exchanged(_filled(start, steps, lag, count), start, steps, lag) for start in fitting]
-    return tuple(sorted(min(found, key=lambda chosen: error(chosen, steps))))
+    best = min(found, key=lambda chosen: error(chosen, steps))
+    return tuple(sorted(best))
 
 
-def error(chosen: Steps, steps: int) -> float:
+def error(chosen: Set[int], steps: int) -> float:
     """How far a run with these recomputed steps, 0 among them, is expected to end from the plain one; in no unit.
 
     Over a gap the velocity errs by the gap's square, and the latent by that times the fall of the noise level, for
@@ -90,7 +91,7 @@ def _filled(chosen: Steps, steps: int, lag: int, count: int) -> Steps:
     return chosen
 
 
-def _gain(row: Steps, ends: list[int], steps: int) -> float:
+def _gain(row: Set[int], ends: list[int], steps: int) -> float:
     """By how much the error falls when a row is added to the steps whose gaps have these ends."""
     inside: dict[int, list[int]] = {}
     for step in sorted(row):

@@ -31,10 +31,10 @@ COLUMNS = (
 
 
 def table(report: dict) -> str:
-    """Markdown: what was measured on, aims and whether they were reached, the points of each schedule, and the rest."""
-    parts = [_machine(report), _aims(report), *_points(report)]
-    parts += [_long_run(report), _short(report), _cut(report), _host(report)]
-    return "\n\n".join(part for part in parts if part)
+    """Markdown: aims and whether they were reached, and folded away what was measured on and every figure."""
+    parts = [_machine(report), *_points(report), _long_run(report), _short(report), _cut(report), _host(report)]
+    figures = "\n\n".join(part for part in parts if part)
+    return f"{_aims(report)}\n\n<details>\n<summary>Every figure</summary>\n\n{figures}\n\n</details>"
 
 
 def insert(readme: str, words: str) -> str:
