@@ -4,6 +4,7 @@ import json
 import re
 import subprocess
 import sys
+import time
 import urllib.request
 
 from comfy_server import PACK
@@ -56,16 +57,22 @@ def test_graph_of_the_page_runs(server):
     assert frames_of(path).shape == (4 * 12 - 3, 64, 64, 3)
 
 
+def until(true, seconds: float = 60.0) -> None:
+    """Asks again and again until the answer is yes."""
+    asked = 0.0
+    while not true():
+        time.sleep(0.05)
+        asked += 0.05
+        assert asked < seconds, "it never came to be"
+
+
 def test_curl_lines_name_what_the_server_has(server):
     """The addresses of the page answer: the queued run, its history, its file, and the interrupt."""
     body = json.dumps({"prompt": json.loads((PACK / "workflows/api/demo_text_to_video.json").read_text())})
     assert re.search(r"/prompt -H .Content-Type: application/json. ", PAGE)
     prompt_id = server.post("/prompt", json.loads(body))["prompt_id"]
+    until(lambda: prompt_id in json.dumps(server.get("/queue")["queue_running"]))
     server.post("/interrupt", {})
-    for _ in range(600):
-        history = server.get(f"/history/{prompt_id}")
-        if history:
-            break
-    assert prompt_id in history
+    until(lambda: prompt_id in server.get(f"/history/{prompt_id}"))
     with urllib.request.urlopen(f"{server.address}/queue") as answer:
         assert prompt_id not in answer.read().decode()
