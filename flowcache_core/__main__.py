@@ -21,7 +21,7 @@ from .errors import UserError
 from .families import FAMILIES, magi_usual
 from .files import check_writable, write_whole
 from .generate import generate
-from .history import HistorySettings
+from .history_settings import HistorySettings
 from .pictures import report_picture
 from .plan import plan_history, plan_magi_history
 from .presets import DEFAULT_PRESET, PRESETS, preset

@@ -11,7 +11,7 @@ from .backbones.magi_config import MagiConfig
 from .backbones.skyreels import POLYNOMIAL_1_3B, POLYNOMIAL_14B, SkyReelsBackbone
 from .backbones.wan import Attention, WanBackbone
 from .errors import UserError
-from .history import HistorySettings
+from .history_settings import HistorySettings
 from .multistep import SkyReelsUniPC, UniPC
 from .presets import PRESETS, ReuseSettings, Settings
 from .solvers import Euler, Noise, Renoise, SolverFactory

@@ -33,10 +33,13 @@ from .backbones.magi_sampling import (
     step_size,
     visible_before,
 )
+from .clean_history import Clean, Grown
 from .compression import Compression
 from .engine import Chunk, Progress, check, turns
 from .errors import UserError
-from .history import MOVED, Clean, Grown, History, HistorySettings, HistoryShape, grown, spared
+from .history import History, grown, moved_note
+from .history_settings import HistorySettings, HistoryShape
+from .moving import OUT_OF_MEMORY, spared
 from .noise_levels import row_levels
 from .presets import Settings
 from .report import Report
@@ -233,7 +236,7 @@ class MagiEngine:
         asking = list(self.history.queries)
         self._clean_pass(self.branches[-1])
         new = grown({SHARED: self.history}, anew, finished=int(self._finished is not None))
-        self.history.queries = [query.to(self.history.keys.device) for query in asking]
+        self.history.queries = asking
         return new
 
     @torch.inference_mode()
@@ -261,8 +264,7 @@ class MagiEngine:
                 self.report.record(place, branch, place in again)
             self._step(place, velocities.get(place.chunk), weights[place.chunk])
         self._commit_finished()
-        if self.history.moved:
-            self.report.note(MOVED)
+        self.report.note(moved_note([self.history]), OUT_OF_MEMORY)
         chunks = [self._finish(place.chunk) for place in places if place.step == self.schedule.steps - 1]
         self.report.history.append((tick, self.history.bytes_used))
         return chunks
@@ -423,5 +425,5 @@ class MagiEngine:
                 self.history.load(self._loaded)
             whole = replace(shape, capacity=self.schedule.total_chunks)
             self.report.history_bytes_allocated = self.history.bytes
-            self.report.history_bytes_unbounded = whole.bytes(self.history.keys.itemsize)
+            self.report.history_bytes_unbounded = whole.bytes(self.history.dtype.itemsize)
         return self.history

@@ -6,7 +6,7 @@ from .backbones.magi_config import MagiConfig
 from .backbones.magi_sampling import CHUNK_FRAMES
 from .backbones.wan import WanConfig
 from .families import Family, magi_usual
-from .history import HistorySettings, HistoryShape
+from .history_settings import HistorySettings, HistoryShape
 from .magi_engine import MagiSampling, history_plan, magi_schedule
 from .presets import OFF
 from .rolling import rolling_bytes

@@ -6,7 +6,7 @@ from typing import Literal
 
 from .compression import BY_FRAMES, Compression
 from .errors import UserError
-from .history import HistorySettings
+from .history_settings import HistorySettings
 from .reuse import Always, Chunkwise, FixedSteps, Global, Periodic, Policy
 from .schedule import ChunkSchedule
 from .spread import error, spread

@@ -44,10 +44,9 @@ class Report:
         else:
             self.decisions.setdefault(branch, {}).setdefault(place.chunk, []).append(recomputed)
 
-    def note(self, line: str) -> None:
-        """Adds a line to the notes, once."""
-        if line not in self.notes:
-            self.notes.append(line)
+    def note(self, line: str, topic: str) -> None:
+        """Adds a line to the notes, in place of an earlier one that begins with the same topic."""
+        self.notes = [note for note in self.notes if not note.startswith(topic)] + [line] * bool(line)
 
     @property
     def steps_done(self) -> int:

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from .backbones.wan import Attention, WanBackbone
 from .engine import Chunk
-from .history import HistoryShape
+from .history_settings import HistoryShape
 from .joint import JointEngine
 from .rotary import rotate
 from .schedule import Place

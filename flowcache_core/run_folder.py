@@ -24,10 +24,10 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from .clean_history import Clean, Grown
 from .engine import Chunk
 from .errors import UserError
 from .files import write_whole
-from .history import Clean, Grown
 from .state import State, load_state, make_state, save_state
 
 NAME = re.compile(r"[0-9a-f]{32}")  # of a run; nothing else in the root is ever touched

@@ -12,8 +12,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from .chunk_view import AttentionFunction
+from .clean_history import Clean, Grown
 from .errors import UserError
-from .history import MOVED, AttentionFunction, Clean, Given, Grown, History, HistoryShape, grown, spared
+from .history import History, grown, moved_note
+from .history_settings import Given, HistoryShape
+from .moving import OUT_OF_MEMORY, spared
 from .noise_levels import row_levels
 from .presets import Settings
 from .report import Report
@@ -151,10 +155,9 @@ class Runner:
         """A finished chunk joins the clean history; what was kept for its next steps is dropped."""
         for name, history in self.histories.items():
             history.commit(chunk)
-            if history.moved:
-                self.report.note(MOVED)
             self._forecasts.pop((chunk, name), None)
         self._signals.pop(chunk, None)
+        self.report.note(moved_note(self.histories.values()), OUT_OF_MEMORY)
         self.report.history_bytes_allocated = sum(history.bytes for history in self.histories.values())
         self.report.chunks_done += chunk >= self.schedule.prefix
 
@@ -243,7 +246,7 @@ class Runner:
                 history.load(self._loaded[branch])
             self.histories[branch] = history
             whole = replace(shape, capacity=self.schedule.total_chunks)
-            self.report.history_bytes_unbounded = len(self.histories) * whole.bytes(history.keys.itemsize)
+            self.report.history_bytes_unbounded = len(self.histories) * whole.bytes(history.dtype.itemsize)
         return self.histories[branch]
 
     def _context(self, text: Tensor, key: Hashable):

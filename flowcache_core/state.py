@@ -14,9 +14,9 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from .clean_history import Clean
 from .errors import UserError
 from .files import parse_json, write_whole
-from .history import Clean
 
 FORMAT = "flowcache-state-1"
 

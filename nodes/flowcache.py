@@ -7,7 +7,7 @@ from comfy_api.latest import io
 from ..flowcache_core.calibration import settings_of
 from ..flowcache_core.compression import Compression
 from ..flowcache_core.families import family_preset, fitted
-from ..flowcache_core.history import HistorySettings
+from ..flowcache_core.history_settings import HistorySettings
 from ..flowcache_core.presets import DEFAULT_PRESET, PRESETS, ReuseSettings, Settings
 from . import host
 from .widgets import advanced, found_by
@@ -168,9 +168,9 @@ class FlowCache(io.ComfyNode):
                         "history_memory",
                         options=["auto", "system"],
                         default="auto",
-                        tooltip="Where the history lives. auto: on the graphics card, and in system memory from when "
-                        "that runs out; system: in system memory from the start, which is slower. The result is the "
-                        "same.",
+                        tooltip="Where the history lives. auto: on the graphics card, its oldest chunks in system "
+                        "memory from when that runs out; system: all of it in system memory from the start, which is "
+                        "slower. The result is the same.",
                     )
                 ),
             ],

@@ -8,8 +8,8 @@ from dataclasses import dataclass, field
 from comfy.model_management import throw_exception_if_processing_interrupted
 from torch import Tensor
 
+from ..flowcache_core.clean_history import Clean, Grown
 from ..flowcache_core.engine import Chunk, Progress
-from ..flowcache_core.history import Clean, Grown
 from ..flowcache_core.report import Report
 from ..flowcache_core.run_folder import RunFolder
 from .host_progress import describe, describe_plan, progress_text

@@ -8,7 +8,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from ..flowcache_core.history import HistoryShape
+from ..flowcache_core.history_settings import HistoryShape
 from ..flowcache_core.joint import JointGuidance
 from ..flowcache_core.rolling import RollingDenoise, RollingHistory
 from . import host

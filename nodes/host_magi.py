@@ -16,10 +16,10 @@ from torch import Tensor
 
 from ..flowcache_core.backbones.magi import Attention, MagiBackbone, MagiText
 from ..flowcache_core.backbones.magi_sampling import CHUNK_FRAMES, SHIFT, WINDOW, GuidanceScales, sigmas
+from ..flowcache_core.clean_history import Clean, Grown
 from ..flowcache_core.engine import Chunk, Progress
 from ..flowcache_core.errors import UserError
 from ..flowcache_core.families import magi_usual
-from ..flowcache_core.history import Clean, Grown
 from ..flowcache_core.magi_engine import (
     PUBLISHED_FLOWCACHE,
     SHARED,

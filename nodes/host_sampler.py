@@ -9,10 +9,10 @@ import torch
 from comfy.patcher_extension import WrappersMP, add_wrapper_with_key
 from torch import Tensor
 
+from ..flowcache_core.clean_history import Clean, Grown
 from ..flowcache_core.engine import Chunk, Engine, Progress
 from ..flowcache_core.errors import UserError
 from ..flowcache_core.families import SOLVERS
-from ..flowcache_core.history import Clean, Grown
 from ..flowcache_core.joint import Given, JointEngine
 from ..flowcache_core.noise_levels import row_levels
 from ..flowcache_core.presets import OFF

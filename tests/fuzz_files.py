@@ -29,8 +29,8 @@ from flowcache_core import calibration, checkpoints, magi_files  # noqa: E402
 from flowcache_core.backbones.magi import MagiNetwork, load_network  # noqa: E402
 from flowcache_core.backbones.magi_config import MagiConfig  # noqa: E402
 from flowcache_core.backbones.wan import WanConfig, WanNetwork  # noqa: E402
+from flowcache_core.clean_history import Clean  # noqa: E402
 from flowcache_core.errors import UserError  # noqa: E402
-from flowcache_core.history import Clean  # noqa: E402
 from flowcache_core.magi_text import SpecialTokens  # noqa: E402
 from flowcache_core.magi_vae import MagiVae, MagiVaeConfig  # noqa: E402
 from flowcache_core.schedule import ChunkSchedule, Place  # noqa: E402

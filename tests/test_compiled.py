@@ -11,7 +11,7 @@ from flowcache_core.backbones.magi import MagiBackbone, MagiNetwork, MagiText
 from flowcache_core.backbones.skyreels import SkyReelsBackbone
 from flowcache_core.backbones.wan import WanBackbone
 from flowcache_core.engine import Engine, guidance
-from flowcache_core.history import HistorySettings
+from flowcache_core.history_settings import HistorySettings
 from flowcache_core.magi_engine import MagiEngine, magi_schedule
 from flowcache_core.noise_levels import linear
 from flowcache_core.presets import OFF

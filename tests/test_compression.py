@@ -8,7 +8,8 @@ import torch
 from flowcache_core import compression
 from flowcache_core.compression import Compression, choose, importance, keep_best, redundancy
 from flowcache_core.errors import UserError
-from flowcache_core.history import History, HistorySettings, HistoryShape
+from flowcache_core.history import History
+from flowcache_core.history_settings import HistorySettings, HistoryShape
 from flowcache_core.lab.allocation import Peak
 from flowcache_core.rotary import Rotary
 
@@ -85,8 +86,8 @@ def test_a_budget_must_hold_what_is_protected():
 def test_a_cut_takes_little_memory_whatever_the_length(chunks, heads, frame):
     shape = HistoryShape(1, 1, heads, 64, frame, 1, capacity=chunks + 2)
     history = History(shape, Rotary(64), HistorySettings(chunks), torch.bfloat16, torch.device("cpu"))
-    history.keys.normal_(generator=torch.Generator().manual_seed(0))
-    history.values.zero_()
+    history.layers[0].keys.here.normal_(generator=torch.Generator().manual_seed(0))
+    history.layers[0].values.here.zero_()
     history.clean = (chunks + 1) * shape.chunk_tokens
     history.queries = [draw(1, heads, 128, 64).bfloat16()]
     with Peak() as peak:

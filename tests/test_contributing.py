@@ -13,7 +13,7 @@ from flowcache_core import checkpoints, families
 from flowcache_core.backbones.wan import WanBackbone
 from flowcache_core.families import family, family_preset
 from flowcache_core.generate import generate
-from flowcache_core.history import HistorySettings
+from flowcache_core.history_settings import HistorySettings
 
 TEXT = (Path(__file__).parents[1] / "CONTRIBUTING.md").read_text(encoding="utf-8")
 

@@ -12,7 +12,7 @@ from tiny import TINY, watch_positions
 
 from flowcache_core.compression import Compression
 from flowcache_core.engine import Cancelled, Engine, guidance
-from flowcache_core.history import HistorySettings
+from flowcache_core.history_settings import HistorySettings
 from flowcache_core.presets import OFF, PRESETS, ReuseSettings, Settings
 from flowcache_core.reuse import Forecast
 from flowcache_core.rotary import rotate
@@ -306,12 +306,11 @@ def test_a_cancelled_run_leaves_no_memory_behind(backbone):
     generator = engine.run()
     with pytest.raises(Cancelled):
         list(generator)
-    held = [
-        weakref.ref(tensor) for history in engine.runner.histories.values() for tensor in (history.keys, history.values)
-    ]
+    layers = [layer for history in engine.runner.histories.values() for layer in history.layers]
+    held = [weakref.ref(part.here) for layer in layers for part in layer.parts]
     held += [weakref.ref(result) for forecast in engine.runner._forecasts.values() for result in forecast.results]
     assert len(held) > 4
-    del engine, generator
+    del engine, generator, layers
     gc.collect()
     assert not any(reference() is not None for reference in held)
 

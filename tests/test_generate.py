@@ -6,7 +6,7 @@ from tiny import TINY
 
 from flowcache_core.engine import Cancelled
 from flowcache_core.generate import generate
-from flowcache_core.history import HistorySettings
+from flowcache_core.history_settings import HistorySettings
 from flowcache_core.presets import OFF, Settings, preset
 from flowcache_core.solvers import chunk_noise
 

@@ -10,7 +10,7 @@ from tiny import TINY, watch_positions
 from flowcache_core.compression import Compression
 from flowcache_core.errors import UserError
 from flowcache_core.generate import generate
-from flowcache_core.history import HistorySettings
+from flowcache_core.history_settings import HistorySettings
 from flowcache_core.presets import OFF, PRESETS, Settings
 from flowcache_core.rotary import rotate
 from flowcache_core.schedule import ChunkSchedule

@@ -12,7 +12,7 @@ from flowcache_core import noise_levels as levels
 from flowcache_core.backbones.wan import WanBackbone
 from flowcache_core.compression import Compression
 from flowcache_core.engine import Engine, guidance
-from flowcache_core.history import HistorySettings
+from flowcache_core.history_settings import HistorySettings
 from flowcache_core.presets import Settings
 from flowcache_core.rotary import Rotary
 from flowcache_core.runner import Runner

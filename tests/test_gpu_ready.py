@@ -6,6 +6,7 @@ from dataclasses import dataclass, replace
 import pytest
 import torch
 from device_log import GPU, Log, on_gpu, pretended_gpu
+from test_system_memory import fails_at
 from tiny import TINY
 from torch import Tensor
 
@@ -15,7 +16,8 @@ from flowcache_core.backbones.magi_sampling import VISIBLE_CHUNKS, sigmas
 from flowcache_core.backbones.skyreels import SkyReelsBackbone
 from flowcache_core.backbones.wan import WanBackbone, WanNetwork
 from flowcache_core.engine import Engine, guidance
-from flowcache_core.history import History, HistorySettings
+from flowcache_core.history import History
+from flowcache_core.history_settings import HistorySettings
 from flowcache_core.joint import JointEngine, JointGuidance
 from flowcache_core.magi_engine import MagiEngine, MagiSampling, magi_schedule
 from flowcache_core.multistep import UniPC
@@ -199,9 +201,10 @@ def test_attention_gets_one_stretch_of_history_and_no_mask(name, monkeypatch):
 
     def watched(q: Tensor, k: Tensor, v: Tensor) -> Tensor:  # a mask, or anything else besides, would be an error here
         nonlocal over_history
-        for part, buffer in ((k, "keys"), (v, "values")):
+        for part, kind in ((k, "keys"), (v, "values")):
             memory = part.untyped_storage()._cdata
-            if any(getattr(history, buffer).untyped_storage()._cdata == memory for history in kept):
+            buffers = (getattr(layer, kind).here for history in kept for layer in history.layers)
+            if any(buffer.untyped_storage()._cdata == memory for buffer in buffers):
                 assert part.stride()[-2:] == (part.shape[-1], 1)
                 over_history += 1
         return torch.empty_like(q)
@@ -215,6 +218,22 @@ def test_attention_gets_one_stretch_of_history_and_no_mask(name, monkeypatch):
         report = engine.report if "magi" in name else engine.runner.report
     alone = 0 if "magi" not in name else engine.schedule.steps * engine.schedule.chunks  # forwards that see no history
     assert over_history >= 2 * (report.forwards_executed - alone) > 0
+
+
+@pytest.mark.parametrize("name", ["wan", "wan budget", "skyreels", "magi", "magi distilled"])
+def test_what_has_moved_is_back_on_the_gpu_for_attention(name, monkeypatch):
+    """The pretended GPU refuses to compute with a tensor that is in system memory."""
+    kept: list[History] = []
+    made = History.__init__
+    monkeypatch.setattr(History, "__init__", lambda self, *args: (made(self, *args), kept.append(self))[0])
+    with pretended_gpu(monkeypatch):
+        engine = ENGINES[name](OFF)
+        (engine if "magi" in name else engine.runner).attention = fails_at({3, 12}, attention)
+        list(engine.run())
+        report = engine.report if "magi" in name else engine.runner.report
+        saved = [history.save() for history in kept]
+    assert all(part.device.type == "cpu" for clean in saved for part in clean) and len(report.notes) == 1
+    assert all(history.layers[0].keys.tokens_moved for history in kept)
 
 
 DEVICES = ["meta"]
@@ -234,4 +253,5 @@ def test_every_tensor_follows_its_inputs_device_and_type(settings, dtype, device
     for chunk in Engine(runner, denoise, linear(4), start).run():
         assert (chunk.latent.dtype, chunk.latent.device.type) == (dtype, device)
     for history in runner.histories.values():
-        assert (history.keys.dtype, history.keys.device.type) == (dtype, device)
+        keys = history.layers[0].keys.here
+        assert (keys.dtype, keys.device.type) == (dtype, device)

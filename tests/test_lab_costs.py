@@ -6,7 +6,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from flowcache_core.demo.captions import TOKENS
 from flowcache_core.demo.model import load_network
-from flowcache_core.history import HistorySettings
+from flowcache_core.history_settings import HistorySettings
 from flowcache_core.lab.compression_cost import Stopwatch, cut_cost
 from flowcache_core.lab.flops import run_flops, window_flops
 from flowcache_core.lab.runs import Clips, Method, chunk_tokens, run

@@ -20,7 +20,8 @@ from flowcache_core.backbones.magi import (
 from flowcache_core.backbones.magi_config import MAGI_4_5B, MAGI_24B, MagiConfig
 from flowcache_core.backbones.magi_fp8 import Fp8Linear, SmoothFp8Linear
 from flowcache_core.errors import UserError
-from flowcache_core.history import History, HistorySettings, HistoryShape
+from flowcache_core.history import History
+from flowcache_core.history_settings import HistorySettings, HistoryShape
 from tests.magi_weights import SMALL, SMALL_FP8, SMALL_GATED, fill, normal
 
 GOLDEN = load_file(Path(__file__).parent / "golden" / "magi_network.safetensors")

@@ -12,7 +12,8 @@ from flowcache_core.backbones.magi_config import MAGI_4_5B
 from flowcache_core.compression import Compression
 from flowcache_core.engine import Cancelled
 from flowcache_core.errors import UserError
-from flowcache_core.history import History, HistorySettings
+from flowcache_core.history import History
+from flowcache_core.history_settings import HistorySettings
 from flowcache_core.magi_engine import (
     PUBLISHED_FLOWCACHE,
     MagiEngine,

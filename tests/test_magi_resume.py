@@ -9,7 +9,7 @@ from test_magi_engine import FRAMES, engine
 from test_system_memory import fails_at
 
 from flowcache_core.backbones.magi import grouped_attention
-from flowcache_core.history import MOVED, Clean
+from flowcache_core.clean_history import Clean
 from flowcache_core.magi_engine import MagiEngine, MagiSampling, magi_schedule
 from flowcache_core.presets import OFF
 from flowcache_core.run_folder import RunFolder
@@ -63,15 +63,20 @@ def plain(name: str) -> torch.Tensor:
 def test_a_forward_that_runs_out_of_memory_is_run_again(name, call):
     run = engine(name, attention=fails_at({call}, grouped_attention))
     assert torch.equal(torch.cat([chunk.latent for chunk in run.run()], dim=2), plain(name))
-    assert run.report.notes == [MOVED] and run.history.in_system_memory
+    assert run.history.chunks_moved == 1 and len(run.report.notes) == 1
+    assert f"1 of {run.history.shape.capacity} chunks" in run.report.notes[0]
 
 
-def test_a_second_failure_is_an_error():
+def test_chunk_after_chunk_moves_until_nothing_is_left():
+    run = engine("short", attention=fails_at({20, 21, 22}, grouped_attention))
+    assert torch.equal(torch.cat([chunk.latent for chunk in run.run()], dim=2), plain("short"))
+    assert run.history.chunks_moved == 3 and len(run.report.notes) == 1
+    run = engine("short", attention=fails_at(set(range(20, 21 + run.history.shape.capacity)), grouped_attention))
     with pytest.raises(torch.cuda.OutOfMemoryError):
-        list(engine("short", attention=fails_at({20, 21}, grouped_attention)).run())
+        list(run.run())
 
 
 def test_history_in_system_memory_by_choice():
     run = engine("short", replace(OFF, history=replace(OFF.history, memory="system")))
     assert torch.equal(torch.cat([chunk.latent for chunk in run.run()], dim=2), plain("short"))
-    assert run.history.in_system_memory and not run.report.notes
+    assert not run.history.on_device and not run.report.notes

@@ -9,7 +9,7 @@ from flowcache_core.backbones.wan import WanBackbone, WanConfig, WanNetwork
 from flowcache_core.compression import Compression
 from flowcache_core.engine import Engine, guidance
 from flowcache_core.families import FAMILIES, Family
-from flowcache_core.history import HistorySettings
+from flowcache_core.history_settings import HistorySettings
 from flowcache_core.plan import plan_history
 from flowcache_core.presets import OFF
 from flowcache_core.rolling import RollingDenoise, RollingEngine, RollingHistory

@@ -7,10 +7,10 @@ import torch
 from safetensors.torch import save_file
 from tiny import TINY
 
+from flowcache_core.clean_history import Clean, Grown
 from flowcache_core.engine import Chunk, Engine, guidance
 from flowcache_core.errors import UserError
 from flowcache_core.generate import generate
-from flowcache_core.history import Clean, Grown
 from flowcache_core.noise_levels import magi
 from flowcache_core.presets import OFF, preset
 from flowcache_core.run_folder import RunFolder
@@ -71,7 +71,7 @@ def test_interrupted_run_goes_on_to_the_same_bits(backbone, tmp_path, budget):
 def test_a_chunk_writes_no_more_than_the_budget_however_long_the_run(backbone, tmp_path, budget):
     written, runner = kept_run(backbone, tmp_path, 8, preset("high", budget=budget))
     (history,) = runner.histories.values()
-    a_chunk = history.shape.bytes(history.keys.itemsize) // history.shape.capacity
+    a_chunk = history.shape.bytes(history.dtype.itemsize) // history.shape.capacity
     latents, files = 2 * 4 * 4 * 2 * 6 * 4, 4096  # of a chunk, twice; of the files' heads
     asked = sum(query.nbytes for query in history.queries)
     assert max(written) <= (1 if budget is None else budget + 1) * a_chunk + latents + asked + files

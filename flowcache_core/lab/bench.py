@@ -19,7 +19,7 @@ from ..compression import BY_FRAMES
 from ..demo import NETWORK_FILE
 from ..demo.model import load_network
 from ..files import check_writable, write_whole
-from ..history import HistorySettings
+from ..history_settings import HistorySettings
 from . import charts, compression_cost, process
 from .aims import SPEED_AIMS
 from .likeness import decibels, pixels, pixels_by_vae

@@ -10,7 +10,7 @@ from ..demo.captions import embed_caption
 from ..demo.compare import CAPTION
 from ..demo.train_network import FRAMES_PER_CHUNK
 from ..engine import Engine, guidance
-from ..history import HistorySettings
+from ..history_settings import HistorySettings
 from ..presets import Settings
 from ..runner import Runner
 from ..schedule import ChunkSchedule

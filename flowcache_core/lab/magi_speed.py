@@ -16,7 +16,8 @@ from torch import Tensor
 from ..backbones.magi import MagiBackbone, MagiContext, MagiNetwork, grouped_attention
 from ..backbones.magi_config import MagiConfig
 from ..backbones.magi_sampling import CHUNK_FRAMES
-from ..history import History, HistorySettings, HistoryShape
+from ..history import History
+from ..history_settings import HistorySettings, HistoryShape
 from ..magi_engine import MagiEngine, magi_schedule
 from ..magi_text import null_text
 from ..presets import OFF
@@ -108,7 +109,7 @@ def forward_ratio(repeats: int) -> tuple[float, float]:
         )
         history.commit(chunk)
     view = history.view(PAST)
-    past = [(history.keys[layer].clone(), history.values[layer].clone()) for layer in range(CONFIG.layers)]
+    past = [(layer.keys.here.clone(), layer.values.here.clone()) for layer in history.layers]
     frames = torch.arange(PAST * CHUNK_FRAMES, (PAST + 1) * CHUNK_FRAMES)
     table = backbone.rotary.table(frames, *grid)
 

@@ -3,7 +3,7 @@
 from dataclasses import dataclass, replace
 
 from ..compression import BY_FRAMES, Compression
-from ..history import HistorySettings
+from ..history_settings import HistorySettings
 from ..presets import Settings
 from .likeness import Likeness, Quality, likeness, pixels, quality
 from .runs import Clips, Method, Outcome, run

@@ -12,7 +12,7 @@ from flowcache_core.backbones.wan import WanNetwork
 from flowcache_core.demo.captions import embed_caption
 from flowcache_core.families import FAMILIES, SOLVERS, family_preset
 from flowcache_core.generate import generate
-from flowcache_core.history import HistorySettings
+from flowcache_core.history_settings import HistorySettings
 from flowcache_core.joint import Given, JointEngine, JointGuidance
 from flowcache_core.rolling import RollingDenoise, RollingEngine, RollingHistory
 from flowcache_core.schedule import ChunkSchedule

@@ -17,7 +17,7 @@ from videos import frames_of as frames_in
 
 from flowcache_core.backbones.magi import MagiBackbone
 from flowcache_core.families import family_preset
-from flowcache_core.history import HistorySettings
+from flowcache_core.history_settings import HistorySettings
 from flowcache_core.magi_engine import PUBLISHED_FLOWCACHE, MagiEngine, MagiSampling, magi_schedule
 from flowcache_core.magi_text import caption_text, null_text
 from flowcache_core.magi_vae import LATENT_SCALE

@@ -11,7 +11,7 @@ from PIL import Image, ImageDraw, ImageFont
 
 from flowcache_core import checkpoints
 from flowcache_core.families import family, family_preset
-from flowcache_core.history import HistorySettings
+from flowcache_core.history_settings import HistorySettings
 from flowcache_core.pictures import RECOMPUTED, REUSED
 from flowcache_core.presets import DEFAULT_PRESET
 from flowcache_core.schedule import ChunkSchedule

@@ -1,0 +1,132 @@
+"""The history's way to system memory, for a device that runs out of its own: the oldest chunk first, one at a time."""
+
+from collections.abc import Callable, Collection
+from dataclasses import dataclass, field
+from typing import Protocol, TypeVar
+
+import torch
+from torch import Tensor
+
+SYSTEM = torch.device("cpu")  # its memory is the system's
+OUT_OF_MEMORY = "out of device memory"
+Result = TypeVar("Result")
+
+
+@dataclass
+class Stretch:
+    """One layer's keys or values [B, heads, tokens, D], or what else there is one of a token [B, heads, tokens].
+
+    Attributes:
+        here: on the device that computes; the tokens after those that have moved.
+        moved: in system memory, oldest first.
+    """
+
+    here: Tensor
+    moved: list[Tensor] = field(default_factory=list)
+
+    def __post_init__(self):
+        self.device = self.here.device
+
+    @classmethod
+    def empty(cls, size: tuple[int, ...], moved: int, dtype: torch.dtype, device: torch.device) -> "Stretch":
+        """Room for size[2] tokens, the first `moved` of them in system memory."""
+        batch, heads, tokens, *rest = size
+        here = torch.empty(batch, heads, tokens - moved, *rest, dtype=dtype, device=device)
+        return cls(here, [torch.empty(batch, heads, moved, *rest, dtype=dtype, device=SYSTEM)] if moved else [])
+
+    @property
+    def nbytes(self) -> int:
+        return sum(piece.nbytes for piece in (*self.moved, self.here))
+
+    @property
+    def tokens_moved(self) -> int:
+        return sum(piece.shape[2] for piece in self.moved)
+
+    def read(self, first: int, last: int, heads: slice = slice(None), to: torch.device | None = None) -> Tensor:
+        """Tokens first to last, on the device or on another; no copy where they lie there in one piece."""
+        to = to or self.device
+        parts = self._parts(first, last, heads)
+        if len(parts) == 1:
+            return parts[0].to(to)
+        whole = self.here.new_empty(*parts[0].shape[:2], last - first, *self.here.shape[3:], device=to)
+        for piece, part in zip(whole.split([part.shape[2] for part in parts], dim=2), parts, strict=True):
+            piece.copy_(part)
+        return whole
+
+    def write(self, first: int, values: Tensor, heads: slice = slice(None)) -> None:
+        for part, new in self.changes(first, values, heads):
+            part.copy_(new)
+
+    def changes(self, first: int, values: Tensor, heads: slice = slice(None)) -> list[tuple[Tensor, Tensor]]:
+        """What `write` does: each part that changes and what comes there, already beside it.
+
+        Values narrower than D change the first dimensions only.
+        """
+        parts = self._parts(first, first + values.shape[2], heads)
+        news = values.split([part.shape[2] for part in parts], dim=2)
+        width = values.shape[-1]
+        return [(part[..., :width], new.to(part.device)) for part, new in zip(parts, news, strict=True)]
+
+    def move(self, count: int) -> None:
+        """Moves the oldest `count` tokens that are here to system memory.
+
+        Takes no memory of the device: all tokens leave it, as one copy without a temporary one; then those that stay
+        come back. Should they find no room, for others use the device too, they stay in system memory.
+        """
+        if not self.here.shape[2]:
+            return
+        everything = self.here.to(SYSTEM)
+        self.here = everything[:, :, :0].to(self.device, copy=True)
+        if self.device.type == "cuda":
+            torch.cuda.empty_cache()  # or the rest would take a part of the old buffer and leave a gap in it
+        self.moved.append(everything[:, :, :count].clone())
+        try:
+            self.here = everything[:, :, count:].to(self.device, copy=True)
+        except torch.cuda.OutOfMemoryError:
+            self.moved.append(everything[:, :, count:].clone())
+
+    def _parts(self, first: int, last: int, heads: slice) -> list[Tensor]:
+        """Tokens first to last, where they lie; at least one part, if an empty one."""
+        if not self.moved:
+            return [self.here[:, heads, first:last]]
+        parts, start = [], 0
+        for piece in (*self.moved, self.here):
+            parts.append(piece[:, heads, max(0, first - start) : max(0, last - start)])
+            start += piece.shape[2]
+        return [part for part in parts if part.shape[2]] or [self.here[:, heads, :0]]
+
+
+class Movable(Protocol):
+    """A history, as far as this file is concerned."""
+
+    @property
+    def on_device(self) -> bool: ...
+    def move_chunk(self) -> None: ...
+
+
+def spared(work: Callable[[], Result], histories: Collection[Movable]) -> Result:
+    """Does work that may be begun anew; again with one more chunk of each history in system memory, as often as the
+    device runs out of its own.
+
+    A forward is such work: it changes nothing until it is done, but its own slot of the history, which it fills again.
+
+    Raises:
+        torch.cuda.OutOfMemoryError: it ran out with nothing of the histories left on it.
+    """
+    while True:
+        try:
+            return work()
+        except torch.cuda.OutOfMemoryError:
+            if not any(history.on_device for history in histories):
+                raise
+        for history in histories:  # here, where nothing holds the failed work's tensors any more
+            history.move_chunk()
+
+
+def runs_out(work: Callable[[], object]) -> bool:
+    """Does the work, or says that the device has no memory for it; then nothing of it is left on the device."""
+    try:
+        work()
+    except torch.cuda.OutOfMemoryError:
+        return True
+    return False
