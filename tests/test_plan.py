@@ -51,9 +51,9 @@ def allocated(family: Family, size: tuple[int, int], chunks: int, history: Histo
         pass
     held = {}
     for kept in runner.histories.values():
-        for part in (kept.keys, kept.values, kept.tokens, kept.unrotated, *kept.queries):
-            if part is not None:
-                held[part.untyped_storage().data_ptr()] = part.untyped_storage().nbytes()
+        buffers = [part.here for layer in kept.layers for part in layer.parts]
+        for part in (*buffers, kept.tokens, *kept.queries):
+            held[part.untyped_storage().data_ptr()] = part.untyped_storage().nbytes()
     return sum(held.values()), runner
 
 
