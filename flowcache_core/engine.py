@@ -1,6 +1,7 @@
 """The loop: tick by tick, every active chunk one step further, oldest first; finished chunks are handed out."""
 
 import time
+from collections import deque
 from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple
@@ -10,11 +11,11 @@ from torch import Tensor
 
 from .report import Report
 from .reuse import Corrector
-from .runner import Runner
+from .runner import Runner, Step, Text
 from .schedule import CLEAN, END, LEAD, ChunkSchedule, Place
 from .solvers import Euler, Solver, SolverFactory, no_noise
 
-Denoise = Callable[[Tensor, float, Place], Tensor]  # latent, noise level, place -> guided velocity
+Denoise = Callable[[Sequence[Step]], Iterator[Tensor]]  # a tick's steps, oldest chunk first -> their guided velocities
 
 
 class Cancelled(Exception):
@@ -81,25 +82,24 @@ class Guidance:
     runner: Runner
     texts: Mapping[Hashable, Tensor | Callable[[int], Tensor]]
     weights: Mapping[Hashable, float] | Callable[[float], Mapping[Hashable, float]]
-    _words: dict[int, tuple[Tensor, tuple[Tensor, ...]]] = field(default_factory=dict)  # of the newest chunks
+    _words: dict[int, Text] = field(default_factory=dict)  # of the newest chunks
 
-    def __call__(self, x: Tensor, sigma: float, place: Place) -> Tensor:
-        weights = self.weights(sigma) if callable(self.weights) else self.weights
+    def __call__(self, steps: Sequence[Step]) -> Iterator[Tensor]:
         names = list(self.texts)
-        text, key = self._of(place.chunk)
-        if len(names) == 1:
-            velocity = self.runner.forward(x, sigma, place, names, text, key)
-            return velocity if weights[names[0]] == 1 else weights[names[0]] * velocity
-        velocities = self.runner.forward(torch.cat([x] * len(names)), sigma, place, names, text, key).split(x.shape[0])
-        return sum(weights[name] * velocity for name, velocity in zip(names, velocities, strict=True))
+        asked = [step._replace(x=torch.cat([step.x] * len(names))) for step in steps] if len(names) > 1 else steps
+        texts = [self._of(step.place.chunk) for step in steps]
+        for step, velocities in zip(steps, self.runner.forward(asked, names, texts), strict=True):
+            weights = self.weights(step.sigma) if callable(self.weights) else self.weights
+            parts = zip(names, velocities.split(step.x.shape[0]), strict=True)
+            yield sum(velocity if weights[name] == 1 else weights[name] * velocity for name, velocity in parts)
 
-    def _of(self, chunk: int) -> tuple[Tensor, tuple[Tensor, ...]]:
+    def _of(self, chunk: int) -> Text:
         """All branches' texts of a chunk, branch after branch, and the tensors that they came from as their name."""
         if chunk not in self._words:
             if len(self._words) > self.runner.schedule.max_active:
                 self._words.pop(min(self._words))
             key = tuple(text(chunk) if callable(text) else text for text in self.texts.values())
-            self._words[chunk] = (key[0] if len(key) == 1 else torch.cat(key), key)
+            self._words[chunk] = Text(key[0] if len(key) == 1 else torch.cat(key), key)
         return self._words[chunk]
 
 
@@ -131,7 +131,7 @@ class Engine:
         solver: makes a chunk's solver.
         first_sigmas: noise levels of the first generated chunk where it takes more steps.
         on_progress: called after every tick.
-        cancelled: asked before every step; True ends the run with `Cancelled`.
+        cancelled: asked before every forward; True ends the run with `Cancelled`.
     """
 
     def __init__(
@@ -196,7 +196,7 @@ class Engine:
         check(self.cancelled, self.runner.report)
         if condition:
             latent = torch.lerp(latent, self.noise(index, CLEAN)[:, :, : latent.shape[2]], condition)
-        self.denoise(latent, condition, Place(index, CLEAN, 0))
+        self._store(latent, condition, Place(index, CLEAN, 0))
         self.runner.commit(index)
         self.runner.report.seconds += time.perf_counter() - begun
 
@@ -211,30 +211,34 @@ class Engine:
             if place.step == 0:
                 solver = self.solver(self._sigmas(place.chunk), self._noise_of(place.chunk))
                 active[place.chunk] = Active(self.start(place.chunk), solver, Corrector(self.runner.order))
-        levels = [self._sigmas(place.chunk)[place.step] for place in places]
-        self.runner.plan(places, [active[place.chunk].latent for place in places], levels)
-        for place, sigma in zip(places, levels, strict=True):
+        steps = [Step(active[place.chunk].latent, self._sigmas(place.chunk)[place.step], place) for place in places]
+        self.runner.plan(steps)
+        check(self.cancelled, self.runner.report)
+        for step, velocity in zip(steps, self.denoise(steps), strict=True):
+            self._move(active[step.place.chunk], velocity, step.place)
             check(self.cancelled, self.runner.report)
-            self._step(active[place.chunk], place, sigma)
         # After all steps of the tick: active chunks' slots lie behind one another.
         finished = [place for place in places if place.step == self.schedule.steps_of(place.chunk) - 1]
         chunks = []
         for place in finished:
             x = active.pop(place.chunk).latent
             if self.runner.settings.clean_pass:
-                self.denoise(x, 0.0, Place(place.chunk, CLEAN, place.tick))
+                self._store(x, 0.0, Place(place.chunk, CLEAN, place.tick))
             self.runner.commit(place.chunk)
             chunks.append(Chunk(place.chunk, x))
         self.runner.report.history.append((tick, self.runner.history_bytes_used))
         return chunks
 
-    def _step(self, chunk: Active, place: Place, sigma: float) -> None:
-        velocity = self.denoise(chunk.latent, sigma, place)
+    def _move(self, chunk: Active, velocity: Tensor, place: Place) -> None:
         if self.runner.corrects:
             chunk.latent, chunk.solver = chunk.corrector.step(
-                chunk.latent, chunk.solver, velocity, place.step, self.runner.recomputed
+                chunk.latent, chunk.solver, velocity, place.step, self.runner.recomputed[place.chunk]
             )
         chunk.latent = chunk.solver.step(chunk.latent, velocity, place.step)
+
+    def _store(self, latent: Tensor, sigma: float, place: Place) -> None:
+        """The pass that stores keys and values of frames that are not denoised any further."""
+        deque(self.denoise([Step(latent, sigma, place)]), maxlen=0)
 
     def _sigmas(self, chunk: int) -> list[float]:
         return self.first_sigmas if chunk == self.schedule.prefix else self.sigmas

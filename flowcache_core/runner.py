@@ -1,18 +1,21 @@
-"""One chunk through the network, or its last result again: where reuse policy, forecast, history and backbone meet.
+"""Chunks through the network, or their last results again: where reuse policy, forecast, history and backbone meet.
+
+All chunks that are recomputed in a tick go through the network in one forward, oldest first within each layer, which
+gives what one after another would give: a chunk sees the older ones' keys of the same layer, no more.
 
 The runner is driven by the engine, or by a host's own sampler; guidance is its caller's.
 """
 
 import time
-from collections.abc import Hashable, Sequence
+from collections.abc import Hashable, Iterator, Sequence
 from dataclasses import replace
-from typing import Literal
+from typing import Literal, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .chunk_view import AttentionFunction
+from .chunk_view import AttentionFunction, ChunkView
 from .clean_history import Clean, Grown
 from .errors import UserError
 from .history import History, grown, moved_note
@@ -23,6 +26,34 @@ from .presets import Settings
 from .report import Report
 from .reuse import Forecast, changes
 from .schedule import CLEAN, ChunkSchedule, Place
+
+FORWARD_TOKENS = 4096  # that go through the network at once, at most: enough to keep a device busy
+
+
+class Step(NamedTuple):
+    """What a chunk is asked for in a tick.
+
+    Attributes:
+        x: [B, C, T, H, W], its latent; or [branches * B, ...], branch after branch.
+        sigma: its noise level.
+        place: chunk and step; at step CLEAN keys and values are stored and the velocity is zero.
+    """
+
+    x: Tensor
+    sigma: float
+    place: Place
+
+
+class Text(NamedTuple):
+    """A chunk's text.
+
+    Attributes:
+        embedding: [branches * B, tokens, width].
+        key: a name for it, under which its keys and values are kept for the run.
+    """
+
+    embedding: Tensor
+    key: Hashable
 
 
 class Runner:
@@ -59,7 +90,7 @@ class Runner:
         self.policy = settings.reuse.make(schedule)
         self.held: Literal["velocity", "residual", "clean"] = settings.reuse.held
         self.order = settings.reuse.order_on(schedule)
-        self.recomputed = True  # whether the last forward ran the network for all its branches
+        self.recomputed: dict[int, bool] = {}  # of active chunks: whether their last step ran the network, all branches
         self.report = Report(schedule)
         self.histories: dict[Hashable, History] = {}
         self._loaded: dict[Hashable, Clean] = {}
@@ -79,56 +110,85 @@ class Runner:
         """Whether reused steps shall be corrected once the next recomputed velocity is known."""
         return self.settings.reuse.correct and self.held != "clean"
 
-    def plan(self, places: Sequence[Place], latents: Sequence[Tensor], sigmas: Sequence[float]) -> None:
-        """Measures, before a tick, how much each active chunk's signal has changed: one read-back from the device.
-
-        Args:
-            places: the active chunks' steps.
-            latents, sigmas: their inputs [B, C, T, H, W] and noise levels.
-        """
+    def plan(self, steps: Sequence[Step]) -> None:
+        """Begins a tick: makes room for chunks that begin, and measures, where the policy asks for it, how much each
+        active chunk's signal has changed: one read-back from the device."""
+        for history in self.histories.values():
+            for step in steps:
+                if step.place.chunk not in history.active:
+                    history.open(step.place.chunk)
         if not self.policy.watches:
             return
         signals = {
             place.chunk: self.backbone.reuse_signal(x.to(self.dtype or x.dtype), row_levels(sigma, x))
-            for place, x, sigma in zip(places, latents, sigmas, strict=True)
+            for x, sigma, place in steps
         }
         self._changes = changes(signals, self._signals, self.policy.whole_window)
         self._signals = signals
 
-    def forward(
-        self, x: Tensor, sigma: float, place: Place, branches: Sequence[Hashable], text: Tensor, text_key: Hashable
-    ) -> Tensor:
-        """Velocity of a chunk for one or more branches of guidance.
+    def forward(self, steps: Sequence[Step], branches: Sequence[Hashable], texts: Sequence[Text]) -> Iterator[Tensor]:
+        """Velocities of active chunks, for one or more branches of guidance.
 
         Args:
-            x: [branches * B, C, T, H, W], branch after branch.
-            sigma: noise level of this step.
-            place: chunk and step; at step CLEAN keys and values are stored and the result is zero.
+            steps: of a tick, oldest chunk first; what is told of the first ones is told before the last are run.
             branches: a name for each; names key histories and forecasts.
-            text: text embedding, [branches * B, tokens, width].
-            text_key: a name for that text, under which its keys and values are kept for the run.
+            texts: of each chunk.
 
-        Returns:
-            Velocities of x's shape.
+        Yields:
+            [branches * B, C, T, H, W] for each step.
         """
-        rows = x.shape[0] // len(branches)
-        again = [name for name in branches if self._recompute(place, name)]
-        self.recomputed = len(again) == len(branches)
-        for name in branches:
-            self.report.record(place, name, name in again)
-        if again:
-            begun = time.perf_counter()
-            kept = [i for i, name in enumerate(branches) if name in again]
-            part = _rows(x, kept, rows, len(branches))
-            context = self._context(_rows(text, kept, rows, len(branches)), (text_key, tuple(again)))
-            fresh = spared(lambda: self._run(part, sigma, place, again, context), self.histories.values())
-            self.report.forward_seconds += time.perf_counter() - begun
-        if place.step == CLEAN:
-            return torch.zeros_like(x)
-        if len(again) == len(branches):
-            return fresh
+        again = [tuple(name for name in branches if self._recompute(step.place, name)) for step in steps]
+        for step, names in zip(steps, again, strict=True):
+            self.recomputed[step.place.chunk] = len(names) == len(branches)
+            for name in branches:
+                self.report.record(step.place, name, name in names)
+        fresh: dict[int, Tensor] = {}
+        for at, (step, names) in enumerate(zip(steps, again, strict=True)):
+            if names and at not in fresh:
+                together = self._together(at, steps, again, texts)
+                velocities = self._recomputed([steps[i] for i in together], branches, names, texts[at])
+                fresh |= zip(together, velocities, strict=True)
+            if step.place.step == CLEAN:
+                yield torch.zeros_like(step.x)
+            elif len(names) == len(branches):
+                yield fresh[at]
+            else:
+                yield self._reused(step, branches)
+
+    def _together(self, first: int, steps: Sequence[Step], again: Sequence[tuple], texts: Sequence[Text]) -> list[int]:
+        """Which steps go through the network with the first one: those that follow and need the same of it."""
+        together: list[int] = []
+        for at in range(first, len(steps)):
+            if not again[at]:
+                continue
+            if again[at] != again[first] or texts[at].key != texts[first].key:
+                break
+            if together and self._tokens(steps[first].x) * (len(together) + 1) > FORWARD_TOKENS:
+                break
+            together.append(at)
+        return together
+
+    def _tokens(self, x: Tensor) -> int:
+        rows, columns = self.backbone.grid(*x.shape[-2:])
+        return x.shape[0] * x.shape[2] * rows * columns
+
+    def _recomputed(
+        self, steps: Sequence[Step], branches: Sequence[Hashable], again: Sequence[Hashable], text: Text
+    ) -> Sequence[Tensor]:
+        """Velocities of chunks in those branches that are asked for again, from one forward."""
+        begun = time.perf_counter()
+        kept = [i for i, name in enumerate(branches) if name in again]
+        steps = [step._replace(x=_rows(step.x, kept, len(branches))) for step in steps]
+        context = self._context(_rows(text.embedding, kept, len(branches)), (text.key, tuple(again)))
+        velocities = spared(lambda: self._run(steps, again, context), self.histories.values())
+        self.report.forward_seconds += time.perf_counter() - begun
+        return velocities
+
+    def _reused(self, step: Step, branches: Sequence[Hashable]) -> Tensor:
+        """A velocity of which no branch, or not every one, has just been recomputed."""
+        x, sigma, place = step
         results = [self._forecasts[place.chunk, name].at(place.step) for name in branches]
-        result = results[0] if len(results) == 1 else torch.cat(results)
+        result = _joined(results, dim=0)
         if self.held == "clean":
             return (x - result) / sigma
         if self.held == "residual":
@@ -148,7 +208,7 @@ class Runner:
             return False
         for name in self.histories:
             self.report.record(place, name, False)
-        self.recomputed = False
+        self.recomputed[place.chunk] = False
         return True
 
     def commit(self, chunk: int) -> None:
@@ -157,6 +217,7 @@ class Runner:
             history.commit(chunk)
             self._forecasts.pop((chunk, name), None)
         self._signals.pop(chunk, None)
+        self.recomputed.pop(chunk, None)
         self.report.note(moved_note(self.histories.values()), OUT_OF_MEMORY)
         self.report.history_bytes_allocated = sum(history.bytes for history in self.histories.values())
         self.report.chunks_done += chunk >= self.schedule.prefix
@@ -210,28 +271,35 @@ class Runner:
         decided = self.policy.recompute(place, steps, branch, self._changes.get(place.chunk))
         return decided or (place.chunk, branch) not in self._forecasts
 
-    def _run(self, x: Tensor, sigma: float, place: Place, branches: Sequence[Hashable], context) -> Tensor:
-        rows = x.shape[0] // len(branches)
-        views = [self._history(name, x, rows).view(place.chunk) for name in branches]
+    def _run(self, steps: Sequence[Step], branches: Sequence[Hashable], context) -> Sequence[Tensor]:
+        rows = steps[0].x.shape[0] // len(branches)
+        views = [[self._history(name, step.x, rows).view(step.place.chunk) for name in branches] for step in steps]
 
         def attend(layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-            if len(views) == 1:
-                return views[0].attend(layer, q, k, v, self.attention)
-            parts = zip(views, q.split(rows), k.split(rows), v.split(rows), strict=True)
-            return torch.cat([view.attend(layer, q, k, v, self.attention) for view, q, k, v in parts])
+            chunks = zip(*(part.chunk(len(steps), dim=2) for part in (q, k, v)), strict=True)
+            return _joined([attend_chunk(layer, chunk, *qkv) for chunk, qkv in zip(views, chunks, strict=True)], dim=2)
 
-        levels = row_levels(sigma, x)
+        def attend_chunk(layer: int, chunk: Sequence[ChunkView], q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+            branch = zip(chunk, q.split(rows), k.split(rows), v.split(rows), strict=True)
+            return _joined([view.attend(layer, q, k, v, self.attention) for view, q, k, v in branch], dim=0)
+
+        x = _joined([step.x for step in steps], dim=2)
+        levels = _levels(steps)
         residual = self.backbone.trunk(x, levels, context, attend)
-        if place.step == CLEAN:
-            return residual
-        velocity = self.backbone.head(x, levels, residual)
-        kept = residual if self.held == "residual" else velocity
-        if self.held == "clean":
-            kept = x - sigma * velocity
-        for name, part in zip(branches, kept.split(rows), strict=True):
-            forecast = self._forecasts.setdefault((place.chunk, name), Forecast(self.order))
-            forecast.add(place.step, part)
-        return velocity
+        residuals = residual.chunk(len(steps), dim=1)
+        if steps[0].place.step == CLEAN:
+            return residuals
+        velocities = self.backbone.head(x, levels, residual).chunk(len(steps), dim=2)
+        for step, velocity, residual in zip(steps, velocities, residuals, strict=True):
+            self._keep(step, branches, residual if self.held == "residual" else velocity)
+        return velocities
+
+    def _keep(self, step: Step, branches: Sequence[Hashable], result: Tensor) -> None:
+        """Remembers what a recomputed step gave, for those that will be reused."""
+        kept = step.x - step.sigma * result if self.held == "clean" else result
+        for name, part in zip(branches, kept.split(kept.shape[0] // len(branches)), strict=True):
+            forecast = self._forecasts.setdefault((step.place.chunk, name), Forecast(self.order))
+            forecast.add(step.place.step, part)
 
     def _history(self, branch: Hashable, x: Tensor, batch: int) -> History:
         if branch not in self.histories:
@@ -258,6 +326,17 @@ class Runner:
         return self._contexts[key]
 
 
-def _rows(x: Tensor, kept: Sequence[int], rows: int, groups: int) -> Tensor:
+def _rows(x: Tensor, kept: Sequence[int], groups: int) -> Tensor:
     """The row groups `kept` of x; x itself where that is all of them."""
-    return x if len(kept) == groups else torch.cat([x[i * rows : (i + 1) * rows] for i in kept])
+    return x if len(kept) == groups else torch.cat([x.chunk(groups)[i] for i in kept])
+
+
+def _joined(parts: Sequence[Tensor], dim: int) -> Tensor:
+    return parts[0] if len(parts) == 1 else torch.cat(parts, dim)
+
+
+def _levels(steps: Sequence[Step]) -> Tensor:
+    """Noise levels of steps that are run together: of rows [rows], or of frames [rows, T] where steps are several."""
+    if len(steps) == 1:
+        return row_levels(steps[0].sigma, steps[0].x)
+    return torch.cat([row_levels(step.sigma, step.x)[:, None].expand(-1, step.x.shape[2]) for step in steps], dim=1)

@@ -8,7 +8,7 @@ from dataclasses import replace
 import pytest
 import torch
 import torch.nn.functional as F
-from tiny import TINY, watch_positions
+from tiny import TINY, ask, one_by_one, watch_positions
 
 from flowcache_core.compression import Compression
 from flowcache_core.engine import Cancelled, Engine, guidance
@@ -16,7 +16,7 @@ from flowcache_core.history_settings import HistorySettings
 from flowcache_core.presets import OFF, PRESETS, ReuseSettings, Settings
 from flowcache_core.reuse import Forecast
 from flowcache_core.rotary import rotate
-from flowcache_core.runner import Runner
+from flowcache_core.runner import Runner, Step, Text
 from flowcache_core.schedule import ChunkSchedule
 from flowcache_core.solvers import Euler, Renoise
 from flowcache_core.state import State, load_state, make_state, save_state
@@ -132,10 +132,11 @@ def test_branches_in_one_batch_equal_branches_alone(backbone):
     runner = Runner(backbone, schedule, OFF, 2)
 
     def apart(x, sigma, place):
-        positive = runner.forward(x, sigma, place, ["cond"], text(0), "p")
-        return 2.0 * positive - runner.forward(x, sigma, place, ["uncond"], text(1), "n")
+        (positive,) = runner.forward([Step(x, sigma, place)], ["cond"], [Text(text(0), "p")])
+        (negative,) = runner.forward([Step(x, sigma, place)], ["uncond"], [Text(text(1), "n")])
+        return 2.0 * positive - negative
 
-    split = Engine(runner, apart, sigmas_of(4), start_noise(2))
+    split = Engine(runner, one_by_one(apart), sigmas_of(4), start_noise(2))
     split = torch.cat([chunk.latent for chunk in split.run()], dim=2)
     assert (split - run(backbone, schedule, scale=2.0)).abs().max() < 1e-4
 
@@ -232,14 +233,14 @@ def test_a_corrected_run_takes_the_line_between_recomputed_velocities(backbone):
     """Its latent at step 4 is where steps 0 to 3 lead along the line between the velocities of steps 0 and 4."""
     sigmas, seen = sigmas_of(8), {}
     runner = Runner(backbone, ChunkSchedule(1, 8, 8), Settings(ReuseSettings("fixed", steps=(0, 4))), 2)
-    ask = guidance(runner, text(0))
+    guided = guidance(runner, text(0))
 
     def denoise(x, sigma, place):
-        velocity = ask(x, sigma, place)
+        velocity = ask(guided, x, sigma, place)
         seen[place.step] = (x, velocity)
         return velocity
 
-    for _ in Engine(runner, denoise, sigmas, start_noise(2)).run():
+    for _ in Engine(runner, one_by_one(denoise), sigmas, start_noise(2)).run():
         pass
     x, (_, first), (_, second) = seen[0][0], seen[0], seen[4]
     for step in range(4):
@@ -374,14 +375,14 @@ def test_what_stands_in_for_a_sum_is_the_sum_of_what_stands_in(backbone, solver)
             result = sums[place.chunk].at(place.step)
             return (x - result) / sigma if held else result
         asked.append(place)
-        velocity = guided(x, sigma, place)
+        velocity = ask(guided, x, sigma, place)
         if place.step >= 0:
             sums.setdefault(place.chunk, Forecast(runner.order)).add(
                 place.step, x - sigma * velocity if held else velocity
             )
         return velocity
 
-    engine.denoise = denoise
+    engine.denoise = one_by_one(denoise)
     assert torch.allclose(torch.cat([chunk.latent for chunk in engine.run()], dim=2), plain, atol=1e-4)
     assert runner.report.decisions == expected.runner.report.decisions
     assert len(asked) == expected.runner.report.forwards_executed / 2 < 3 * 8  # of two branches

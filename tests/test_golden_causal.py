@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file
+from tiny import ask
 
 from flowcache_core import noise_levels as levels
 from flowcache_core.backbones.wan import WanBackbone
@@ -105,7 +106,7 @@ def make(run: Run, dtype=torch.float32, rotary=Rotary, history=None) -> Engine:
 def latents_seen(engine: Engine) -> list[torch.Tensor]:
     """What every forward of a run is given, in order."""
     seen, denoise = [], engine.denoise
-    engine.denoise = lambda x, sigma, place: seen.append(x) or denoise(x, sigma, place)
+    engine.denoise = lambda steps: seen.extend(step.x for step in steps) or denoise(steps)
     return seen
 
 
@@ -131,9 +132,10 @@ def one_forward(name: str, **wrong) -> torch.Tensor:
     runner, dtype = engine.runner, next(engine.runner.backbone.network.blocks.parameters()).dtype
     clean = [at for at in range(offset, call) if times[at] == 0]
     for chunk, at in enumerate(clean, start=offset):
-        engine.denoise(inputs[at][None].to(dtype), 0.0, Place(chunk, CLEAN, 0))
+        ask(engine.denoise, inputs[at][None].to(dtype), 0.0, Place(chunk, CLEAN, 0))
         runner.commit(chunk)
-    return engine.denoise(inputs[call][None].to(dtype), times[call].item() / 1000, Place(len(clean) + offset, 0, 0))
+    place = Place(len(clean) + offset, 0, 0)
+    return ask(engine.denoise, inputs[call][None].to(dtype), times[call].item() / 1000, place)
 
 
 @pytest.mark.parametrize("name", RUNS)

@@ -5,8 +5,10 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file
+from tiny import ask
 
 from flowcache_core.backbones.wan import WanBackbone
+from flowcache_core.engine import guidance
 from flowcache_core.presets import OFF
 from flowcache_core.rotary import Rotary
 from flowcache_core.runner import Runner
@@ -21,12 +23,12 @@ def velocities(rotary: Rotary | None = None, clean_pass: bool = True) -> list[to
     backbone = WanBackbone(network())
     backbone.rotary = rotary or backbone.rotary
     runner = Runner(backbone, ChunkSchedule(3, 1, 1), OFF, 2)
-    found = []
+    denoise, found = guidance(runner, text("cond")), []
     for chunk, sigma in enumerate((0.9, 0.5, 0.7)):
         x = normal(f"chunk{chunk}", (1, 16, 2, 4, 6))
-        found.append(runner.forward(x, sigma, Place(chunk, 0, chunk), ["cond"], text("cond"), "text").clone())
+        found.append(ask(denoise, x, sigma, Place(chunk, 0, chunk)).clone())
         if clean_pass:
-            runner.forward(x, 0.0, Place(chunk, CLEAN, chunk), ["cond"], text("cond"), "text")
+            ask(denoise, x, 0.0, Place(chunk, CLEAN, chunk))
         runner.commit(chunk)
     return found
 

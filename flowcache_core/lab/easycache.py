@@ -9,12 +9,12 @@ levels and looks at every 8th row and column; here it starts as soon as it can, 
 sees every value.
 """
 
-from collections.abc import Hashable, Sequence
+from collections.abc import Hashable, Iterator, Sequence
 
 import torch
 from torch import Tensor
 
-from ..runner import Runner
+from ..runner import Runner, Step, Text
 from ..schedule import CLEAN, Place
 
 
@@ -32,10 +32,11 @@ class EasyCacheRunner(Runner):
         self.drift = 0.0
         self.again = True
 
-    def plan(self, places: Sequence[Place], latents: Sequence[Tensor], sigmas: Sequence[float]) -> None:
+    def plan(self, steps: Sequence[Step]) -> None:
+        super().plan(steps)
         self._learn()
         self.before = (dict(self.inputs), dict(self.outputs))
-        known = [(x, place.chunk) for x, place in zip(latents, places, strict=True) if place.chunk in self.outputs]
+        known = [(step.x, step.place.chunk) for step in steps if step.place.chunk in self.outputs]
         self.again = self.rate is None or not known
         if self.rate is not None and not self.again:
             moved = _distance([x for x, _ in known], [self.inputs[chunk] for _, chunk in known])
@@ -56,15 +57,13 @@ class EasyCacheRunner(Runner):
     def _recompute(self, place: Place, branch: Hashable) -> bool:
         return self.again or place.step == CLEAN or place.chunk not in self.outputs
 
-    def forward(self, x: Tensor, sigma: float, place: Place, branches: Sequence[Hashable], text, text_key) -> Tensor:
-        again = self._recompute(place, branches[0])
-        velocity = super().forward(x, sigma, place, branches, text, text_key)
-        if place.step == CLEAN:
-            return velocity
-        if not again:
-            return velocity + (x - self.inputs[place.chunk])
-        self.inputs[place.chunk], self.outputs[place.chunk] = x, velocity
-        return velocity
+    def forward(self, steps: Sequence[Step], branches: Sequence[Hashable], texts: Sequence[Text]) -> Iterator[Tensor]:
+        again = [self._recompute(step.place, branches[0]) for step in steps]
+        velocities = super().forward(steps, branches, texts)
+        for (x, _, place), recomputed, velocity in zip(steps, again, velocities, strict=True):
+            if place.step != CLEAN and recomputed:
+                self.inputs[place.chunk], self.outputs[place.chunk] = x, velocity
+            yield velocity if recomputed else velocity + (x - self.inputs[place.chunk])
 
     def commit(self, chunk: int) -> None:
         super().commit(chunk)
