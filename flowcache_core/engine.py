@@ -9,6 +9,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from .history import Clean, Grown
 from .report import Report
 from .reuse import Corrector
 from .runner import Runner, Step, Text
@@ -159,6 +160,7 @@ class Engine:
         self.on_progress = on_progress
         self.cancelled = cancelled
         self._active: dict[int, Active] = {}
+        self._finished: list[Step] = []  # chunks whose clean keys and values are not stored yet
         for chunk in {self.schedule.indices[0], self.schedule.indices[-1]}:
             steps, levels = self.schedule.steps_of(chunk), self._sigmas(chunk)
             if len(levels) != steps + 1:
@@ -196,13 +198,36 @@ class Engine:
         check(self.cancelled, self.runner.report)
         if condition:
             latent = torch.lerp(latent, self.noise(index, CLEAN)[:, :, : latent.shape[2]], condition)
-        self._store(latent, condition, Place(index, CLEAN, 0))
-        self.runner.commit(index)
+        self._store(Step(latent, condition, Place(index, CLEAN, 0)))
         self.runner.report.seconds += time.perf_counter() - begun
 
     def run(self) -> Iterator[Chunk]:
         """Generates the schedule's chunks, oldest first."""
-        return turns(self.schedule, self.runner.report, self._tick, self.on_progress)
+        yield from turns(self.schedule, self.runner.report, self._tick, self.on_progress)
+        self._store_finished()
+
+    def save(self) -> dict[Hashable, Clean]:
+        """The clean history of every branch, on the CPU, with all chunks that were handed out."""
+        self._store_finished()
+        return self.runner.save()
+
+    def save_new(self, anew: bool) -> Grown:
+        """What that history has grown by since the last call or since it was loaded; `anew`: all of it."""
+        self._store_finished()
+        return self.runner.save_new(anew)
+
+    @torch.inference_mode()
+    def _store_finished(self) -> None:
+        begun = time.perf_counter()
+        for step in self._finished:
+            self._store(step)
+        self._finished.clear()
+        self.runner.report.seconds += time.perf_counter() - begun
+
+    def _store(self, step: Step) -> None:
+        """The pass that stores keys and values of frames that are not denoised any further."""
+        deque(self.denoise([step]), maxlen=0)
+        self.runner.commit(step.place.chunk)
 
     @torch.inference_mode()
     def _tick(self, tick: int, places: Sequence[Place]) -> list[Chunk]:
@@ -213,21 +238,32 @@ class Engine:
                 active[place.chunk] = Active(self.start(place.chunk), solver, Corrector(self.runner.order))
         steps = [Step(active[place.chunk].latent, self._sigmas(place.chunk)[place.step], place) for place in places]
         self.runner.plan(steps)
+        stored, self._finished = self._finished, []
         check(self.cancelled, self.runner.report)
-        for step, velocity in zip(steps, self.denoise(steps), strict=True):
-            self._move(active[step.place.chunk], velocity, step.place)
+        for step, velocity in zip([*stored, *steps], self.denoise([*stored, *steps]), strict=True):
+            if step.place.step != CLEAN:
+                self._move(active[step.place.chunk], velocity, step.place)
             check(self.cancelled, self.runner.report)
         # After all steps of the tick: active chunks' slots lie behind one another.
-        finished = [place for place in places if place.step == self.schedule.steps_of(place.chunk) - 1]
-        chunks = []
-        for place in finished:
-            x = active.pop(place.chunk).latent
-            if self.runner.settings.clean_pass:
-                self._store(x, 0.0, Place(place.chunk, CLEAN, place.tick))
-            self.runner.commit(place.chunk)
-            chunks.append(Chunk(place.chunk, x))
+        for step in stored:
+            self.runner.commit(step.place.chunk)
+        chunks = [self._finish(place) for place in places if place.step == self.schedule.steps_of(place.chunk) - 1]
         self.runner.report.history.append((tick, self.runner.history_bytes_used))
         return chunks
+
+    def _finish(self, place: Place) -> Chunk:
+        """Takes a chunk out. Its clean keys and values are stored in the next tick's forward, where others go through the
+        network with it and the history is not cut before."""
+        latent, settings = self._active.pop(place.chunk).latent, self.runner.settings
+        self.runner.report.chunks_done += 1
+        step = Step(latent, 0.0, Place(place.chunk, CLEAN, place.tick))
+        if not settings.clean_pass:
+            self.runner.commit(place.chunk)
+        elif self._active and settings.history.budget is None:
+            self._finished.append(step)
+        else:
+            self._store(step)
+        return Chunk(place.chunk, latent)
 
     def _move(self, chunk: Active, velocity: Tensor, place: Place) -> None:
         if self.runner.corrects:
@@ -235,10 +271,6 @@ class Engine:
                 chunk.latent, chunk.solver, velocity, place.step, self.runner.recomputed[place.chunk]
             )
         chunk.latent = chunk.solver.step(chunk.latent, velocity, place.step)
-
-    def _store(self, latent: Tensor, sigma: float, place: Place) -> None:
-        """The pass that stores keys and values of frames that are not denoised any further."""
-        deque(self.denoise([Step(latent, sigma, place)]), maxlen=0)
 
     def _sigmas(self, chunk: int) -> list[float]:
         return self.first_sigmas if chunk == self.schedule.prefix else self.sigmas

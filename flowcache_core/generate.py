@@ -148,7 +148,7 @@ def generate(
             )
         on_chunk(chunk)
     whole = torch.cat(latents if end is None else [*latents, end.cpu()], dim=2)
-    histories = runner.save() if end is None else {}
+    histories = engine.save() if end is None else {}
     dropped = 0 if state is None else state.dropped
     return Result(whole, make_state(whole, histories, frames_per_chunk, model, dropped), runner.report)
 

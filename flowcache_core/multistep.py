@@ -13,6 +13,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from .combination import weighted
+
 
 class DPM2M:
     """DPM-Solver++ 2M: the clean estimate extrapolated through the last two.
@@ -24,6 +26,7 @@ class DPM2M:
 
     def __init__(self, sigmas: Sequence[float], noise=None):
         self.sigmas = sigmas
+        self.lambdas = [log_ratio(sigma) for sigma in sigmas]
         self.cleans: list[Tensor] = []  # the last two estimates, oldest first
 
     def step(self, x: Tensor, velocity: Tensor, step: int) -> Tensor:
@@ -35,15 +38,20 @@ class DPM2M:
         """1 at the first step, which has no past, and at the last, where lambda may be infinite."""
         return 1 if step == 0 or step == len(self.sigmas) - 2 else 2
 
+    def gap(self, step: int) -> float:
+        """How far lambda rises in a step; infinite from noise and to clean."""
+        return self.lambdas[step + 1] - self.lambdas[step]
+
     def predict(self, x: Tensor, clean: Tensor, step: int) -> Tensor:
         self.cleans = [*self.cleans[-1:], clean]
         now, after = self.sigmas[step], self.sigmas[step + 1]
-        shrink = math.expm1(-gap(now, after))
+        h = self.gap(step)
+        shrink = math.expm1(-h)
         target = clean
         if self.order(step) == 2:
-            ratio = gap(self.sigmas[step - 1], now) / gap(now, after)
+            ratio = self.gap(step - 1) / h
             target = torch.lerp(self.cleans[0], clean, 1.0 + 0.5 / ratio)
-        return torch.add(x * (after / now), target, alpha=-(1.0 - after) * shrink)
+        return (x * (after / now)).add_(target, alpha=-(1.0 - after) * shrink)
 
 
 class UniPC(DPM2M):
@@ -64,19 +72,21 @@ class UniPC(DPM2M):
     def correct(self, clean: Tensor, step: int) -> Tensor:
         """The latent at `step` again, from the one before it and the clean estimates on both sides."""
         before, now = self.sigmas[step - 1], self.sigmas[step]
-        h = gap(before, now)
+        h = self.gap(step - 1)
         shrink = math.expm1(-h)
-        last = self.cleans[-1]
-        change = (clean - last) * 0.5
+        newer, older = 0.5, 0.0  # weights of the differences to the newer and the older estimate
         if self.order(step - 1) == 2:
-            # Weights of the differences to the older and the newer estimate: exact for a quadratic in lambda.
-            ratio = -gap(self.sigmas[step - 2], before) / h
+            # Exact for a quadratic in lambda.
+            ratio = -self.gap(step - 2) / h
             first = (-shrink / h - 1.0) / -h - 0.5  # phi_3 of -h, times -h
             newer_and_older = (-shrink / h - 1.0) / shrink
             slope = 2.0 * first / shrink
             older = (newer_and_older - slope) / (1.0 - ratio)
-            change = (clean - last) * (newer_and_older - older) + (self.cleans[-2] - last) * (older / ratio)
-        return self.corrected * (now / before) - (last + change) * ((1.0 - now) * shrink)
+            newer, older = newer_and_older - older, older / ratio
+        estimates = [*self.cleans[-2:], clean]
+        weights = [older, 1.0 - newer - older, newer][-len(estimates) :]
+        share = (now - 1.0) * shrink
+        return weighted([self.corrected, *estimates], [now / before, *(share * weight for weight in weights)])
 
 
 class SkyReelsUniPC(UniPC):
@@ -92,11 +102,6 @@ class SkyReelsUniPC(UniPC):
         if step == 1:
             self.corrected = x
         return super().step(x, velocity, step)
-
-
-def gap(sigma: float, lower: float) -> float:
-    """How far lambda rises from a noise level to a lower one; infinite from 1 and to 0."""
-    return log_ratio(lower) - log_ratio(sigma)
 
 
 def log_ratio(sigma: float) -> float:

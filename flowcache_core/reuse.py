@@ -5,7 +5,6 @@ forecast through the last recomputed ones, and corrected once the next is known,
 predictor-corrector solver of its own.
 """
 
-import math
 from collections.abc import Sequence
 from copy import copy
 from dataclasses import dataclass, field
@@ -14,6 +13,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from .combination import lagrange, weighted
 from .schedule import Place
 from .solvers import Solver
 
@@ -252,16 +252,3 @@ class Corrector:
         self.steps, self.velocities = steps[-self.order :], velocities[-self.order :]
         self.start = latent, copy(solver)
         return latent, solver
-
-
-def lagrange(steps: Sequence[int], at: int) -> list[float]:
-    """Weights of values at some steps in the polynomial through them, at another step; they add up to 1."""
-    return [math.prod((at - other) / (mine - other) for other in steps if other != mine) for mine in steps]
-
-
-def weighted(tensors: Sequence[Tensor], weights: Sequence[float]) -> Tensor:
-    """The weighted sum, in a new tensor."""
-    total = tensors[0] * weights[0]
-    for tensor, weight in zip(tensors[1:], weights[1:], strict=True):
-        total.add_(tensor, alpha=weight)
-    return total

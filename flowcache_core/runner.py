@@ -161,7 +161,9 @@ class Runner:
         for at in range(first, len(steps)):
             if not again[at]:
                 continue
-            if again[at] != again[first] or texts[at].key != texts[first].key:
+            if again[at] != again[first] or texts[at].key not in {
+                texts[first].key
+            }:  # tensors in it are told by identity
                 break
             if together and self._tokens(steps[first].x) * (len(together) + 1) > FORWARD_TOKENS:
                 break
@@ -220,7 +222,6 @@ class Runner:
         self.recomputed.pop(chunk, None)
         self.report.note(moved_note(self.histories.values()), OUT_OF_MEMORY)
         self.report.history_bytes_allocated = sum(history.bytes for history in self.histories.values())
-        self.report.chunks_done += chunk >= self.schedule.prefix
 
     def load(self, histories: dict[Hashable, Clean]) -> None:
         """Starts from the clean history of an earlier run."""
@@ -287,11 +288,10 @@ class Runner:
         levels = _levels(steps)
         residual = self.backbone.trunk(x, levels, context, attend)
         residuals = residual.chunk(len(steps), dim=1)
-        if steps[0].place.step == CLEAN:
-            return residuals
         velocities = self.backbone.head(x, levels, residual).chunk(len(steps), dim=2)
         for step, velocity, residual in zip(steps, velocities, residuals, strict=True):
-            self._keep(step, branches, residual if self.held == "residual" else velocity)
+            if step.place.step != CLEAN:
+                self._keep(step, branches, residual if self.held == "residual" else velocity)
         return velocities
 
     def _keep(self, step: Step, branches: Sequence[Hashable], result: Tensor) -> None:
@@ -331,7 +331,7 @@ def _rows(x: Tensor, kept: Sequence[int], groups: int) -> Tensor:
     return x if len(kept) == groups else torch.cat([x.chunk(groups)[i] for i in kept])
 
 
-def _joined(parts: Sequence[Tensor], dim: int) -> Tensor:
+def _joined(parts: list[Tensor], dim: int) -> Tensor:
     return parts[0] if len(parts) == 1 else torch.cat(parts, dim)
 
 

@@ -256,6 +256,7 @@ class NativeRun(Run):
         result = self.shortcut(x, self.sigma, self.place, lambda: executor(x, timestep, model_options, seed))
         if step == steps:
             self.runner.commit(chunk)
+            self.runner.report.chunks_done += 1
             self.runner.report.history.append((tick, self.runner.history_bytes_used))
         return result
 

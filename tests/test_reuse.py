@@ -5,6 +5,7 @@ import random
 import pytest
 import torch
 
+from flowcache_core.combination import lagrange
 from flowcache_core.errors import UserError
 from flowcache_core.lab.adams_bashforth import AdamsBashforth2
 from flowcache_core.multistep import DPM2M, SkyReelsUniPC, UniPC
@@ -17,7 +18,6 @@ from flowcache_core.reuse import (
     Forecast,
     Global,
     Periodic,
-    lagrange,
     relative_change,
 )  # fmt: skip
 from flowcache_core.schedule import ChunkSchedule, Place

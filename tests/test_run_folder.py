@@ -47,7 +47,7 @@ def kept_run(backbone, path, chunks: int, settings) -> tuple[list[int], Runner]:
     engine = Engine(runner, guidance(runner, text()), magi(6), lambda chunk: chunk_noise(4, chunk, (1, 4, 2, 6, 4)))
     kept, written, seen = folder(path), [], set()
     for chunk in engine.run():
-        kept.add(chunk, runner.save_new(anew=not kept.begun))
+        kept.add(chunk, engine.save_new(anew=not kept.begun))
         files = {(file, file.stat().st_mtime_ns): file.stat().st_size for file in kept.path.iterdir()}
         written.append(sum(size for file, size in files.items() if file not in seen))
         seen |= set(files)
@@ -90,12 +90,12 @@ def test_a_run_that_goes_on_adds_to_what_is_there(backbone, tmp_path):
     runner.load(again.load().by_branch)
     engine = Engine(runner, guidance(runner, text()), magi(6), lambda chunk: chunk_noise(4, chunk, (1, 4, 2, 6, 4)))
     (chunk,) = engine.run()
-    again.add(chunk, runner.save_new(anew=not again.begun))
+    again.add(chunk, engine.save_new(anew=not again.begun))
     assert not again.full and again.load().chunks == 7
-    (ours,), (saved,) = again.load().histories, runner.save().values()
+    (ours,), (saved,) = again.load().histories, engine.save().values()
     assert all(torch.equal(part, its) for part, its in zip(ours, saved, strict=True))
     other = folder(tmp_path, "f" * 32)  # of another run, which begins with that state
-    other.add(chunk, runner.save_new(anew=not other.begun))
+    other.add(chunk, engine.save_new(anew=not other.begun))
     assert {file.name[:5] for file in other.path.iterdir()} == {"chunk", "histo"}
 
 
@@ -142,10 +142,12 @@ def test_state_in_the_middle_is_that_of_a_shorter_run(backbone):
     engine = Engine(runner, guidance(runner, text()), levels, lambda chunk: chunk_noise(4, chunk, (1, 4, 2, 6, 4)))
     chunks = engine.run()
     assert [next(chunks).index for _ in range(3)] == [0, 1, 2]
-    (middle,) = runner.save().values()
+    (middle,) = engine.save().values()
     (shorter,) = run(backbone, 3, lag=2, settings=OFF).state.histories
     assert middle.keys.shape[3] == 3 * 2 * 6
-    assert all(torch.equal(ours, other) for ours, other in zip(middle[:3], shorter[:3], strict=True))
+    assert torch.equal(middle.tokens, shorter.tokens)
+    for ours, other in zip(middle[:2], shorter[:2], strict=True):
+        assert torch.allclose(ours, other, atol=1e-4)  # chunks that follow go through the network with them
 
 
 def test_chunks_that_were_tampered_with_are_refused(tmp_path):
