@@ -252,8 +252,8 @@ class Engine:
         return chunks
 
     def _finish(self, place: Place) -> Chunk:
-        """Takes a chunk out. Its clean keys and values are stored in the next tick's forward, where others go through the
-        network with it and the history is not cut before."""
+        """Takes a chunk out. Its clean keys and values are stored in the next tick's forward, where others are run
+        with it and the history is not cut before."""
         latent, settings = self._active.pop(place.chunk).latent, self.runner.settings
         self.runner.report.chunks_done += 1
         step = Step(latent, 0.0, Place(place.chunk, CLEAN, place.tick))
