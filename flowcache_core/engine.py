@@ -160,7 +160,7 @@ class Engine:
         self.on_progress = on_progress
         self.cancelled = cancelled
         self._active: dict[int, Active] = {}
-        self._finished: list[Step] = []  # chunks whose clean keys and values are not stored yet
+        self._finished: list[Step] = []  # chunks whose clean keys and values go along with the next tick's
         for chunk in {self.schedule.indices[0], self.schedule.indices[-1]}:
             steps, levels = self.schedule.steps_of(chunk), self._sigmas(chunk)
             if len(levels) != steps + 1:
@@ -203,26 +203,28 @@ class Engine:
 
     def run(self) -> Iterator[Chunk]:
         """Generates the schedule's chunks, oldest first."""
-        yield from turns(self.schedule, self.runner.report, self._tick, self.on_progress)
-        self._store_finished()
+        return turns(self.schedule, self.runner.report, self._tick, self.on_progress)
 
     def save(self) -> dict[Hashable, Clean]:
         """The clean history of every branch, on the CPU, with all chunks that were handed out."""
-        self._store_finished()
+        self._settle()
         return self.runner.save()
 
     def save_new(self, anew: bool) -> Grown:
         """What that history has grown by since the last call or since it was loaded; `anew`: all of it."""
-        self._store_finished()
+        self._settle()
         return self.runner.save_new(anew)
 
     @torch.inference_mode()
-    def _store_finished(self) -> None:
+    def _settle(self) -> None:
         begun = time.perf_counter()
+        self._store_finished()
+        self.runner.report.seconds += time.perf_counter() - begun
+
+    def _store_finished(self) -> None:
         for step in self._finished:
             self._store(step)
         self._finished.clear()
-        self.runner.report.seconds += time.perf_counter() - begun
 
     def _store(self, step: Step) -> None:
         """The pass that stores keys and values of frames that are not denoised any further."""
@@ -248,21 +250,18 @@ class Engine:
         for step in stored:
             self.runner.commit(step.place.chunk)
         chunks = [self._finish(place) for place in places if place.step == self.schedule.steps_of(place.chunk) - 1]
+        if not active or self.runner.settings.history.budget is not None:
+            self._store_finished()  # nothing goes along with them next, or the history may be cut before that
         self.runner.report.history.append((tick, self.runner.history_bytes_used))
         return chunks
 
     def _finish(self, place: Place) -> Chunk:
-        """Takes a chunk out. Its clean keys and values are stored in the next tick's forward, where others are run
-        with it and the history is not cut before."""
-        latent, settings = self._active.pop(place.chunk).latent, self.runner.settings
-        self.runner.report.chunks_done += 1
-        step = Step(latent, 0.0, Place(place.chunk, CLEAN, place.tick))
-        if not settings.clean_pass:
-            self.runner.commit(place.chunk)
-        elif self._active and settings.history.budget is None:
-            self._finished.append(step)
+        latent = self._active.pop(place.chunk).latent
+        if self.runner.settings.clean_pass:
+            self._finished.append(Step(latent, 0.0, Place(place.chunk, CLEAN, place.tick)))
         else:
-            self._store(step)
+            self.runner.commit(place.chunk)
+        self.runner.report.chunks_done += 1
         return Chunk(place.chunk, latent)
 
     def _move(self, chunk: Active, velocity: Tensor, place: Place) -> None:

@@ -12,7 +12,7 @@ import logging
 import math
 import time
 from collections import OrderedDict
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -30,7 +30,7 @@ from ..flowcache_core.errors import UserError
 from ..flowcache_core.families import family
 from ..flowcache_core.presets import OFF, Settings
 from ..flowcache_core.report import Report
-from ..flowcache_core.runner import Runner
+from ..flowcache_core.runner import Runner, Step, Text
 from ..flowcache_core.schedule import CLEAN, ChunkSchedule, Place
 from .host_checks import check_finite, check_frames, check_network, settle_with_others
 from .host_shortcut import Shortcut, same_sum
@@ -180,8 +180,7 @@ class Run(HostRun):
         end: int = 0,
     ):
         self.runner = Runner(None, schedule, settings, chunk_frames, dtype=compute_dtype(model), lead=lead, end=end)
-        self.place: Place | None = None
-        self.sigma = 0.0
+        self.steps: Sequence[Step] = []  # that the guider is asked for, one behind the other in time
         self.caption = 0  # tells texts apart that hold for some chunks only
         super().__init__(model, options)
 
@@ -190,13 +189,16 @@ class Run(HostRun):
         self.runner.backbone, self.runner.attention = self.backbone, self.attention
 
     def forward(self, network: torch.nn.Module, x: Tensor, context: Tensor, options: dict) -> Tensor:
-        """Stands in for the network's own forward, for all branches of this call. x [rows, C, T, H, W]."""
+        """Stands in for the network's own forward, for all branches of this call. x [rows, C, T, H, W] holds all steps'
+        chunks."""
         if network is not self.backbone.network:
             self.bind(network, options)
         if context.shape[0] != x.shape[0]:
             context = context.expand(x.shape[0], -1, -1)
-        text = (self.caption, *options["uuids"])
-        return self.runner.forward(x, self.sigma, self.place, self.names(options), context, text)
+        text = Text(context, (self.caption, *options["uuids"]))
+        chunks = zip(self.steps, x.chunk(len(self.steps), dim=2), strict=True)
+        steps = [step._replace(x=part) for step, part in chunks]
+        return torch.cat(list(self.runner.forward(steps, self.names(options), [text] * len(steps))), dim=2)
 
 
 class ChunkSampler(comfy.samplers.Sampler):
@@ -247,13 +249,13 @@ class NativeRun(Run):
         step = self.calls % (steps + 1)
         self.calls += 1
         tick = self.schedule.start(chunk) + min(step, steps - 1)
-        self.place = Place(chunk, CLEAN if step == steps else step, tick)
-        self.sigma = 0.0 if step == steps else self.levels[step]
+        place = Place(chunk, CLEAN if step == steps else step, tick)
+        self.steps = [Step(x, 0.0 if step == steps else self.levels[step], place)]
         if step < steps:
-            self.runner.plan([self.place], [x], [self.sigma])
+            self.runner.plan(self.steps)
         if self.shortcut is None:
             self.shortcut = Shortcut(self.runner, same_sum(executor.class_obj, model_options, KEY))
-        result = self.shortcut(x, self.sigma, self.place, lambda: executor(x, timestep, model_options, seed))
+        (result,) = self.shortcut(self.steps, lambda asked: (executor(x, timestep, model_options, seed) for _ in asked))
         if step == steps:
             self.runner.commit(chunk)
             self.runner.report.chunks_done += 1
@@ -263,7 +265,7 @@ class NativeRun(Run):
     def _prefill(self, executor, x: Tensor, timestep: Tensor, model_options: dict, seed):
         parts = []
         for chunk, part in enumerate(x.split(self.chunk_frames, dim=2)):
-            self.place, self.sigma = Place(chunk, CLEAN, 0), 0.0
+            self.steps = [Step(part, 0.0, Place(chunk, CLEAN, 0))]
             parts.append(executor(part, timestep, model_options, seed))
             self.runner.commit(chunk)
         return torch.cat(parts, dim=2)

@@ -1,7 +1,9 @@
 """Our engine as a sampler of the host."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
+from functools import partial
+from itertools import groupby
 from typing import Literal
 
 import comfy.model_patcher
@@ -18,11 +20,12 @@ from ..flowcache_core.noise_levels import row_levels
 from ..flowcache_core.presets import OFF
 from ..flowcache_core.report import Report
 from ..flowcache_core.rolling import RollingEngine, rolling_bytes
-from ..flowcache_core.schedule import CLEAN, END, LEAD, ChunkSchedule, Place
+from ..flowcache_core.runner import Step
+from ..flowcache_core.schedule import CLEAN, END, LEAD, ChunkSchedule
 from ..flowcache_core.solvers import chunk_noise
 from ..flowcache_core.state import State
 from . import host
-from .host_captions import ChunkCaptions
+from .host_captions import ChunkCaptions, Conditions
 from .host_checks import check_finite, check_frames, settle_with_others
 from .host_joint import JointRun, Window
 from .host_shortcut import Shortcut, same_sum
@@ -177,10 +180,10 @@ class Call:
         runner = run.runner
         if sampler.state:
             runner.load(sampler.state.by_branch)
-        shortcut = Shortcut(runner, same_sum(self.guider, self.options, host.KEY))
+        plain_sum = same_sum(self.guider, self.options, host.KEY)
         engine = Engine(
             runner,
-            lambda x, sigma, place: self._denoise(run, shortcut, x, sigma, place),
+            partial(self._denoise, run, Shortcut(runner, plain_sum), plain_sum),
             self.levels,
             self._start,
             self._fresh,
@@ -197,7 +200,7 @@ class Call:
             engine.prefill_end(end)
         if end is not None:
             return Course(engine, runner.report)
-        return Course(engine, runner.report, runner.save, runner.save_new)
+        return Course(engine, runner.report, engine.save, engine.save_new)
 
     def joint(self) -> Course:
         """All chunks of a window, or all active ones, in one forward."""
@@ -250,18 +253,40 @@ class Call:
         """The guider's clean estimate at one noise level."""
         return self.guider(x, row_levels(sigma, x), model_options=self.options, seed=self.seed)
 
-    def _denoise(self, run: host.Run, shortcut: Shortcut, x: Tensor, sigma: float, place: Place) -> Tensor:
-        def ask() -> Tensor:
-            run.place, run.sigma = place, sigma
-            said = {LEAD: 0, END: self.schedule.total_chunks - 1}.get(place.chunk, place.chunk)
-            self.guider.conds, run.caption = self.captions.of(said)
-            return self._guided(x, sigma)
+    def _denoise(self, run: host.Run, shortcut: Shortcut, together: bool, steps: Sequence[Step]) -> Iterator[Tensor]:
+        """Velocities of a tick's steps; `together`: the guider may be asked for several chunks at once."""
+        cleans = shortcut(steps, lambda asked: self._asked(run, together, asked))
+        for (x, sigma, place), clean in zip(steps, cleans, strict=True):
+            if place.step == CLEAN:
+                yield torch.zeros_like(x)
+            else:
+                self.estimates[place.chunk] = clean
+                yield (x - clean) / sigma
 
-        clean = shortcut(x, sigma, place, ask)
-        if place.step == CLEAN:
-            return torch.zeros_like(x)
-        self.estimates[place.chunk] = clean
-        return (x - clean) / sigma
+    def _asked(self, run: host.Run, together: bool, steps: Sequence[Step]) -> Iterator[Tensor]:
+        """The guider's clean estimates, of neighbours with the same captions at once."""
+
+        def caption(step: Step) -> int:
+            return self._conditions(step)[1]
+
+        groups = [list(group) for _, group in groupby(steps, caption)] if together else [[step] for step in steps]
+        for run.steps in groups:
+            self.guider.conds, run.caption = self._conditions(run.steps[0])
+            if len(run.steps) == 1:
+                yield self._guided(run.steps[0].x, run.steps[0].sigma)
+            else:
+                yield from self._guided_at_once(run.steps)
+
+    def _guided_at_once(self, steps: Sequence[Step]) -> Iterator[Tensor]:
+        """Chunks with noise levels of their own, behind one another. The guider is told level 1, at which the clean
+        estimate is x minus the velocity."""
+        x = torch.cat([step.x for step in steps], dim=2)
+        velocities = (x - self._guided(x, 1.0)).chunk(len(steps), dim=2)
+        return (step.x - step.sigma * velocity for step, velocity in zip(steps, velocities, strict=True))
+
+    def _conditions(self, step: Step) -> tuple[Conditions, int]:
+        chunk = step.place.chunk
+        return self.captions.of({LEAD: 0, END: self.schedule.total_chunks - 1}.get(chunk, chunk))
 
     def _start(self, chunk: int) -> Tensor:
         """A chunk at the first noise level."""

@@ -1,14 +1,14 @@
 """Reused steps without the guider: a call of it takes most of a millisecond only to learn that nothing is computed."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 
 import comfy.samplers
 from comfy.patcher_extension import WrappersMP
 from torch import Tensor
 
 from ..flowcache_core.reuse import Forecast
-from ..flowcache_core.runner import Runner
-from ..flowcache_core.schedule import CLEAN, Place
+from ..flowcache_core.runner import Runner, Step
+from ..flowcache_core.schedule import CLEAN
 
 ASKED = ("__call__", "outer_predict_noise", "predict_noise")  # methods of a guider, one calls the next
 FUNCTIONS = (  # of model options, which see or change what the guider gives at a step
@@ -59,18 +59,29 @@ class Shortcut:
         self.runner, self.allowed = runner, allowed and not runner.policy.watches
         self._forecasts: dict[int, Forecast] = {}
 
-    def __call__(self, x: Tensor, sigma: float, place: Place, ask: Callable[[], Tensor]) -> Tensor:
-        """The clean estimate of a step; `ask` gets the guider's."""
-        if not self.allowed or place.step == CLEAN:
-            return ask()
-        holds_clean, chunk = self.runner.held == "clean", place.chunk
-        if self.runner.reuses(place):
-            result = self._forecasts[chunk].at(place.step)
-            clean = result if holds_clean else x - sigma * result
-        else:
-            clean = ask()
-            forecast = self._forecasts.setdefault(chunk, Forecast(self.runner.order))
-            forecast.add(place.step, clean if holds_clean else (x - clean) / sigma)
-        if place.step == self.runner.schedule.steps_of(chunk) - 1:
-            del self._forecasts[chunk]
-        return clean
+    def __call__(self, steps: Sequence[Step], ask: Callable[[Sequence[Step]], Iterator[Tensor]]) -> Iterator[Tensor]:
+        """The clean estimates of a tick's steps; `ask` gets the guider's."""
+        if not self.allowed:
+            yield from ask(steps)
+            return
+        reused = [step.place.step != CLEAN and self.runner.reuses(step.place) for step in steps]
+        answers = ask([step for step, known in zip(steps, reused, strict=True) if not known])
+        for step, known in zip(steps, reused, strict=True):
+            if known:
+                yield self._foretold(step)
+            else:
+                clean = next(answers)
+                self._remember(step, clean)
+                yield clean
+            if step.place.step == self.runner.schedule.steps_of(step.place.chunk) - 1:
+                del self._forecasts[step.place.chunk]
+
+    def _foretold(self, step: Step) -> Tensor:
+        result = self._forecasts[step.place.chunk].at(step.place.step)
+        return result if self.runner.held == "clean" else step.x - step.sigma * result
+
+    def _remember(self, step: Step, clean: Tensor) -> None:
+        if step.place.step == CLEAN:
+            return
+        forecast = self._forecasts.setdefault(step.place.chunk, Forecast(self.runner.order))
+        forecast.add(step.place.step, clean if self.runner.held == "clean" else (step.x - clean) / step.sigma)

@@ -92,7 +92,7 @@ def test_equals_one_masked_forward_a_tick_over_many_schedules(backbone):
     rng = random.Random(0)
     for case in range(25):
         steps = rng.randint(1, 6)
-        schedule = ChunkSchedule(rng.randint(1, 5), steps, rng.randint(1, steps), rng.randint(0, 2))
+        schedule = ChunkSchedule(rng.randint(1, 5), steps, rng.randint(0, steps), rng.randint(0, 2))
         frames, scale = rng.randint(1, 3), rng.choice([1.0, 2.5])
         prefix = draw(case, 1, TINY.in_dim, schedule.prefix * frames, *SIZE) if schedule.prefix else None
         engine = build(backbone, schedule, frames=frames, scale=scale)
@@ -101,6 +101,43 @@ def test_equals_one_masked_forward_a_tick_over_many_schedules(backbone):
         ours = torch.cat([chunk.latent for chunk in engine.run()], dim=2)
         error = (ours - reference(backbone, schedule, frames, prefix, scale)).abs().max()
         assert error < 1e-4, (schedule, frames, scale, error)
+
+
+def forwards(engine: Engine) -> list[int]:
+    """Runs an engine; how many frames each forward of its network had."""
+    trunk, frames = engine.runner.backbone.trunk, []
+    engine.runner.backbone.trunk = lambda x, *rest: frames.append(x.shape[2]) or trunk(x, *rest)
+    assert list(engine.run())
+    engine.runner.backbone.trunk = trunk
+    return frames
+
+
+def test_chunks_that_are_recomputed_in_a_tick_share_a_forward(backbone):
+    """Clean passes join the next tick's, where there is one."""
+    schedule = ChunkSchedule(3, 4, 2)
+    assert forwards(build(backbone, schedule)) == [2, 2, 4, 4, 6, 4, 4, 2, 2]
+    assert forwards(build(backbone, schedule, Settings(ReuseSettings("fixed", steps=(0, 2))))) == [2, 4, 6, 4, 2]
+    captions = [text(chunk) for chunk in range(3)]
+    assert max(forwards(build(backbone, schedule, positive=lambda chunk: captions[chunk]))) == 2
+    one_after_another = ChunkSchedule(2, 4, 4)
+    assert forwards(build(backbone, one_after_another)) == [2] * 10
+
+
+@pytest.mark.parametrize("name", ["off", "high", "balanced", "paper fast"])
+@pytest.mark.parametrize("budget", [None, 2])
+@pytest.mark.parametrize("scale", [1.0, 2.5])
+def test_sharing_a_forward_changes_nothing(backbone, monkeypatch, name, budget, scale):
+    settings = replace(PRESETS[name], history=HistorySettings(budget))
+    for schedule in (ChunkSchedule(5, 12, 3), ChunkSchedule(3, 6, 0)):
+        shared = build(backbone, schedule, settings, scale=scale)
+        most = max(forwards(shared))
+        together = run(backbone, schedule, settings, scale=scale)
+        with monkeypatch.context() as patch:
+            patch.setattr("flowcache_core.runner.FORWARD_TOKENS", 1)
+            apart = build(backbone, schedule, settings, scale=scale)
+            assert max(forwards(apart)) == 2 < most
+            assert (run(backbone, schedule, settings, scale=scale) - together).abs().max() < 1e-3
+        assert shared.runner.report.decisions == apart.runner.report.decisions
 
 
 def test_a_wrong_position_would_be_noticed(backbone):
