@@ -113,10 +113,7 @@ class Runner:
     def plan(self, steps: Sequence[Step]) -> None:
         """Begins a tick: makes room for chunks that begin, and measures, where the policy asks for it, how much each
         active chunk's signal has changed: one read-back from the device."""
-        for history in self.histories.values():
-            for step in steps:
-                if step.place.chunk not in history.active:
-                    history.open(step.place.chunk)
+        spared(lambda: self._open([step.place.chunk for step in steps]), self.histories.values())
         if not self.policy.watches:
             return
         signals = {
@@ -125,6 +122,12 @@ class Runner:
         }
         self._changes = changes(signals, self._signals, self.policy.whole_window)
         self._signals = signals
+
+    def _open(self, chunks: Sequence[int]) -> None:
+        for history in self.histories.values():
+            for chunk in chunks:
+                if chunk not in history.active:
+                    history.open(chunk)
 
     def forward(self, steps: Sequence[Step], branches: Sequence[Hashable], texts: Sequence[Text]) -> Iterator[Tensor]:
         """Velocities of active chunks, for one or more branches of guidance.
