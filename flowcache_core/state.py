@@ -38,6 +38,10 @@ class State(NamedTuple):
     model: str = ""
     dropped: int = 0
 
+    def __str__(self) -> str:
+        """One line: ComfyUI writes a failed node's inputs into its history, and keeps them there."""
+        return f"State of {self.frames} frames, {self.chunk_frames} a chunk, latents {list(self.latents.shape)}"
+
     @property
     def frames(self) -> int:
         """Frames of the video so far. Those beyond whole chunks are a lead: given frames before the first chunk."""

@@ -10,6 +10,7 @@ from .extend import AutoregressiveExtend
 from .extend_windows import ExtendInWindows
 from .flowcache import FlowCache
 from .host_inputs import checked
+from .host_outputs import run_streams
 from .load_demo_vae import LoadDemoVAE
 from .load_magi_vae import LoadMagiVAE
 from .load_model import LoadARVideoModel
@@ -45,4 +46,5 @@ class FlowCacheExtension(ComfyExtension):
 
 
 async def comfy_entrypoint() -> FlowCacheExtension:
+    run_streams()
     return FlowCacheExtension()

@@ -229,7 +229,19 @@ def _folder(model, asked: Extension, how: Sampling, sampler: ARSampler, shape: l
             "'causal', a lag above 0 and no end, or disconnect 'resume'."
         )
     lead = sampler.frames_before() % how.chunk_frames
+    return kept_run(model, host.model_name(model), asked, shape, sampler.chunks_before(), how.chunk_frames, lead, how)
+
+
+def kept_run(model, name: str, asked: Extension, shape, first: int, chunk_frames: int, lead: int, *how) -> RunFolder:
+    """The folder of a run that is kept on disk, named by everything that determines it.
+
+    Args:
+        name: of the model.
+        shape: of a chunk's latent, [B, C, T, H, W].
+        first: chunk that is sampled.
+        lead: given frames before the first chunk that fill none.
+        how: settings of the sampler.
+    """
     before = (asked.prefix, asked.state and (asked.state.latents, asked.state.histories))
-    what = (asked.positive, asked.negative, asked.seed, asked.chunks, shape, before, how)
-    name = host.model_name(model)
-    return run_folder(asked.resume, model, name, sampler.chunks_before(), how.chunk_frames, lead, *what)
+    what = (asked.positive, asked.negative, asked.seed, asked.chunks, shape, before, *how)
+    return run_folder(asked.resume, model, name, first, chunk_frames, lead, *what)

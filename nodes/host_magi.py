@@ -37,9 +37,8 @@ from ..flowcache_core.state import State
 from . import host
 from .host_captions import ChunkCaptions
 from .host_checks import check_finite, check_latent, check_size, settle_with_others
-from .host_extend import Extended, Extension, Layout, carry_out, run_guider
+from .host_extend import Extended, Extension, Layout, carry_out, kept_run, run_guider
 from .host_finished import Finished
-from .host_resume import run_folder
 
 PROMPT = "flowcache_magi"  # key of a `Prompt` in a conditioning
 
@@ -219,18 +218,8 @@ def extend(model: comfy.model_patcher.ModelPatcher, asked: Extension, steps: int
 
     name, folder = model_name(model), None
     if asked.resume is not None:
-        before_run = (asked.prefix, state and (state.latents, state.histories))
-        what = (
-            asked.positive,
-            asked.seed,
-            asked.chunks,
-            shape,
-            before_run,
-            steps,
-            sampling,
-            model.model.special_tokens,
-        )
-        folder = run_folder(asked.resume, model, name, schedule.prefix, CHUNK_FRAMES, 0, *what)
+        how = (steps, sampling, model.model.special_tokens)
+        folder = kept_run(model, name, asked, shape, schedule.prefix, CHUNK_FRAMES, 0, *how)
     layout = Layout(shape, before, schedule, schedule.total_chunks * CHUNK_FRAMES, inside)
     return carry_out(model, name, asked, layout, folder, sample)
 

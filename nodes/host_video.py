@@ -9,6 +9,7 @@ import comfy.utils
 import folder_paths
 from comfy.cli_args import args
 from comfy_api.latest import io, ui
+from server import PromptServer
 from torch import Tensor
 
 from ..flowcache_core.errors import UserError
@@ -30,12 +31,14 @@ class StreamSettings:
         prefix: of the file name, in ComfyUI's output folder.
         fps: frames a second.
         keep_latents: whether the run also holds all latents in memory, for its output.
+        node_id: of the node that shows the finished video.
     """
 
     vae: object
     prefix: str
     fps: float
     keep_latents: bool
+    node_id: str | None = None
 
 
 @dataclass(frozen=True)
@@ -122,6 +125,7 @@ class VideoOutlet:
             raise UserError(
                 f"A video stream takes one video, and the latents have a batch of {shape[0]}; use a batch of 1."
             )
+        self.settings = settings
         self.decode = stream_decoder(settings.vae)
         self.model = model
         self.file = OutputFile.new(settings.prefix, 8 * shape[4], 8 * shape[3])
@@ -138,6 +142,8 @@ class VideoOutlet:
     def finish(self, report: Report) -> OutputFile:
         self._write(self.decode.finish())
         self.stream.finish(report_metadata(report))
+        if self.settings.node_id is not None:
+            play(self.file, self.settings.node_id)
         return self.file
 
     def close(self) -> None:
@@ -154,3 +160,10 @@ def show(frames: Tensor, tick: int, ticks: int) -> None:
     """Frames [T, H, W, 3] in [0, 1] of a finished chunk as the preview of the node that runs."""
     picture = filmstrip(frames_of(2 * frames.movedim(-1, 0) - 1))
     comfy.utils.ProgressBar(ticks).update_absolute(tick, ticks, ("JPEG", picture, PREVIEW_SIZE))
+
+
+def play(file: OutputFile, node_id: str) -> None:
+    """Shows a finished video on a node that is not the running one: the page keeps the chunks' previews on that."""
+    server = PromptServer.instance
+    told = {"node": node_id, "display_node": node_id, "output": file.shown.as_dict(), "prompt_id": server.last_prompt_id}
+    server.send_sync("executed", told, server.client_id)

@@ -146,7 +146,7 @@ class ComfyPage(Browser):
         self.resize(width, round(width * down / across))
         self.wait(f"innerWidth === {width} && app.canvasEl.clientWidth === {width}")
         self.evaluate(FIT)
-        videos = self.evaluate("app.graph.nodes.filter((node) => node.type === 'SaveVideo').length")
+        videos = self.evaluate("app.graph.nodes.filter((node) => /SaveVideo|StreamVideo/.test(node.type)).length")
         self.wait(f"{VIDEOS}.length === {videos} && {VIDEOS}.every((video) => video.readyState > 1)")
         self.evaluate(STOP)
         self.wait(f"{VIDEOS}.every((video) => !video.seeking)")

@@ -7,18 +7,9 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from flowcache_core.backbones.wan import WanConfig, WanNetwork
+from flowcache_core.lab.comfy import Graph
 
 SMALL = WanConfig(dim=96, ffn_dim=128, num_heads=2, num_layers=3, text_dim=64)
-
-
-class Graph(dict):
-    """A prompt. `add` gives the new node's id; an input (id, slot) is a link."""
-
-    def add(self, kind: str, **inputs) -> str:
-        name = str(len(self) + 1)
-        linked = {key: list(value) if isinstance(value, tuple) else value for key, value in inputs.items()}
-        self[name] = {"class_type": kind, "inputs": linked}
-        return name
 
 
 def random_network(seed: int = 0, config: WanConfig = SMALL) -> dict[str, torch.Tensor]:

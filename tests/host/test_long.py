@@ -10,7 +10,7 @@ import av
 import numpy as np
 import pytest
 import torch
-from comfy_server import Server
+from comfy_server import Refused, Server
 from graph import Graph, random_network, sample, write_network
 from PIL import Image
 from safetensors.torch import load_file
@@ -103,6 +103,27 @@ def test_without_latents_the_video_is_whole_and_the_state_goes_on(server):
     assert len(frames_of(file)) == 4 * 8 - 3
     latent = load_file(server.saved(outcome, save)[0])["latent_tensor"]
     assert latent.shape[2] == 4 and torch.allclose(latent[:, :, 2:], last, atol=1e-4)
+
+
+def test_a_stream_alone_is_enough(server):
+    """No output node is there; an Extend that nothing needs and that streams nothing is still left alone."""
+    graph = Graph()
+    node = streamed(graph, seed=58)[2]
+    del graph[next(name for name, each in graph.items() if each["class_type"] == "FlowCacheReport")]
+    idle = extend(graph, seed=59, model=tuple(graph[node]["inputs"]["model"]))
+    outcome = server.run(graph)
+    assert outcome.error is None, outcome.error["exception_message"]
+    (file,) = server.saved(outcome, node)
+    assert len(frames_of(file)) == 13 and node in outcome.executed and idle not in outcome.executed
+    again = server.run(graph)
+    assert again.error is None and not again.executed  # the host's cache holds
+
+
+def test_without_a_stream_or_an_output_the_host_says_so(server):
+    graph = Graph()
+    extend(graph, seed=59)
+    with pytest.raises(Refused, match="no outputs"):
+        server.run(graph)
 
 
 def test_file_names_stay_in_the_output_folder(server):

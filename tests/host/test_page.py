@@ -82,6 +82,17 @@ def test_a_session(page):
     assert page.errors == []
 
 
+def test_a_stream_to_disk_is_all_that_a_run_needs(page):
+    page.load(WORKFLOWS / "demo_long_video.json")
+    page.evaluate(ONLY_STREAMED)
+    page.set_widget(EXTEND, "chunks", 1)
+    page.run()
+    page.wait("document.querySelector('video')?.readyState > 1")
+    stream = "app.graph.nodes.find((node) => node.type === 'FlowCacheStreamVideo')"
+    assert page.evaluate(f"{stream}.videoContainer.contains(document.querySelector('video'))")
+    assert page.complaints() == [] and page.errors == []
+
+
 def test_blueprint_is_found_and_runs(page):
     page.load(WORKFLOWS / "demo_text_to_video.json")
     page.evaluate("app.graph.clear()")
@@ -113,6 +124,11 @@ def test_help_shows_beside_the_node(page, language, heading):
 NODE = f"app.graph.nodes.find((node) => node.type === '{EXTEND}')"
 SHOWN = f"{NODE}.widgets.filter((widget) => widget.name.startsWith('$$')).map((widget) => String(widget.value))"
 REPORT = "String(app.graph.nodes.find((node) => node.type === 'PreviewAny').widgets[0].value)"
+ONLY_STREAMED = """(() => {
+  const rest = ['FlowCacheReport', 'VAEDecode', 'FlowCacheCompareVideos', 'ImageScaleBy', 'CreateVideo', 'SaveVideo'];
+  app.graph.nodes.filter((node) => rest.includes(node.type) || node.title.startsWith('Plain'))
+    .forEach((node) => app.graph.remove(node));
+})()"""
 WIRED = """(() => {
   const add = (type, ...values) => {
     const node = LiteGraph.createNode(type);
