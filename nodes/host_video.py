@@ -165,5 +165,5 @@ def show(frames: Tensor, tick: int, ticks: int) -> None:
 def play(file: OutputFile, node_id: str) -> None:
     """Shows a finished video on a node that is not the running one: the page keeps the chunks' previews on that."""
     server = PromptServer.instance
-    told = {"node": node_id, "display_node": node_id, "output": file.shown.as_dict(), "prompt_id": server.last_prompt_id}
-    server.send_sync("executed", told, server.client_id)
+    where = {"node": node_id, "display_node": node_id, "prompt_id": server.last_prompt_id}
+    server.send_sync("executed", {**where, "output": file.shown.as_dict()}, server.client_id)

@@ -200,6 +200,7 @@ def test_a_state_survives_the_disk_bit_for_bit(backbone, tmp_path):
     save_state(state, tmp_path / "a.safetensors")
     again = load_state(tmp_path / "a.safetensors")
     assert again.branches == state.branches and again.model == "tiny" and again.chunk_frames == 2
+    assert str(again) == f"State of 8 frames, 2 a chunk, latents {list(latents.shape)}"
     for mine, theirs in zip(state.histories, again.histories, strict=True):
         assert all(torch.equal(a, b) for a, b in zip(mine, theirs, strict=True))
     more = [
