@@ -2,13 +2,15 @@
 
 import math
 from collections.abc import Sequence
+from functools import lru_cache
 
 from torch import Tensor
 
 
-def lagrange(steps: Sequence[int], at: int) -> list[float]:
+@lru_cache(4096)
+def lagrange(steps: tuple[int, ...], at: float) -> tuple[float, ...]:
     """Weights of values at some steps in the polynomial through them, at another step; they add up to 1."""
-    return [math.prod((at - other) / (mine - other) for other in steps if other != mine) for mine in steps]
+    return tuple(math.prod((at - other) / (mine - other) for other in steps if other != mine) for mine in steps)
 
 
 def weighted(tensors: Sequence[Tensor], weights: Sequence[float]) -> Tensor:

@@ -9,6 +9,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from .combination import weighted
 from .history import Clean, Grown
 from .report import Report
 from .reuse import Corrector
@@ -91,8 +92,10 @@ class Guidance:
         texts = [self._of(step.place.chunk) for step in steps]
         for step, velocities in zip(steps, self.runner.forward(asked, names, texts), strict=True):
             weights = self.weights(step.sigma) if callable(self.weights) else self.weights
-            parts = zip(names, velocities.split(step.x.shape[0]), strict=True)
-            yield sum(velocity if weights[name] == 1 else weights[name] * velocity for name, velocity in parts)
+            if len(names) == 1 and weights[names[0]] == 1:
+                yield velocities
+            else:
+                yield weighted(velocities.chunk(len(names)), [weights[name] for name in names])
 
     def _of(self, chunk: int) -> Text:
         """All branches' texts of a chunk, branch after branch, and the tensors that they came from as their name."""
@@ -265,11 +268,13 @@ class Engine:
         return Chunk(place.chunk, latent)
 
     def _move(self, chunk: Active, velocity: Tensor, place: Place) -> None:
+        recomputed = self.runner.recomputed[place.chunk]
         if self.runner.corrects:
             chunk.latent, chunk.solver = chunk.corrector.step(
-                chunk.latent, chunk.solver, velocity, place.step, self.runner.recomputed[place.chunk]
+                chunk.latent, chunk.solver, velocity, place.step, recomputed
             )
-        chunk.latent = chunk.solver.step(chunk.latent, velocity, place.step)
+        step = chunk.solver.step if recomputed or not self.runner.corrects else chunk.solver.coast
+        chunk.latent = step(chunk.latent, velocity, place.step)
 
     def _sigmas(self, chunk: int) -> list[float]:
         return self.first_sigmas if chunk == self.schedule.prefix else self.sigmas

@@ -34,6 +34,8 @@ class DPM2M:
         clean = torch.sub(x, velocity, alpha=self.sigmas[step])
         return self.predict(x, clean, step)
 
+    coast = step
+
     def order(self, step: int) -> int:
         """1 at the first step, which has no past, and at the last, where lambda may be infinite."""
         return 1 if step == 0 or step == len(self.sigmas) - 2 else 2
@@ -55,7 +57,10 @@ class DPM2M:
 
 
 class UniPC(DPM2M):
-    """UniPC of order 2 (bh2): 2M's prediction, corrected once the velocity at the predicted latent is known."""
+    """UniPC of order 2 (bh2): 2M's prediction, corrected once the velocity at the predicted latent is known.
+
+    A forecast of that velocity tells nothing new: coasting is 2M's.
+    """
 
     def __init__(self, sigmas: Sequence[float], noise=None):
         super().__init__(sigmas)

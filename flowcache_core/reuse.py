@@ -207,7 +207,7 @@ class Forecast:
         self.results = [*self.results[-self.order :], result] if self.order else [result]
 
     def at(self, step: int) -> Tensor:
-        return self.results[0] if len(self.results) == 1 else weighted(self.results, lagrange(self.steps, step))
+        return self.results[0] if len(self.results) == 1 else weighted(self.results, lagrange(tuple(self.steps), step))
 
 
 class Corrector:
@@ -248,7 +248,7 @@ class Corrector:
         if self.steps and step - self.steps[-1] > 1:
             latent, solver = self.start
             for again in range(self.steps[-1], step):
-                latent = solver.step(latent, weighted(velocities, lagrange(steps, again)), again)
+                latent = solver.step(latent, weighted(velocities, lagrange(tuple(steps), again)), again)
         self.steps, self.velocities = steps[-self.order :], velocities[-self.order :]
         self.start = latent, copy(solver)
         return latent, solver

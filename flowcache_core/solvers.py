@@ -28,6 +28,11 @@ class Solver(Protocol):
         """The latent after `step`, from the latent before it and the velocity there; shapes [B, C, T, H, W]."""
         ...
 
+    def coast(self, x: Tensor, velocity: Tensor, step: int) -> Tensor:
+        """As `step`, with a velocity that is a forecast. All but the last of those steps are taken again once more is
+        known, so what costs more than it tells may be left out."""
+        ...
+
 
 SolverFactory = Callable[[Sequence[float], Noise], Solver]  # sigmas [steps + 1], fresh noise -> a chunk's solver
 
@@ -40,6 +45,8 @@ class Euler:
 
     def step(self, x: Tensor, velocity: Tensor, step: int) -> Tensor:
         return torch.add(x, velocity, alpha=self.sigmas[step + 1] - self.sigmas[step])
+
+    coast = step
 
 
 class Renoise:
@@ -55,6 +62,8 @@ class Renoise:
         clean = torch.sub(x, velocity, alpha=self.sigmas[step])
         level = self.sigmas[step + 1]
         return clean if level == 0 else (1.0 - level) * clean + level * self.noise(step)
+
+    coast = step
 
 
 def chunk_noise(seed: int, chunk: int, shape: Sequence[int], step: int = CLEAN) -> Tensor:

@@ -26,3 +26,5 @@ class AdamsBashforth2:
             middle = torch.lerp(self.last, velocity, 1.0 + 0.5 * stride / (self.sigmas[step] - self.sigmas[step - 1]))
         self.last = velocity
         return torch.add(x, middle, alpha=stride)
+
+    coast = step
