@@ -42,6 +42,7 @@ class ChunkView:
         history = self.history
         keys, values, unrotated = history.layers[layer]
         q = rotate(q, self.table)
+        history.fetch_after(layer)
         keys.write(self.start, rotate(k, self.table))
         values.write(self.start, v)
         if unrotated is not None:

@@ -213,8 +213,9 @@ class Engine:
         self._settle()
         return self.runner.save()
 
-    def save_new(self, anew: bool) -> Grown:
-        """What that history has grown by since the last call or since it was loaded; `anew`: all of it."""
+    def save_new(self, anew: bool) -> Callable[[], Grown]:
+        """Begins to copy what that history has grown by since the last call or since it was loaded; `anew`: all of it.
+        Call what it gives for the copies."""
         self._settle()
         return self.runner.save_new(anew)
 

@@ -16,7 +16,7 @@ Where the device runs out of memory, the front of the buffers moves to system me
 stays on the device, so that the result is the same to the bit; token numbers and queries, which are small, stay there.
 """
 
-from collections.abc import Collection, Hashable, Mapping
+from collections.abc import Callable, Collection, Hashable, Mapping, Sequence
 from functools import partial
 from typing import NamedTuple
 
@@ -31,6 +31,7 @@ from .history_settings import HistorySettings, HistoryShape
 from .moving import OUT_OF_MEMORY, SYSTEM, Stretch, runs_out, spared
 from .rotary import rotate
 from .schedule import END, LEAD
+from .side_stream import AT_ONCE, Pending, SideStream
 
 
 class Layer(NamedTuple):
@@ -61,15 +62,23 @@ class History:
         rotary: gives the rotary table of a run of frames.
         settings: budget, compression, positions.
         dtype, device: of the keys; whatever the chunk has.
+        side: takes copies to and from system memory.
     """
 
     def __init__(
-        self, shape: HistoryShape, rotary, settings: HistorySettings, dtype: torch.dtype, device: torch.device
+        self,
+        shape: HistoryShape,
+        rotary,
+        settings: HistorySettings,
+        dtype: torch.dtype,
+        device: torch.device,
+        side: SideStream = AT_ONCE,
     ):
         self.shape = shape
         self.rotary = rotary
         self.settings = settings
         self.device = device  # that computes
+        self.side = side
         self.dtype = dtype
         self.time_dims = rotary.parts[0] if settings.relative else 0
         # Number of each token in the whole video: frame x tokens a frame + place in the frame.
@@ -82,6 +91,7 @@ class History:
                 break
         self.queries: list[Tensor] = []  # a layer: of the chunk that asks at the next compression
         self._tables: dict[int, Tensor] = {}  # rotary table of each active chunk
+        self._saving: Pending = Pending(None)  # a copy of clean tokens that may not be finished
         self._cuts: list[Cut] = []  # that a cut which ran out of memory has left to do
         self.clean = shape.end_tokens  # tokens, those of the end included
         self.has_end = False  # whether the end's tokens are there yet
@@ -90,10 +100,14 @@ class History:
         self.taken = 0  # tokens at the front that are loaded or that `grown` has given out; 0 once one is dropped
 
     def _allocate(self, chunks_moved: int) -> None:
-        shape, moved = self.shape, self._front(chunks_moved)
+        shape = self.shape
+        moved = [self._front(count + 1) - self._front(count) for count in range(chunks_moved)]
+        if not self.side.overlaps:  # memory to copy from beside other work comes in powers of two, hence the pieces
+            moved = [self._front(chunks_moved)] if chunks_moved else []
 
         def stretch(width: int) -> Stretch:
-            return Stretch.empty((shape.batch, shape.heads, shape.tokens, width), moved, self.dtype, self.device)
+            size = (shape.batch, shape.heads, shape.tokens, width)
+            return Stretch.empty(size, moved, self.dtype, self.device, self.side)
 
         self.layers = []
         for _ in range(shape.layers):
@@ -106,6 +120,7 @@ class History:
 
     def move_chunk(self) -> None:
         """Makes room on the device that computes: the oldest chunk there moves to system memory."""
+        self._saving.on_host()  # or what it copies would not be free
         count = self._front(self._chunks_away() + 1) - self._front(self._chunks_away())
         for layer in self.layers:
             for part in layer.parts:
@@ -116,6 +131,18 @@ class History:
         """Chunks in system memory, of the layer that has most there."""
         tokens = max(part.tokens_moved for layer in self.layers for part in layer.parts)
         return max(0, tokens - self.shape.given_tokens) // self.shape.chunk_tokens
+
+    def fetch_after(self, layer: int) -> None:
+        """Begins to bring back what the next layer keeps in system memory, while this one computes.
+
+        Where a lack of memory has moved everything, there is none to spare for that.
+        """
+        if not self.side.overlaps or not self.layers[layer].keys.moved:
+            return
+        if self.on_device or self.settings.memory == "system":
+            before, after = self.layers[layer - 1], self.layers[(layer + 1) % len(self.layers)]
+            after.keys.fetch(before.keys)
+            after.values.fetch(before.values)
 
     @property
     def on_device(self) -> bool:
@@ -150,6 +177,8 @@ class History:
 
     def open(self, chunk: int) -> None:
         """Gives a chunk a slot; the clean history is cut first where there is no room."""
+        self._saving.on_device()
+        self._saving = Pending(None)
         if chunk >= 0:
             self._make_room()
         if self.settings.relative:
@@ -243,15 +272,37 @@ class History:
             first: token to begin with.
             finished: so many of the oldest active chunks count as clean.
         """
+        return self._turned(Pending(self._copied(first, finished, AT_ONCE)))
+
+    def begin_save(self, first: int = 0, finished: int = 0) -> Callable[[], Clean]:
+        """Begins what `save` does; what it gives waits for the copy. The run may go on meanwhile."""
+        buffers = [part.here for layer in self.layers for part in layer.parts]
+        self._saving = self.side.run(
+            partial(self._copied, first, finished, self.side), [*buffers, self.tokens, *self.queries]
+        )
+        if finished:  # clean tokens stay as they are up to `open`, an active chunk's only up to the next forward
+            self._saving.on_device()
+        return partial(self._turned, self._saving)
+
+    def _copied(self, first: int, finished: int, side: SideStream) -> tuple[Clean, Tensor | None]:
+        """The clean history on the CPU, and what of its keys time has not rotated."""
         start, end = max(first, self.shape.end_tokens), self.clean + finished * self.shape.chunk_tokens
-        keys = torch.stack([layer.keys.read(start, end, to=SYSTEM) for layer in self.layers])
-        values = torch.stack([layer.values.read(start, end, to=SYSTEM) for layer in self.layers])
-        tokens = self.tokens[:, :, :, start:end].to(SYSTEM, copy=True)
-        for turned, layer, frames in zip(keys, self.layers, self._frames_of(tokens), strict=True):
-            if layer.unrotated is not None:
-                turned[..., : self.time_dims] = self._turn(layer.unrotated.read(start, end, to=SYSTEM), frames)
-        queries = torch.stack([query.cpu() for query in self.queries]) if self.queries else keys.new_empty(0)
-        return Clean(keys, values, tokens, queries)
+        keys, values, unrotated = zip(*self.layers, strict=True)
+        tokens = [Stretch(each) for each in self.tokens]
+        whole, copied, numbers = (_stacked(parts, start, end, side) for parts in (keys, values, tokens))
+        queries = whole.new_empty(0)
+        if self.queries:
+            asked = [Stretch(query) for query in self.queries]
+            queries = _stacked(asked, 0, self.queries[0].shape[2], side)
+        return Clean(whole, copied, numbers, queries), _stacked(unrotated, start, end, side) if self.time_dims else None
+
+    def _turned(self, copied: Pending[tuple[Clean, Tensor | None]]) -> Clean:
+        """Keys rotated by their place in the video, not in the window."""
+        clean, unrotated = copied.on_host()
+        if unrotated is not None:
+            for keys, part, frames in zip(clean.keys, unrotated, self._frames_of(clean.tokens), strict=True):
+                keys[..., : self.time_dims] = self._turn(part, frames)
+        return clean
 
     def load(self, saved: Clean) -> None:
         """Takes over the clean history of an earlier run, lead included, cut to this run's budget where it is larger.
@@ -360,18 +411,28 @@ class History:
         return rotate(keys, torch.stack([angles.cos(), angles.sin()]).float())
 
 
-def grown(histories: Mapping[Hashable, History], anew: bool, finished: int = 0) -> Grown:
-    """What the clean histories of all branches have grown by since the last call, on the CPU.
+def _stacked(parts: Sequence[Stretch], start: int, end: int, side: SideStream) -> Tensor:
+    """Tokens start to end of all layers, on the CPU: [layers, B, heads, tokens, ...]."""
+    batch, heads, _, *rest = parts[0].here.shape
+    whole = side.on_host_like(parts[0].here, (len(parts), batch, heads, end - start, *rest))
+    for copy, part in zip(whole, parts, strict=True):
+        part.copy_to(copy, start, waits=not side.overlaps)
+    return whole
+
+
+def grown(histories: Mapping[Hashable, History], anew: bool, finished: int = 0) -> Callable[[], Grown]:
+    """Begins to copy what the clean histories of all branches have grown by since the last call to the CPU; what it
+    gives waits for the copies.
 
     Args:
         anew: all of them, whatever was loaded or given out before.
         finished: so many of the oldest active chunks count as clean.
     """
     whole = anew or not all(history.taken for history in histories.values())
-    new = {name: history.save(0 if whole else history.taken, finished) for name, history in histories.items()}
+    copies = {name: history.begin_save(0 if whole else history.taken, finished) for name, history in histories.items()}
     for history in histories.values():
         history.taken = history.clean + finished * history.shape.chunk_tokens
-    return Grown(new, whole)
+    return lambda: Grown({name: copy() for name, copy in copies.items()}, whole)
 
 
 def moved_note(histories: Collection[History]) -> str:

@@ -46,6 +46,7 @@ from .report import Report
 from .reuse import Corrector, Forecast, changes
 from .rotary import rotate
 from .schedule import CLEAN, ChunkSchedule, Place
+from .side_stream import SideStream
 from .solvers import Euler, no_noise
 
 SHARED = "past"  # the name that the one history has in a state
@@ -227,9 +228,9 @@ class MagiEngine:
         return {SHARED: self.history.save()}
 
     @torch.inference_mode()
-    def save_new(self, anew: bool) -> Grown:
-        """What the clean history has grown by since the last call or `load`, up to the newest chunk that was handed
-        out; `anew`: all of it.
+    def save_new(self, anew: bool) -> Callable[[], Grown]:
+        """Begins to copy what the clean history has grown by since the last call or `load`, up to the newest chunk that
+        was handed out; `anew`: all of it. Call what it gives for the copy.
 
         A chunk that waits for its clean pass gets one more, which the next tick repeats: the run goes on as it would.
         """
@@ -420,7 +421,8 @@ class MagiEngine:
     def _history_of(self, x: Tensor) -> History:
         if self.history is None:
             shape, settings = history_plan(self.backbone.config, self.schedule, self.settings, self.sampling, x.shape)
-            self.history = History(shape, self.backbone.rotary, settings, self.backbone.network.dtype, x.device)
+            side = SideStream(x.device, self.settings.overlap)
+            self.history = History(shape, self.backbone.rotary, settings, self.backbone.network.dtype, x.device, side)
             if self._loaded is not None:
                 self.history.load(self._loaded)
             whole = replace(shape, capacity=self.schedule.total_chunks)

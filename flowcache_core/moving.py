@@ -1,11 +1,13 @@
 """The history's way to system memory, for a device that runs out of its own: the oldest chunk first, one at a time."""
 
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, field
 from typing import Protocol, TypeVar
 
 import torch
 from torch import Tensor
+
+from .side_stream import AT_ONCE, Pending, SideStream
 
 SYSTEM = torch.device("cpu")  # its memory is the system's
 OUT_OF_MEMORY = "out of device memory"
@@ -19,20 +21,25 @@ class Stretch:
     Attributes:
         here: on the device that computes; the tokens after those that have moved.
         moved: in system memory, oldest first.
+        side: brings them back.
     """
 
     here: Tensor
     moved: list[Tensor] = field(default_factory=list)
+    side: SideStream = AT_ONCE
 
     def __post_init__(self):
         self.device = self.here.device
+        self._ahead: Pending[list[Tensor]] | None = None  # what has moved, on its way to the device
 
     @classmethod
-    def empty(cls, size: tuple[int, ...], moved: int, dtype: torch.dtype, device: torch.device) -> "Stretch":
-        """Room for size[2] tokens, the first `moved` of them in system memory."""
+    def empty(
+        cls, size: tuple[int, ...], moved: Sequence[int], dtype: torch.dtype, device: torch.device, side: SideStream
+    ) -> "Stretch":
+        """Room for size[2] tokens, the first ones in system memory, in pieces of `moved` tokens."""
         batch, heads, tokens, *rest = size
-        here = torch.empty(batch, heads, tokens - moved, *rest, dtype=dtype, device=device)
-        return cls(here, [torch.empty(batch, heads, moved, *rest, dtype=dtype, device=SYSTEM)] if moved else [])
+        here = torch.empty(batch, heads, tokens - sum(moved), *rest, dtype=dtype, device=device)
+        return cls(here, [side.on_host_like(here, (batch, heads, count, *rest)) for count in moved], side)
 
     @property
     def nbytes(self) -> int:
@@ -45,13 +52,16 @@ class Stretch:
     def read(self, first: int, last: int, heads: slice = slice(None), to: torch.device | None = None) -> Tensor:
         """Tokens first to last, on the device or on another; no copy where they lie there in one piece."""
         to = to or self.device
-        parts = self._parts(first, last, heads)
+        parts = self._parts(first, last, heads, to == self.device)
         if len(parts) == 1:
             return parts[0].to(to)
         whole = self.here.new_empty(*parts[0].shape[:2], last - first, *self.here.shape[3:], device=to)
-        for piece, part in zip(whole.split([part.shape[2] for part in parts], dim=2), parts, strict=True):
-            piece.copy_(part)
+        _fill(whole, parts)
         return whole
+
+    def copy_to(self, target: Tensor, first: int, waits: bool) -> None:
+        """Copies the tokens from `first` on, as many as the target has; the host waits for it or goes on."""
+        _fill(target, self._parts(first, first + target.shape[2], slice(None)), waits)
 
     def write(self, first: int, values: Tensor, heads: slice = slice(None)) -> None:
         for part, new in self.changes(first, values, heads):
@@ -63,6 +73,8 @@ class Stretch:
         Values narrower than D change the first dimensions only.
         """
         parts = self._parts(first, first + values.shape[2], heads)
+        if first < self.tokens_moved:
+            self._ahead = None
         news = values.split([part.shape[2] for part in parts], dim=2)
         width = values.shape[-1]
         return [(part[..., :width], new.to(part.device)) for part, new in zip(parts, news, strict=True)]
@@ -73,27 +85,61 @@ class Stretch:
         Takes no memory of the device: all tokens leave it, as one copy without a temporary one; then those that stay
         come back. Should they find no room, for others use the device too, they stay in system memory.
         """
+        self._ahead = None
         if not self.here.shape[2]:
             return
         everything = self.here.to(SYSTEM)
         self.here = everything[:, :, :0].to(self.device, copy=True)
         if self.device.type == "cuda":
             torch.cuda.empty_cache()  # or the rest would take a part of the old buffer and leave a gap in it
-        self.moved.append(everything[:, :, :count].clone())
+        self.moved.append(self._on_host(everything[:, :, :count]))
         try:
             self.here = everything[:, :, count:].to(self.device, copy=True)
         except torch.cuda.OutOfMemoryError:
-            self.moved.append(everything[:, :, count:].clone())
+            self.moved.append(self._on_host(everything[:, :, count:]))
 
-    def _parts(self, first: int, last: int, heads: slice) -> list[Tensor]:
-        """Tokens first to last, where they lie; at least one part, if an empty one."""
+    def _on_host(self, part: Tensor) -> Tensor:
+        return self.side.on_host_like(part, part.shape).copy_(part)
+
+    def fetch(self, before: "Stretch") -> None:
+        """Begins to bring what has moved back to the device, for the next time that it is read.
+
+        Args:
+            before: of a layer that has been read: the room that its tokens took on the device is taken over. Reads of
+                it that still wait come first, for the side stream waits for the current one.
+        """
+        if self._ahead is not None or not self.moved:
+            return
+        room, before._ahead = before._ahead.on_device() if before._ahead is not None else [], None
+        if [part.shape for part in room] != [piece.shape for piece in self.moved]:
+            try:
+                room = [torch.empty_like(piece, device=self.device) for piece in self.moved]
+            except torch.cuda.OutOfMemoryError:
+                return
+
+        def bring() -> list[Tensor]:
+            for part, piece in zip(room, self.moved, strict=True):
+                part.copy_(piece, non_blocking=True)
+            return room
+
+        self._ahead = self.side.run(bring, room)
+
+    def _parts(self, first: int, last: int, heads: slice, ahead: bool = False) -> list[Tensor]:
+        """Tokens first to last, where they lie, or also where they have been fetched; at least one part, if an empty
+        one."""
         if not self.moved:
             return [self.here[:, heads, first:last]]
+        moved = self._ahead.on_device() if ahead and first < self.tokens_moved and self._ahead else self.moved
         parts, start = [], 0
-        for piece in (*self.moved, self.here):
+        for piece in (*moved, self.here):
             parts.append(piece[:, heads, max(0, first - start) : max(0, last - start)])
             start += piece.shape[2]
         return [part for part in parts if part.shape[2]] or [self.here[:, heads, :0]]
+
+
+def _fill(target: Tensor, parts: list[Tensor], waits: bool = True) -> None:
+    for piece, part in zip(target.split([part.shape[2] for part in parts], dim=2), parts, strict=True):
+        piece.copy_(part, non_blocking=not waits)
 
 
 class Movable(Protocol):

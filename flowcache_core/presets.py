@@ -106,11 +106,14 @@ class Settings:
         history: how much clean history is kept and how it is cut.
         clean_pass: run every finished chunk once more at noise level 0 and keep those keys and values; without it the
             keys of its last recomputed step stay (the published FlowCache).
+        overlap: on a CUDA device, copies to and from system memory and decoding go on beside the network, on a stream
+            of their own; see `side_stream`. The result is the same.
     """
 
     reuse: ReuseSettings = field(default_factory=ReuseSettings)
     history: HistorySettings = field(default_factory=HistorySettings)
     clean_pass: bool = True
+    overlap: bool = True
 
 
 OFF = Settings()
@@ -148,7 +151,8 @@ def preset(name: str, budget: int | None = None, compression: Compression = BY_F
 
 def describe(settings: Settings) -> str:
     """A line for a report: the preset's name and the budget."""
-    names = [name for name, known in PRESETS.items() if replace(known, history=settings.history) == settings]
+    plain = replace(settings, history=OFF.history, overlap=OFF.overlap)
+    names = [name for name, known in PRESETS.items() if known == plain]
     budget = settings.history.budget
     return f"FlowCache {names[0] if names else 'custom'}, " + (
         f"history budget {budget} chunks" if budget else "whole history"

@@ -7,7 +7,7 @@ The runner is driven by the engine, or by a host's own sampler; guidance is its 
 """
 
 import time
-from collections.abc import Hashable, Iterator, Sequence
+from collections.abc import Callable, Hashable, Iterator, Sequence
 from dataclasses import replace
 from typing import Literal, NamedTuple
 
@@ -26,6 +26,7 @@ from .presets import Settings
 from .report import Report
 from .reuse import Forecast, changes
 from .schedule import CLEAN, ChunkSchedule, Place
+from .side_stream import SideStream
 
 FORWARD_TOKENS = 4096  # that go through the network at once, at most: enough to keep a device busy
 
@@ -94,6 +95,7 @@ class Runner:
         self.report = Report(schedule)
         self.histories: dict[Hashable, History] = {}
         self._loaded: dict[Hashable, Clean] = {}
+        self._side: SideStream | None = None
         self._forecasts: dict[tuple[int, Hashable], Forecast] = {}
         self._signals: dict[int, Tensor] = {}
         self._changes: dict[int, float] = {}
@@ -234,8 +236,9 @@ class Runner:
         """The clean history of every branch, on the CPU."""
         return {name: history.save() for name, history in self.histories.items()}
 
-    def save_new(self, anew: bool) -> Grown:
-        """What the clean history of every branch has grown by since the last call or `load`; `anew`: all of it."""
+    def save_new(self, anew: bool) -> Callable[[], Grown]:
+        """Begins to copy what the clean history of every branch has grown by since the last call or `load`; `anew`: all
+        of it. Call what it gives for the copies."""
         return grown(self.histories, anew)
 
     @property
@@ -307,7 +310,7 @@ class Runner:
     def _history(self, branch: Hashable, x: Tensor, batch: int) -> History:
         if branch not in self.histories:
             shape = self.shape(x, batch)
-            history = History(shape, self.backbone.rotary, self.settings.history, x.dtype, x.device)
+            history = History(shape, self.backbone.rotary, self.settings.history, x.dtype, x.device, self._side_of(x))
             if self._loaded:
                 if branch not in self._loaded:
                     raise UserError(
@@ -319,6 +322,11 @@ class Runner:
             whole = replace(shape, capacity=self.schedule.total_chunks)
             self.report.history_bytes_unbounded = len(self.histories) * whole.bytes(history.dtype.itemsize)
         return self.histories[branch]
+
+    def _side_of(self, x: Tensor) -> SideStream:
+        """One for all branches."""
+        self._side = self._side or SideStream(x.device, self.settings.overlap)
+        return self._side
 
     def _context(self, text: Tensor, key: Hashable):
         """Cross-attention keys and values of a text: made once, kept for as many texts as chunks can be active."""

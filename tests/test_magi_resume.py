@@ -39,7 +39,7 @@ def test_a_run_that_is_cut_off_is_a_shorter_one(name, given, tmp_path):
     first = run.schedule.prefix
     kept = RunFolder(tmp_path, NAME, 2**30, first, FRAMES)
     for chunk, expected in zip(run.run(), undisturbed, strict=False):
-        kept.add(chunk, run.save_new(anew=not kept.begun))
+        kept.add(chunk, run.save_new(anew=not kept.begun)())
         assert torch.equal(chunk.latent, expected)  # keeping a chunk changes nothing
         if chunk.index == first + 1:
             break

@@ -47,7 +47,7 @@ def kept_run(backbone, path, chunks: int, settings) -> tuple[list[int], Runner]:
     engine = Engine(runner, guidance(runner, text()), magi(6), lambda chunk: chunk_noise(4, chunk, (1, 4, 2, 6, 4)))
     kept, written, seen = folder(path), [], set()
     for chunk in engine.run():
-        kept.add(chunk, engine.save_new(anew=not kept.begun))
+        kept.add(chunk, engine.save_new(anew=not kept.begun)())
         files = {(file, file.stat().st_mtime_ns): file.stat().st_size for file in kept.path.iterdir()}
         written.append(sum(size for file, size in files.items() if file not in seen))
         seen |= set(files)
@@ -90,12 +90,12 @@ def test_a_run_that_goes_on_adds_to_what_is_there(backbone, tmp_path):
     runner.load(again.load().by_branch)
     engine = Engine(runner, guidance(runner, text()), magi(6), lambda chunk: chunk_noise(4, chunk, (1, 4, 2, 6, 4)))
     (chunk,) = engine.run()
-    again.add(chunk, engine.save_new(anew=not again.begun))
+    again.add(chunk, engine.save_new(anew=not again.begun)())
     assert not again.full and again.load().chunks == 7
     (ours,), (saved,) = again.load().histories, engine.save().values()
     assert all(torch.equal(part, its) for part, its in zip(ours, saved, strict=True))
     other = folder(tmp_path, "f" * 32)  # of another run, which begins with that state
-    other.add(chunk, engine.save_new(anew=not other.begun))
+    other.add(chunk, engine.save_new(anew=not other.begun)())
     assert {file.name[:5] for file in other.path.iterdir()} == {"chunk", "histo"}
 
 
