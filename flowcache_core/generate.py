@@ -9,6 +9,7 @@ longer = generate(load_network(), embed_caption("a red circle"), chunks=8, state
 """
 
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import NamedTuple
 
 import torch
@@ -21,6 +22,7 @@ from .presets import DEFAULT_PRESET, PRESETS, Settings, describe
 from .report import Report
 from .runner import Runner
 from .schedule import END, ChunkSchedule
+from .side_stream import Pending, SideStream
 from .solvers import Euler, SolverFactory, chunk_noise
 from .state import State, make_state
 
@@ -84,7 +86,8 @@ def generate(
             leaves no state to go on from.
         model: a name for the weights, kept in the state, so that another model does not go on from it.
         on_progress: called after every tick.
-        on_chunk: called with each finished chunk, oldest first.
+        on_chunk: called with each finished chunk, oldest first; on a CUDA device a tick later, where
+            `settings.overlap` is on.
         cancelled: asked before every step; True ends the run with `engine.Cancelled`.
 
     Raises:
@@ -124,6 +127,22 @@ def generate(
     denoise = guidance(
         runner, _by_chunk(texts, done), None if against is None else _by_chunk(against, done), guidance_scale
     )
+    side = SideStream(device, settings.overlap)
+    latents = [] if given is None else [given.cpu()]
+
+    def progress(told: Progress) -> None:
+        side.settle()
+        on_progress(told)
+
+    def take(chunk: Chunk, latent: Pending[Tensor]) -> None:
+        latents.append(latent.on_host())
+        if not torch.isfinite(latents[-1]).all():
+            raise UserError(
+                f"Chunk {chunk.index} came out with NaN or infinite values: the weights are damaged or overflow in "
+                f"{dtype}; use a sound checkpoint, or float32."
+            )
+        on_chunk(chunk)
+
     engine = Engine(
         runner,
         denoise,
@@ -131,22 +150,16 @@ def generate(
         start=lambda chunk: chunk_noise(seed, chunk, shape).to(device, dtype),
         noise=lambda chunk, step: chunk_noise(seed, chunk, shape, step).to(device, dtype),
         solver=solver,
-        on_progress=on_progress,
+        on_progress=progress,
         cancelled=cancelled,
     )
     if prefix is not None and given is not None:
         engine.prefill(given.to(device, dtype))
     if end is not None:
         engine.prefill_end(end.to(device, dtype))
-    latents = [] if given is None else [given.cpu()]
     for chunk in engine.run():
-        latents.append(chunk.latent.cpu())  # the one read-back a chunk
-        if not torch.isfinite(latents[-1]).all():
-            raise UserError(
-                f"Chunk {chunk.index} came out with NaN or infinite values: the weights are damaged or overflow in "
-                f"{dtype}; use a sound checkpoint, or float32."
-            )
-        on_chunk(chunk)
+        side.later(partial(take, chunk, side.to_host(chunk.latent)))  # the one read-back a chunk
+    side.settle()
     whole = torch.cat(latents if end is None else [*latents, end.cpu()], dim=2)
     histories = engine.save() if end is None else {}
     dropped = 0 if state is None else state.dropped

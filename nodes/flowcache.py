@@ -173,6 +173,15 @@ class FlowCache(io.ComfyNode):
                         "slower. The result is the same.",
                     )
                 ),
+                advanced(
+                    io.Boolean.Input(
+                        "overlap",
+                        default=True,
+                        tooltip="On NVIDIA and AMD cards: finished chunks are copied, decoded and written, and history "
+                        "in system memory is brought back, while the model runs, on a stream of its own. The result "
+                        "is the same; turn it off if a driver misbehaves.",
+                    )
+                ),
             ],
             outputs=[io.Model.Output()],
         )
@@ -196,6 +205,7 @@ class FlowCache(io.ComfyNode):
         correct: bool = True,
         quality: float = 0.5,
         history_memory: str = "auto",
+        overlap: bool = True,
     ) -> io.NodeOutput:
         compression = Compression(
             rule=history_rule, weight=importance_weight, granularity=granularity, protect_first=keep_first_chunk
@@ -215,4 +225,5 @@ class FlowCache(io.ComfyNode):
         else:
             settings = family_preset(preset, host.family_of(model), width, history)
         budget = f"history budget {history_budget} chunks" if history_budget else "whole history"
+        settings = replace(settings, overlap=overlap)
         return io.NodeOutput(host.patched(model, settings, f"FlowCache {preset}, {budget}"))

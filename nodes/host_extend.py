@@ -1,6 +1,7 @@
 """What Autoregressive Extend does: more chunks behind what is there, whatever the model."""
 
 from collections.abc import Callable, Sequence
+from contextlib import closing, nullcontext
 from dataclasses import dataclass, field
 
 import comfy.model_patcher
@@ -13,6 +14,7 @@ from ..flowcache_core.errors import UserError
 from ..flowcache_core.report import Report
 from ..flowcache_core.run_folder import RunFolder
 from ..flowcache_core.schedule import ChunkSchedule
+from ..flowcache_core.side_stream import SideStream
 from ..flowcache_core.state import State, make_state
 from . import host
 from .host_checks import check_latent, check_network, check_size
@@ -164,10 +166,11 @@ def carry_out(
     """
     patch, chunk_frames, prefix = host.patch_of(model.model_options), layout.shape[2], layout.schedule.prefix
     earlier = None if folder is None else folder.load()
-    outlet = None if asked.stream is None else VideoOutlet(asked.stream, model, layout.shape, asked.metadata)
+    side = SideStream(model.load_device, patch.settings.overlap)
+    outlet = None if asked.stream is None else VideoOutlet(asked.stream, model, layout.shape, asked.metadata, side)
     keep = asked.stream is None or asked.stream.keep_latents
     untouched = Report(layout.schedule, patch.label)
-    finished = Finished(folder, outlet, keep, asked.node_id, untouched, prefix, layout.inside)
+    finished = Finished(folder, outlet, keep, asked.node_id, untouched, prefix, layout.inside, side)
     video = None
     try:
         if earlier is not None:
@@ -181,8 +184,8 @@ def carry_out(
                 outlet.add(layout.after)
             video = outlet.finish(finished.report)
     finally:
-        if outlet is not None:
-            outlet.close()
+        with closing(outlet) if outlet is not None else nullcontext():
+            finished.settle()  # what an interrupt has cut off from its next tick
     latents = torch.cat([*finished.latents, *([] if layout.after is None else [layout.after])], dim=2)
     state = make_state(latents, finished.histories, chunk_frames, name, dropped=layout.frames - latents.shape[2])
     shown = model.model.process_latent_out(latents.float())

@@ -4,6 +4,7 @@ is."""
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import partial
 
 from comfy.model_management import throw_exception_if_processing_interrupted
 from torch import Tensor
@@ -12,6 +13,7 @@ from ..flowcache_core.clean_history import Clean, Grown
 from ..flowcache_core.engine import Chunk, Progress
 from ..flowcache_core.report import Report
 from ..flowcache_core.run_folder import RunFolder
+from ..flowcache_core.side_stream import AT_ONCE, Pending, SideStream
 from .host_progress import describe, describe_plan, progress_text
 from .host_video import VideoOutlet, show
 
@@ -28,6 +30,8 @@ class Finished:
         report, histories: of the run, when it has ended; before that, of what an interrupted run left.
         first: number of the first generated chunk.
         inside: given frames that it begins with, where a sampler hands them out again.
+        side: takes chunks to the host beside the run. What becomes of them there is left for the next tick, when the
+            device has got more to do; `settle` does it.
         latents: on the CPU, in the network's latent space; what came before the run included.
         count: chunks that were taken, with those of an interrupted run.
     """
@@ -39,6 +43,7 @@ class Finished:
     report: Report
     first: int
     inside: int = 0
+    side: SideStream = AT_ONCE
     histories: dict[str, Clean] = field(default_factory=dict)
     latents: list[Tensor] = field(default_factory=list)
     count: int = 0
@@ -72,19 +77,33 @@ class Finished:
 
     def progress(self, told: Progress, report: Report, used: int, total: int) -> None:
         """A tick is done; `used` and `total` are bytes of history."""
+        self.settle()
         self.tick, self.ticks = told.tick, told.ticks
         progress_text(describe(told, report, used, total, self.begun, len(self.earlier)), self.node_id)
 
-    def add(self, chunk: Chunk, save_new: Callable[[bool], Grown]) -> None:
-        """A chunk of the run; `save_new` copies what the history has grown by since it was last called, or all."""
+    def add(self, chunk: Chunk, save_new: Callable[[bool], Callable[[], Grown]]) -> None:
+        """A chunk of the run; `save_new` begins to copy what the history has grown by since it was last called, or
+        all."""
+        self.settle()
+        grown = None
         if self.folder is not None and not self.folder.full:
-            self.folder.add(chunk, save_new(not self.folder.begun))
-        frames = self._take(self._generated(chunk).cpu())
-        if frames is not None:
-            show(frames, self.tick, self.ticks)
+            grown = save_new(not self.folder.begun)
+        self.side.later(partial(self._keep, chunk.index, self.side.to_host(chunk.latent), grown))
         self.count += 1
 
+    def _keep(self, index: int, latent: Pending[Tensor], grown: Callable[[], Grown] | None) -> None:
+        chunk = Chunk(index, latent.on_host())
+        if self.folder is not None and grown is not None:
+            self.folder.add(chunk, grown())
+        frames = self._take(self._generated(chunk))
+        if frames is not None:
+            show(frames, self.tick, self.ticks)
+
+    def settle(self) -> None:
+        self.side.settle()
+
     def done(self, report: Report, histories: dict[str, Clean]) -> None:
+        self.settle()
         self.report, self.histories = report, histories
 
     def _generated(self, chunk: Chunk) -> Tensor:

@@ -109,7 +109,7 @@ class MagiSampler(host.ChunkSampler):
     given: Tensor | None
     loaded: Clean | None
     on_progress: Callable[[Progress, Report, int, int], None]
-    on_chunk: Callable[[Chunk, Callable[[bool], Grown]], None]
+    on_chunk: Callable[[Chunk, Callable[[bool], Callable[[], Grown]]], None]
     on_done: Callable[[Report, dict[str, Clean]], None]
     chunk_frames: int = CHUNK_FRAMES
 

@@ -53,8 +53,8 @@ class ARSampler(host.ChunkSampler):
             returned is then the last one. 0: as many as the noise holds, all of which are returned.
         on_plan: told before the run, with the report that knows how large the history will be.
         on_progress: told after every tick, with the report and the bytes of history in use and in all.
-        on_chunk: given each finished chunk in the network's latent space, oldest first, and a function that copies what
-            the clean history has grown by since it was last called, or all of it.
+        on_chunk: given each finished chunk in the network's latent space, oldest first, and a function that begins to
+            copy what the clean history has grown by since it was last called, or all of it.
         on_done: given the report and what the run keeps, at the end.
     """
 
@@ -70,7 +70,7 @@ class ARSampler(host.ChunkSampler):
     chunks: int = 0
     on_plan: Callable[[Report], None] = lambda report: None
     on_progress: Callable[[Progress, Report, int, int], None] = lambda told, report, used, total: None
-    on_chunk: Callable[[Chunk, Callable[[bool], Grown]], None] = lambda chunk, save_new: None
+    on_chunk: Callable[[Chunk, Callable[[bool], Callable[[], Grown]]], None] = lambda chunk, save_new: None
     on_done: Callable[[Report, Histories], None] = lambda report, histories: None
 
     def sample(
@@ -134,7 +134,7 @@ class Course:
     engine: Engine | JointEngine
     report: Report
     save: Callable[[], Histories] = dict
-    save_new: Callable[[bool], Grown] = lambda anew: Grown({}, whole=True)
+    save_new: Callable[[bool], Callable[[], Grown]] = lambda anew: partial(Grown, {}, True)
 
 
 @dataclass

@@ -1,6 +1,6 @@
 """A run's video as it comes: decoded chunk by chunk, written to ComfyUI's output folder, shown on the node."""
 
-from contextlib import suppress
+from contextlib import nullcontext, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -15,6 +15,7 @@ from torch import Tensor
 from ..flowcache_core.errors import UserError
 from ..flowcache_core.pictures import filmstrip
 from ..flowcache_core.report import Report
+from ..flowcache_core.side_stream import SideStream
 from ..flowcache_core.video import frames_of
 from ..flowcache_core.video_stream import VideoStream
 from .host_decode import stream_decoder
@@ -118,26 +119,33 @@ class VideoOutlet:
         model: the host's patcher of the model that is sampling; it is brought back to its device after a decode.
         shape: of a chunk's latent [B, C, T, H, W].
         metadata: of the workflow.
+        side: decodes and writes beside the run, where the device has room for both.
     """
 
-    def __init__(self, settings: StreamSettings, model, shape, metadata: dict):
+    def __init__(self, settings: StreamSettings, model, shape, metadata: dict, side: SideStream):
         if shape[0] != 1:
             raise UserError(
                 f"A video stream takes one video, and the latents have a batch of {shape[0]}; use a batch of 1."
             )
         self.settings = settings
         self.decode = stream_decoder(settings.vae)
-        self.model = model
+        self.vae, self.model, self.side = settings.vae, model, side
         self.file = OutputFile.new(settings.prefix, 8 * shape[4], 8 * shape[3])
         self.stream = VideoStream(self.file.path, settings.fps, metadata)
 
     def add(self, latent: Tensor) -> Tensor | None:
         """Decodes and writes a chunk in the network's latent space; returns its frames [T, H, W, 3] in [0, 1]."""
-        frames = self.decode(self.model.model.process_latent_out(latent.float()))
-        self._write(frames)
+        with self.side.instead() if self.side.overlaps and self._has_room(latent) else nullcontext():
+            frames = self.decode(self.model.model.process_latent_out(latent.float()))
+            self._write(frames)
         # The VAE may have pushed the model off its device, in the middle of a run.
         comfy.model_management.load_models_gpu([self.model])
         return frames
+
+    def _has_room(self, latent: Tensor) -> bool:
+        """Whether a chunk can be decoded with the model where it is."""
+        needed = self.vae.patcher.model_size() + self.vae.memory_used_decode(latent.shape, self.vae.vae_dtype)
+        return comfy.model_management.get_free_memory(self.vae.device) > needed
 
     def finish(self, report: Report) -> OutputFile:
         self._write(self.decode.finish())
