@@ -141,8 +141,8 @@ class History:
             return
         if self.on_device or self.settings.memory == "system":
             before, after = self.layers[layer - 1], self.layers[(layer + 1) % len(self.layers)]
-            after.keys.fetch(before.keys)
-            after.values.fetch(before.values)
+            after.keys.fetch(self.clean, before.keys)
+            after.values.fetch(self.clean, before.values)
 
     @property
     def on_device(self) -> bool:

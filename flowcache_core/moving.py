@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, field
+from itertools import accumulate
 from typing import Protocol, TypeVar
 
 import torch
@@ -30,7 +31,9 @@ class Stretch:
 
     def __post_init__(self):
         self.device = self.here.device
-        self._ahead: Pending[list[Tensor]] | None = None  # what has moved, on its way to the device
+        # Moved pieces, from the first on, that are on the device as well or on their way to it.
+        self._ahead: Pending[list[Tensor]] = Pending([])
+        self._ahead_tokens = 0
 
     @classmethod
     def empty(
@@ -73,8 +76,8 @@ class Stretch:
         Values narrower than D change the first dimensions only.
         """
         parts = self._parts(first, first + values.shape[2], heads)
-        if first < self.tokens_moved:
-            self._ahead = None
+        if first < self._ahead_tokens:
+            self._forget()
         news = values.split([part.shape[2] for part in parts], dim=2)
         width = values.shape[-1]
         return [(part[..., :width], new.to(part.device)) for part, new in zip(parts, news, strict=True)]
@@ -85,7 +88,7 @@ class Stretch:
         Takes no memory of the device: all tokens leave it, as one copy without a temporary one; then those that stay
         come back. Should they find no room, for others use the device too, they stay in system memory.
         """
-        self._ahead = None
+        self._forget()
         if not self.here.shape[2]:
             return
         everything = self.here.to(SYSTEM)
@@ -101,35 +104,44 @@ class Stretch:
     def _on_host(self, part: Tensor) -> Tensor:
         return self.side.on_host_like(part, part.shape).copy_(part)
 
-    def fetch(self, before: "Stretch") -> None:
+    def fetch(self, tokens: int, before: "Stretch") -> None:
         """Begins to bring what has moved back to the device, for the next time that it is read.
 
         Args:
+            tokens: so many at the front will not change before that; only pieces inside them are fetched.
             before: of a layer that has been read: the room that its tokens took on the device is taken over. Reads of
                 it that still wait come first, for the side stream waits for the current one.
         """
-        if self._ahead is not None or not self.moved:
+        starts = accumulate((piece.shape[2] for piece in self.moved), initial=0)
+        pieces = [piece for piece, start in zip(self.moved, starts, strict=False) if start + piece.shape[2] <= tokens]
+        if self._ahead_tokens or not pieces:
             return
-        room, before._ahead = before._ahead.on_device() if before._ahead is not None else [], None
-        if [part.shape for part in room] != [piece.shape for piece in self.moved]:
+        room = before._ahead.on_device()
+        before._forget()
+        if [part.shape for part in room] != [piece.shape for piece in pieces]:
             try:
-                room = [torch.empty_like(piece, device=self.device) for piece in self.moved]
+                room = [torch.empty_like(piece, device=self.device) for piece in pieces]
             except torch.cuda.OutOfMemoryError:
                 return
 
         def bring() -> list[Tensor]:
-            for part, piece in zip(room, self.moved, strict=True):
+            for part, piece in zip(room, pieces, strict=True):
                 part.copy_(piece, non_blocking=True)
             return room
 
         self._ahead = self.side.run(bring, room)
+        self._ahead_tokens = sum(piece.shape[2] for piece in pieces)
+
+    def _forget(self) -> None:
+        self._ahead, self._ahead_tokens = Pending([]), 0
 
     def _parts(self, first: int, last: int, heads: slice, ahead: bool = False) -> list[Tensor]:
         """Tokens first to last, where they lie, or also where they have been fetched; at least one part, if an empty
         one."""
         if not self.moved:
             return [self.here[:, heads, first:last]]
-        moved = self._ahead.on_device() if ahead and first < self.tokens_moved and self._ahead else self.moved
+        fetched = self._ahead.on_device() if ahead and first < self._ahead_tokens else []
+        moved = [*fetched, *self.moved[len(fetched) :]]
         parts, start = [], 0
         for piece in (*moved, self.here):
             parts.append(piece[:, heads, max(0, first - start) : max(0, last - start)])

@@ -48,7 +48,7 @@ class SideStream:
 
     def __init__(self, device: torch.device, on: bool = True):
         self._device = device
-        self._stream = torch.cuda.Stream(device) if on and device.type == "cuda" else None
+        self._stream = torch.cuda.Stream(device) if on and _has_streams(device) else None
         self._later: list[Callable[[], object]] = []
 
     @property
@@ -112,6 +112,10 @@ class SideStream:
         """Does what was left for later, oldest first."""
         while self._later:
             self._later.pop(0)()
+
+
+def _has_streams(device: torch.device) -> bool:
+    return device.type == "cuda"
 
 
 def _record(tensors: Iterable[object], stream) -> None:

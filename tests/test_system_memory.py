@@ -56,8 +56,10 @@ def noise(chunk: int, frames: int = FRAMES) -> torch.Tensor:
     return chunk_noise(3, chunk, (1, TINY.in_dim, frames, 6, 4))
 
 
-def engine(backbone, case: Case, attention: AttentionFunction = F.scaled_dot_product_attention) -> Engine:
-    settings = replace(OFF, history=case.kept)
+def engine(
+    backbone, case: Case, attention: AttentionFunction = F.scaled_dot_product_attention, overlap: bool = True
+) -> Engine:
+    settings = replace(OFF, history=case.kept, overlap=overlap)
     run = Runner(backbone, ChunkSchedule(6, 4, 2), settings, FRAMES, attention, lead=case.lead, end=case.end)
     return Engine(run, guidance(run, text(0), text(1), case.scale), [1.0, 0.8, 0.5, 0.2, 0.0], noise)
 
