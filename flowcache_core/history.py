@@ -296,6 +296,7 @@ class History:
             queries = _stacked(asked, 0, self.queries[0].shape[2], side)
         return Clean(whole, copied, numbers, queries), _stacked(unrotated, start, end, side) if self.time_dims else None
 
+    @torch.inference_mode()
     def _turned(self, copied: Pending[tuple[Clean, Tensor | None]]) -> Clean:
         """Keys rotated by their place in the video, not in the window."""
         clean, unrotated = copied.on_host()

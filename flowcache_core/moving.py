@@ -52,13 +52,12 @@ class Stretch:
     def tokens_moved(self) -> int:
         return sum(piece.shape[2] for piece in self.moved)
 
-    def read(self, first: int, last: int, heads: slice = slice(None), to: torch.device | None = None) -> Tensor:
-        """Tokens first to last, on the device or on another; no copy where they lie there in one piece."""
-        to = to or self.device
-        parts = self._parts(first, last, heads, to == self.device)
+    def read(self, first: int, last: int, heads: slice = slice(None)) -> Tensor:
+        """Tokens first to last, on the device; no copy where they lie there in one piece."""
+        parts = self._parts(first, last, heads, ahead=True)
         if len(parts) == 1:
-            return parts[0].to(to)
-        whole = self.here.new_empty(*parts[0].shape[:2], last - first, *self.here.shape[3:], device=to)
+            return parts[0].to(self.device)
+        whole = self.here.new_empty(*parts[0].shape[:2], last - first, *self.here.shape[3:])
         _fill(whole, parts)
         return whole
 

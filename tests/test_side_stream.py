@@ -81,6 +81,7 @@ class Stream:
         self.device.told.append("event")
         return Event(self)
 
+    @torch.inference_mode()  # a device knows of no modes
     def catch_up(self) -> None:
         while self.waiting:
             target, source = self.waiting.pop(0)
@@ -224,7 +225,9 @@ def test_a_copy_of_the_history_is_of_when_it_was_begun(backbone, device, case, m
     copies = []
     for _ in made.run():
         for each in histories(made):
-            copies.append((each.save(), each.begin_save()))
+            with torch.inference_mode():
+                copy = each.begin_save()
+            copies.append((each.save(), copy))
         if len(copies) == 6:
             for each in histories(made):
                 each.move_chunk()
