@@ -4,6 +4,7 @@ import math
 from collections.abc import Sequence
 from functools import lru_cache
 
+import torch
 from torch import Tensor
 
 
@@ -14,8 +15,15 @@ def lagrange(steps: tuple[int, ...], at: float) -> tuple[float, ...]:
 
 
 def weighted(tensors: Sequence[Tensor], weights: Sequence[float]) -> Tensor:
-    """The weighted sum, in a new tensor."""
-    total = tensors[0] * weights[0]
-    for tensor, weight in zip(tensors[1:], weights[1:], strict=True):
+    """The weighted sum. What has weight 0 is left out, and what alone has weight 1 is given back as it is."""
+    (total, first), *rest = [pair for pair in zip(tensors, weights, strict=True) if pair[1]]
+    if first == 1.0:
+        if not rest:
+            return total
+        (tensor, weight), *rest = rest
+        total = torch.add(total, tensor, alpha=weight)
+    else:
+        total = total * first
+    for tensor, weight in rest:
         total.add_(tensor, alpha=weight)
     return total

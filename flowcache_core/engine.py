@@ -15,7 +15,7 @@ from .report import Report
 from .reuse import Corrector
 from .runner import Runner, Step, Text
 from .schedule import CLEAN, END, LEAD, ChunkSchedule, Place
-from .solvers import Euler, Solver, SolverFactory, no_noise
+from .solvers import Euler, Linear, Solver, SolverFactory, no_noise
 
 Denoise = Callable[[Sequence[Step]], Iterator[Tensor]]  # a tick's steps, oldest chunk first -> their guided velocities
 
@@ -269,13 +269,13 @@ class Engine:
         return Chunk(place.chunk, latent)
 
     def _move(self, chunk: Active, velocity: Tensor, place: Place) -> None:
-        recomputed = self.runner.recomputed[place.chunk]
-        if self.runner.corrects:
-            chunk.latent, chunk.solver = chunk.corrector.step(
-                chunk.latent, chunk.solver, velocity, place.step, recomputed
-            )
-        step = chunk.solver.step if recomputed or not self.runner.corrects else chunk.solver.coast
-        chunk.latent = step(chunk.latent, velocity, place.step)
+        recomputed, solver = self.runner.recomputed[place.chunk], chunk.solver
+        if not (self.runner.corrects and isinstance(solver, Linear)):
+            chunk.latent = solver.step(chunk.latent, velocity, place.step)
+            return
+        if recomputed:
+            chunk.latent = chunk.corrector.step(chunk.latent, solver, velocity, place.step)
+        chunk.latent = solver.step(chunk.latent, velocity, place.step, coasting=not recomputed)
 
     def _sigmas(self, chunk: int) -> list[float]:
         return self.first_sigmas if chunk == self.schedule.prefix else self.sigmas

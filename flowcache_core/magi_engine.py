@@ -283,8 +283,8 @@ class MagiEngine:
             forecast.add(place.step, fresh * length if changes_held else fresh)
         velocity = forecast.at(place.step)
         x = self._latents[chunk]
-        if self.settings.reuse.correct and not changes_held:
-            x, _ = self._correctors[chunk].step(x, self._solver, velocity, place.step, fresh is not None)
+        if self.settings.reuse.correct and not changes_held and fresh is not None:
+            x = self._correctors[chunk].step(x, self._solver, velocity, place.step)
         step = 1.0 if changes_held else length
         self.estimates[chunk] = partial(torch.add, x, velocity, alpha=step * -sigma / length)
         self._latents[chunk] = torch.add(x, velocity, alpha=step)

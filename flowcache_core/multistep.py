@@ -10,31 +10,22 @@ SkyReels-V2 uses it (skyreels_v2_infer/scheduler/fm_solvers_unipc.py). UniPC's p
 import math
 from collections.abc import Sequence
 
-import torch
-from torch import Tensor
+import numpy as np
 
-from .combination import weighted
+from .solvers import Linear
 
 
-class DPM2M:
-    """DPM-Solver++ 2M: the clean estimate extrapolated through the last two.
-
-    Args:
-        sigmas: noise levels [steps + 1], falling; the last is 0 or small.
-        noise: unused; solvers that add noise draw it here.
-    """
+class DPM2M(Linear):
+    """DPM-Solver++ 2M: the clean estimate extrapolated through the last two, which it remembers."""
 
     def __init__(self, sigmas: Sequence[float], noise=None):
-        self.sigmas = sigmas
+        super().__init__(sigmas)
         self.lambdas = [log_ratio(sigma) for sigma in sigmas]
-        self.cleans: list[Tensor] = []  # the last two estimates, oldest first
 
-    def step(self, x: Tensor, velocity: Tensor, step: int) -> Tensor:
-        """The latent after `step`, from the latent before it and the velocity there; shapes [B, C, T, H, W]."""
-        clean = torch.sub(x, velocity, alpha=self.sigmas[step])
-        return self.predict(x, clean, step)
-
-    coast = step
+    def weights(self, step: int, held: int, coasting: bool = False) -> np.ndarray:
+        x, *cleans, velocity = np.eye(held + 2)
+        cleans = [*cleans[-1:], x - self.sigmas[step] * velocity]
+        return np.stack([self.predict(x, cleans, step), *cleans])
 
     def order(self, step: int) -> int:
         """1 at the first step, which has no past, and at the last, where lambda may be infinite."""
@@ -44,54 +35,50 @@ class DPM2M:
         """How far lambda rises in a step; infinite from noise and to clean."""
         return self.lambdas[step + 1] - self.lambdas[step]
 
-    def predict(self, x: Tensor, clean: Tensor, step: int) -> Tensor:
-        self.cleans = [*self.cleans[-1:], clean]
-        now, after = self.sigmas[step], self.sigmas[step + 1]
-        h = self.gap(step)
-        shrink = math.expm1(-h)
-        target = clean
+    def predict(self, x: np.ndarray, cleans: Sequence[np.ndarray], step: int) -> np.ndarray:
+        """The latent after a step, from the one before it and the clean estimates there, the newest last."""
+        now, after, h = self.sigmas[step], self.sigmas[step + 1], self.gap(step)
+        target = cleans[-1]
         if self.order(step) == 2:
             ratio = self.gap(step - 1) / h
-            target = torch.lerp(self.cleans[0], clean, 1.0 + 0.5 / ratio)
-        return (x * (after / now)).add_(target, alpha=-(1.0 - after) * shrink)
+            target = target + (target - cleans[-2]) * (0.5 / ratio)
+        return x * (after / now) - target * ((1.0 - after) * math.expm1(-h))
 
 
 class UniPC(DPM2M):
     """UniPC of order 2 (bh2): 2M's prediction, corrected once the velocity at the predicted latent is known.
 
-    A forecast of that velocity tells nothing new: coasting is 2M's.
+    It remembers the last two clean estimates and the corrected latent before the last prediction. A forecast of the
+    velocity tells nothing new: coasting leaves the correction out.
     """
 
-    def __init__(self, sigmas: Sequence[float], noise=None):
-        super().__init__(sigmas)
-        self.corrected: Tensor  # the latent before the last prediction, from the first step on
+    def weights(self, step: int, held: int, coasting: bool = False) -> np.ndarray:
+        x, *memory, velocity = np.eye(held + 2)
+        clean = x - self.sigmas[step] * velocity
+        if step > 0 and not coasting:
+            x = self.correct(memory[-1] if step > 1 else self.first(x, memory), [*memory[:-1], clean], step)
+        cleans = [*memory[:-1][-1:], clean]
+        return np.stack([self.predict(x, cleans, step), *cleans, x])
 
-    def step(self, x: Tensor, velocity: Tensor, step: int) -> Tensor:
-        """As `DPM2M.step`; `x` is what the last call gave, and is corrected before it is used."""
-        clean = torch.sub(x, velocity, alpha=self.sigmas[step])
-        if step > 0:
-            x = self.correct(clean, step)
-        self.corrected = x
-        return self.predict(x, clean, step)
+    def first(self, predicted: np.ndarray, memory: Sequence[np.ndarray]) -> np.ndarray:
+        """The latent that the first correction starts from."""
+        return memory[-1]
 
-    def correct(self, clean: Tensor, step: int) -> Tensor:
-        """The latent at `step` again, from the one before it and the clean estimates on both sides."""
-        before, now = self.sigmas[step - 1], self.sigmas[step]
-        h = self.gap(step - 1)
+    def correct(self, start: np.ndarray, cleans: Sequence[np.ndarray], step: int) -> np.ndarray:
+        """The latent at `step` again, from the one before it and the clean estimates on both sides, newest last."""
+        before, now, h = self.sigmas[step - 1], self.sigmas[step], self.gap(step - 1)
         shrink = math.expm1(-h)
-        newer, older = 0.5, 0.0  # weights of the differences to the newer and the older estimate
+        last, clean = cleans[-2:]
+        change = (clean - last) * 0.5
         if self.order(step - 1) == 2:
-            # Exact for a quadratic in lambda.
+            # Weights of the differences to the older and the newer estimate: exact for a quadratic in lambda.
             ratio = -self.gap(step - 2) / h
             first = (-shrink / h - 1.0) / -h - 0.5  # phi_3 of -h, times -h
             newer_and_older = (-shrink / h - 1.0) / shrink
             slope = 2.0 * first / shrink
             older = (newer_and_older - slope) / (1.0 - ratio)
-            newer, older = newer_and_older - older, older / ratio
-        estimates = [*self.cleans[-2:], clean]
-        weights = [older, 1.0 - newer - older, newer][-len(estimates) :]
-        share = (now - 1.0) * shrink
-        return weighted([self.corrected, *estimates], [now / before, *(share * weight for weight in weights)])
+            change = (clean - last) * (newer_and_older - older) + (cleans[-3] - last) * (older / ratio)
+        return start * (now / before) - (last + change) * ((1.0 - now) * shrink)
 
 
 class SkyReelsUniPC(UniPC):
@@ -103,10 +90,8 @@ class SkyReelsUniPC(UniPC):
     Source: skyreels_v2_infer/pipelines/diffusion_forcing_pipeline.py, the loop over `sample_schedulers`.
     """
 
-    def step(self, x: Tensor, velocity: Tensor, step: int) -> Tensor:
-        if step == 1:
-            self.corrected = x
-        return super().step(x, velocity, step)
+    def first(self, predicted: np.ndarray, memory: Sequence[np.ndarray]) -> np.ndarray:
+        return predicted
 
 
 def log_ratio(sigma: float) -> float:

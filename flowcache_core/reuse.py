@@ -6,7 +6,6 @@ predictor-corrector solver of its own.
 """
 
 from collections.abc import Sequence
-from copy import copy
 from dataclasses import dataclass, field
 from typing import Protocol
 
@@ -15,7 +14,7 @@ from torch import Tensor
 
 from .combination import lagrange, weighted
 from .schedule import Place
-from .solvers import Solver
+from .solvers import Linear
 
 Branch = object  # a hashable name of one side of guidance: "cond", "uncond", ...
 
@@ -224,31 +223,25 @@ class Corrector:
 
     def __init__(self, order: int):
         self.order = max(1, order)
-        self.steps: list[int] = []  # recomputed ones that the next curve goes through
+        self.steps: tuple[int, ...] = ()  # recomputed ones that the next curve goes through
         self.velocities: list[Tensor] = []
-        self.start: tuple[Tensor, Solver]  # the latent and the solver before the last of them
+        self.start: tuple[Tensor, tuple[Tensor, ...]]  # the latent and the solver's memory before the last of them
 
-    def step(
-        self, latent: Tensor, solver: Solver, velocity: Tensor, step: int, recomputed: bool
-    ) -> tuple[Tensor, Solver]:
-        """To be told every step of the chunk, in order, before the solver takes it.
+    def step(self, latent: Tensor, solver: Linear, velocity: Tensor, step: int) -> Tensor:
+        """To be told every recomputed step of the chunk, in order, before the solver takes it.
 
         Args:
             latent, velocity: before the step, [B, C, T, H, W].
             solver: that will take it.
             step: its number.
-            recomputed: whether the velocity is the network's.
 
         Returns:
-            Latent and solver to go on with.
+            The latent to go on from.
         """
-        if not recomputed:
-            return latent, solver
-        steps, velocities = [*self.steps, step], [*self.velocities, velocity]
+        steps, velocities = (*self.steps, step), [*self.velocities, velocity]
         if self.steps and step - self.steps[-1] > 1:
-            latent, solver = self.start
-            for again in range(self.steps[-1], step):
-                latent = solver.step(latent, weighted(velocities, lagrange(tuple(steps), again)), again)
+            latent, solver.memory = self.start
+            latent = solver.along(latent, velocities, steps)
         self.steps, self.velocities = steps[-self.order :], velocities[-self.order :]
-        self.start = latent, copy(solver)
-        return latent, solver
+        self.start = latent, solver.memory
+        return latent
