@@ -22,7 +22,7 @@ LONG_STEPS = 6  # recomputed of a chunk, where many chunks are made
 
 # Recomputed steps of a chunk, for ours; steps of fewer steps; distances of periodic; thresholds of the rules that watch
 # the input, which lie between 2x and 8x on the demo model. The most telling setting of each comes first.
-OUR_STEPS = {"magi": (9, 15, 5, 6, 12, 30, 20), "skyreels": (9, 12, 7, 14, 5, 20, 30), "causal": (3, 2)}
+OUR_STEPS = {"magi": (9, 15, 5, 6, 12, 30, 20), "skyreels": (9, 7, 12, 5, 8, 6, 14, 20, 30), "causal": (3, 2)}
 FEWER_STEPS = {"magi": (16, 8, 30), "skyreels": (20, 15, 30), "causal": (3, 2)}
 DISTANCES = {"magi": (8, 4), "skyreels": (5,), "causal": ()}
 THRESHOLDS = {
