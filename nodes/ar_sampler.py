@@ -24,21 +24,21 @@ class ARSamplerNode(io.ComfyNode):
                     min=1,
                     max=64,
                     tooltip="Latent frames that are denoised together, as the model was trained: 3 for the demo model "
-                    "and chunkwise causal Wan, 1 for framewise, 5 for SkyReels-V2, 6 for MAGI-1.",
+                    "and chunkwise causal Wan, 1 for framewise, 5 for SkyReels-V2.",
                 ),
                 io.Int.Input(
                     "lag",
                     default=16,
                     min=0,
                     max=1000,
-                    tooltip="Steps that a chunk is ahead of the next. 16 of 64 steps is MAGI-1's schedule, 5 of 50 "
-                    "SkyReels-V2's; the number of steps or more is one chunk after the other; 0 all chunks together.",
+                    tooltip="Steps that a chunk is ahead of the next. 16 of 64 for the demo model, 5 of 50 for "
+                    "SkyReels-V2; the number of steps or more is one chunk after the other; 0 all chunks together.",
                 ),
                 io.Combo.Input(
                     "solver",
                     options=list(SOLVERS),
                     default="euler",
-                    tooltip="euler for the demo model and MAGI-1, renoise for few-step causal models (Self-Forcing), "
+                    tooltip="euler for the demo model, renoise for few-step causal models (Self-Forcing), "
                     "skyreels unipc for SkyReels-V2.",
                 ),
                 advanced(

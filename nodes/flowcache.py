@@ -29,7 +29,7 @@ class FlowCache(io.ComfyNode):
             **found_by("cache", "speed up", "teacache", "easycache", "kv cache", "faster video"),
             inputs=[
                 io.Model.Input(
-                    "model", tooltip="An autoregressive video model: causal Wan, SkyReels-V2, the demo model."
+                    "model", tooltip="An autoregressive video model: causal Wan, SkyReels-V2, MAGI-1, the demo model."
                 ),
                 io.Combo.Input(
                     "preset",
@@ -44,7 +44,7 @@ class FlowCache(io.ComfyNode):
                     default=0,
                     min=0,
                     max=1000,
-                    tooltip="How many finished chunks the model may look back on; older tokens are dropped by "
+                    tooltip="How many finished chunks the model may look back on; what goes is chosen by "
                     "importance and redundancy. 0 keeps all of them, so memory grows with the length of the video.",
                 ),
                 advanced(
