@@ -34,7 +34,8 @@ def of_videos(videos: list[np.ndarray]) -> Image.Image:
     ]
     for place, moment in enumerate(moments):
         down, across = divmod(place, GRID)
-        tile = Image.fromarray(moment).resize((side, side), Image.Resampling.LANCZOS)
+        square = moment[:, -moment.shape[0] :]  # of two videos side by side the right one
+        tile = Image.fromarray(square).resize((side, side), Image.Resampling.LANCZOS)
         sheet.paste(tile, (across * (side + SEAM), down * (side + SEAM)))
     return sheet
 
