@@ -3,13 +3,14 @@
 import hashlib
 import uuid
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, fields, is_dataclass
+from dataclasses import dataclass, fields, is_dataclass, replace
 from pathlib import Path
 
 import folder_paths
 import torch
 from torch import Tensor
 
+from ..flowcache_core.presets import Settings
 from ..flowcache_core.run_folder import RunFolder
 from . import host
 
@@ -49,10 +50,15 @@ def weights_of(model) -> list:
     setup = [
         options.get(host.FAMILY),
         options.get(host.FPS),
-        patch and patch.settings,
+        patch and _that_tell(patch.settings),
         str(host.compute_dtype(model.model)),
     ]
     return [weights, dict(model.patches), setup]
+
+
+def _that_tell(settings: Settings) -> Settings:
+    """Settings without those that change where and when things are done, but not the result."""
+    return replace(settings, overlap=True, history=replace(settings.history, memory="auto"))
 
 
 def digest(*what) -> str:
