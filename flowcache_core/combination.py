@@ -1,4 +1,4 @@
-"""Weighted sums of tensors, and the weights of values at some places in the polynomial through them."""
+"""Sums and joins of tensors, and the weights of values at some places in the polynomial through them."""
 
 import math
 from collections.abc import Sequence
@@ -12,6 +12,11 @@ from torch import Tensor
 def lagrange(steps: tuple[int, ...], at: float) -> tuple[float, ...]:
     """Weights of values at some steps in the polynomial through them, at another step; they add up to 1."""
     return tuple(math.prod((at - other) / (mine - other) for other in steps if other != mine) for mine in steps)
+
+
+def joined(parts: list[Tensor], dim: int = 0) -> Tensor:
+    """The parts behind one another; a single one is given back as it is."""
+    return parts[0] if len(parts) == 1 else torch.cat(parts, dim)
 
 
 def weighted(tensors: Sequence[Tensor], weights: Sequence[float]) -> Tensor:

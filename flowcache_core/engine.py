@@ -9,7 +9,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from .combination import weighted
+from .combination import joined, weighted
 from .history import Clean, Grown
 from .report import Report
 from .reuse import Corrector
@@ -103,7 +103,7 @@ class Guidance:
             if len(self._words) > self.runner.schedule.max_active:
                 self._words.pop(min(self._words))
             key = tuple(text(chunk) if callable(text) else text for text in self.texts.values())
-            self._words[chunk] = Text(key[0] if len(key) == 1 else torch.cat(key), key)
+            self._words[chunk] = Text(joined(list(key)), key)
         return self._words[chunk]
 
 

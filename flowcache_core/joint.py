@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .backbones.wan import Attention, WanBackbone
+from .combination import weighted
 from .engine import Chunk, Progress, check, turns
 from .errors import UserError
 from .report import Report
@@ -56,7 +57,7 @@ class JointGuidance:
         levels = levels.expand(repeated.shape[0], -1)
         residual = self.backbone.trunk(repeated, levels, self.context, attend)
         velocities = self.backbone.head(repeated, levels, residual).split(x.shape[0])
-        return sum(self.weights[name] * velocity for name, velocity in zip(self.texts, velocities, strict=True))
+        return weighted(velocities, [self.weights[name] for name in self.texts])
 
 
 @dataclass(frozen=True)

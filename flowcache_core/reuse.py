@@ -206,7 +206,7 @@ class Forecast:
         self.results = [*self.results[-self.order :], result] if self.order else [result]
 
     def at(self, step: int) -> Tensor:
-        return self.results[0] if len(self.results) == 1 else weighted(self.results, lagrange(tuple(self.steps), step))
+        return weighted(self.results, lagrange(tuple(self.steps), step))
 
 
 class Corrector:

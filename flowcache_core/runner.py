@@ -17,6 +17,7 @@ from torch import Tensor
 
 from .chunk_view import AttentionFunction, ChunkView
 from .clean_history import Clean, Grown
+from .combination import joined
 from .errors import UserError
 from .history import History, grown, moved_note
 from .history_settings import Given, HistoryShape
@@ -166,11 +167,9 @@ class Runner:
         for at in range(first, len(steps)):
             if not again[at]:
                 continue
-            if again[at] != again[first] or texts[at].key not in {
-                texts[first].key
-            }:  # tensors in it are told by identity
-                break
-            if together and self._tokens(steps[first].x) * (len(together) + 1) > FORWARD_TOKENS:
+            same_text = texts[at].key in {texts[first].key}  # a look-up tells tensors in it by identity
+            full = together and self._tokens(steps[first].x) * (len(together) + 1) > FORWARD_TOKENS
+            if again[at] != again[first] or not same_text or full:
                 break
             together.append(at)
         return together
@@ -195,7 +194,7 @@ class Runner:
         """A velocity of which no branch, or not every one, has just been recomputed."""
         x, sigma, place = step
         results = [self._forecasts[place.chunk, name].at(place.step) for name in branches]
-        result = _joined(results, dim=0)
+        result = joined(results, dim=0)
         if self.held == "clean":
             return (x - result) / sigma
         if self.held == "residual":
@@ -284,13 +283,13 @@ class Runner:
 
         def attend(layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
             chunks = zip(*(part.chunk(len(steps), dim=2) for part in (q, k, v)), strict=True)
-            return _joined([attend_chunk(layer, chunk, *qkv) for chunk, qkv in zip(views, chunks, strict=True)], dim=2)
+            return joined([attend_chunk(layer, chunk, *qkv) for chunk, qkv in zip(views, chunks, strict=True)], dim=2)
 
         def attend_chunk(layer: int, chunk: Sequence[ChunkView], q: Tensor, k: Tensor, v: Tensor) -> Tensor:
             branch = zip(chunk, q.split(rows), k.split(rows), v.split(rows), strict=True)
-            return _joined([view.attend(layer, q, k, v, self.attention) for view, q, k, v in branch], dim=0)
+            return joined([view.attend(layer, q, k, v, self.attention) for view, q, k, v in branch], dim=0)
 
-        x = _joined([step.x for step in steps], dim=2)
+        x = joined([step.x for step in steps], dim=2)
         levels = _levels(steps)
         residual = self.backbone.trunk(x, levels, context, attend)
         residuals = residual.chunk(len(steps), dim=1)
@@ -340,10 +339,6 @@ class Runner:
 def _rows(x: Tensor, kept: Sequence[int], groups: int) -> Tensor:
     """The row groups `kept` of x; x itself where that is all of them."""
     return x if len(kept) == groups else torch.cat([x.chunk(groups)[i] for i in kept])
-
-
-def _joined(parts: list[Tensor], dim: int) -> Tensor:
-    return parts[0] if len(parts) == 1 else torch.cat(parts, dim)
 
 
 def _levels(steps: Sequence[Step]) -> Tensor:

@@ -35,7 +35,7 @@ SolverFactory = Callable[[Sequence[float], Noise], Solver]  # sigmas [steps + 1]
 
 class Linear(ABC):
     """A solver whose step is a weighted sum of the latent, of what it remembers and of the velocity. So many of them in
-    a row are one weighted sum too: see `stretch`.
+    a row are one weighted sum too: see `along`.
 
     Args:
         sigmas: noise levels [steps + 1], falling; the last is 0 or small.
@@ -66,7 +66,7 @@ class Linear(ABC):
     def along(self, x: Tensor, velocities: Sequence[Tensor], steps: tuple[int, ...]) -> Tensor:
         """The latent at the last of some steps, from the latent at the one before it in the list, with velocities from
         the line or parabola, over the step number, through those at the steps."""
-        return self._to(stretch(type(self), self.sigmas, len(self.memory), steps), x, velocities)
+        return self._to(_weights_along(type(self), self.sigmas, len(self.memory), steps), x, velocities)
 
     def _to(self, weights: Sequence[Sequence[float]], x: Tensor, velocities: Sequence[Tensor]) -> Tensor:
         before = (x, *self.memory, *velocities)
@@ -81,7 +81,7 @@ def _step_weights(kind: type[Linear], sigmas: tuple[float, ...], step: int, held
 
 
 @lru_cache(4096)
-def stretch(kind: type[Linear], sigmas: tuple[float, ...], held: int, steps: tuple[int, ...]) -> list:
+def _weights_along(kind: type[Linear], sigmas: tuple[float, ...], held: int, steps: tuple[int, ...]) -> list:
     """Weights [1 + memory after, 1 + held + velocities] of `Linear.along`."""
     solver = kind(sigmas)
     state = np.eye(1 + held, 1 + held + len(steps))  # latent and memory, as sums of what there was and the velocities

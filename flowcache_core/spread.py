@@ -15,9 +15,8 @@ from .schedule import ChunkSchedule
 
 Steps = frozenset[int]
 
-EXTRAPOLATED = (
-    5.0  # error of a forecast over that of the line between both ends: Adams-Bashforth's over Adams-Moulton's
-)
+# Error of a forecast over that of the line between both ends: Adams-Bashforth's over Adams-Moulton's.
+EXTRAPOLATED = 5.0
 EARLY = 0.4  # errors made early are carried on: they weigh 1 / (share of the steps done + this)
 # The work grows faster than the number of steps: above LONG lists are not improved by exchange, above VERY_LONG steps
 # are taken evenly.

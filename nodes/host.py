@@ -26,6 +26,7 @@ from torch import Tensor
 
 from ..flowcache_core.calibration import Calibration, beside
 from ..flowcache_core.calibration import load as load_calibration
+from ..flowcache_core.combination import joined
 from ..flowcache_core.errors import UserError
 from ..flowcache_core.families import family
 from ..flowcache_core.presets import OFF, Settings
@@ -198,7 +199,7 @@ class Run(HostRun):
         text = Text(context, (self.caption, *options["uuids"]))
         chunks = zip(self.steps, x.chunk(len(self.steps), dim=2), strict=True)
         steps = [step._replace(x=part) for step, part in chunks]
-        return torch.cat(list(self.runner.forward(steps, self.names(options), [text] * len(steps))), dim=2)
+        return joined(list(self.runner.forward(steps, self.names(options), [text] * len(steps))), dim=2)
 
 
 class ChunkSampler(comfy.samplers.Sampler):

@@ -58,12 +58,13 @@ class EasyCacheRunner(Runner):
         return self.again or place.step == CLEAN or place.chunk not in self.outputs
 
     def forward(self, steps: Sequence[Step], branches: Sequence[Hashable], texts: Sequence[Text]) -> Iterator[Tensor]:
-        again = [self._recompute(step.place, branches[0]) for step in steps]
-        velocities = super().forward(steps, branches, texts)
-        for (x, _, place), recomputed, velocity in zip(steps, again, velocities, strict=True):
-            if place.step != CLEAN and recomputed:
+        for (x, _, place), velocity in zip(steps, super().forward(steps, branches, texts), strict=True):
+            if not self.recomputed[place.chunk]:
+                yield velocity + (x - self.inputs[place.chunk])
+                continue
+            if place.step != CLEAN:
                 self.inputs[place.chunk], self.outputs[place.chunk] = x, velocity
-            yield velocity if recomputed else velocity + (x - self.inputs[place.chunk])
+            yield velocity
 
     def commit(self, chunk: int) -> None:
         super().commit(chunk)
