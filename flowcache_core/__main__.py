@@ -8,27 +8,28 @@ from pathlib import Path
 
 import torch
 
-from . import checkpoints, magi_files
-from .backbones.magi_config import MagiConfig
-from .calibration import QUALITIES, beside, load, settings_of
+from .checkpoints import checkpoint as checkpoints
 from .demo.captions import embed_caption
 from .demo.clips import FPS
 from .demo.compare import CAPTION, compare, table
 from .demo.model import decode, load_network, weights_name
 from .demo.train_network import FRAMES_PER_CHUNK
-from .engine import Cancelled
+from .engine.loop import Cancelled
 from .errors import UserError
-from .families import FAMILIES, magi_usual
-from .files import check_writable, write_whole
 from .generate import generate
-from .history_settings import HistorySettings
-from .pictures import report_picture
-from .plan import plan_history, plan_magi_history
-from .presets import DEFAULT_PRESET, PRESETS, preset
-from .progress import Bar
+from .history.settings import HistorySettings
+from .media.pictures import report_picture
+from .media.progress_bar import Bar
+from .media.video import FORMATS, enlarged, frames_of, save_video
+from .models.families import FAMILIES, magi_usual
+from .models.magi import files as magi_files
+from .models.magi.config import MagiConfig
+from .models.memory import plan_history, plan_magi_history
+from .models.presets import DEFAULT_PRESET, PRESETS, preset
 from .report import megabytes
-from .state import load_state, save_state
-from .video import FORMATS, enlarged, frames_of, save_video
+from .reuse.calibration import QUALITIES, beside, load, settings_of
+from .storage.files import check_writable, write_whole
+from .storage.state import load_state, save_state
 
 DTYPES = {"as it is": None, "float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 

@@ -15,16 +15,16 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from .engine import Chunk, Engine, Progress, guidance
+from .engine.loop import Chunk, Engine, Progress, guidance
+from .engine.runner import Runner
 from .errors import UserError
-from .noise_levels import magi
-from .presets import DEFAULT_PRESET, PRESETS, Settings, describe
+from .history.streams import Pending, SideStream
+from .models.presets import DEFAULT_PRESET, PRESETS, Settings, describe
 from .report import Report
-from .runner import Runner
 from .schedule import END, ChunkSchedule
-from .side_stream import Pending, SideStream
-from .solvers import Euler, SolverFactory, chunk_noise
-from .state import State, make_state
+from .solvers.noise_levels import magi
+from .solvers.one_step import Euler, SolverFactory, chunk_noise
+from .storage.state import State, make_state
 
 Text = Tensor | Sequence[Tensor]  # one embedding [B, tokens, width], or one for each new chunk
 

@@ -4,13 +4,13 @@ from comfy_api.latest import ComfyExtension, io
 
 from .ar_sampler import ARSamplerNode
 from .calibrate import Calibrate
+from .comfyui.input_checks import checked
+from .comfyui.outputs import run_streams
 from .compare_videos import CompareVideos
 from .demo_prompt import DemoPrompt
 from .extend import AutoregressiveExtend
 from .extend_windows import ExtendInWindows
 from .flowcache import FlowCache
-from .host_inputs import checked
-from .host_outputs import run_streams
 from .load_demo_vae import LoadDemoVAE
 from .load_magi_vae import LoadMagiVAE
 from .load_model import LoadARVideoModel

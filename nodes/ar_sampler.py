@@ -2,9 +2,9 @@
 
 from comfy_api.latest import io
 
-from ..flowcache_core.families import SOLVERS
-from .host_sampler import ARSampler
-from .widgets import advanced, found_by
+from ..flowcache_core.models.families import SOLVERS
+from .comfyui.sampler import ARSampler
+from .comfyui.widgets import advanced, found_by
 
 
 class ARSamplerNode(io.ComfyNode):

@@ -2,15 +2,16 @@
 
 from comfy_api.latest import io
 
-from ..flowcache_core import calibration
-from ..flowcache_core.families import family
-from ..flowcache_core.metrics import psnr
-from ..flowcache_core.presets import OFF, Settings
+from ..flowcache_core.media.metrics import psnr
+from ..flowcache_core.models.families import family
+from ..flowcache_core.models.presets import OFF, Settings
+from ..flowcache_core.reuse import calibration
 from ..flowcache_core.schedule import ChunkSchedule
-from . import host, inputs
-from .host_extend import Extension, Sampling, extend
-from .host_progress import progress_text
-from .widgets import advanced, found_by
+from .comfyui import inputs
+from .comfyui import patch as host
+from .comfyui.extend import Extension, Sampling, extend
+from .comfyui.progress import progress_text
+from .comfyui.widgets import advanced, found_by
 
 
 class Calibrate(io.ComfyNode):

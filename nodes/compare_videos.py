@@ -4,9 +4,9 @@ import numpy as np
 import torch
 from comfy_api.latest import io
 
-from ..flowcache_core.likeness import common, likeness, side_by_side, wipe
-from ..flowcache_core.pictures import likeness_picture
-from .widgets import found_by
+from ..flowcache_core.media.likeness import common, likeness, side_by_side, wipe
+from ..flowcache_core.media.pictures import likeness_picture
+from .comfyui.widgets import found_by
 
 VIEWS = {"side by side": side_by_side, "wipe": wipe}
 

@@ -4,14 +4,16 @@ from dataclasses import replace
 
 from comfy_api.latest import io
 
-from ..flowcache_core.checkpoints import MAGI_FAMILIES
+from ..flowcache_core.checkpoints.checkpoint import MAGI_FAMILIES
 from ..flowcache_core.errors import UserError
-from ..flowcache_core.families import SOLVERS, family
-from . import host, host_magi, inputs
-from .host_extend import Extended, Extension, Sampling, extend
-from .host_video import workflow_metadata
-from .types import ReportType, ResumeType, StateType, StreamType
-from .widgets import advanced, found_by
+from ..flowcache_core.models.families import SOLVERS, family
+from .comfyui import inputs
+from .comfyui import magi as host_magi
+from .comfyui import patch as host
+from .comfyui.extend import Extended, Extension, Sampling, extend
+from .comfyui.stream import workflow_metadata
+from .comfyui.types import ReportType, ResumeType, StateType, StreamType
+from .comfyui.widgets import advanced, found_by
 
 AUTO = 0  # of a number: as recommended for the model's family
 

@@ -3,13 +3,14 @@
 import torch
 from comfy_api.latest import io
 
+from ..flowcache_core.engine.windows import window_sizes
 from ..flowcache_core.errors import UserError
-from ..flowcache_core.families import family
-from ..flowcache_core.plan import FRAME_STRIDE
-from ..flowcache_core.windows import window_sizes
-from . import host, inputs
-from .host_extend import Extension, Sampling, extend
-from .widgets import advanced, found_by
+from ..flowcache_core.models.families import family
+from ..flowcache_core.models.memory import FRAME_STRIDE
+from .comfyui import inputs
+from .comfyui import patch as host
+from .comfyui.extend import Extension, Sampling, extend
+from .comfyui.widgets import advanced, found_by
 
 
 class ExtendInWindows(io.ComfyNode):

@@ -4,13 +4,13 @@ from dataclasses import replace
 
 from comfy_api.latest import io
 
-from ..flowcache_core.calibration import settings_of
-from ..flowcache_core.compression import Compression
-from ..flowcache_core.families import family_preset, fitted
-from ..flowcache_core.history_settings import HistorySettings
-from ..flowcache_core.presets import DEFAULT_PRESET, PRESETS, ReuseSettings, Settings
-from . import host
-from .widgets import advanced, found_by
+from ..flowcache_core.history.compression import Compression
+from ..flowcache_core.history.settings import HistorySettings
+from ..flowcache_core.models.families import family_preset, fitted
+from ..flowcache_core.models.presets import DEFAULT_PRESET, PRESETS, ReuseSettings, Settings
+from ..flowcache_core.reuse.calibration import settings_of
+from .comfyui import patch as host
+from .comfyui.widgets import advanced, found_by
 
 CUSTOM, QUALITY = "custom", "quality"
 

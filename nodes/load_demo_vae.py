@@ -3,7 +3,7 @@
 from comfy_api.latest import io
 
 from ..flowcache_core.demo.vae import load_vae
-from .host_models import video_vae
+from .comfyui.models import video_vae
 
 
 class LoadDemoVAE(io.ComfyNode):

@@ -3,8 +3,8 @@
 import folder_paths
 from comfy_api.latest import io
 
-from .host_magi_model import magi_vae
-from .widgets import found_by
+from .comfyui.magi_model import magi_vae
+from .comfyui.widgets import found_by
 
 
 class LoadMagiVAE(io.ComfyNode):

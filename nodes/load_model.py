@@ -5,10 +5,10 @@ import torch
 from comfy_api.latest import io
 
 from ..flowcache_core.demo import NETWORK_FILE
-from ..flowcache_core.families import FAMILIES
-from .host_models import load_model
-from .host_progress import progress_text
-from .widgets import advanced, found_by
+from ..flowcache_core.models.families import FAMILIES
+from .comfyui.models import load_model
+from .comfyui.progress import progress_text
+from .comfyui.widgets import advanced, found_by
 
 DEMO = "demo model (ships with FlowCache)"
 WEIGHT_TYPES = {

@@ -2,9 +2,9 @@
 
 from comfy_api.latest import io
 
-from ..flowcache_core.magi_text import clean_prompt
-from .host_magi_text import encode
-from .widgets import advanced, found_by
+from ..flowcache_core.models.magi.text import clean_prompt
+from .comfyui.magi_text import encode
+from .comfyui.widgets import advanced, found_by
 
 
 class MagiPrompt(io.ComfyNode):

@@ -4,8 +4,8 @@ from comfy_api.latest import io
 
 from ..flowcache_core.demo.captions import embed_caption
 from ..flowcache_core.prompts import captions, mix, parse
-from .host_captions import CHUNKS
-from .widgets import found_by
+from .comfyui.captions import CHUNKS
+from .comfyui.widgets import found_by
 
 EXAMPLE = "0-3: a red circle\n6-: a blue square"
 

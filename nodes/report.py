@@ -5,9 +5,9 @@ import torch
 from comfy_api.latest import io
 
 from ..flowcache_core.errors import UserError
-from ..flowcache_core.pictures import report_picture
-from . import host
-from .types import ReportType
+from ..flowcache_core.media.pictures import report_picture
+from .comfyui import patch as host
+from .comfyui.types import ReportType
 
 
 class FlowCacheReport(io.ComfyNode):

@@ -2,9 +2,9 @@
 
 from comfy_api.latest import io
 
-from .host_resume import ResumeSettings
-from .types import ResumeType
-from .widgets import found_by
+from .comfyui.resume import ResumeSettings
+from .comfyui.types import ResumeType
+from .comfyui.widgets import found_by
 
 
 class Resume(io.ComfyNode):

@@ -3,12 +3,12 @@
 import torch
 from comfy_api.latest import io
 
-from ..flowcache_core.video import frames_of
-from ..flowcache_core.video_stream import VideoStream
-from . import inputs
-from .host_video import OutputFile, report_metadata, workflow_metadata
-from .types import ReportType
-from .widgets import found_by
+from ..flowcache_core.media.video import frames_of
+from ..flowcache_core.media.video_stream import VideoStream
+from .comfyui import inputs
+from .comfyui.stream import OutputFile, report_metadata, workflow_metadata
+from .comfyui.types import ReportType
+from .comfyui.widgets import found_by
 
 AT_ONCE = 16  # frames
 

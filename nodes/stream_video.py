@@ -2,10 +2,10 @@
 
 from comfy_api.latest import io
 
-from . import inputs
-from .host_video import StreamSettings, check_prefix
-from .types import StreamType
-from .widgets import advanced, found_by
+from .comfyui import inputs
+from .comfyui.stream import StreamSettings, check_prefix
+from .comfyui.types import StreamType
+from .comfyui.widgets import advanced, found_by
 
 
 class StreamVideo(io.ComfyNode):

@@ -3,7 +3,7 @@
 import pytest
 from tiny import tiny_network
 
-from flowcache_core.backbones.wan import WanBackbone
+from flowcache_core.models.wan import WanBackbone
 
 
 @pytest.fixture

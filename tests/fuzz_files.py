@@ -25,16 +25,18 @@ from safetensors.torch import save_file
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from flowcache_core import calibration, checkpoints, magi_files  # noqa: E402
-from flowcache_core.backbones.magi import MagiNetwork, load_network  # noqa: E402
-from flowcache_core.backbones.magi_config import MagiConfig  # noqa: E402
-from flowcache_core.backbones.wan import WanConfig, WanNetwork  # noqa: E402
-from flowcache_core.clean_history import Clean  # noqa: E402
+from flowcache_core.checkpoints import checkpoint as checkpoints
 from flowcache_core.errors import UserError  # noqa: E402
-from flowcache_core.magi_text import SpecialTokens  # noqa: E402
-from flowcache_core.magi_vae import MagiVae, MagiVaeConfig  # noqa: E402
+from flowcache_core.history.snapshot import Clean  # noqa: E402
+from flowcache_core.models.magi import files as magi_files  # noqa: E402
+from flowcache_core.models.magi.config import MagiConfig  # noqa: E402
+from flowcache_core.models.magi.network import MagiNetwork, load_network  # noqa: E402
+from flowcache_core.models.magi.text import SpecialTokens  # noqa: E402
+from flowcache_core.models.magi.vae import MagiVae, MagiVaeConfig  # noqa: E402
+from flowcache_core.models.wan import WanConfig, WanNetwork  # noqa: E402
+from flowcache_core.reuse import calibration
 from flowcache_core.schedule import ChunkSchedule, Place  # noqa: E402
-from flowcache_core.state import load_state, make_state, save_state  # noqa: E402
+from flowcache_core.storage.state import load_state, make_state, save_state  # noqa: E402
 
 SECONDS = 10  # that one file may take
 MEMORY = 300 * 2**20  # bytes that a whole run may grow by

@@ -8,7 +8,7 @@ time embedding from step to step such that some steps of SkyReels-V2 are reused 
 import torch
 from torch import Tensor, nn
 
-from flowcache_core.backbones.wan import WanConfig, WanNetwork
+from flowcache_core.models.wan import WanConfig, WanNetwork
 from tests.magi_weights import normal
 
 SMALL = WanConfig(dim=96, ffn_dim=128, num_heads=3, num_layers=3, text_dim=24)

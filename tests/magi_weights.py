@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from flowcache_core.backbones.magi_config import MagiConfig
+from flowcache_core.models.magi.config import MagiConfig
 
 SMALL = MagiConfig(
     layers=2,

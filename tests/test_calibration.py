@@ -6,7 +6,10 @@ import time
 
 import pytest
 
-from flowcache_core.calibration import (
+from flowcache_core.errors import UserError
+from flowcache_core.lab.placement import calibrate, improved, moved
+from flowcache_core.models.presets import OFF
+from flowcache_core.reuse.calibration import (  # fmt: skip
     SHIPPED,
     Calibration,
     Measured,
@@ -17,12 +20,9 @@ from flowcache_core.calibration import (
     reuse,
     save,
     settings_of,
-)  # fmt: skip
-from flowcache_core.errors import UserError
-from flowcache_core.lab.placement import calibrate, improved, moved
-from flowcache_core.presets import OFF
+)
+from flowcache_core.reuse.placement import spread
 from flowcache_core.schedule import ChunkSchedule
-from flowcache_core.spread import spread
 
 MADE = Calibration(8, 4, 3, 2, (Measured((0, 4), 30.0), Measured((0, 4, 6), 37.5), Measured((0, 2, 4, 6), 46.0)))
 

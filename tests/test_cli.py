@@ -10,13 +10,13 @@ import torch
 from PIL import Image
 
 from flowcache_core import __main__ as cli
-from flowcache_core import checkpoints
-from flowcache_core.backbones.wan import WanConfig, WanNetwork
-from flowcache_core.calibration import Calibration, Measured, beside, save
+from flowcache_core.checkpoints import checkpoint as checkpoints
+from flowcache_core.checkpoints.weight_files import write_safetensors
 from flowcache_core.demo import compare as comparison
-from flowcache_core.engine import Progress
-from flowcache_core.progress import Bar
-from flowcache_core.weight_files import write_safetensors
+from flowcache_core.engine.loop import Progress
+from flowcache_core.media.progress_bar import Bar
+from flowcache_core.models.wan import WanConfig, WanNetwork
+from flowcache_core.reuse.calibration import Calibration, Measured, beside, save
 
 SMALL = WanConfig(dim=48, ffn_dim=64, num_heads=2, num_layers=2, text_dim=64)
 FAST = ["--chunks", "2", "--steps", "4", "--enlarge", "1"]

@@ -7,16 +7,16 @@ import torch
 import torch._dynamo
 from torch._dynamo.utils import counters
 
-from flowcache_core.backbones.magi import MagiBackbone, MagiNetwork, MagiText
-from flowcache_core.backbones.skyreels import SkyReelsBackbone
-from flowcache_core.backbones.wan import WanBackbone
-from flowcache_core.engine import Engine, guidance
-from flowcache_core.history_settings import HistorySettings
-from flowcache_core.magi_engine import MagiEngine, magi_schedule
-from flowcache_core.noise_levels import linear
-from flowcache_core.presets import OFF
-from flowcache_core.runner import Runner
+from flowcache_core.engine.loop import Engine, guidance
+from flowcache_core.engine.runner import Runner
+from flowcache_core.history.settings import HistorySettings
+from flowcache_core.models.magi.engine import MagiEngine, magi_schedule
+from flowcache_core.models.magi.network import MagiBackbone, MagiNetwork, MagiText
+from flowcache_core.models.presets import OFF
+from flowcache_core.models.skyreels import SkyReelsBackbone
+from flowcache_core.models.wan import WanBackbone
 from flowcache_core.schedule import ChunkSchedule
+from flowcache_core.solvers.noise_levels import linear
 from tests import golden_weights
 from tests.magi_weights import SMALL, fill, normal
 

@@ -5,13 +5,13 @@ from itertools import product
 import pytest
 import torch
 
-from flowcache_core import compression
-from flowcache_core.compression import Compression, choose, importance, keep_best, redundancy
 from flowcache_core.errors import UserError
-from flowcache_core.history import History
-from flowcache_core.history_settings import HistorySettings, HistoryShape
+from flowcache_core.history import compression
+from flowcache_core.history.cache import History
+from flowcache_core.history.compression import Compression, choose, importance, keep_best, redundancy
+from flowcache_core.history.settings import HistorySettings, HistoryShape
 from flowcache_core.lab.allocation import Peak
-from flowcache_core.rotary import Rotary
+from flowcache_core.models.rotary import Rotary
 
 FRAME, CHUNK = 4, 12
 

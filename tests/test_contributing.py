@@ -9,11 +9,12 @@ import torch
 import torch.nn.functional as F
 from safetensors.torch import save_file
 
-from flowcache_core import checkpoints, families
-from flowcache_core.backbones.wan import WanBackbone
-from flowcache_core.families import family, family_preset
+from flowcache_core.checkpoints import checkpoint as checkpoints
 from flowcache_core.generate import generate
-from flowcache_core.history_settings import HistorySettings
+from flowcache_core.history.settings import HistorySettings
+from flowcache_core.models import families
+from flowcache_core.models.families import family, family_preset
+from flowcache_core.models.wan import WanBackbone
 
 TEXT = (Path(__file__).parents[1] / "CONTRIBUTING.md").read_text(encoding="utf-8")
 

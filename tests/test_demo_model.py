@@ -6,8 +6,7 @@ import pytest
 import torch
 from safetensors import safe_open
 
-from flowcache_core.backbones.wan import WanNetwork
-from flowcache_core.checkpoints import convert, inspect
+from flowcache_core.checkpoints.checkpoint import convert, inspect
 from flowcache_core.demo import NETWORK_FILE, VAE_FILE
 from flowcache_core.demo.captions import embed_caption
 from flowcache_core.demo.export import export
@@ -15,9 +14,10 @@ from flowcache_core.demo.model import decode, load_network
 from flowcache_core.demo.train_network import CONFIG
 from flowcache_core.errors import UserError
 from flowcache_core.generate import generate
-from flowcache_core.multistep import DPM2M, UniPC
-from flowcache_core.presets import ReuseSettings, Settings
-from flowcache_core.solvers import Euler
+from flowcache_core.models.presets import ReuseSettings, Settings
+from flowcache_core.models.wan import WanNetwork
+from flowcache_core.solvers.multistep import DPM2M, UniPC
+from flowcache_core.solvers.one_step import Euler
 
 
 def trained(path, spoil=None):

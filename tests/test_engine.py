@@ -10,16 +10,16 @@ import torch
 import torch.nn.functional as F
 from tiny import TINY, ask, one_by_one, watch_positions
 
-from flowcache_core.compression import Compression
-from flowcache_core.engine import Cancelled, Engine, guidance
-from flowcache_core.history_settings import HistorySettings
-from flowcache_core.presets import OFF, PRESETS, ReuseSettings, Settings
-from flowcache_core.reuse import Forecast
-from flowcache_core.rotary import rotate
-from flowcache_core.runner import Runner, Step, Text
+from flowcache_core.engine.loop import Cancelled, Engine, guidance
+from flowcache_core.engine.runner import Runner, Step, Text
+from flowcache_core.history.compression import Compression
+from flowcache_core.history.settings import HistorySettings
+from flowcache_core.models.presets import OFF, PRESETS, ReuseSettings, Settings
+from flowcache_core.models.rotary import rotate
+from flowcache_core.reuse.policies import Forecast
 from flowcache_core.schedule import ChunkSchedule
-from flowcache_core.solvers import Euler, Renoise
-from flowcache_core.state import State, load_state, make_state, save_state
+from flowcache_core.solvers.one_step import Euler, Renoise
+from flowcache_core.storage.state import State, load_state, make_state, save_state
 
 SIZE = (6, 4)  # latent height and width
 
@@ -133,7 +133,7 @@ def test_sharing_a_forward_changes_nothing(backbone, monkeypatch, name, budget, 
         most = max(forwards(shared))
         together = run(backbone, schedule, settings, scale=scale)
         with monkeypatch.context() as patch:
-            patch.setattr("flowcache_core.runner.FORWARD_TOKENS", 1)
+            patch.setattr("flowcache_core.engine.runner.FORWARD_TOKENS", 1)
             apart = build(backbone, schedule, settings, scale=scale)
             assert max(forwards(apart)) == 2 < most
             assert (run(backbone, schedule, settings, scale=scale) - together).abs().max() < 1e-3
@@ -374,7 +374,7 @@ def test_prompts_by_chunk(backbone):
 def test_bfloat16_follows_its_input():
     from tiny import tiny_network
 
-    from flowcache_core.backbones.wan import WanBackbone
+    from flowcache_core.models.wan import WanBackbone
 
     network = tiny_network().bfloat16()
     network.patch_embedding.float()

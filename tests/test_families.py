@@ -2,10 +2,10 @@
 
 import pytest
 
-from flowcache_core import noise_levels as levels
 from flowcache_core.errors import UserError
-from flowcache_core.families import FAMILIES, POLYNOMIAL_1_3B, POLYNOMIAL_14B, family, fitted
-from flowcache_core.presets import ReuseSettings
+from flowcache_core.models.families import FAMILIES, POLYNOMIAL_1_3B, POLYNOMIAL_14B, family, fitted
+from flowcache_core.models.presets import ReuseSettings
+from flowcache_core.solvers import noise_levels as levels
 
 
 def test_few_step_models_take_the_published_levels():

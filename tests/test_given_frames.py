@@ -7,14 +7,14 @@ import torch
 import torch.nn.functional as F
 from tiny import TINY, watch_positions
 
-from flowcache_core.compression import Compression
 from flowcache_core.errors import UserError
 from flowcache_core.generate import generate
-from flowcache_core.history_settings import HistorySettings
-from flowcache_core.presets import OFF, PRESETS, Settings
-from flowcache_core.rotary import rotate
+from flowcache_core.history.compression import Compression
+from flowcache_core.history.settings import HistorySettings
+from flowcache_core.models.presets import OFF, PRESETS, Settings
+from flowcache_core.models.rotary import rotate
 from flowcache_core.schedule import ChunkSchedule
-from flowcache_core.solvers import chunk_noise
+from flowcache_core.solvers.one_step import chunk_noise
 
 FRAMES, SIZE, STEPS = 2, (6, 4), 4
 SIGMAS = [1.0, 0.8, 0.5, 0.3, 0.0]

@@ -9,16 +9,16 @@ import torch
 from safetensors.torch import load_file
 from tiny import ask
 
-from flowcache_core import noise_levels as levels
-from flowcache_core.backbones.wan import WanBackbone
-from flowcache_core.compression import Compression
-from flowcache_core.engine import Engine, guidance
-from flowcache_core.history_settings import HistorySettings
-from flowcache_core.presets import Settings
-from flowcache_core.rotary import Rotary
-from flowcache_core.runner import Runner
+from flowcache_core.engine.loop import Engine, guidance
+from flowcache_core.engine.runner import Runner
+from flowcache_core.history.compression import Compression
+from flowcache_core.history.settings import HistorySettings
+from flowcache_core.models.presets import Settings
+from flowcache_core.models.rotary import Rotary
+from flowcache_core.models.wan import WanBackbone
 from flowcache_core.schedule import CLEAN, ChunkSchedule, Place
-from flowcache_core.solvers import Renoise
+from flowcache_core.solvers import noise_levels as levels
+from flowcache_core.solvers.one_step import Renoise
 from tests import golden_weights
 from tests.magi_weights import normal
 

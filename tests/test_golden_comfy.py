@@ -7,11 +7,11 @@ import torch
 from safetensors.torch import load_file
 from tiny import ask
 
-from flowcache_core.backbones.wan import WanBackbone
-from flowcache_core.engine import guidance
-from flowcache_core.presets import OFF
-from flowcache_core.rotary import Rotary
-from flowcache_core.runner import Runner
+from flowcache_core.engine.loop import guidance
+from flowcache_core.engine.runner import Runner
+from flowcache_core.models.presets import OFF
+from flowcache_core.models.rotary import Rotary
+from flowcache_core.models.wan import WanBackbone
 from flowcache_core.schedule import CLEAN, ChunkSchedule, Place
 from tests.golden_weights import network, text
 from tests.magi_weights import normal

@@ -8,7 +8,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from flowcache_core.compression import Compression, choose
+from flowcache_core.history.compression import Compression, choose
 from tests.magi_weights import normal
 
 GOLDEN = load_file(Path(__file__).parent / "golden" / "compression.safetensors")

@@ -7,17 +7,17 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from flowcache_core import noise_levels as levels
-from flowcache_core.backbones.skyreels import SkyReelsBackbone
-from flowcache_core.backbones.wan import WanBackbone, WanConfig
+from flowcache_core.engine.joint import Given, JointEngine, JointGuidance
+from flowcache_core.engine.rolling import RollingDenoise, RollingEngine, RollingHistory
+from flowcache_core.engine.windows import window_sizes
 from flowcache_core.errors import UserError
-from flowcache_core.joint import Given, JointEngine, JointGuidance
-from flowcache_core.multistep import SkyReelsUniPC
-from flowcache_core.rolling import RollingDenoise, RollingEngine, RollingHistory
-from flowcache_core.rotary import Rotary, rotate
+from flowcache_core.models.rotary import Rotary, rotate
+from flowcache_core.models.skyreels import SkyReelsBackbone
+from flowcache_core.models.wan import WanBackbone, WanConfig
 from flowcache_core.schedule import ChunkSchedule
-from flowcache_core.solvers import Renoise
-from flowcache_core.windows import window_sizes
+from flowcache_core.solvers import noise_levels as levels
+from flowcache_core.solvers.multistep import SkyReelsUniPC
+from flowcache_core.solvers.one_step import Renoise
 from tests import golden_weights
 from tests.golden_weights import SMALL, SMALL_FPS
 from tests.magi_weights import normal

@@ -6,16 +6,16 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from flowcache_core.backbones.skyreels import POLYNOMIAL_1_3B, POLYNOMIAL_14B, SkyReelsBackbone
-from flowcache_core.backbones.wan import WanConfig
-from flowcache_core.engine import Engine, guidance
-from flowcache_core.multistep import SkyReelsUniPC, UniPC
-from flowcache_core.noise_levels import skyreels
-from flowcache_core.presets import ReuseSettings, Settings
-from flowcache_core.reuse import relative_change
-from flowcache_core.rotary import Rotary
-from flowcache_core.runner import Runner
+from flowcache_core.engine.loop import Engine, guidance
+from flowcache_core.engine.runner import Runner
+from flowcache_core.models.presets import ReuseSettings, Settings
+from flowcache_core.models.rotary import Rotary
+from flowcache_core.models.skyreels import POLYNOMIAL_1_3B, POLYNOMIAL_14B, SkyReelsBackbone
+from flowcache_core.models.wan import WanConfig
+from flowcache_core.reuse.policies import relative_change
 from flowcache_core.schedule import ChunkSchedule
+from flowcache_core.solvers.multistep import SkyReelsUniPC, UniPC
+from flowcache_core.solvers.noise_levels import skyreels
 from tests import golden_weights
 from tests.golden_weights import SMALL, SMALL_FPS
 from tests.magi_weights import normal

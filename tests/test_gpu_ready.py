@@ -10,23 +10,23 @@ from test_system_memory import fails_at
 from tiny import TINY
 from torch import Tensor
 
-from flowcache_core.backbones import magi_sampling
-from flowcache_core.backbones.magi import MagiBackbone, MagiNetwork, MagiText
-from flowcache_core.backbones.magi_sampling import VISIBLE_CHUNKS, sigmas
-from flowcache_core.backbones.skyreels import SkyReelsBackbone
-from flowcache_core.backbones.wan import WanBackbone, WanNetwork
-from flowcache_core.engine import Engine, guidance
-from flowcache_core.history import History
-from flowcache_core.history_settings import HistorySettings
-from flowcache_core.joint import JointEngine, JointGuidance
-from flowcache_core.magi_engine import MagiEngine, MagiSampling, magi_schedule
-from flowcache_core.multistep import UniPC
-from flowcache_core.noise_levels import linear
-from flowcache_core.presets import OFF, PRESETS, ReuseSettings, Settings
-from flowcache_core.rolling import RollingDenoise, RollingEngine, RollingHistory
-from flowcache_core.runner import Runner
+from flowcache_core.engine.joint import JointEngine, JointGuidance
+from flowcache_core.engine.loop import Engine, guidance
+from flowcache_core.engine.rolling import RollingDenoise, RollingEngine, RollingHistory
+from flowcache_core.engine.runner import Runner
+from flowcache_core.history.cache import History
+from flowcache_core.history.settings import HistorySettings
+from flowcache_core.models.magi import sampling as magi_sampling
+from flowcache_core.models.magi.engine import MagiEngine, MagiSampling, magi_schedule
+from flowcache_core.models.magi.network import MagiBackbone, MagiNetwork, MagiText
+from flowcache_core.models.magi.sampling import VISIBLE_CHUNKS, sigmas
+from flowcache_core.models.presets import OFF, PRESETS, ReuseSettings, Settings
+from flowcache_core.models.skyreels import SkyReelsBackbone
+from flowcache_core.models.wan import WanBackbone, WanNetwork
 from flowcache_core.schedule import ChunkSchedule
-from flowcache_core.solvers import Renoise
+from flowcache_core.solvers.multistep import UniPC
+from flowcache_core.solvers.noise_levels import linear
+from flowcache_core.solvers.one_step import Renoise
 from tests.magi_weights import SMALL
 
 WAN = replace(TINY, num_layers=1)

@@ -6,14 +6,14 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from flowcache_core.demo.captions import TOKENS
 from flowcache_core.demo.model import load_network
-from flowcache_core.history_settings import HistorySettings
+from flowcache_core.history.settings import HistorySettings
 from flowcache_core.lab.compression_cost import Stopwatch, cut_cost
 from flowcache_core.lab.flops import run_flops, window_flops
 from flowcache_core.lab.runs import Clips, Method, chunk_tokens, run
 from flowcache_core.lab.setups import Setup
-from flowcache_core.noise_levels import magi
-from flowcache_core.presets import ReuseSettings, Settings
-from flowcache_core.solvers import Euler
+from flowcache_core.models.presets import ReuseSettings, Settings
+from flowcache_core.solvers.noise_levels import magi
+from flowcache_core.solvers.one_step import Euler
 
 QUICK = Setup("quick", 4, 2, magi, Euler, window=True)
 

@@ -9,9 +9,9 @@ from flowcache_core.lab.easycache import easycache
 from flowcache_core.lab.methods import peers
 from flowcache_core.lab.runs import Clips, Method, plain_forwards, run
 from flowcache_core.lab.setups import SETUPS, Setup
-from flowcache_core.noise_levels import magi
-from flowcache_core.presets import ReuseSettings, Settings
-from flowcache_core.solvers import Euler
+from flowcache_core.models.presets import ReuseSettings, Settings
+from flowcache_core.solvers.noise_levels import magi
+from flowcache_core.solvers.one_step import Euler
 
 QUICK = Setup("quick", 8, 2, magi, Euler, window=True)
 

@@ -6,9 +6,9 @@ import pytest
 import torch
 
 from flowcache_core.errors import UserError
-from flowcache_core.likeness import GAP, Likeness, common, likeness, side_by_side, wipe
-from flowcache_core.metrics import psnr
-from flowcache_core.pictures import likeness_picture
+from flowcache_core.media.likeness import GAP, Likeness, common, likeness, side_by_side, wipe
+from flowcache_core.media.metrics import psnr
+from flowcache_core.media.pictures import likeness_picture
 from flowcache_core.report import clock, share_of
 
 

@@ -8,8 +8,13 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from flowcache_core import checkpoints
-from flowcache_core.backbones.magi import (
+from flowcache_core.checkpoints import checkpoint as checkpoints
+from flowcache_core.errors import UserError
+from flowcache_core.history.cache import History
+from flowcache_core.history.settings import HistorySettings, HistoryShape
+from flowcache_core.models.magi.config import MAGI_4_5B, MAGI_24B, MagiConfig
+from flowcache_core.models.magi.fp8 import Fp8Linear, SmoothFp8Linear
+from flowcache_core.models.magi.network import (
     MagiBackbone,
     MagiNetwork,
     MagiRotary,
@@ -17,11 +22,6 @@ from flowcache_core.backbones.magi import (
     grouped_attention,
     load_network,
 )
-from flowcache_core.backbones.magi_config import MAGI_4_5B, MAGI_24B, MagiConfig
-from flowcache_core.backbones.magi_fp8 import Fp8Linear, SmoothFp8Linear
-from flowcache_core.errors import UserError
-from flowcache_core.history import History
-from flowcache_core.history_settings import HistorySettings, HistoryShape
 from tests.magi_weights import SMALL, SMALL_FP8, SMALL_GATED, fill, normal
 
 GOLDEN = load_file(Path(__file__).parent / "golden" / "magi_network.safetensors")

@@ -7,14 +7,13 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from flowcache_core.backbones.magi import MagiBackbone, MagiNetwork, MagiText
-from flowcache_core.backbones.magi_config import MAGI_4_5B
-from flowcache_core.compression import Compression
-from flowcache_core.engine import Cancelled
+from flowcache_core.engine.loop import Cancelled
 from flowcache_core.errors import UserError
-from flowcache_core.history import History
-from flowcache_core.history_settings import HistorySettings
-from flowcache_core.magi_engine import (
+from flowcache_core.history.cache import History
+from flowcache_core.history.compression import Compression
+from flowcache_core.history.settings import HistorySettings
+from flowcache_core.models.magi.config import MAGI_4_5B
+from flowcache_core.models.magi.engine import (
     PUBLISHED_FLOWCACHE,
     MagiEngine,
     MagiSampling,
@@ -22,9 +21,10 @@ from flowcache_core.magi_engine import (
     history_plan,
     magi_schedule,
 )
-from flowcache_core.magi_text import SpecialTokens, caption_text, null_text
-from flowcache_core.plan import plan_magi_history
-from flowcache_core.presets import OFF, ReuseSettings, Settings
+from flowcache_core.models.magi.network import MagiBackbone, MagiNetwork, MagiText
+from flowcache_core.models.magi.text import SpecialTokens, caption_text, null_text
+from flowcache_core.models.memory import plan_magi_history
+from flowcache_core.models.presets import OFF, ReuseSettings, Settings
 from tests.magi_weights import SMALL, SMALL_GATED, fill, normal
 
 FOLDER = Path(__file__).parent / "golden"

@@ -9,9 +9,10 @@ import torch
 from safetensors.torch import save_file
 
 from flowcache_core import __main__ as cli
-from flowcache_core import checkpoints, magi_files
-from flowcache_core.backbones.magi import MagiNetwork, load_network
+from flowcache_core.checkpoints import checkpoint as checkpoints
 from flowcache_core.errors import UserError
+from flowcache_core.models.magi import files as magi_files
+from flowcache_core.models.magi.network import MagiNetwork, load_network
 from tests.magi_weights import SMALL, SMALL_FP8, fill, normal
 from tests.test_magi_vae import SETTINGS, VIDEO, codec
 

@@ -8,11 +8,11 @@ import torch
 from test_magi_engine import FRAMES, engine
 from test_system_memory import fails_at
 
-from flowcache_core.backbones.magi import grouped_attention
-from flowcache_core.clean_history import Clean
-from flowcache_core.magi_engine import MagiEngine, MagiSampling, magi_schedule
-from flowcache_core.presets import OFF
-from flowcache_core.run_folder import RunFolder
+from flowcache_core.history.snapshot import Clean
+from flowcache_core.models.magi.engine import MagiEngine, MagiSampling, magi_schedule
+from flowcache_core.models.magi.network import grouped_attention
+from flowcache_core.models.presets import OFF
+from flowcache_core.storage.run_folder import RunFolder
 
 NAME = "0123456789abcdef" * 2
 ALL = MagiSampling(visible=())

@@ -6,8 +6,8 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from flowcache_core.backbones import magi_sampling as magi
 from flowcache_core.errors import UserError
+from flowcache_core.models.magi import sampling as magi
 from flowcache_core.schedule import ChunkSchedule
 
 GOLDEN = load_file(Path(__file__).parent / "golden" / "magi_schedules.safetensors")

@@ -9,7 +9,7 @@ import torch
 from safetensors.torch import load_file
 
 from flowcache_core.errors import UserError
-from flowcache_core.magi_text import ROWS, SpecialTokens, caption_text, clean_prompt, null_text
+from flowcache_core.models.magi.text import ROWS, SpecialTokens, caption_text, clean_prompt, null_text
 from tests.magi_weights import SMALL, normal
 
 FOLDER = Path(__file__).parent / "golden"

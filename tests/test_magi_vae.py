@@ -8,7 +8,7 @@ import torch
 from safetensors.torch import load_file
 
 from flowcache_core.errors import UserError
-from flowcache_core.magi_vae import MagiVae, MagiVaeConfig, load_vae
+from flowcache_core.models.magi.vae import MagiVae, MagiVaeConfig, load_vae
 from tests.magi_weights import fill, normal
 
 GOLDEN = load_file(Path(__file__).parent / "golden" / "magi_vae.safetensors")

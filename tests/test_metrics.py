@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from flowcache_core.errors import UserError
-from flowcache_core.metrics import psnr, ssim
+from flowcache_core.media.metrics import psnr, ssim
 
 
 def clip(seed: int = 0, frames: int = 3, size: int = 24) -> torch.Tensor:

@@ -6,9 +6,9 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from flowcache_core.multistep import DPM2M, UniPC
-from flowcache_core.noise_levels import linear, skyreels
-from flowcache_core.solvers import Euler
+from flowcache_core.solvers.multistep import DPM2M, UniPC
+from flowcache_core.solvers.noise_levels import linear, skyreels
+from flowcache_core.solvers.one_step import Euler
 from tests.magi_weights import normal
 
 GOLDEN = load_file(Path(__file__).parent / "golden" / "unipc.safetensors")

@@ -2,7 +2,7 @@
 
 import pytest
 
-from flowcache_core import noise_levels as levels
+from flowcache_core.solvers import noise_levels as levels
 
 
 def timesteps(sigmas: list[float]) -> list[float]:

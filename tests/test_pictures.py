@@ -5,10 +5,10 @@ import pytest
 import torch
 from tiny import TINY
 
-from flowcache_core import pictures
 from flowcache_core.generate import generate
-from flowcache_core.history_settings import HistorySettings
-from flowcache_core.presets import PRESETS, Settings
+from flowcache_core.history.settings import HistorySettings
+from flowcache_core.media import pictures
+from flowcache_core.models.presets import PRESETS, Settings
 from flowcache_core.report import Report
 from flowcache_core.schedule import ChunkSchedule, Place
 

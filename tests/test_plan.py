@@ -5,15 +5,15 @@ from dataclasses import replace
 import pytest
 import torch
 
-from flowcache_core.backbones.wan import WanBackbone, WanConfig, WanNetwork
-from flowcache_core.compression import Compression
-from flowcache_core.engine import Engine, guidance
-from flowcache_core.families import FAMILIES, Family
-from flowcache_core.history_settings import HistorySettings
-from flowcache_core.plan import plan_history
-from flowcache_core.presets import OFF
-from flowcache_core.rolling import RollingDenoise, RollingEngine, RollingHistory
-from flowcache_core.runner import Runner
+from flowcache_core.engine.loop import Engine, guidance
+from flowcache_core.engine.rolling import RollingDenoise, RollingEngine, RollingHistory
+from flowcache_core.engine.runner import Runner
+from flowcache_core.history.compression import Compression
+from flowcache_core.history.settings import HistorySettings
+from flowcache_core.models.families import FAMILIES, Family
+from flowcache_core.models.memory import plan_history
+from flowcache_core.models.presets import OFF
+from flowcache_core.models.wan import WanBackbone, WanConfig, WanNetwork
 from flowcache_core.schedule import ChunkSchedule
 
 # Wan 2.1's 1.3B: wan/configs/wan_t2v_1_3B.py

@@ -5,13 +5,10 @@ import random
 import pytest
 import torch
 
-from flowcache_core.combination import lagrange
 from flowcache_core.errors import UserError
 from flowcache_core.lab.adams_bashforth import AdamsBashforth2
-from flowcache_core.multistep import DPM2M, SkyReelsUniPC, UniPC
-from flowcache_core.noise_levels import skyreels
-from flowcache_core.presets import PRESETS, ReuseSettings
-from flowcache_core.reuse import (
+from flowcache_core.models.presets import PRESETS, ReuseSettings
+from flowcache_core.reuse.policies import (  # fmt: skip
     Chunkwise,
     Corrector,
     FixedSteps,
@@ -19,9 +16,12 @@ from flowcache_core.reuse import (
     Global,
     Periodic,
     relative_change,
-)  # fmt: skip
+)
 from flowcache_core.schedule import ChunkSchedule, Place
-from flowcache_core.solvers import Euler
+from flowcache_core.solvers.multistep import DPM2M, SkyReelsUniPC, UniPC
+from flowcache_core.solvers.noise_levels import skyreels
+from flowcache_core.solvers.one_step import Euler
+from flowcache_core.solvers.weights import lagrange
 
 POLYNOMIAL_1_3B = (-5.21862437e4, 9.23041404e3, -5.28275948e2, 13.6987616, -4.99875664e-2)
 

@@ -7,16 +7,16 @@ import torch
 from safetensors.torch import save_file
 from tiny import TINY
 
-from flowcache_core.clean_history import Clean, Grown
-from flowcache_core.engine import Chunk, Engine, guidance
+from flowcache_core.engine.loop import Chunk, Engine, guidance
+from flowcache_core.engine.runner import Runner
 from flowcache_core.errors import UserError
 from flowcache_core.generate import generate
-from flowcache_core.noise_levels import magi
-from flowcache_core.presets import OFF, preset
-from flowcache_core.run_folder import RunFolder
-from flowcache_core.runner import Runner
+from flowcache_core.history.snapshot import Clean, Grown
+from flowcache_core.models.presets import OFF, preset
 from flowcache_core.schedule import ChunkSchedule
-from flowcache_core.solvers import chunk_noise
+from flowcache_core.solvers.noise_levels import magi
+from flowcache_core.solvers.one_step import chunk_noise
+from flowcache_core.storage.run_folder import RunFolder
 
 NAME = "0123456789abcdef" * 2
 ROOM = 2**30

@@ -13,13 +13,13 @@ import torch
 from test_system_memory import CASES, OF_CASES, cramped, engine, histories, latents
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from flowcache_core import side_stream
-from flowcache_core.backbones.wan import WanBackbone
 from flowcache_core.generate import generate
-from flowcache_core.moving import Stretch
-from flowcache_core.presets import OFF, describe, preset
-from flowcache_core.side_stream import AT_ONCE, SideStream
-from flowcache_core.state import State
+from flowcache_core.history import streams as side_stream
+from flowcache_core.history.offload import Stretch
+from flowcache_core.history.streams import AT_ONCE, SideStream
+from flowcache_core.models.presets import OFF, describe, preset
+from flowcache_core.models.wan import WanBackbone
+from flowcache_core.storage.state import State
 
 CPU = torch.device("cpu")
 RUBBISH = 77

@@ -2,8 +2,8 @@
 
 import torch
 
-from flowcache_core.backbones.skyreels import SkyReelsBackbone, add_frame_rate
-from flowcache_core.backbones.wan import WanNetwork
+from flowcache_core.models.skyreels import SkyReelsBackbone, add_frame_rate
+from flowcache_core.models.wan import WanNetwork
 from tests import golden_weights
 from tests.golden_weights import SMALL, SMALL_FPS
 from tests.magi_weights import normal

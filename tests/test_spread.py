@@ -4,9 +4,9 @@ from itertools import combinations
 
 import pytest
 
-from flowcache_core.presets import ReuseSettings
+from flowcache_core.models.presets import ReuseSettings
+from flowcache_core.reuse.placement import error, neighbours, spread
 from flowcache_core.schedule import ChunkSchedule
-from flowcache_core.spread import error, neighbours, spread
 
 SHAPES = ((64, 16), (50, 5), (4, 4), (12, 3), (50, 50))
 

@@ -12,17 +12,18 @@ import torch.nn.functional as F
 from tiny import TINY
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from flowcache_core import history, runner
-from flowcache_core.chunk_view import AttentionFunction
-from flowcache_core.compression import Compression
-from flowcache_core.engine import Engine, guidance
-from flowcache_core.history import History
-from flowcache_core.history_settings import HistorySettings
-from flowcache_core.moving import Stretch, spared
-from flowcache_core.presets import OFF
-from flowcache_core.runner import Runner
+from flowcache_core.engine import runner
+from flowcache_core.engine.loop import Engine, guidance
+from flowcache_core.engine.runner import Runner
+from flowcache_core.history import cache as history
+from flowcache_core.history.cache import History
+from flowcache_core.history.chunk_view import AttentionFunction
+from flowcache_core.history.compression import Compression
+from flowcache_core.history.offload import Stretch, spared
+from flowcache_core.history.settings import HistorySettings
+from flowcache_core.models.presets import OFF
 from flowcache_core.schedule import ChunkSchedule
-from flowcache_core.solvers import chunk_noise
+from flowcache_core.solvers.one_step import chunk_noise
 
 FRAMES = 2
 

@@ -9,9 +9,9 @@ import pytest
 import torch
 from PIL import Image
 
-from flowcache_core import video
 from flowcache_core.errors import UserError
-from flowcache_core.files import write_whole
+from flowcache_core.media import video
+from flowcache_core.storage.files import write_whole
 
 
 def ramp(frames: int = 9, height: int = 32, width: int = 48) -> np.ndarray:

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from flowcache_core.errors import UserError
-from flowcache_core.video_stream import VideoStream
+from flowcache_core.media.video_stream import VideoStream
 
 ROOT = Path(__file__).parents[1]
 
@@ -57,7 +57,7 @@ def test_unfinished_file_plays_and_knows_its_metadata(tmp_path):
 def test_file_of_a_killed_process_plays(tmp_path):
     code = (
         "import os, signal, sys, numpy as np\n"
-        "from flowcache_core.video_stream import VideoStream\n"
+        "from flowcache_core.media.video_stream import VideoStream\n"
         "stream = VideoStream(sys.argv[1], 16)\n"
         "for number in range(9):\n"
         "    stream.write(np.full((1, 32, 48, 3), 10 * number, dtype=np.uint8))\n"

@@ -4,9 +4,9 @@ from collections.abc import Callable
 
 import torch
 
-from flowcache_core.backbones.wan import WanConfig, WanNetwork
-from flowcache_core.engine import Denoise
-from flowcache_core.runner import Step
+from flowcache_core.engine.loop import Denoise
+from flowcache_core.engine.runner import Step
+from flowcache_core.models.wan import WanConfig, WanNetwork
 from flowcache_core.schedule import Place
 
 TINY = WanConfig(dim=48, ffn_dim=64, num_heads=2, num_layers=2, in_dim=4, out_dim=4, text_dim=16, freq_dim=32)

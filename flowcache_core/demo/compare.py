@@ -11,16 +11,16 @@ from pathlib import Path
 import numpy as np
 from torch import Tensor
 
-from ..compression import BY_FRAMES
 from ..errors import UserError
-from ..files import check_writable, write_whole
 from ..generate import Result, generate
-from ..metrics import psnr, ssim
-from ..pictures import Run, comparison_picture, side_by_side
-from ..presets import DEFAULT_PRESET, Settings, preset
-from ..progress import Bar
+from ..history.compression import BY_FRAMES
+from ..media.metrics import psnr, ssim
+from ..media.pictures import Run, comparison_picture, side_by_side
+from ..media.progress_bar import Bar
+from ..media.video import enlarged, frames_of, save_animation, save_video
+from ..models.presets import DEFAULT_PRESET, Settings, preset
 from ..report import megabytes
-from ..video import enlarged, frames_of, save_animation, save_video
+from ..storage.files import check_writable, write_whole
 from .captions import embed_caption
 from .clips import FPS
 from .codec import TIME

@@ -10,13 +10,13 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from ..engine import Engine, guidance
-from ..noise_levels import magi
-from ..presets import PRESETS, preset
-from ..runner import Runner
+from ..engine.loop import Engine, guidance
+from ..engine.runner import Runner
+from ..media.video import enlarged, frames_of
+from ..models.presets import PRESETS, preset
 from ..schedule import ChunkSchedule
-from ..solvers import chunk_noise
-from ..video import enlarged, frames_of
+from ..solvers.noise_levels import magi
+from ..solvers.one_step import chunk_noise
 from . import NETWORK_FILE
 from .captions import embed_caption
 from .clips import sample_scenes

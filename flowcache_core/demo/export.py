@@ -8,10 +8,10 @@ from pathlib import Path
 
 import torch
 
-from .. import checkpoints
+from ..checkpoints import checkpoint as checkpoints
+from ..checkpoints.weight_files import write_safetensors
 from ..errors import UserError
-from ..files import write_whole
-from ..weight_files import write_safetensors
+from ..storage.files import write_whole
 from . import NETWORK_FILE
 from .train_network import CONFIG
 

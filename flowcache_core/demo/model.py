@@ -5,9 +5,9 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from .. import checkpoints
-from ..backbones.wan import WanBackbone, WanConfig, WanNetwork
+from ..checkpoints import checkpoint as checkpoints
 from ..errors import UserError
+from ..models.wan import WanBackbone, WanConfig, WanNetwork
 from . import NETWORK_FILE
 from .vae import Memory, load_vae
 

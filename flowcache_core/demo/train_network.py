@@ -15,8 +15,8 @@ import torch.nn.functional as F
 from safetensors.torch import load_file
 from torch import Tensor
 
-from ..backbones.wan import WanBackbone, WanConfig, WanNetwork
-from ..rotary import rotate
+from ..models.rotary import rotate
+from ..models.wan import WanBackbone, WanConfig, WanNetwork
 from .captions import TEXT_DIM, embed_caption
 from .clips import render, sample_scenes
 from .codec import TIME, LinearCodec

@@ -2,7 +2,7 @@
 
 import numpy as np
 
-from ..solvers import Linear
+from ..solvers.one_step import Linear
 
 
 class AdamsBashforth2(Linear):

@@ -14,12 +14,12 @@ from collections.abc import Iterable
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 
-from ..calibration import QUALITIES, SHIPPED, load, settings_of
-from ..compression import BY_FRAMES
 from ..demo import NETWORK_FILE
 from ..demo.model import load_network
-from ..files import check_writable, write_whole
-from ..history_settings import HistorySettings
+from ..history.compression import BY_FRAMES
+from ..history.settings import HistorySettings
+from ..reuse.calibration import QUALITIES, SHIPPED, load, settings_of
+from ..storage.files import check_writable, write_whole
 from . import charts, compression_cost, process
 from .aims import SPEED_AIMS
 from .likeness import decibels, pixels, pixels_by_vae

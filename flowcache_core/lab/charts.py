@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from PIL import Image
 
-from ..pictures import FAINT, INK, MARGIN, RULE, WIDTH, Canvas, axis_marks
+from ..media.pictures import FAINT, INK, MARGIN, RULE, WIDTH, Canvas, axis_marks
 
 LEFT = 76
 # Okabe and Ito's, ours darkest; a curve is told by its mark as well.

@@ -9,8 +9,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..compression import Compression, choose, keep_best
-from ..history import History
+from ..history.cache import History
+from ..history.compression import Compression, choose, keep_best
 from .allocation import Peak
 
 HEADS, WIDTH, QUERIES = 4, 64, 48  # of the demo model: heads, head width, tokens of the chunk that asks

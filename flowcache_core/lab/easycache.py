@@ -14,7 +14,7 @@ from collections.abc import Hashable, Iterator, Sequence
 import torch
 from torch import Tensor
 
-from ..runner import Runner, Step, Text
+from ..engine.runner import Runner, Step, Text
 from ..schedule import CLEAN, Place
 
 

@@ -3,7 +3,7 @@
 Only matrix products count (linear layers, attention, the patch embedding), as in torch.utils.flop_counter.
 """
 
-from ..backbones.wan import WanBackbone
+from ..models.wan import WanBackbone
 from ..report import Report
 
 

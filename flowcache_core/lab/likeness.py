@@ -15,7 +15,7 @@ from ..demo.codec import TIME, LinearCodec
 from ..demo.detector import detect
 from ..demo.model import decode
 from ..demo.train_network import FRAMES_PER_CHUNK
-from ..metrics import psnr, ssim
+from ..media.metrics import psnr, ssim
 
 CHUNK_PIXEL_FRAMES = TIME * FRAMES_PER_CHUNK
 

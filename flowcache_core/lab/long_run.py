@@ -5,16 +5,16 @@ import statistics
 import time
 from dataclasses import dataclass, field
 
-from ..compression import BY_FRAMES
 from ..demo.captions import embed_caption
 from ..demo.compare import CAPTION
 from ..demo.train_network import FRAMES_PER_CHUNK
-from ..engine import Engine, guidance
-from ..history_settings import HistorySettings
-from ..presets import Settings
-from ..runner import Runner
+from ..engine.loop import Engine, guidance
+from ..engine.runner import Runner
+from ..history.compression import BY_FRAMES
+from ..history.settings import HistorySettings
+from ..models.presets import Settings
 from ..schedule import ChunkSchedule
-from ..solvers import chunk_noise
+from ..solvers.one_step import chunk_noise
 from . import process
 from .runs import LATENT
 from .setups import Setup

@@ -13,15 +13,15 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..backbones.magi import MagiBackbone, MagiContext, MagiNetwork, grouped_attention
-from ..backbones.magi_config import MagiConfig
-from ..backbones.magi_sampling import CHUNK_FRAMES
-from ..history import History
-from ..history_settings import HistorySettings, HistoryShape
-from ..magi_engine import MagiEngine, magi_schedule
-from ..magi_text import null_text
-from ..presets import OFF
-from ..rotary import rotate
+from ..history.cache import History
+from ..history.settings import HistorySettings, HistoryShape
+from ..models.magi.config import MagiConfig
+from ..models.magi.engine import MagiEngine, magi_schedule
+from ..models.magi.network import MagiBackbone, MagiContext, MagiNetwork, grouped_attention
+from ..models.magi.sampling import CHUNK_FRAMES
+from ..models.magi.text import null_text
+from ..models.presets import OFF
+from ..models.rotary import rotate
 
 CONFIG = MagiConfig(layers=4, width=768, ffn_width=3072, heads=6, kv_heads=2)
 SHAPE = (1, 16, CHUNK_FRAMES, 24, 24)

@@ -2,10 +2,10 @@
 
 from collections.abc import Iterator
 
-from ..calibration import recomputing
-from ..multistep import DPM2M, UniPC
-from ..presets import DEFAULT_PRESET, PRESETS, PolicyName, ReuseSettings, Settings
-from ..solvers import Euler, SolverFactory
+from ..models.presets import DEFAULT_PRESET, PRESETS, PolicyName, ReuseSettings, Settings
+from ..reuse.calibration import recomputing
+from ..solvers.multistep import DPM2M, UniPC
+from ..solvers.one_step import Euler, SolverFactory
 from .adams_bashforth import AdamsBashforth2
 from .easycache import easycache
 from .runs import Method

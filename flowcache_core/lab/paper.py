@@ -27,9 +27,9 @@ import torch
 from torch import Tensor
 
 from ..errors import UserError
-from ..files import check_writable, write_whole
-from ..metrics import psnr, ssim
-from ..plan import FRAME_STRIDE
+from ..media.metrics import psnr, ssim
+from ..models.memory import FRAME_STRIDE
+from ..storage.files import check_writable, write_whole
 from .comfy import ComfyUI, Graph
 
 

@@ -8,10 +8,10 @@ import time
 from collections.abc import Callable, Sequence
 from functools import cache
 
-from ..calibration import Calibration, Measured
 from ..errors import UserError
+from ..reuse.calibration import Calibration, Measured
+from ..reuse.placement import neighbours, spread
 from ..schedule import ChunkSchedule
-from ..spread import neighbours, spread
 
 COUNTS = (5, 6, 7, 8, 9, 12, 15, 20, 30)  # recomputed steps of a chunk
 

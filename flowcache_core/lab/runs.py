@@ -8,17 +8,17 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..backbones.wan import Attention, WanBackbone
 from ..demo.captions import embed_caption
 from ..demo.evaluate import captions
 from ..demo.train_network import FRAMES_PER_CHUNK
-from ..engine import Engine, guidance
-from ..joint import JointEngine, JointGuidance
-from ..presets import OFF, Settings
+from ..engine.joint import JointEngine, JointGuidance
+from ..engine.loop import Engine, guidance
+from ..engine.runner import Runner
+from ..models.presets import OFF, Settings
+from ..models.wan import Attention, WanBackbone
 from ..report import Report
-from ..runner import Runner
 from ..schedule import ChunkSchedule
-from ..solvers import SolverFactory, chunk_noise
+from ..solvers.one_step import SolverFactory, chunk_noise
 from .setups import Setup
 
 LATENT = (8, 8)  # height and width

@@ -9,12 +9,12 @@ from pathlib import Path
 
 from torch import Tensor
 
-from ..calibration import SHIPPED, beside, load, reuse, save
 from ..demo import NETWORK_FILE
 from ..demo.model import load_network
-from ..files import check_writable
-from ..presets import OFF, Settings
+from ..models.presets import OFF, Settings
+from ..reuse.calibration import SHIPPED, beside, load, reuse, save
 from ..schedule import ChunkSchedule
+from ..storage.files import check_writable
 from .likeness import decibels, pixels
 from .placement import Score, Steps, calibrate
 from .runs import Clips, Method, run

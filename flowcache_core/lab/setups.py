@@ -3,9 +3,9 @@
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from ..multistep import SkyReelsUniPC
-from ..noise_levels import linear, magi, skyreels
-from ..solvers import Euler, Renoise, SolverFactory
+from ..solvers.multistep import SkyReelsUniPC
+from ..solvers.noise_levels import linear, magi, skyreels
+from ..solvers.one_step import Euler, Renoise, SolverFactory
 
 
 @dataclass(frozen=True)

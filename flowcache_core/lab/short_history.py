@@ -2,9 +2,9 @@
 
 from dataclasses import dataclass, replace
 
-from ..compression import BY_FRAMES, Compression
-from ..history_settings import HistorySettings
-from ..presets import Settings
+from ..history.compression import BY_FRAMES, Compression
+from ..history.settings import HistorySettings
+from ..models.presets import Settings
 from .likeness import Likeness, Quality, likeness, pixels, quality
 from .runs import Clips, Method, Outcome, run
 from .setups import Setup

@@ -6,8 +6,8 @@ from collections.abc import Iterable
 from pathlib import Path
 
 from ..errors import UserError
-from ..files import write_whole
 from ..report import megabytes
+from ..storage.files import write_whole
 from .aims import aims
 
 BEGIN, END = "<!-- bench: begin -->", "<!-- bench: end -->"

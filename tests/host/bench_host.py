@@ -24,8 +24,8 @@ from graph import Graph, native  # noqa: E402
 from safetensors.torch import load_file  # noqa: E402
 
 from flowcache_core.demo.vae import LATENT_MEAN, LATENT_STD  # noqa: E402
-from flowcache_core.files import write_whole  # noqa: E402
 from flowcache_core.lab.likeness import decibels, pixels  # noqa: E402
+from flowcache_core.storage.files import write_whole  # noqa: E402
 
 BLOCK = 3  # latent frames of a chunk
 

@@ -6,8 +6,8 @@ from pathlib import Path
 import torch
 from safetensors.torch import load_file, save_file
 
-from flowcache_core.backbones.wan import WanConfig, WanNetwork
 from flowcache_core.lab.comfy import Graph
+from flowcache_core.models.wan import WanConfig, WanNetwork
 
 SMALL = WanConfig(dim=96, ffn_dim=128, num_heads=2, num_layers=3, text_dim=64)
 

@@ -7,9 +7,9 @@ from pathlib import Path
 import numpy as np
 from safetensors.torch import save_file
 
-from flowcache_core.backbones.magi import MagiNetwork
-from flowcache_core.magi_text import SpecialTokens
-from flowcache_core.magi_vae import MagiVae, MagiVaeConfig
+from flowcache_core.models.magi.network import MagiNetwork
+from flowcache_core.models.magi.text import SpecialTokens
+from flowcache_core.models.magi.vae import MagiVae, MagiVaeConfig
 from tests.magi_weights import SMALL, SMALL_FP8, fill, normal
 
 BASE = replace(SMALL, channels=16, caption_width=4096, caption_tokens=800)

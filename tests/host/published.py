@@ -11,11 +11,11 @@ from graph import random_network, write_network
 from magi_models import VAE, network_of, tokens, vae_alone
 from safetensors.torch import save_file
 
-from flowcache_core import magi_files
-from flowcache_core.backbones.wan import WanConfig
-from flowcache_core.checkpoints import STAMP
+from flowcache_core.checkpoints.checkpoint import STAMP
 from flowcache_core.demo import VAE_FILE
-from flowcache_core.video import save_video
+from flowcache_core.media.video import save_video
+from flowcache_core.models.magi import files as magi_files
+from flowcache_core.models.wan import WanConfig
 
 # One head of 128: without metadata a network's head count follows from its width.
 NETWORK = WanConfig(dim=128, ffn_dim=128, num_heads=1, num_layers=2, text_dim=64)

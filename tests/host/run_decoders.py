@@ -22,8 +22,8 @@ import utils.extra_config  # noqa: E402, F401  (first, as in main.py: another pa
 
 PACKAGE = Path(PACK).name
 core_vae = importlib.import_module(f"{PACKAGE}.flowcache_core.demo.vae")
-host_decode = importlib.import_module(f"{PACKAGE}.nodes.host_decode")
-host_models = importlib.import_module(f"{PACKAGE}.nodes.host_models")
+host_decode = importlib.import_module(f"{PACKAGE}.nodes.comfyui.decode")
+host_models = importlib.import_module(f"{PACKAGE}.nodes.comfyui.models")
 
 
 def stock() -> torch.nn.Module:

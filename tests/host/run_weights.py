@@ -23,10 +23,10 @@ import torch  # noqa: E402
 import torch.nn.functional as F  # noqa: E402
 from safetensors.torch import load_file, save_file  # noqa: E402
 
-from flowcache_core.backbones.skyreels import SkyReelsBackbone, add_frame_rate  # noqa: E402
-from flowcache_core.backbones.wan import WanBackbone  # noqa: E402
-from flowcache_core.checkpoints import load_state_dict  # noqa: E402
-from flowcache_core.rotary import rotate  # noqa: E402
+from flowcache_core.checkpoints.checkpoint import load_state_dict  # noqa: E402
+from flowcache_core.models.rotary import rotate  # noqa: E402
+from flowcache_core.models.skyreels import SkyReelsBackbone, add_frame_rate  # noqa: E402
+from flowcache_core.models.wan import WanBackbone  # noqa: E402
 
 
 class PackedOps(comfy.ops.manual_cast):

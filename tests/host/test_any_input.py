@@ -15,7 +15,7 @@ from safetensors.torch import save_file
 from soak import anew, latent, plain, prepare
 from wrong_inputs import Wrong, links, widgets
 
-from flowcache_core import magi_files
+from flowcache_core.models.magi import files as magi_files
 
 HARMLESS = {  # unusual, and what they mean is clear
     "LATENT: odd size",

@@ -8,15 +8,15 @@ import torch
 from graph import SMALL, Graph, random_network, sample, write_network
 from safetensors.torch import save_file
 
-from flowcache_core.backbones.wan import WanNetwork
 from flowcache_core.demo.captions import embed_caption
-from flowcache_core.families import FAMILIES, SOLVERS, family_preset
+from flowcache_core.engine.joint import Given, JointEngine, JointGuidance
+from flowcache_core.engine.rolling import RollingDenoise, RollingEngine, RollingHistory
 from flowcache_core.generate import generate
-from flowcache_core.history_settings import HistorySettings
-from flowcache_core.joint import Given, JointEngine, JointGuidance
-from flowcache_core.rolling import RollingDenoise, RollingEngine, RollingHistory
+from flowcache_core.history.settings import HistorySettings
+from flowcache_core.models.families import FAMILIES, SOLVERS, family_preset
+from flowcache_core.models.wan import WanNetwork
 from flowcache_core.schedule import ChunkSchedule
-from flowcache_core.solvers import chunk_noise
+from flowcache_core.solvers.one_step import chunk_noise
 
 UNTOLD = json.dumps({"transformer": {"num_heads": SMALL.num_heads, "text_dim": SMALL.text_dim}})
 CONFIGS = {"causal": SMALL, "skyreels": replace(SMALL, fps=True), "rolling": SMALL, "wan": SMALL}

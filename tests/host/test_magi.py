@@ -15,13 +15,13 @@ from test_workflows import prompt_of, saved
 from videos import check_video
 from videos import frames_of as frames_in
 
-from flowcache_core.backbones.magi import MagiBackbone
-from flowcache_core.families import family_preset
-from flowcache_core.history_settings import HistorySettings
-from flowcache_core.magi_engine import PUBLISHED_FLOWCACHE, MagiEngine, MagiSampling, magi_schedule
-from flowcache_core.magi_text import caption_text, null_text
-from flowcache_core.magi_vae import LATENT_SCALE
-from flowcache_core.solvers import chunk_noise
+from flowcache_core.history.settings import HistorySettings
+from flowcache_core.models.families import family_preset
+from flowcache_core.models.magi.engine import PUBLISHED_FLOWCACHE, MagiEngine, MagiSampling, magi_schedule
+from flowcache_core.models.magi.network import MagiBackbone
+from flowcache_core.models.magi.text import caption_text, null_text
+from flowcache_core.models.magi.vae import LATENT_SCALE
+from flowcache_core.solvers.one_step import chunk_noise
 from tests.magi_weights import normal
 
 FAMILY = {"base": "magi", "distilled": "magi distilled", "fp8": "auto"}

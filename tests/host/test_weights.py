@@ -12,10 +12,10 @@ from comfy_server import HOST, PACK, host_python
 from safetensors import safe_open
 from safetensors.torch import save_file
 
-from flowcache_core.backbones.skyreels import SkyReelsBackbone
-from flowcache_core.backbones.wan import WanBackbone, WanNetwork
-from flowcache_core.checkpoints import convert
-from flowcache_core.rotary import rotate
+from flowcache_core.checkpoints.checkpoint import convert
+from flowcache_core.models.rotary import rotate
+from flowcache_core.models.skyreels import SkyReelsBackbone
+from flowcache_core.models.wan import WanBackbone, WanNetwork
 from tests import golden_weights
 from tests.golden_weights import SMALL, SMALL_FPS
 from tests.magi_weights import normal

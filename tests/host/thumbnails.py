@@ -9,11 +9,11 @@ from pathlib import Path
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
-from flowcache_core import checkpoints
-from flowcache_core.families import family, family_preset
-from flowcache_core.history_settings import HistorySettings
-from flowcache_core.pictures import RECOMPUTED, REUSED
-from flowcache_core.presets import DEFAULT_PRESET
+from flowcache_core.checkpoints import checkpoint as checkpoints
+from flowcache_core.history.settings import HistorySettings
+from flowcache_core.media.pictures import RECOMPUTED, REUSED
+from flowcache_core.models.families import family, family_preset
+from flowcache_core.models.presets import DEFAULT_PRESET
 from flowcache_core.schedule import ChunkSchedule
 
 SIDE, GRID, SEAM = 512, 4, 4

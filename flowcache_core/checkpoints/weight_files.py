@@ -1,0 +1,301 @@
+"""Reading and writing files of weights: safetensors, shards of them, and torch's zip format.
+
+Weights are mapped, not copied: a tensor takes memory when it is used, and gives it back. Files are told apart by their
+first bytes, never by their names, and nothing is ever unpickled except by torch's weights-only reader.
+"""
+
+import json
+import math
+import os
+import shutil
+import tempfile
+import warnings
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from ..errors import UserError
+from ..storage.files import parse_json
+
+Progress = Callable[[int, int], None]  # bytes written, bytes in all
+
+DTYPE_NAMES = {
+    torch.float64: "F64",
+    torch.float32: "F32",
+    torch.float16: "F16",
+    torch.bfloat16: "BF16",
+    torch.float8_e4m3fn: "F8_E4M3",
+    torch.float8_e5m2: "F8_E5M2",
+    torch.int64: "I64",
+    torch.int32: "I32",
+    torch.int16: "I16",
+    torch.int8: "I8",
+    torch.uint8: "U8",
+    torch.bool: "BOOL",
+}
+
+LONGEST_NAME = 200  # of a shard's file
+LONGEST_HEADER = 100_000_000  # bytes; the safetensors library's own limit
+
+
+@dataclass(frozen=True)
+class WeightFile:
+    """What a file or a set of shards holds.
+
+    Attributes:
+        tensors: names to mapped tensors.
+        metadata: the safetensors metadata; empty for torch files.
+        bytes: size on disk, of all shards.
+        wrapper: the entry of a torch file that the tensors were under ("generator_ema", …), or "".
+        settings: what a config.json beside the weights says, or {}.
+    """
+
+    tensors: dict[str, Tensor]
+    metadata: dict[str, str]
+    bytes: int
+    wrapper: str = ""
+    settings: dict | None = None
+
+
+def open_weights(path: Path, use_ema: bool = True) -> WeightFile:
+    """Opens a safetensors file, a torch file, an index.json with its shards, or a folder that holds one of them. A
+    shard that an index beside it names stands for all of them.
+
+    Args:
+        use_ema: of a torch file that has both, take "generator_ema" rather than "generator".
+
+    Raises:
+        UserError: the file is missing, cut short, or of another kind.
+    """
+    if not path.exists():
+        raise UserError(f"{path} does not exist; check the path.")
+    settings = {}
+    if path.is_dir():
+        settings = folder_settings(path)
+        path = _only_model(path)
+    path = _index_of(path)
+    start = _first_bytes(path)
+    if start.startswith(b"PK\x03\x04"):
+        return _open_torch(path, use_ema, settings)
+    if path.suffix == ".json":
+        return _open_shards(path, settings)
+    tensors, metadata = _open_safetensors(path, start)
+    return WeightFile(tensors, metadata, path.stat().st_size, settings=settings)
+
+
+def write_safetensors(
+    tensors: dict[str, Tensor],
+    metadata: dict[str, str],
+    out: Path,
+    dtype: torch.dtype | None = None,
+    progress: Progress | None = None,
+) -> None:
+    """Writes one safetensors file, tensor by tensor, under another name until it is whole.
+
+    Args:
+        dtype: of the floating-point matrices in the file; None leaves them as they are.
+
+    Raises:
+        UserError: `out` exists, is no .safetensors, or its folder cannot be written to or is full.
+    """
+    if out.suffix != ".safetensors":
+        raise UserError(f"The output is called {out.name}; ComfyUI reads it only as .safetensors: rename it.")
+    if out.exists():
+        raise UserError(f"{out} exists already; choose another name or delete it.")
+    header, total = _header(tensors, metadata, dtype)
+    try:
+        out.parent.mkdir(parents=True, exist_ok=True)
+        free = shutil.disk_usage(out.parent).free
+        if free < total + len(header):
+            raise UserError(f"{out.parent} has {free:,} bytes free, the file needs {total + len(header):,}; make room.")
+        handle, temporary = tempfile.mkstemp(dir=out.parent, prefix=out.stem, suffix=".part")
+    except OSError as error:
+        raise UserError(
+            f"Cannot write to {out.parent} ({error.strerror}); choose a folder you may write to."
+        ) from error
+    try:
+        with os.fdopen(handle, "wb") as file:
+            file.write(header)
+            written = 0
+            for tensor in tensors.values():
+                data = tensor.detach().to("cpu", _written_dtype(tensor, dtype)).contiguous().flatten().view(torch.uint8)
+                file.write(data.numpy().data)
+                written += data.numel()
+                if progress:
+                    progress(written, total)
+        umask = os.umask(0)
+        os.umask(umask)
+        os.chmod(temporary, 0o666 & ~umask)  # mkstemp's files are private
+        os.replace(temporary, out)
+    except BaseException:
+        os.unlink(temporary)
+        raise
+
+
+def _first_bytes(path: Path) -> bytes:
+    try:
+        with open(path, "rb") as file:
+            return file.read(64)
+    except OSError as error:
+        raise UserError(f"Cannot read {path} ({error.strerror}); check its permissions.") from error
+
+
+def folder_settings(folder: Path) -> dict:
+    """What the config.json in a folder says, or {}."""
+    file = folder / "config.json"
+    if not file.is_file():
+        return {}
+    try:
+        settings = parse_json(file.read_text())
+    except ValueError as error:
+        raise UserError(f"{file} is not valid JSON ({error}); download it again.") from error
+    return settings if isinstance(settings, dict) else {}
+
+
+def _only_model(folder: Path) -> Path:
+    """The index of a folder's shards, or its only file of weights."""
+    for pattern in ("*.index.json", "*.safetensors", "*.pt"):
+        found = sorted(folder.glob(pattern))
+        if len(found) == 1:
+            return found[0]
+        if found:
+            names = ", ".join(file.name for file in found[:4])
+            raise UserError(
+                f"{folder} holds {len(found)} files {pattern} ({names}), expected one; name the file itself."
+            )
+    raise UserError(f"{folder} holds no .safetensors, index.json or .pt; give the folder or file of the weights.")
+
+
+def _index_of(path: Path) -> Path:
+    """The index that names a file as one of its shards; the file itself where there is none."""
+    for index in sorted(path.parent.glob("*.index.json")) if path.suffix == ".safetensors" else ():
+        if json.dumps(path.name) in index.read_text():
+            return index
+    return path
+
+
+def _open_safetensors(path: Path, start: bytes) -> tuple[dict[str, Tensor], dict[str, str]]:
+    size = path.stat().st_size
+    _check_header(path, start, size)
+    try:
+        with safe_open(path, framework="pt") as file:
+            return {name: file.get_tensor(name) for name in file.keys()}, file.metadata() or {}
+    except (SafetensorError, ValueError, TypeError) as error:
+        raise UserError(f"{path.name} is a broken safetensors file ({error}); download it again.") from error
+
+
+def _check_header(path: Path, start: bytes, size: int) -> None:
+    """Says what a file is when it is no whole safetensors file."""
+    kinds = {
+        b"GGUF": "a GGUF file; load it with ComfyUI-GGUF's own loader node",
+        b"\x80": "a pickle, which can run code when it is opened, so it is not; ask for a safetensors file",
+        b"version https://git-lfs": "a Git LFS pointer, not the weights; fetch them with `git lfs pull`",
+        b"<": "a web page, not weights; download the file itself",
+    }
+    length = int.from_bytes(start[:8], "little")
+    begins_well = start[8:9] == b"{" and 2 <= length <= LONGEST_HEADER  # a length's first byte may be any magic's
+    for magic, kind in kinds.items():
+        if start.startswith(magic) and not begins_well:
+            raise UserError(f"{path.name} is {kind} (expected safetensors).")
+    if size < 10:
+        raise UserError(f"{path.name} has {size} bytes, expected a safetensors file; download it again.")
+    if not begins_well:
+        raise UserError(
+            f"{path.name} does not begin like a safetensors file, which is expected; give the weights' file."
+        )
+    short = f"{path.name} is cut short: it has {size:,} bytes, its header promises {{:,}}; download it again."
+    if 8 + length > size:
+        raise UserError(short.format(8 + length))
+    with open(path, "rb") as file:
+        file.seek(8)
+        try:
+            header = parse_json(file.read(length))
+            ends = [entry["data_offsets"][1] for name, entry in header.items() if name != "__metadata__"]
+            expected = 8 + length + max(ends, default=0)
+        except (ValueError, KeyError, TypeError, IndexError, AttributeError) as error:
+            raise UserError(f"{path.name} has a broken safetensors header; download it again.") from error
+    if expected > size:
+        raise UserError(short.format(expected))
+
+
+def _open_shards(index: Path, settings: dict) -> WeightFile:
+    try:
+        places = parse_json(index.read_text())["weight_map"]
+        shards = sorted(set(places.values()))
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise UserError(f"{index.name} has no weight_map, expected an index of shards; check the file.") from error
+    tensors: dict[str, Tensor] = {}
+    metadata: dict[str, str] = {}
+    size = 0
+    for name in shards:
+        if not isinstance(name, str) or Path(name).name != name or len(name) > LONGEST_NAME:
+            raise UserError(
+                f"{index.name} names the shard {name!r}, expected a file beside it; download the index again."
+            )
+        shard = index.parent / name
+        if not shard.is_file():
+            raise UserError(
+                f"{index.name} names {name}, which is not beside it; put all {len(shards)} shards in {index.parent}."
+            )
+        held, held_metadata = _open_safetensors(shard, _first_bytes(shard))
+        tensors |= held
+        metadata |= held_metadata
+        size += shard.stat().st_size
+    lost = sorted(places.keys() - tensors.keys())
+    if lost:
+        raise UserError(f"{index.name} promises {lost[0]} and {len(lost) - 1} more that no shard holds; download them.")
+    return WeightFile(tensors, metadata, size, settings=settings or folder_settings(index.parent))
+
+
+def _open_torch(path: Path, use_ema: bool, settings: dict) -> WeightFile:
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # read-only maps; nothing here writes into them
+            content = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+    except Exception as error:  # torch raises many kinds for what it will not read
+        reason = next(iter(str(error).splitlines()), type(error).__name__).rstrip(". ")
+        raise UserError(
+            f"{path.name} is a zip but no torch file of plain tensors ({reason}); it may be cut short or hold code: "
+            "download it again or ask for a safetensors file."
+        ) from error
+    order = ("generator_ema", "generator") if use_ema else ("generator", "generator_ema")
+    wrapper = ""
+    for name in (*order, "state_dict", "model"):
+        if isinstance(content, dict) and isinstance(content.get(name), dict):
+            content, wrapper = content[name], name
+            break
+    if not isinstance(content, dict):
+        raise UserError(
+            f"{path.name} holds a {type(content).__name__}, expected named tensors; give a checkpoint's file."
+        )
+    tensors = {name: value for name, value in content.items() if isinstance(value, Tensor)}
+    if not tensors:
+        entries = ", ".join(map(str, list(content)[:4])) or "nothing"
+        raise UserError(f"{path.name} holds {entries}, expected named tensors; give a checkpoint's file.")
+    return WeightFile(tensors, {}, path.stat().st_size, wrapper, settings)
+
+
+def _written_dtype(tensor: Tensor, dtype: torch.dtype | None) -> torch.dtype:
+    return dtype if dtype is not None and tensor.is_floating_point() and tensor.ndim > 1 else tensor.dtype
+
+
+def _header(tensors: dict[str, Tensor], metadata: dict[str, str], dtype: torch.dtype | None) -> tuple[bytes, int]:
+    """A safetensors header with its length in front, and the bytes of data that follow."""
+    entries: dict[str, dict] = {"__metadata__": metadata}
+    offset = 0
+    for name, tensor in tensors.items():
+        kind = _written_dtype(tensor, dtype)
+        end = offset + kind.itemsize * math.prod(tensor.shape)
+        entries[name] = {
+            "dtype": DTYPE_NAMES[kind],
+            "shape": list(tensor.shape),
+            "data_offsets": [offset, end],
+        }
+        offset = end
+    text = json.dumps(entries, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)  # so that the data is aligned
+    return len(text).to_bytes(8, "little") + text, offset

@@ -1,0 +1,189 @@
+"""The history's way to system memory, for a device that runs out of its own: the oldest chunk first, one at a time."""
+
+from collections.abc import Callable, Collection, Sequence
+from dataclasses import dataclass, field
+from itertools import accumulate
+from typing import Protocol, TypeVar
+
+import torch
+from torch import Tensor
+
+from .streams import AT_ONCE, Pending, SideStream
+
+SYSTEM = torch.device("cpu")  # its memory is the system's
+OUT_OF_MEMORY = "out of device memory"
+Result = TypeVar("Result")
+
+
+@dataclass
+class Stretch:
+    """One layer's keys or values [B, heads, tokens, D], or what else there is one of a token [B, heads, tokens].
+
+    Attributes:
+        here: on the device that computes; the tokens after those that have moved.
+        moved: in system memory, oldest first.
+        side: brings them back.
+    """
+
+    here: Tensor
+    moved: list[Tensor] = field(default_factory=list)
+    side: SideStream = AT_ONCE
+
+    def __post_init__(self):
+        self.device = self.here.device
+        # Moved pieces, from the first on, that are on the device as well or on their way to it.
+        self._ahead: Pending[list[Tensor]] = Pending([])
+        self._ahead_tokens = 0
+
+    @classmethod
+    def empty(
+        cls, size: tuple[int, ...], moved: Sequence[int], dtype: torch.dtype, device: torch.device, side: SideStream
+    ) -> "Stretch":
+        """Room for size[2] tokens, the first ones in system memory, in pieces of `moved` tokens."""
+        batch, heads, tokens, *rest = size
+        here = torch.empty(batch, heads, tokens - sum(moved), *rest, dtype=dtype, device=device)
+        return cls(here, [side.on_host_like(here, (batch, heads, count, *rest)) for count in moved], side)
+
+    @property
+    def nbytes(self) -> int:
+        return sum(piece.nbytes for piece in (*self.moved, self.here))
+
+    @property
+    def tokens_moved(self) -> int:
+        return sum(piece.shape[2] for piece in self.moved)
+
+    def read(self, first: int, last: int, heads: slice = slice(None)) -> Tensor:
+        """Tokens first to last, on the device; no copy where they lie there in one piece."""
+        parts = self._parts(first, last, heads, ahead=True)
+        if len(parts) == 1:
+            return parts[0].to(self.device)
+        whole = self.here.new_empty(*parts[0].shape[:2], last - first, *self.here.shape[3:])
+        _fill(whole, parts)
+        return whole
+
+    def copy_to(self, target: Tensor, first: int, waits: bool) -> None:
+        """Copies the tokens from `first` on, as many as the target has; the host waits for it or goes on."""
+        _fill(target, self._parts(first, first + target.shape[2], slice(None)), waits)
+
+    def write(self, first: int, values: Tensor, heads: slice = slice(None)) -> None:
+        for part, new in self.changes(first, values, heads):
+            part.copy_(new)
+
+    def changes(self, first: int, values: Tensor, heads: slice = slice(None)) -> list[tuple[Tensor, Tensor]]:
+        """What `write` does: each part that changes and what comes there, already beside it.
+
+        Values narrower than D change the first dimensions only.
+        """
+        parts = self._parts(first, first + values.shape[2], heads)
+        if first < self._ahead_tokens:
+            self._forget()
+        news = values.split([part.shape[2] for part in parts], dim=2)
+        width = values.shape[-1]
+        return [(part[..., :width], new.to(part.device)) for part, new in zip(parts, news, strict=True)]
+
+    def move(self, count: int) -> None:
+        """Moves the oldest `count` tokens that are here to system memory.
+
+        Takes no memory of the device: all tokens leave it, as one copy without a temporary one; then those that stay
+        come back. Should they find no room, for others use the device too, they stay in system memory.
+        """
+        self._forget()
+        if not self.here.shape[2]:
+            return
+        everything = self.here.to(SYSTEM)
+        self.here = everything[:, :, :0].to(self.device, copy=True)
+        if self.device.type == "cuda":
+            torch.cuda.empty_cache()  # or the rest would take a part of the old buffer and leave a gap in it
+        self.moved.append(self._on_host(everything[:, :, :count]))
+        try:
+            self.here = everything[:, :, count:].to(self.device, copy=True)
+        except torch.cuda.OutOfMemoryError:
+            self.moved.append(self._on_host(everything[:, :, count:]))
+
+    def _on_host(self, part: Tensor) -> Tensor:
+        return self.side.on_host_like(part, part.shape).copy_(part)
+
+    def fetch(self, tokens: int, before: "Stretch") -> None:
+        """Begins to bring what has moved back to the device, for the next time that it is read.
+
+        Args:
+            tokens: so many at the front will not change before that; only pieces inside them are fetched.
+            before: of a layer that has been read: the room that its tokens took on the device is taken over. Reads of
+                it that still wait come first, for the side stream waits for the current one.
+        """
+        starts = accumulate((piece.shape[2] for piece in self.moved), initial=0)
+        pieces = [piece for piece, start in zip(self.moved, starts, strict=False) if start + piece.shape[2] <= tokens]
+        if self._ahead_tokens or not pieces:
+            return
+        room = before._ahead.on_device()
+        before._forget()
+        if [part.shape for part in room] != [piece.shape for piece in pieces]:
+            try:
+                room = [torch.empty_like(piece, device=self.device) for piece in pieces]
+            except torch.cuda.OutOfMemoryError:
+                return
+
+        def bring() -> list[Tensor]:
+            for part, piece in zip(room, pieces, strict=True):
+                part.copy_(piece, non_blocking=True)
+            return room
+
+        self._ahead = self.side.run(bring, room)
+        self._ahead_tokens = sum(piece.shape[2] for piece in pieces)
+
+    def _forget(self) -> None:
+        self._ahead, self._ahead_tokens = Pending([]), 0
+
+    def _parts(self, first: int, last: int, heads: slice, ahead: bool = False) -> list[Tensor]:
+        """Tokens first to last, where they lie, or also where they have been fetched; at least one part, if an empty
+        one."""
+        if not self.moved:
+            return [self.here[:, heads, first:last]]
+        fetched = self._ahead.on_device() if ahead and first < self._ahead_tokens else []
+        moved = [*fetched, *self.moved[len(fetched) :]]
+        parts, start = [], 0
+        for piece in (*moved, self.here):
+            parts.append(piece[:, heads, max(0, first - start) : max(0, last - start)])
+            start += piece.shape[2]
+        return [part for part in parts if part.shape[2]] or [self.here[:, heads, :0]]
+
+
+def _fill(target: Tensor, parts: list[Tensor], waits: bool = True) -> None:
+    for piece, part in zip(target.split([part.shape[2] for part in parts], dim=2), parts, strict=True):
+        piece.copy_(part, non_blocking=not waits)
+
+
+class Movable(Protocol):
+    """A history, as far as this file is concerned."""
+
+    @property
+    def on_device(self) -> bool: ...
+    def move_chunk(self) -> None: ...
+
+
+def spared(work: Callable[[], Result], histories: Collection[Movable]) -> Result:
+    """Does work that may be begun anew; again with one more chunk of each history in system memory, as often as the
+    device runs out of its own.
+
+    A forward is such work: it changes nothing until it is done, but its own slot of the history, which it fills again.
+
+    Raises:
+        torch.cuda.OutOfMemoryError: it ran out with nothing of the histories left on it.
+    """
+    while True:
+        try:
+            return work()
+        except torch.cuda.OutOfMemoryError:
+            if not any(history.on_device for history in histories):
+                raise
+        for history in histories:  # here, where nothing holds the failed work's tensors any more
+            history.move_chunk()
+
+
+def runs_out(work: Callable[[], object]) -> bool:
+    """Does the work, or says that the device has no memory for it; then nothing of it is left on the device."""
+    try:
+        work()
+    except torch.cuda.OutOfMemoryError:
+        return True
+    return False

@@ -1,0 +1,82 @@
+"""Pixels to files: mp4 (h264), animated WebP and GIF. A file appears whole or not at all."""
+
+from collections.abc import Sequence
+from fractions import Fraction
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+
+from ..errors import UserError
+from ..storage.files import write_whole
+
+FORMATS = (".mp4", ".webp", ".gif")
+
+
+def frames_of(pixels: Tensor) -> np.ndarray:
+    """A clip [3, T, H, W] or [1, 3, T, H, W] in [-1, 1] to images, uint8 [T, H, W, 3].
+
+    Raises:
+        UserError: another shape, or pixels that are not finite.
+    """
+    clip = pixels[0] if pixels.ndim == 5 and pixels.shape[0] == 1 else pixels
+    if clip.ndim != 4 or clip.shape[0] != 3 or clip.shape[1] == 0:
+        raise UserError(f"The video has shape {list(pixels.shape)}, expected one clip [3, frames, height, width].")
+    if not torch.isfinite(clip).all():
+        raise UserError("The video holds NaN or infinite pixels; check the latents that it was decoded from.")
+    return ((clip.float().clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8).movedim(0, -1).cpu().numpy()
+
+
+def enlarged(frames: np.ndarray, times: int) -> np.ndarray:
+    """Images [T, H, W, 3] with every pixel `times` as wide and high."""
+    return frames.repeat(times, axis=1).repeat(times, axis=2)
+
+
+def save_video(frames: np.ndarray, path: Path | str, fps: int = 16) -> Path:
+    """Writes images, uint8 [T, H, W, 3], in the format that the path's ending names: .mp4, .webp or .gif.
+
+    An mp4 of odd width or height repeats its last column or row.
+
+    Raises:
+        UserError: another ending, a folder that cannot be written to, or (mp4) no `av` package.
+    """
+    path = Path(path)
+    if path.suffix.lower() not in FORMATS:
+        raise UserError(f"The video is called {path.name}; expected a name that ends in {', '.join(FORMATS)}.")
+    write = _write_mp4 if path.suffix.lower() == ".mp4" else _write_animation
+    return write_whole(path, lambda partial: write(frames, partial, fps))
+
+
+def save_animation(images: Sequence[Image.Image], path: Path | str, fps: int) -> Path:
+    """Writes pictures of the same size as an animated .webp or .gif; errors as for `save_video`."""
+    return save_video(np.stack([np.asarray(image.convert("RGB")) for image in images]), path, fps)
+
+
+def _write_mp4(frames: np.ndarray, path: Path, fps: int) -> None:
+    try:
+        import av
+    except ImportError as error:
+        raise UserError(
+            "Writing mp4 needs the package 'av': pip install av, or choose a name that ends in .webp."
+        ) from error
+    _, height, width, _ = frames.shape
+    frames = np.pad(frames, ((0, 0), (0, height % 2), (0, width % 2), (0, 0)), mode="edge")  # yuv420p halves both
+    with av.open(str(path), "w") as container:
+        stream = container.add_stream("libx264", rate=Fraction(fps))
+        stream.height, stream.width = frames.shape[1:3]
+        stream.pix_fmt = "yuv420p"
+        stream.options = {"crf": "14"}
+        for image in frames:
+            container.mux(stream.encode(av.VideoFrame.from_ndarray(np.ascontiguousarray(image), format="rgb24")))
+        container.mux(stream.encode())
+
+
+def _write_animation(frames: np.ndarray, path: Path, fps: int) -> None:
+    images = [Image.fromarray(image) for image in frames]
+    how = {"quality": 85, "method": 3} if path.suffix.lower() == ".webp" else {"optimize": False}
+    # A GIF's clock counts hundredths of a second: rounding each frame by itself would let it drift.
+    ends = [round(100 * (i + 1) / fps) * 10 for i in range(len(images))]
+    durations = [end - start for start, end in zip([0, *ends], ends, strict=False)]
+    images[0].save(path, save_all=True, append_images=images[1:], duration=durations, loop=0, **how)

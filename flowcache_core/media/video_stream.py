@@ -1,0 +1,98 @@
+"""One mp4 that is written while a run goes on. A file that is cut short plays up to its last whole frames."""
+
+import json
+from collections.abc import Mapping
+from contextlib import suppress
+from fractions import Fraction
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from ..errors import UserError
+from ..storage.files import write_whole
+
+# Every frame is a fragment of its own behind an empty index, and goes to the disk at once.
+FRAGMENTS = {"movflags": "frag_every_frame+empty_moov+default_base_moof+use_metadata_tags", "flush_packets": "1"}
+METADATA = {"movflags": "use_metadata_tags+faststart"}
+
+
+class VideoStream:
+    """Takes frames as they come; `finish` makes an ordinary file of it, `close` leaves it as it is.
+
+    Args:
+        path: of the mp4. It is made when the first frames come.
+        fps: frames a second.
+        metadata: names and values, as JSON where they are no text; readable also while the file is unfinished.
+
+    Raises:
+        UserError: no `av` package, or a file that cannot be written.
+    """
+
+    def __init__(self, path: Path | str, fps: float, metadata: Mapping[str, object] | None = None):
+        try:
+            import av
+        except ImportError as error:
+            raise UserError("Writing mp4 needs the package 'av': pip install av.") from error
+        self._av = av
+        self.path = Path(path)
+        self.fps = Fraction(fps).limit_denominator(1000)
+        self.metadata = dict(metadata or {})
+        self.frames = 0
+        self._container: Any = None
+        self._stream: Any = None
+
+    def write(self, frames: np.ndarray) -> None:
+        """Appends images, uint8 [T, H, W, 3]; of odd width or height the last column or row is repeated."""
+        frames = np.pad(frames, ((0, 0), (0, frames.shape[1] % 2), (0, frames.shape[2] % 2), (0, 0)), mode="edge")
+        try:
+            if self._container is None:
+                self._open(*frames.shape[1:3])
+            for image in frames:
+                picture = self._av.VideoFrame.from_ndarray(np.ascontiguousarray(image), format="rgb24")
+                self._container.mux(self._stream.encode(picture))
+        except OSError as error:
+            raise UserError(f"Cannot write {self.path.name} ({error.strerror or error}); free some space.") from error
+        self.frames += len(frames)
+
+    def finish(self, metadata: Mapping[str, object] | None = None) -> Path:
+        """Ends the file, with more metadata, as an ordinary mp4 whose index comes first. Nothing is encoded again."""
+        if self._container is None:
+            raise UserError("The video has no frames.")
+        self.close()
+        self.metadata |= metadata or {}
+        return write_whole(self.path, self._copy)
+
+    def close(self) -> None:
+        """Ends the file as it is, with what was written so far."""
+        if self._container is None:
+            return
+        container, self._container = self._container, None
+        with suppress(OSError):  # the disk may be full, and what is on it plays
+            container.mux(self._stream.encode())
+            container.close()
+
+    def _open(self, height: int, width: int) -> None:
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        self._container = self._av.open(str(self.path), "w", format="mp4", options=FRAGMENTS)
+        self._describe(self._container)
+        self._stream = self._container.add_stream("libx264", rate=self.fps)
+        self._stream.height, self._stream.width = height, width
+        self._stream.pix_fmt = "yuv420p"
+        self._stream.options = {"crf": "14", "tune": "zerolatency"}  # no frame waits in the encoder
+
+    def _copy(self, whole: Path) -> None:
+        with (
+            self._av.open(str(self.path)) as source,
+            self._av.open(str(whole), "w", format="mp4", options=METADATA) as copy,
+        ):
+            self._describe(copy)
+            stream = copy.add_stream_from_template(source.streams.video[0])
+            for packet in source.demux(source.streams.video[0]):
+                if packet.dts is not None:
+                    packet.stream = stream
+                    copy.mux(packet)
+
+    def _describe(self, container) -> None:
+        for name, value in self.metadata.items():
+            container.metadata[name] = value if isinstance(value, str) else json.dumps(value)

@@ -1,0 +1,188 @@
+"""What each family of models is run with, where the user does not say otherwise, and where each number comes from."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from typing import Literal
+
+from torch import nn
+
+from ..errors import UserError
+from ..history.settings import HistorySettings
+from ..solvers import noise_levels
+from ..solvers.multistep import SkyReelsUniPC, UniPC
+from ..solvers.one_step import Euler, Noise, Renoise, SolverFactory
+from .magi.config import MagiConfig
+from .presets import PRESETS, ReuseSettings, Settings
+from .skyreels import POLYNOMIAL_1_3B, POLYNOMIAL_14B, SkyReelsBackbone
+from .wan import Attention, WanBackbone
+
+
+class CausVidRenoise(Renoise):
+    """CausVid's: the levels that its solver uses are the nearest of those it was trained on."""
+
+    def __init__(self, sigmas: Sequence[float], noise: Noise):
+        super().__init__(noise_levels.nearest_trained(sigmas), noise)
+
+
+SolverName = Literal["euler", "renoise", "causvid", "unipc", "skyreels unipc"]
+SOLVERS: dict[str, SolverFactory] = {
+    "euler": Euler,
+    "renoise": Renoise,
+    "causvid": CausVidRenoise,
+    "unipc": UniPC,
+    "skyreels unipc": SkyReelsUniPC,  # with its upstream's slip: see `multistep`
+}
+PAPER_PRESETS = ("paper slow", "paper fast")
+
+
+@dataclass(frozen=True)
+class Family:
+    """Recommended settings of a family.
+
+    Attributes:
+        steps, lag: of its schedule; see `schedule.ChunkSchedule`.
+        chunk_frames: latent frames of a chunk.
+        solver: a key of `SOLVERS`, from the number of steps.
+        levels: noise levels from the number of steps.
+        guidance: scale of classifier-free guidance.
+        size: width and height in pixels.
+        shift: that `levels` are moved towards noise by.
+        source: where the numbers come from.
+        fps: frames a second of its videos.
+        condition: noise level at which given frames are shown.
+        first_levels: noise levels of the first chunk, from the number of steps, where it takes more of them.
+        attention: chunk by chunk over a history, or the active chunks together and both ways ("rolling").
+        backbone: makes what runs a network of the family, from the network, frames a second and attention.
+        published: the family's own settings for a preset, from its name and the network's width, or None.
+    """
+
+    steps: int
+    lag: int
+    chunk_frames: int
+    solver: Callable[[int], SolverName]
+    levels: Callable[[int], list[float]]
+    guidance: float
+    size: tuple[int, int]
+    shift: float
+    source: str
+    fps: int = 16
+    condition: float = 0.0
+    first_levels: Callable[[int], list[float] | None] = lambda steps: None
+    attention: Literal["causal", "joint", "rolling"] = "causal"
+    backbone: Callable[[nn.Module, int, Attention], WanBackbone] = lambda network, fps, attention: WanBackbone(
+        network, attention
+    )
+    published: Callable[[str, int], Settings | None] = lambda preset, dim: None
+
+    def shifted_levels(self, steps: int, shift: float) -> list[float]:
+        """Noise levels with another shift than the family's: shifts multiply."""
+        return [noise_levels.shifted(level, shift / self.shift) for level in self.levels(steps)]
+
+
+def always(name: SolverName) -> Callable[[int], SolverName]:
+    return lambda steps: name
+
+
+def few_steps(steps: int) -> list[float]:
+    """Levels of Self-Forcing and Causal-Forcing, from their number of steps."""
+    if steps in (1, 2):
+        lists = (noise_levels.CAUSAL_FORCING_1_STEP, noise_levels.CAUSAL_FORCING_2_STEPS)
+        return noise_levels.warped(lists[steps - 1])
+    return noise_levels.linear(steps, 5.0)  # 4: Self-Forcing's list, warped
+
+
+def causvid_steps(steps: int) -> list[float]:
+    """CausVid's levels: its 3 steps are taken as they are, those of its other variant are warped."""
+    return noise_levels.unwarped(noise_levels.CAUSVID_3_STEPS) if steps == 3 else noise_levels.linear(steps, 8.0)
+
+
+def skyreels_published(preset: str, dim: int) -> Settings | None:
+    """FlowCache for SkyReels-V2; the 1.3B and the 14B have polynomials of their own."""
+    if preset not in PAPER_PRESETS:
+        return None
+    reuse = ReuseSettings(
+        "flowcache",
+        threshold=0.1 if preset == "paper slow" else 0.15,
+        rescale=POLYNOMIAL_1_3B if dim < 3000 else POLYNOMIAL_14B,
+        warmup=5,
+        last=True,
+        order=0,
+        held="residual",
+        correct=False,
+    )
+    return Settings(reuse, clean_pass=False)
+
+
+FAMILIES: dict[str, Family] = {
+    "demo": Family(64, 16, 3, always("euler"), noise_levels.magi, 1.0, (64, 64), 3.0, "the project's own trials"),
+    "causal": Family(
+        4, 4, 3, always("renoise"), few_steps, 1.0, (832, 480), 5.0,
+        "Self-Forcing, configs/self_forcing_dmd.yaml; Causal-Forcing, configs/causal_forcing_dmd_*.yaml",
+        first_levels=lambda steps: few_steps(4) if steps < 3 else None,
+    ),
+    "causvid": Family(
+        3, 3, 3, always("causvid"), causvid_steps, 1.0, (832, 480), 8.0,
+        "CausVid, configs/wan_causal_dmd.yaml (3 steps) and wan_causal_dmd_warp_4step_cfg2.yaml (4 steps)",
+    ),
+    "rolling": Family(
+        5, 1, 3, always("renoise"), lambda steps: noise_levels.linear(steps, 5.0), 1.0, (832, 480), 5.0,
+        "Rolling Forcing, configs/rolling_forcing_dmd.yaml", attention="rolling",
+    ),
+    "skyreels": Family(
+        50, 5, 5, always("skyreels unipc"), noise_levels.skyreels, 6.0, (960, 544), 8.0,
+        "SkyReels-V2, README (asynchronous inference, addnoise_condition 20)", fps=24, condition=0.02,
+        backbone=SkyReelsBackbone, published=skyreels_published,
+    ),
+    "wan": Family(
+        50, 50, 3, always("unipc"), lambda steps: noise_levels.linear(steps, 8.0), 6.0, (832, 480), 8.0,
+        "Wan 2.1, README",
+    ),
+    **dict.fromkeys(("magi", "magi distilled"), Family(
+        64, 16, 6, always("euler"), noise_levels.magi, 7.5, (720, 720), 3.0,
+        "MAGI-1, example/4.5B/*_config.json; see magi_usual",
+        fps=24,
+    )),
+}  # fmt: skip
+
+
+def magi_usual(config: MagiConfig) -> tuple[int, tuple[int, int]]:
+    """Steps, and width and height in pixels, that a MAGI-1 network is published with (example/*/*_config.json)."""
+    if config.gated:  # 24B
+        return 16 if config.distilled else 32, (1280, 720)
+    return 64, (720, 720)
+
+
+def family(name: str) -> Family:
+    """A family's settings.
+
+    Raises:
+        UserError: it cannot be run here.
+    """
+    if name not in FAMILIES:
+        raise UserError(f"The family '{name}' is not supported here; expected one of {', '.join(FAMILIES)}.")
+    return FAMILIES[name]
+
+
+def family_preset(preset: str, name: str, dim: int, history: HistorySettings) -> Settings:
+    """A preset as a family takes it: the paper's presets are the published settings for that family.
+
+    Args:
+        preset: a key of `presets.PRESETS`.
+        dim: width of the network.
+    """
+    return replace(family(name).published(preset, dim) or PRESETS[preset], history=history)
+
+
+def fitted(reuse: ReuseSettings, name: str, dim: int) -> ReuseSettings:
+    """A rule that watches the input, as a family takes it: with the polynomial that was fitted to its signal, and
+    holding what that was fitted for. Thresholds then mean what they mean to the rule's makers.
+
+    Args:
+        reuse: any policy; those that watch nothing stay as they are.
+        name: of the family.
+        dim: width of the network.
+    """
+    published = family(name).published("paper slow", dim)
+    if published is None or reuse.policy not in ("flowcache", "teacache"):
+        return reuse
+    return replace(reuse, rescale=published.reuse.rescale, held=published.reuse.held)

@@ -1,0 +1,65 @@
+"""What belongs to a MAGI-1 network but lies in files of its own: the autoencoder and the special tokens."""
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+
+from torch import Tensor
+
+from ...checkpoints.weight_files import Progress, folder_settings, open_weights, write_safetensors
+from ...errors import UserError
+from ...storage.files import parse_json
+from .text import SpecialTokens
+from .vae import MagiVae, MagiVaeConfig, load_vae
+
+STAMP = "flowcache_magi_vae"  # metadata key: the autoencoder's config.json, in a file that `convert_vae` wrote
+TOKENS_FILE = "special_tokens.npz"
+
+
+def is_vae(path: str | Path) -> bool:
+    """Whether a file or folder holds MAGI-1's autoencoder."""
+    return {"encoder.cls_token", "decoder.cls_token"} <= open_weights(Path(path)).tensors.keys()
+
+
+def read_vae(path: str | Path) -> MagiVae:
+    """The autoencoder of a file or folder; its sizes come from the file's stamp, or from the config.json beside it.
+
+    Raises:
+        UserError: not MAGI-1's autoencoder, or nothing says its sizes.
+    """
+    tensors, settings = _vae(Path(path))
+    return load_vae(tensors, MagiVaeConfig.from_upstream(settings))
+
+
+def convert_vae(path: str | Path, out: str | Path, progress: Progress | None = None) -> None:
+    """Writes the autoencoder as one safetensors file that needs no config.json.
+
+    Raises:
+        UserError: as for `read_vae`, or an output that cannot be written.
+    """
+    read_vae(path)
+    tensors, settings = _vae(Path(path))
+    write_safetensors(tensors, {"format": "pt", STAMP: json.dumps(settings)}, Path(out), progress=progress)
+
+
+def find_tokens(path: str | Path, tensors: Mapping[str, Tensor]) -> SpecialTokens | None:
+    """The special tokens of a network: in its own file, or in the special_tokens.npz beside it; None if in neither."""
+    path = Path(path)
+    beside = (path if path.is_dir() else path.parent) / TOKENS_FILE
+    inside = SpecialTokens.from_tensors(tensors)
+    return SpecialTokens.from_file(beside) if inside is None and beside.is_file() else inside
+
+
+def _vae(path: Path) -> tuple[dict[str, Tensor], dict]:
+    file = open_weights(path)
+    try:
+        settings = parse_json(file.metadata.get(STAMP, "{}"))
+    except ValueError as error:
+        raise UserError(f"{path.name} has a broken {STAMP!r} stamp; convert it again from its source.") from error
+    settings = settings or file.settings or folder_settings(path.parent)
+    if not settings or not isinstance(settings, dict):
+        raise UserError(
+            f"Nothing says the sizes of {path.name}: put the config.json of MAGI-1's vae folder beside it, or convert "
+            "the folder with `python -m flowcache_core convert`."
+        )
+    return file.tensors, settings

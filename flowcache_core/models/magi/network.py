@@ -1,0 +1,465 @@
+"""Networks of the MAGI-1 layout: our own module, and how to run one chunk through it.
+
+`MagiNetwork` is the architecture: parameters under upstream's names, so that SandAI's shards load as they are.
+`MagiBackbone` runs its modules. Every block attends to the history and to the caption side by side, from one
+normalised input; its outputs pass a gate (from noise level and caption kind) and a norm before they are added. Most of
+a block runs in the network's own precision; embedders, norms of queries and keys, norms after the gates, the output
+projection's product and the head run in float32.
+
+Upstream counts time t from noise (0) to clean (1) and its velocity points to clean; here sigma = 1 - t and the velocity
+is noise - clean, the negative of upstream's.
+
+Source: MAGI-1, inference/model/dit/dit_model.py and dit_module.py.
+"""
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import NamedTuple, cast
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ...errors import UserError
+from ..fit import fit
+from ..rotary import grid_table
+from .config import MagiConfig
+from .fp8 import Fp8Linear, SmoothFp8Linear
+
+Attention = Callable[[Tensor, Tensor, Tensor], Tensor]  # q [B, heads, n, D], k, v [B, kv_heads, m, D] -> q's shape
+Attend = Callable[[int, Tensor, Tensor, Tensor], Tensor]  # the same behind a layer number, over the history
+
+TIME_WIDTH = 256  # of the sinusoid
+TIME_SCALE = 1000.0
+MERGE_GROUPS = 8  # self- and cross-attention are interleaved in this many groups before the output projection
+BASE_AREA = 16 * 16  # tokens of a frame at which rows and columns have rotary positions one apart
+
+
+class Casting:
+    """Layers that bring their weights to the input's precision, as ComfyUI's `manual_cast` operations do."""
+
+    class Linear(nn.Linear):
+        def forward(self, x: Tensor) -> Tensor:
+            return F.linear(x, self.weight.to(x.dtype), None if self.bias is None else self.bias.to(x.dtype))
+
+    class LayerNorm(nn.LayerNorm):
+        def forward(self, x: Tensor) -> Tensor:
+            return F.layer_norm(x, self.normalized_shape, self.weight.to(x.dtype), self.bias.to(x.dtype), self.eps)
+
+    class Conv3d(nn.Conv3d):
+        def forward(self, x: Tensor) -> Tensor:
+            return self._conv_forward(x, self.weight.to(x.dtype), None)
+
+    Fp8Linear = Fp8Linear
+    SmoothFp8Linear = SmoothFp8Linear
+
+
+class ShiftedLayerNorm(nn.Module):
+    """Layer norm whose stored gain is the gain minus one."""
+
+    def __init__(self, width: int, eps: float, **where):
+        super().__init__()
+        self.eps = eps
+        self.weight = nn.Parameter(torch.zeros(width, **where))
+        self.bias = nn.Parameter(torch.zeros(width, **where))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.layer_norm(x, x.shape[-1:], self.weight.to(x) + 1, self.bias.to(x), self.eps)
+
+
+class MagiRope(nn.Module):
+    """Learned frequencies, one set for time, rows and columns: head_dim / 8 pairs each, the rest is not rotated."""
+
+    def __init__(self, head_dim: int, **where):
+        super().__init__()
+        count = head_dim // 8
+        exponents = torch.arange(count, dtype=torch.float32) / count
+        self.bands = nn.Parameter((10000.0**-exponents).to(**where))
+
+
+class MagiTimeEmbedder(nn.Module):
+    def __init__(self, config: MagiConfig, operations, **where):
+        super().__init__()
+        width = config.condition_width
+        self.mlp = nn.Sequential(
+            operations.Linear(TIME_WIDTH, width, **where), nn.SiLU(), operations.Linear(width, width, **where)
+        )
+
+
+class MagiCaptionEmbedder(nn.Module):
+    def __init__(self, config: MagiConfig, operations, **where):
+        super().__init__()
+        self.y_proj_xattn = nn.Sequential(operations.Linear(config.caption_width, config.width, **where), nn.SiLU())
+        self.y_proj_adaln = nn.Sequential(operations.Linear(config.caption_width, config.condition_width, **where))
+        self.null_caption_embedding = nn.Parameter(torch.zeros(config.caption_tokens, config.caption_width, **where))
+
+
+class MagiProjections(nn.Module):
+    def __init__(self, config: MagiConfig, operations, fp8: bool, **where):
+        super().__init__()
+        queries, keys = config.heads * config.head_dim, config.kv_heads * config.head_dim
+        linear = operations.Fp8Linear if fp8 else operations.Linear
+        self.layer_norm = operations.LayerNorm(config.width, eps=config.eps, **where)
+        self.q = linear(config.width, queries, bias=False, **where)
+        self.qx = linear(config.width, queries, bias=False, **where)
+        self.k = linear(config.width, keys, bias=False, **where)
+        self.v = linear(config.width, keys, bias=False, **where)
+
+
+class MagiAttention(nn.Module):
+    def __init__(self, config: MagiConfig, operations, fp8: bool, precise: dict, where: dict):
+        super().__init__()
+        head, keys = config.head_dim, config.kv_heads * config.head_dim
+        linear = operations.SmoothFp8Linear if fp8 else operations.Linear
+        self.projection_dtype = where["dtype"] if fp8 else torch.float32
+        self.linear_qkv = MagiProjections(config, operations, fp8, **where)
+        self.linear_kv_xattn = operations.Linear(config.width, 2 * keys, bias=False, **where)
+        self.linear_proj = linear(2 * config.heads * head, config.width, bias=False, **where)
+        self.q_layernorm = ShiftedLayerNorm(head, config.eps, **precise)
+        self.k_layernorm = ShiftedLayerNorm(head, config.eps, **precise)
+        self.q_layernorm_xattn = ShiftedLayerNorm(head, config.eps, **where)
+        self.k_layernorm_xattn = ShiftedLayerNorm(head, config.eps, **where)
+
+
+class MagiFeedForward(nn.Module):
+    def __init__(self, config: MagiConfig, operations, fp8: bool, **where):
+        super().__init__()
+        self.gated = config.gated
+        inner = config.ffn_width * (2 if config.gated else 1)
+        self.layer_norm = operations.LayerNorm(config.width, eps=config.eps, **where)
+        widen = operations.Fp8Linear if fp8 else operations.Linear
+        narrow = operations.SmoothFp8Linear if fp8 else operations.Linear
+        self.linear_fc1 = widen(config.width, inner, bias=False, **where)
+        self.linear_fc2 = narrow(config.ffn_width, config.width, bias=False, **where)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.linear_fc1(self.layer_norm(x))
+        if not self.gated:
+            return self.linear_fc2(F.gelu(x))
+        gate, x = x.chunk(2, dim=-1)
+        return self.linear_fc2(F.silu(gate) * x)
+
+
+class MagiGates(nn.Module):
+    def __init__(self, config: MagiConfig, operations, **where):
+        super().__init__()
+        self.proj = nn.Sequential(operations.Linear(config.condition_width, 2 * config.width, **where))
+
+    def forward(self, condition: Tensor) -> tuple[Tensor, Tensor]:
+        """Condition [B, condition_width] to the gates of attention and feed-forward, [B, 1, width] in float32."""
+        gates = self.proj(F.silu(condition))
+        attention, feed_forward = torch.tanh(gates.float()).to(gates.dtype).float()[:, None].chunk(2, dim=-1)
+        return attention, feed_forward
+
+
+class MagiBlock(nn.Module):
+    def __init__(self, config: MagiConfig, operations, fp8: bool, precise: dict, where: dict):
+        super().__init__()
+        self.ada_modulate_layer = MagiGates(config, operations, **where)
+        self.self_attention = MagiAttention(config, operations, fp8, precise, where)
+        self.self_attn_post_norm = ShiftedLayerNorm(config.width, config.eps, **precise)
+        self.mlp = MagiFeedForward(config, operations, fp8, **where)
+        self.mlp_post_norm = ShiftedLayerNorm(config.width, config.eps, **precise)
+
+
+class MagiBlocks(nn.Module):
+    def __init__(self, config: MagiConfig, operations, precise: dict, where: dict):
+        super().__init__()
+        ends = (0, config.layers - 1)  # never quantised
+        self.layers = nn.ModuleList(
+            MagiBlock(config, operations, config.fp8 and layer not in ends, precise, where)
+            for layer in range(config.layers)
+        )
+        self.final_layernorm = ShiftedLayerNorm(config.width, config.eps, **precise)
+
+
+class MagiFinal(nn.Module):
+    def __init__(self, config: MagiConfig, operations, **where):
+        super().__init__()
+        self.linear = operations.Linear(config.width, config.patch**2 * config.fed_channels, bias=False, **where)
+
+
+class MagiNetwork(nn.Module):
+    """The parameters of a MAGI-1 network; `MagiBackbone` runs it.
+
+    Args:
+        config: sizes.
+        dtype: precision of the blocks. What upstream keeps in float32 is float32 whatever this is.
+        device: where the parameters are made.
+        operations: where Linear, LayerNorm, Conv3d and the fp8 layers come from. They must cast their weights to the
+            input's precision: `Casting`, or ComfyUI's `manual_cast` with fp8 layers.
+    """
+
+    def __init__(self, config: MagiConfig, dtype: torch.dtype = torch.float32, device=None, operations=Casting):
+        super().__init__()
+        self.config = config
+        self.dtype = dtype
+        precise, where = {"dtype": torch.float32, "device": device}, {"dtype": dtype, "device": device}
+        patch = (1, config.patch, config.patch)
+        self.x_embedder = operations.Conv3d(config.fed_channels, config.width, patch, patch, bias=False, **precise)
+        self.t_embedder = MagiTimeEmbedder(config, operations, **precise)
+        self.y_embedder = MagiCaptionEmbedder(config, operations, **precise)
+        self.rope = MagiRope(config.head_dim, **precise)
+        self.videodit_blocks = MagiBlocks(config, operations, precise, where)
+        self.final_linear = MagiFinal(config, operations, **precise)
+
+
+def load_network(
+    tensors: Mapping[str, Tensor], distilled: bool, dtype: torch.dtype | None = None, operations=Casting
+) -> MagiNetwork:
+    """A network over a checkpoint's tensors, which are neither copied nor converted: mapped files stay mapped.
+
+    Args:
+        tensors: under upstream's names; special tokens beside them (magi_text.py) are passed over.
+        distilled: whether the network is told the step size; it cannot be told from the tensors.
+        dtype: precision of the blocks' computation; by default that of the first block's matrices.
+
+    Raises:
+        UserError: tensors are missing, left over or of the wrong shape.
+    """
+    config = MagiConfig.from_tensors(tensors, distilled)
+    stored = tensors["videodit_blocks.layers.0.self_attention.linear_qkv.q.weight"].dtype
+    network = MagiNetwork(config, dtype or stored, "meta", operations)
+    own = {name: tensor for name, tensor in tensors.items() if not name.startswith("special_tokens.")}
+    return fit(network, own, "MAGI-1 network")
+
+
+@dataclass(frozen=True)
+class MagiRotary:
+    """Rotary positions from learned frequencies, for heads in the order that `paired` brings them in.
+
+    Frames count from the start of the video. Rows and columns are centred, and scaled so that a frame of any size spans
+    what a frame of 16 x 16 tokens of the same shape spans.
+    """
+
+    rope: MagiRope  # asked anew each time: a host may move its parameter
+    head_dim: int
+
+    @property
+    def bands(self) -> Tensor:
+        """Frequencies, [head_dim / 8]."""
+        return self.rope.bands.detach()
+
+    @property
+    def parts(self) -> tuple[int, int, int]:
+        """Widths of the parts for time, rows and columns; they come first in a head."""
+        part = 2 * len(self.bands)
+        return part, part, part
+
+    def angles(self, positions: Tensor, width: int) -> Tensor:
+        """Positions [...] to angles [..., width / 2] in float64."""
+        return positions.double()[..., None] * self.bands.to(positions.device).double()
+
+    def table(self, frames: Tensor, rows: int, columns: int) -> Tensor:
+        """Cosines and sines of every token of a run of frames.
+
+        Args:
+            frames: [T] position of each frame.
+
+        Returns:
+            float32 [2, T * rows * columns, head_dim / 2].
+        """
+        unit = math.sqrt(rows * columns / BASE_AREA)
+        places = (frames, centred(rows, unit, frames.device), centred(columns, unit, frames.device))
+        angles = [self.angles(place, part) for place, part in zip(places, self.parts, strict=True)]
+        return grid_table(angles, self.head_dim // 2)
+
+    def paired(self, x: Tensor) -> Tensor:
+        """Heads [..., D] from upstream's order, where partners are 3 D / 8 apart, to neighbouring pairs.
+
+        Queries and keys are reordered alike, so their products stay as they are.
+        """
+        rotated = sum(self.parts)
+        pairs = x[..., :rotated].unflatten(-1, (2, -1)).transpose(-1, -2).flatten(-2)
+        return torch.cat([pairs, x[..., rotated:]], dim=-1)
+
+
+def centred(count: int, unit: float, device: torch.device) -> Tensor:
+    """Positions [count] around zero that span count / unit - 1, in float64."""
+    places = torch.arange(count, dtype=torch.float64, device=device) - (count - 1) / 2
+    return places / max(1, count - 1) * (count / unit - 1)
+
+
+class CaptionKeys(NamedTuple):
+    """One caption's keys and values in one layer, [1, kv_heads, tokens, D]."""
+
+    keys: Tensor
+    values: Tensor
+
+
+class MagiText(NamedTuple):
+    """A chunk's text in one branch, as `magi_text.py` makes it, and how long its steps are.
+
+    Attributes:
+        embedding: the text encoder's output after the special tokens, [B, tokens, caption_width].
+        mask: [B, tokens], nonzero where there is a token, which come first; captions differ in length. On the CPU,
+            which must know that length.
+        captioned: False in branches without text.
+        step_size: what a distilled network is told, `step_size` of magi_sampling.py.
+    """
+
+    embedding: Tensor
+    mask: Tensor
+    captioned: bool = True
+    step_size: float | None = None
+
+
+class MagiContext(NamedTuple):
+    """What a chunk's forward is conditioned on besides its noise level.
+
+    Attributes:
+        captions: a layer, a row of the batch: keys and values of the caption's tokens.
+        kind: [1, condition_width], says whether there is a caption and, if distilled, how long a step is.
+    """
+
+    captions: list[list[CaptionKeys]]
+    kind: Tensor
+
+
+def grouped_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """Torch's attention, where several query heads share a key and value head."""
+    return F.scaled_dot_product_attention(q, k, v, enable_gqa=True)
+
+
+class MagiBackbone:
+    """Runs chunks through a network of the MAGI-1 layout.
+
+    Args:
+        network: its blocks' precision is that of the computation.
+        attention: used for cross-attention here; the history uses its own. It must accept fewer heads in keys and
+            values than in queries.
+    """
+
+    def __init__(self, network: MagiNetwork, attention: Attention = grouped_attention):
+        config = network.config
+        self.network = network
+        self.config = config
+        self.attention = attention
+        self.layers = config.layers
+        self.heads = config.heads
+        self.kv_heads = config.kv_heads
+        self.head_dim = config.head_dim
+        self.blocks = cast(Sequence[MagiBlock], network.videodit_blocks.layers)
+        self.rotary = MagiRotary(network.rope, config.head_dim)
+
+    def grid(self, height: int, width: int) -> tuple[int, int]:
+        """Rows and columns of tokens of one frame of latent size height x width.
+
+        Raises:
+            UserError: a side is not a multiple of the patch.
+        """
+        patch = self.config.patch
+        if height % patch or width % patch:
+            raise UserError(
+                f"The latent is {height} x {width}; MAGI-1 needs multiples of {patch}, that is of {8 * patch} pixels."
+            )
+        return height // patch, width // patch
+
+    def context(self, text: MagiText) -> MagiContext:
+        """Conditioning of a chunk, computed once for each chunk (its text tells how much is left) and branch.
+
+        Raises:
+            UserError: the network is distilled and the text has no step size.
+        """
+        embedder = self.network.y_embedder
+        embedded = embedder.y_proj_xattn(text.embedding.float()).to(self.network.dtype)
+        rows = [row[: sum(map(bool, keep.tolist()))] for row, keep in zip(embedded, text.mask, strict=True)]
+        captions = [[self._caption(block.self_attention, row) for row in rows] for block in self.blocks]
+        null = embedder.null_caption_embedding[-2 if text.captioned else -1].to(embedded.device).float()
+        kind = embedder.y_proj_adaln(null[None])
+        if self.config.distilled:
+            if text.step_size is None:
+                raise UserError("A distilled MAGI-1 must be told the step size; give the text one (magi_sampling.py).")
+            kind = kind + self._time(torch.full((1,), text.step_size, dtype=torch.float32, device=kind.device))
+        return MagiContext(captions, kind)
+
+    def trunk(self, x: Tensor, sigma: Tensor, context: MagiContext, attend: Attend) -> Tensor:
+        """The embedding and the blocks.
+
+        Args:
+            x: latent [B, C, T, H, W].
+            sigma: noise level of the chunk, [B], 1 noise and 0 clean.
+            context: what `context` gave, with B rows.
+            attend: attention over the history; it gets unrotated q [B, heads, tokens, D] and k, v [B, kv_heads, ...].
+
+        Returns:
+            The blocks' output minus their input, float32 [B, T, rows * columns, width].
+        """
+        embedded = self.embed(x)
+        condition = self.condition(sigma, context)
+        hidden = embedded.flatten(1, 2)
+        for layer, block in enumerate(self.blocks):
+            hidden = self._block(block, layer, hidden, condition, context.captions[layer], attend)
+        return hidden.view_as(embedded).float() - embedded.float()
+
+    def head(self, x: Tensor, sigma: Tensor, residual: Tensor) -> Tensor:
+        """Velocity [B, C, T, H, W] from the latent and a residual that `trunk` gave; the noise level plays no part."""
+        hidden = self.network.videodit_blocks.final_layernorm(self.embed(x).float() + residual)
+        velocity = self._unpatch(self.network.final_linear.linear(hidden), x.shape)
+        return -(velocity[:, : self.config.channels] / self.config.input_scale).to(x.dtype)
+
+    def reuse_signal(self, x: Tensor, sigma: Tensor) -> Tensor:
+        """What FlowCache watches for change: the patch embedding, [B, T, rows * columns, width]."""
+        return self.embed(x)
+
+    def embed(self, x: Tensor) -> Tensor:
+        """Latent [B, C, T, H, W] to tokens [B, T, rows * columns, width]."""
+        self.grid(*x.shape[-2:])
+        x = x.float() * self.config.input_scale
+        if self.config.doubled:
+            x = torch.cat([x, x], dim=1)
+        return self.network.x_embedder(x).flatten(3).permute(0, 2, 3, 1).to(self.network.dtype)
+
+    def condition(self, sigma: Tensor, context: MagiContext) -> Tensor:
+        """Noise level [B] and context to what the gates are made of, [B, condition_width]."""
+        embedding = self._time((1.0 - sigma.double()).float())
+        return (embedding + context.kind).to(self.network.dtype)
+
+    def _time(self, t: Tensor) -> Tensor:
+        """Embedding [B, condition_width] of numbers [B]; the order of products is upstream's, large angles show it."""
+        half = TIME_WIDTH // 2
+        places = torch.arange(half, dtype=torch.float32, device=t.device)
+        angles = t[:, None] * torch.exp(-math.log(10000) * places / half) * TIME_SCALE
+        sinusoid = torch.cat([angles.cos(), angles.sin()], dim=-1).to(self.network.dtype)
+        return self.network.t_embedder.mlp(sinusoid.float())
+
+    def _caption(self, attention: MagiAttention, tokens: Tensor) -> CaptionKeys:
+        """Keys and values of caption tokens [tokens, width]; upstream stores them head by head, key before value."""
+        pairs = attention.linear_kv_xattn(tokens).unflatten(-1, (self.kv_heads, 2 * self.head_dim)).transpose(0, 1)
+        keys, values = pairs[None].chunk(2, dim=-1)
+        return CaptionKeys(attention.k_layernorm_xattn(keys), values)
+
+    def _block(self, block: MagiBlock, layer: int, x: Tensor, condition: Tensor, captions, attend: Attend) -> Tensor:
+        # x is [B, tokens, width]
+        attention, project = block.self_attention, block.self_attention.linear_qkv
+        gate_attention, gate_feed_forward = block.ada_modulate_layer(condition)
+        y = project.layer_norm(x)
+        q = self.rotary.paired(attention.q_layernorm(self._split(project.q(y)).float())).to(x.dtype)
+        k = self.rotary.paired(attention.k_layernorm(self._split(project.k(y)).float())).to(x.dtype)
+        past = attend(layer, q, k, self._split(project.v(y)))
+        text = self._read(attention.q_layernorm_xattn(self._split(project.qx(y))), captions)
+        y = attention.linear_proj(self._merge(past, text).to(attention.projection_dtype))
+        x = (block.self_attn_post_norm(y.float() * gate_attention) + x).to(x.dtype)
+        y = block.mlp(x).float()
+        return (block.mlp_post_norm(y * gate_feed_forward) + x).to(x.dtype)
+
+    def _read(self, q: Tensor, captions: list[CaptionKeys]) -> Tensor:
+        """Cross-attention [B, heads, tokens, D]; row by row, because captions differ in length."""
+        rows = [self.attention(row, *caption) for row, caption in zip(q.split(1), captions, strict=True)]
+        return rows[0] if len(rows) == 1 else torch.cat(rows)
+
+    def _split(self, x: Tensor) -> Tensor:
+        return x.unflatten(-1, (-1, self.head_dim)).transpose(1, 2)
+
+    def _merge(self, past: Tensor, text: Tensor) -> Tensor:
+        """Two [B, heads, tokens, D] to [B, tokens, 2 * heads * D], group by group: a group's past, then its text."""
+        both = torch.stack([past, text], dim=1).permute(0, 3, 1, 2, 4).flatten(3)  # [B, tokens, 2, heads * D]
+        return both.unflatten(3, (MERGE_GROUPS, -1)).transpose(2, 3).flatten(2)
+
+    def _unpatch(self, patches: Tensor, shape: torch.Size) -> Tensor:
+        rows, columns = self.grid(*shape[-2:])
+        patch = self.config.patch
+        x = patches.unflatten(2, (rows, columns)).unflatten(-1, (patch, patch, -1))
+        # [B, T, rows, columns, patch, patch, C] -> [B, C, T, H, W]
+        return x.permute(0, 6, 1, 2, 4, 3, 5).flatten(5).flatten(3, 4)

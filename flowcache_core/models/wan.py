@@ -1,0 +1,240 @@
+"""Networks of the Wan 2.1 text-to-video layout: our own module, and how to run one chunk through any such network.
+
+`WanNetwork` is the architecture and nothing else: parameters under Wan 2.1's names. `WanBackbone` runs the modules of
+a network of that layout, ours or ComfyUI's WanModel and CausalWanModel, by calling them, never by reading their
+weights, so the host's weight casting, LoRA, fp8 and GGUF layers work. Attention over the history is the caller's: the
+backbone hands over plain (unrotated) queries, keys and values and gets the attended values back.
+
+Source of the architecture: Wan 2.1, wan/modules/model.py.
+"""
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from .rotary import Rotary
+
+Attention = Callable[[Tensor, Tensor, Tensor], Tensor]  # q, k, v [B, heads, tokens, D] -> [B, heads, tokens, D]
+Attend = Callable[[int, Tensor, Tensor, Tensor], Tensor]  # the same behind a layer number, over the history
+
+
+@dataclass(frozen=True)
+class WanConfig:
+    """Sizes of a network of the Wan 2.1 layout. Head width is dim / num_heads.
+
+    Attributes:
+        fps: has SkyReels-V2's frame-rate embedding.
+    """
+
+    dim: int
+    ffn_dim: int
+    num_heads: int
+    num_layers: int
+    in_dim: int = 16
+    out_dim: int = 16
+    text_dim: int = 4096
+    freq_dim: int = 256
+    patch_size: tuple[int, int, int] = (1, 2, 2)
+    eps: float = 1e-6
+    fps: bool = False
+
+
+class WanAttention(nn.Module):
+    def __init__(self, config: WanConfig):
+        super().__init__()
+        self.q = nn.Linear(config.dim, config.dim)
+        self.k = nn.Linear(config.dim, config.dim)
+        self.v = nn.Linear(config.dim, config.dim)
+        self.o = nn.Linear(config.dim, config.dim)
+        self.norm_q = nn.RMSNorm(config.dim, eps=config.eps)
+        self.norm_k = nn.RMSNorm(config.dim, eps=config.eps)
+
+
+class WanBlock(nn.Module):
+    def __init__(self, config: WanConfig):
+        super().__init__()
+        self.norm1 = nn.LayerNorm(config.dim, config.eps, elementwise_affine=False)
+        self.self_attn = WanAttention(config)
+        self.norm3 = nn.LayerNorm(config.dim, config.eps)
+        self.cross_attn = WanAttention(config)
+        self.norm2 = nn.LayerNorm(config.dim, config.eps, elementwise_affine=False)
+        self.ffn = nn.Sequential(
+            nn.Linear(config.dim, config.ffn_dim), nn.GELU(approximate="tanh"), nn.Linear(config.ffn_dim, config.dim)
+        )
+        self.modulation = nn.Parameter(torch.randn(1, 6, config.dim) / config.dim**0.5)
+
+
+class WanHead(nn.Module):
+    def __init__(self, config: WanConfig):
+        super().__init__()
+        self.norm = nn.LayerNorm(config.dim, config.eps, elementwise_affine=False)
+        self.head = nn.Linear(config.dim, config.out_dim * math.prod(config.patch_size))
+        self.modulation = nn.Parameter(torch.randn(1, 2, config.dim) / config.dim**0.5)
+
+
+class WanNetwork(nn.Module):
+    """The parameters of a Wan 2.1 text-to-video network; `WanBackbone` runs it."""
+
+    def __init__(self, config: WanConfig):
+        super().__init__()
+        dim = config.dim
+        self.num_heads = config.num_heads
+        self.freq_dim = config.freq_dim
+        self.patch_size = config.patch_size
+        self.out_dim = config.out_dim
+        self.patch_embedding = nn.Conv3d(config.in_dim, dim, config.patch_size, config.patch_size)
+        self.text_embedding = nn.Sequential(
+            nn.Linear(config.text_dim, dim), nn.GELU(approximate="tanh"), nn.Linear(dim, dim)
+        )
+        self.time_embedding = nn.Sequential(nn.Linear(config.freq_dim, dim), nn.SiLU(), nn.Linear(dim, dim))
+        self.time_projection = nn.Sequential(nn.SiLU(), nn.Linear(dim, 6 * dim))
+        if config.fps:
+            self.fps_embedding = nn.Embedding(2, dim)
+            self.fps_projection = nn.Sequential(nn.Linear(dim, dim), nn.SiLU(), nn.Linear(dim, 6 * dim))
+        self.blocks = nn.ModuleList(WanBlock(config) for _ in range(config.num_layers))
+        self.head = WanHead(config)
+
+
+def sinusoid(timestep: Tensor, width: int) -> Tensor:
+    """Time-steps [...] to float32 cosines then sines [..., width]."""
+    half = width // 2
+    frequencies = 10000.0 ** (-torch.arange(half, dtype=torch.float32, device=timestep.device) / half)
+    angles = timestep.float()[..., None] * frequencies
+    return torch.cat([angles.cos(), angles.sin()], dim=-1)
+
+
+def modulate(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
+    """x [B, T, S, C] scaled and shifted by [B, T or 1, 1, C]."""
+    return torch.addcmul(shift, x, 1 + scale)
+
+
+class WanBackbone:
+    """Runs chunks through a network of the Wan 2.1 layout.
+
+    Args:
+        network: a `WanNetwork`, or the host's WanModel or CausalWanModel.
+        attention: used for cross-attention here; the history uses its own.
+    """
+
+    def __init__(self, network: Any, attention: Attention = F.scaled_dot_product_attention):
+        self.network = network
+        self.attention = attention
+        self.layers = len(network.blocks)
+        self.heads: int = network.num_heads
+        # A normalised query is as wide as the model, whatever class the linear layers are of.
+        self.dim: int = network.blocks[0].modulation.shape[-1]
+        self.head_dim = self.dim // self.heads
+        self.rotary = Rotary(self.head_dim)
+
+    @property
+    def channels(self) -> int:
+        """Of the latents."""
+        return self.network.out_dim
+
+    @property
+    def text_dim(self) -> int:
+        """Width of the text embeddings."""
+        return self.network.text_embedding[0].in_features
+
+    def grid(self, height: int, width: int) -> tuple[int, int]:
+        """Rows and columns of tokens of one frame of latent size height x width."""
+        _, patch_height, patch_width = self.network.patch_size
+        return -(-height // patch_height), -(-width // patch_width)
+
+    def context(self, text: Tensor) -> list[tuple[Tensor, Tensor]]:
+        """Cross-attention keys and values of a text embedding [B, tokens, text_dim]: one pair a layer, [B, H, tokens,
+        D].
+
+        Computed once a run and branch.
+        """
+        text = self.network.text_embedding(text)
+        pairs = []
+        for block in self.network.blocks:
+            cross = block.cross_attn
+            pairs.append((self._split(cross.norm_k(cross.k(text))), self._split(cross.v(text))))
+        return pairs
+
+    def trunk(self, x: Tensor, sigma: Tensor, context: list[tuple[Tensor, Tensor]], attend: Attend) -> Tensor:
+        """The embedding and the blocks.
+
+        Args:
+            x: latent [B, C, T, H, W].
+            sigma: noise level, [B], or [B, T] for one level a frame.
+            context: what `context` gave, with B rows.
+            attend: attention over the history; it gets unrotated q, k, v [B, H, tokens, D] of a layer.
+
+        Returns:
+            The blocks' output minus their input, [B, T, rows * columns, dim].
+        """
+        embedded = self.embed(x)
+        hidden = embedded
+        _, modulation = self._time(sigma, x.dtype)
+        for layer, block in enumerate(self.network.blocks):
+            hidden = self._block(block, layer, hidden, modulation, context[layer], attend)
+        return hidden - embedded
+
+    def head(self, x: Tensor, sigma: Tensor, residual: Tensor) -> Tensor:
+        """Velocity [B, C, T, H, W] from the latent, today's noise level and a residual that `trunk` gave."""
+        head = self.network.head
+        embedding, _ = self._time(sigma, x.dtype)  # [B, T or 1, dim]
+        shift, scale = (head.modulation.to(x) + embedding[:, :, None]).split(1, dim=2)
+        patches = head.head(modulate(head.norm(self.embed(x) + residual), shift, scale))
+        return self._unpatch(patches, x.shape)
+
+    def reuse_signal(self, x: Tensor, sigma: Tensor) -> Tensor:
+        """What FlowCache watches for change: the patch embedding (MAGI-1's choice), [B, T, rows * columns, dim]."""
+        return self.embed(x)
+
+    def embed(self, x: Tensor) -> Tensor:
+        """Latent [B, C, T, H, W] to tokens [B, T, rows * columns, dim]."""
+        _, _, _, height, width = x.shape
+        rows, columns = self.grid(height, width)
+        _, patch_height, patch_width = self.network.patch_size
+        if (rows * patch_height, columns * patch_width) != (height, width):
+            x = F.pad(x, (0, columns * patch_width - width, 0, rows * patch_height - height, 0, 0), mode="circular")
+        return self.network.patch_embedding(x.float()).to(x.dtype).flatten(3).permute(0, 2, 3, 1)
+
+    def timestep(self, sigma: Tensor) -> Tensor:
+        """What the network is told of a noise level."""
+        return 1000.0 * sigma
+
+    def _time(self, sigma: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+        """Noise level [B] or [B, T] to the time embedding [B, T or 1, dim] and its projection [B, T or 1, 6, dim]."""
+        timestep = self.timestep(sigma).reshape(sigma.shape[0], -1)
+        embedding = self.network.time_embedding(sinusoid(timestep, self.network.freq_dim).to(dtype))
+        return embedding, self.network.time_projection(embedding).unflatten(-1, (6, self.dim))
+
+    def _block(self, block, layer: int, x: Tensor, modulation: Tensor, context, attend: Attend) -> Tensor:
+        # x is [B, T, S, dim]; one modulation a frame (or one for all) is broadcast over its S tokens.
+        shift1, scale1, gate1, shift2, scale2, gate2 = (
+            (block.modulation.to(x)[:, None] + modulation).unsqueeze(3).unbind(2)
+        )
+        attn = block.self_attn
+        y = modulate(block.norm1(x), shift1, scale1).flatten(1, 2)
+        y = attend(
+            layer, self._split(attn.norm_q(attn.q(y))), self._split(attn.norm_k(attn.k(y))), self._split(attn.v(y))
+        )
+        x = torch.addcmul(x, attn.o(self._join(y)).view_as(x), gate1)
+        cross = block.cross_attn
+        y = self._split(cross.norm_q(cross.q(block.norm3(x).flatten(1, 2))))
+        x = x + cross.o(self._join(self.attention(y, *context))).view_as(x)
+        return torch.addcmul(x, block.ffn(modulate(block.norm2(x), shift2, scale2)), gate2)
+
+    def _split(self, x: Tensor) -> Tensor:
+        return x.unflatten(-1, (self.heads, self.head_dim)).transpose(1, 2)
+
+    def _join(self, x: Tensor) -> Tensor:
+        return x.transpose(1, 2).flatten(2)
+
+    def _unpatch(self, patches: Tensor, shape: torch.Size) -> Tensor:
+        _, _, frames, height, width = shape
+        rows, columns = self.grid(height, width)
+        _, patch_height, patch_width = self.network.patch_size
+        x = patches.unflatten(2, (rows, columns)).unflatten(-1, (patch_height, patch_width, -1))
+        # [B, T, rows, columns, patch_height, patch_width, C] -> [B, C, T, H, W]
+        return x.permute(0, 6, 1, 2, 4, 3, 5).flatten(5).flatten(3, 4)[:, :, :frames, :height, :width]

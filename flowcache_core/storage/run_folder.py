@@ -1,0 +1,180 @@
+"""Finished chunks of a run on disk, so that the same run goes on from them after an interrupt or a crash.
+
+One folder holds all runs, each in a folder named by what determines it:
+
+    <root>/<name>/chunk-00007.safetensors     latent of a finished chunk
+    <root>/<name>/history-00005.safetensors   state after that chunk: the whole history, and the chunk's latent
+    <root>/<name>/added-00006.safetensors     the same, but only with what that chunk has added to the history
+
+As long as nothing is dropped from the history, each chunk adds as much to it. Where a budget has it cut, it is written
+anew, as large as the budget, and what was written before is removed. A chunk is written before the state that counts
+it, and each file appears whole or not at all.
+"""
+
+import os
+import re
+import shutil
+from collections.abc import Sequence
+from contextlib import suppress
+from pathlib import Path
+from typing import Literal
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from ..engine.loop import Chunk
+from ..errors import UserError
+from ..history.snapshot import Clean, Grown
+from .files import write_whole
+from .state import State, load_state, make_state, save_state
+
+NAME = re.compile(r"[0-9a-f]{32}")  # of a run; nothing else in the root is ever touched
+Kind = Literal["chunk", "history", "added"]
+
+
+class RunFolder:
+    """One run's folder.
+
+    Args:
+        root: holds the runs; it is made when the first chunk is written.
+        name: 32 hexadecimal digits that stand for everything that determines the run.
+        limit: bytes that all runs together may take. The ones that were not used for longest are removed to keep to it.
+        first: number of the first generated chunk.
+        chunk_frames: latent frames of a chunk.
+        model: kept in the state, see `state.State`.
+        lead: given frames before the first chunk that fill none.
+    """
+
+    def __init__(
+        self, root: Path | str, name: str, limit: int, first: int, chunk_frames: int, model: str = "", lead: int = 0
+    ):
+        if not NAME.fullmatch(name):
+            raise ValueError(f"The run is called '{name}', expected 32 hexadecimal digits.")
+        self.root, self.path, self.limit = Path(root), Path(root) / name, limit
+        self.first, self.chunk_frames, self.model, self.lead = first, chunk_frames, model, lead
+        self._shape = torch.Size()  # of a chunk's latent, by the state that was loaded
+        self.begun = False  # a history is there that can be added to
+        self.full = False  # this run alone is larger than the limit: no more chunks are kept
+
+    def load(self) -> State | None:
+        """History after the newest finished chunk, with that chunk's latent alone; None to start anew."""
+        newest = max(self.path.glob("history-*"), default=None)
+        last = None if newest is None else self._read(newest)
+        if newest is None or last is None:
+            return None
+        parts, layout = [last.histories], _layout(last)
+        while (added := self._read(self._file("added", last.chunks))) is not None and _layout(added) == layout:
+            parts.append(added.histories)
+            last = added
+        if not all(self._file("chunk", chunk).exists() for chunk in range(self.first, last.chunks)):
+            return None
+        with suppress(FileNotFoundError):  # another server has just removed the run
+            os.utime(newest)
+        self._shape, self.begun = last.latents.shape, True
+        return last._replace(histories=_joined(parts))
+
+    def latent(self, chunk: int) -> Tensor:
+        """A finished chunk's latent [B, C, T, H, W], after `load`.
+
+        Raises:
+            UserError: its file is missing or damaged.
+        """
+        again = f"delete the folder {self.path.name} in flowcache/runs to start anew"
+        try:
+            latent = load_file(self._file("chunk", chunk))["latent"]
+        except (SafetensorError, OSError, KeyError) as error:
+            raise UserError(f"Chunk {chunk} of the interrupted run cannot be read ({error}); {again}.") from error
+        if latent.shape != self._shape or not torch.isfinite(latent).all():
+            raise UserError(
+                f"Chunk {chunk} of the interrupted run is {list(latent.shape)}, expected finite numbers of shape "
+                f"{list(self._shape)}; {again}."
+            )
+        return latent
+
+    def add(self, chunk: Chunk, grown: Grown) -> None:
+        """Keeps a finished chunk [B, C, T, H, W] and what the clean history has grown by.
+
+        Raises:
+            UserError: the folder cannot be written to.
+        """
+        if self.full:
+            return
+        latent = chunk.latent.to("cpu").contiguous()
+        before = self.lead + chunk.index * self.chunk_frames
+        state = make_state(latent, grown.histories, self.chunk_frames, self.model, dropped=before)
+        # What a whole history replaces stays until that is written.
+        needed = 2 * latent.nbytes + sum(part.nbytes for clean in state.histories for part in clean)
+        needed += sum(file.st_size for file in _files(self.path))
+        self.full = needed > self.limit
+        if self.full:
+            return
+        self._make_room(needed)
+        added = list(self.path.glob("added-*"))
+        written = self._file("history" if grown.whole else "added", chunk.index)
+        write_whole(self._file("chunk", chunk.index), lambda partial: save_file({"latent": latent}, partial))
+        # What follows an addition that could not be read is of the run before the interrupt.
+        replaced = [*self.path.glob("history-*"), *added] if grown.whole else [file for file in added if file > written]
+        save_state(state, written)
+        for file in replaced:
+            if file != written:
+                file.unlink(missing_ok=True)  # by another server that does the same run
+        self.begun = True
+
+    def _file(self, kind: Kind, chunk: int) -> Path:
+        return self.path / f"{kind}-{chunk:05}.safetensors"
+
+    def _read(self, file: Path) -> State | None:
+        """A state of this run; None where it is not there, of another, or damaged by a failing disk or by hand."""
+        if not file.exists():
+            return None
+        try:
+            state = load_state(file)
+        except UserError:
+            return None
+        mine = (state.chunk_frames, state.model) == (self.chunk_frames, self.model)
+        return state if mine and file.stem.endswith(f"-{state.chunks - 1:05}") else None
+
+    def _make_room(self, needed: int) -> None:
+        """Removes other runs, the one that was not used for longest first."""
+        if not self.root.exists():
+            return
+        others = [folder for folder in self.root.iterdir() if NAME.fullmatch(folder.name) and folder != self.path]
+        others = sorted((folder for folder in others if folder.is_dir() and not folder.is_symlink()), key=_last_used)
+        sizes = {folder: sum(file.st_size for file in _files(folder)) for folder in others}
+        while others and sum(sizes[folder] for folder in others) + needed > self.limit:
+            shutil.rmtree(others.pop(0), ignore_errors=True)
+
+
+def _layout(state: State) -> list:
+    """What must be alike in two states for their histories to follow one another."""
+    sizes = [(clean.keys.shape[:3], clean.keys.shape[4], clean.keys.dtype) for clean in state.histories]
+    return [state.branches, state.latents.shape, sizes]
+
+
+def _joined(parts: Sequence[tuple[Clean, ...]]) -> tuple[Clean, ...]:
+    """The history of each branch, from its parts in time order; queries are the newest."""
+    return tuple(
+        Clean(
+            torch.cat([part.keys for part in branch], dim=3),
+            torch.cat([part.values for part in branch], dim=3),
+            torch.cat([part.tokens for part in branch], dim=3),
+            branch[-1].queries,
+        )
+        for branch in zip(*parts, strict=True)
+    )
+
+
+def _last_used(folder: Path) -> float:
+    return max((file.st_mtime for file in _files(folder)), default=0.0)
+
+
+def _files(folder: Path) -> list[os.stat_result]:
+    """Of what is in a folder; another server may be writing or removing that run."""
+    found = []
+    with suppress(FileNotFoundError):
+        for file in folder.iterdir():
+            with suppress(FileNotFoundError):
+                found.append(file.stat())
+    return found

@@ -1,0 +1,109 @@
+"""What a run of ours in the host cannot do, said before it begins; and results that are no numbers."""
+
+from collections.abc import Sequence
+
+import torch
+from comfy.patcher_extension import WrappersMP
+from torch import Tensor
+
+from ...flowcache_core.errors import UserError
+
+COMPILED = "torch.compile"  # the host's key of a compiled network's wrapper
+UNCOMPILED = "TorchCompileModel has no effect: it compiles the forward of a whole video, and chunks run without that"
+
+
+def settle_with_others(model_options: dict) -> list[str]:
+    """Leaves out, for a run of ours, what other nodes have patched the model with and what does not go with chunks.
+
+    Returns:
+        Lines on what was left out, for the report.
+
+    Raises:
+        UserError: a patch that takes each call of the guider for a step of the whole video, and would mix up the
+            chunks.
+    """
+    if "easycache" in model_options.get("transformer_options", {}):
+        raise UserError(
+            "The model is patched by EasyCache or LazyCache, which reuse steps of the whole video at once and would "
+            "mix up the chunks; remove that node: FlowCache's presets reuse steps chunk by chunk."
+        )
+    if model_options.get("context_handler") is not None:
+        raise UserError(
+            "The model is patched with context windows, which cut up the whole video and would cut through the chunks; "
+            "remove that node: FlowCache's history budget bounds memory instead."
+        )
+    wrappers = model_options.get("transformer_options", {}).get("wrappers", {})
+    if wrappers.get(WrappersMP.APPLY_MODEL, {}).pop(COMPILED, None):
+        return [UNCOMPILED]
+    return []
+
+
+def check_network(network: torch.nn.Module) -> None:
+    """Raises UserError for a network that cannot be run chunk by chunk."""
+    if (
+        not hasattr(network, "blocks")
+        or not hasattr(network, "patch_embedding")
+        or not hasattr(network, "time_projection")
+    ):
+        raise UserError(
+            f"The model is a {type(network).__name__}; FlowCache runs networks of the Wan 2.1 text-to-video layout. "
+            "Load a causal Wan, SkyReels-V2 or the demo model; MAGI-1 is run by Autoregressive Extend."
+        )
+    if getattr(network, "model_type", "t2v") != "t2v" or getattr(network, "in_dim", 16) != getattr(
+        network, "out_dim", 16
+    ):
+        raise UserError(
+            "The model is an image-to-video Wan, which is not autoregressive; load a text-to-video layout (causal Wan, "
+            "SkyReels-V2, the demo model) and give images as a prefix."
+        )
+
+
+def check_frames(latent: Tensor, chunk_frames: int) -> int:
+    """How many chunks a latent [B, C, T, H, W] holds.
+
+    Raises:
+        UserError: not a video latent, or its frames do not fill whole chunks.
+    """
+    if latent.ndim != 5:
+        raise UserError(
+            f"The latent has shape {tuple(latent.shape)}, expected a video latent [batch, channels, frames, height, "
+            f"width]."
+        )
+    frames = latent.shape[2]
+    if frames == 0 or frames % chunk_frames:
+        below = frames // chunk_frames * chunk_frames
+        near = " or ".join(str(count) for count in (below, below + chunk_frames) if count)
+        pixels = " or ".join(str(4 * count - 3) for count in (below, below + chunk_frames) if count)
+        raise UserError(
+            f"The latent has {frames} frames, which do not fill chunks of {chunk_frames}; use {near} latent frames "
+            f"({pixels} pixel frames)."
+        )
+    return frames // chunk_frames
+
+
+def check_latent(latent: Tensor, channels: int) -> None:
+    """Raises UserError for a latent that is no video of that many channels, or not finite."""
+    if latent.ndim != 5 or latent.shape[1] != channels:
+        raise UserError(
+            f"The latent has shape {tuple(latent.shape)}, expected [batch, {channels}, frames, height, width]; use the "
+            f"VAE of this model family."
+        )
+    if 0 in latent.shape:
+        raise UserError(f"The latent is empty: its shape is {tuple(latent.shape)}; check the node that made it.")
+    if not torch.isfinite(latent).all():
+        raise UserError("The latent holds NaN or infinite values; check the node that made it.")
+
+
+def check_size(shape: Sequence[int]) -> None:
+    """Raises UserError for a latent's shape [..., height, width] that holds no picture."""
+    if 0 in shape[-2:]:
+        raise UserError("The video is less than 8 pixels wide or high; set a larger width and height.")
+
+
+def check_finite(latent: Tensor, what: str) -> None:
+    """Raises UserError where a model gave NaN or infinity."""
+    if not torch.isfinite(latent).all():
+        raise UserError(
+            f"The model gave NaN or infinite values for {what}: its weights are damaged, or overflow in this weight "
+            f"type; load the file again, or choose another weight type."
+        )

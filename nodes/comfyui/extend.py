@@ -1,0 +1,250 @@
+"""What Autoregressive Extend does: more chunks behind what is there, whatever the model."""
+
+from collections.abc import Callable, Sequence
+from contextlib import closing, nullcontext
+from dataclasses import dataclass, field
+
+import comfy.model_patcher
+import comfy.samplers
+import latent_preview
+import torch
+from torch import Tensor
+
+from ...flowcache_core.errors import UserError
+from ...flowcache_core.history.streams import SideStream
+from ...flowcache_core.report import Report
+from ...flowcache_core.schedule import ChunkSchedule
+from ...flowcache_core.storage.run_folder import RunFolder
+from ...flowcache_core.storage.state import State, make_state
+from . import patch as host
+from .checks import check_latent, check_network, check_size
+from .finished import Finished
+from .resume import ResumeSettings, run_folder
+from .sampler import ARSampler, Kind
+from .stream import OutputFile, StreamSettings, VideoOutlet
+
+
+@dataclass(frozen=True)
+class Extension:
+    """What is asked for.
+
+    Attributes:
+        positive, negative: the host's conditions.
+        seed: of all noise.
+        chunks: to add.
+        size: width and height in pixels, where no given frames have one.
+        prefix, end: latents [B, C, T, H, W] in the host's space that come before and after.
+        state: to go on from.
+        stream: how the video is written while the run goes on.
+        resume: that finished chunks are kept on disk and taken from there.
+        metadata: of the workflow, for the video.
+        node_id: of the node that shows the progress.
+    """
+
+    positive: list
+    negative: list
+    seed: int
+    chunks: int
+    size: tuple[int, int]
+    prefix: Tensor | None = None
+    end: Tensor | None = None
+    state: State | None = None
+    stream: StreamSettings | None = None
+    resume: ResumeSettings | None = None
+    metadata: dict = field(default_factory=dict)
+    node_id: str | None = None
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How chunks of a network of the Wan layout are sampled.
+
+    Attributes:
+        levels: noise levels, [steps + 1].
+        chunk_frames: latent frames of a chunk.
+        lag: ticks between the starts of two chunks.
+        solver: a key of `families.SOLVERS`.
+        scale: of classifier-free guidance.
+        first_levels: of the first chunk where it takes more steps.
+        kind: how chunks see each other, see `ARSampler`.
+        condition: noise level that a prefix is shown at.
+    """
+
+    levels: list[float]
+    chunk_frames: int
+    lag: int
+    solver: str
+    scale: float
+    first_levels: list[float] | None = None
+    kind: Kind = "causal"
+    condition: float = 0.0
+
+
+@dataclass(frozen=True)
+class Layout:
+    """Where the chunks of an extension lie in its video.
+
+    Attributes:
+        shape: of a chunk's latent, [B, C, T, H, W].
+        before: latents that are there already, in the network's space, or None.
+        schedule: of all chunks that are asked for.
+        frames: latent frames of the whole video.
+        inside: given frames that the first new chunk begins with.
+        after: latents that come behind the chunks, in the network's space, or None.
+    """
+
+    shape: Sequence[int]
+    before: Tensor | None
+    schedule: ChunkSchedule
+    frames: int
+    inside: int = 0
+    after: Tensor | None = None
+
+
+@dataclass(frozen=True)
+class Extended:
+    """What Autoregressive Extend gives: all frames in the host's latent space, a state, a report, its video if any."""
+
+    latent: Tensor
+    state: State
+    report: Report
+    video: OutputFile | None
+
+
+def extend(model: comfy.model_patcher.ModelPatcher, asked: Extension, how: Sampling) -> Extended:
+    """Runs the host's guider over new chunks of a network of the Wan layout."""
+    check_network(model.model.diffusion_model)
+    model = host.surely_patched(model)
+    state, chunk_frames = asked.state, how.chunk_frames
+    shape = _chunk_shape(model, asked, chunk_frames)
+    if state is not None:
+        state.check(host.model_name(model), chunk_frames, shape)
+        if not state.histories:
+            raise UserError(
+                "The state is of a run that keeps no history (joint or rolling attention, or a given end); connect "
+                "that run's latent as a prefix instead."
+            )
+    sampler = ARSampler(
+        chunk_frames, how.lag, how.solver, how.kind, how.first_levels, asked.prefix, asked.end, how.condition, state
+    )
+    inwards = model.model.process_latent_in
+    before, after = (None if given is None else inwards(given.cpu().float()) for given in (asked.prefix, asked.end))
+    layout = Layout(
+        shape,
+        state.latents if state is not None else before,
+        sampler.schedule(asked.chunks, len(how.levels) - 1),
+        sampler.frames_before() + asked.chunks * chunk_frames + (0 if after is None else after.shape[2]),
+        after=after,
+    )
+
+    def sample(finished: Finished, earlier: State | None) -> None:
+        sampler.chunks = asked.chunks - finished.count
+        if earlier is not None:
+            sampler.state, sampler.prefix = earlier, None
+        sampler.on_plan, sampler.on_progress = finished.plan, finished.progress
+        sampler.on_chunk, sampler.on_done = finished.add, finished.done
+        ticks = sampler.schedule(sampler.chunks, len(how.levels) - 1).ticks
+        run_guider(model, asked, sampler, how.levels, shape, ticks, how.scale)
+
+    return carry_out(model, host.model_name(model), asked, layout, _folder(model, asked, how, sampler, shape), sample)
+
+
+def carry_out(
+    model: comfy.model_patcher.ModelPatcher,
+    name: str,
+    asked: Extension,
+    layout: Layout,
+    folder: RunFolder | None,
+    sample: Callable[[Finished, State | None], None],
+) -> Extended:
+    """An extension from what an interrupted run left of it to its result.
+
+    Args:
+        name: of the model, for the state.
+        folder: of the run, or None.
+        sample: samples the chunks that are missing, behind the state that it is given if it is given one.
+    """
+    patch, chunk_frames, prefix = host.patch_of(model.model_options), layout.shape[2], layout.schedule.prefix
+    earlier = None if folder is None else folder.load()
+    side = SideStream(model.load_device, patch.settings.overlap)
+    outlet = None if asked.stream is None else VideoOutlet(asked.stream, model, layout.shape, asked.metadata, side)
+    keep = asked.stream is None or asked.stream.keep_latents
+    untouched = Report(layout.schedule, patch.label)
+    finished = Finished(folder, outlet, keep, asked.node_id, untouched, prefix, layout.inside, side)
+    video = None
+    try:
+        if earlier is not None:
+            finished.histories = earlier.by_branch
+        finished.begin(layout.before, range(prefix, earlier.chunks if earlier else prefix))
+        if finished.count < asked.chunks:
+            sample(finished, earlier)
+        finished.report.notes += finished.notes
+        if outlet is not None:
+            if layout.after is not None:
+                outlet.add(layout.after)
+            video = outlet.finish(finished.report)
+    finally:
+        with closing(outlet) if outlet is not None else nullcontext():
+            finished.settle()  # what an interrupt has cut off from its next tick
+    latents = torch.cat([*finished.latents, *([] if layout.after is None else [layout.after])], dim=2)
+    state = make_state(latents, finished.histories, chunk_frames, name, dropped=layout.frames - latents.shape[2])
+    shown = model.model.process_latent_out(latents.float())
+    patch.remember(shown, finished.report)
+    return Extended(shown, state, finished.report, video)
+
+
+def run_guider(model, asked: Extension, sampler, levels: list[float], shape, ticks: int, scale: float = 1.0) -> None:
+    """Runs the host's guider; the sampler draws each chunk's noise [B, C, T, H, W] itself."""
+    noise = torch.zeros(shape)
+    guider = comfy.samplers.CFGGuider(model)
+    guider.set_conds(asked.positive, asked.negative)
+    guider.set_cfg(scale)
+    callback = latent_preview.prepare_callback(model, ticks)
+    sigmas = torch.tensor(levels, dtype=torch.float32)
+    guider.sample(
+        noise, torch.zeros_like(noise), sampler, sigmas, callback=callback, disable_pbar=True, seed=asked.seed
+    )
+
+
+def _chunk_shape(model: comfy.model_patcher.ModelPatcher, asked: Extension, chunk_frames: int) -> list[int]:
+    """Of a chunk's latent, [B, C, T, H, W], by the frames that are given; they are checked."""
+    channels = model.get_model_object("latent_format").latent_channels
+    shape = [1, channels, chunk_frames, asked.size[1] // 8, asked.size[0] // 8]
+    sizes = []
+    for given in (asked.prefix, asked.end, None if asked.state is None else asked.state.latents):
+        if given is not None:
+            check_latent(given, channels)
+            shape = [*given.shape[:2], chunk_frames, *given.shape[3:]]
+            sizes.append((8 * given.shape[4], 8 * given.shape[3]))
+    check_size(shape)
+    if len(set(sizes)) > 1:
+        raise UserError(f"The given frames are of sizes {sizes} (width, height); bring them to one size.")
+    return shape
+
+
+def _folder(model, asked: Extension, how: Sampling, sampler: ARSampler, shape: list[int]) -> RunFolder | None:
+    """Of the run on disk, named by everything that determines it."""
+    if asked.resume is None:
+        return None
+    if how.kind != "causal" or how.lag == 0 or asked.end is not None:
+        raise UserError(
+            "A run can be resumed where chunks follow one another and nothing is given after them; use attention "
+            "'causal', a lag above 0 and no end, or disconnect 'resume'."
+        )
+    lead = sampler.frames_before() % how.chunk_frames
+    return kept_run(model, host.model_name(model), asked, shape, sampler.chunks_before(), how.chunk_frames, lead, how)
+
+
+def kept_run(model, name: str, asked: Extension, shape, first: int, chunk_frames: int, lead: int, *how) -> RunFolder:
+    """The folder of a run that is kept on disk, named by everything that determines it.
+
+    Args:
+        name: of the model.
+        shape: of a chunk's latent, [B, C, T, H, W].
+        first: chunk that is sampled.
+        lead: given frames before the first chunk that fill none.
+        how: settings of the sampler.
+    """
+    before = (asked.prefix, asked.state and (asked.state.latents, asked.state.histories))
+    what = (asked.positive, asked.negative, asked.seed, asked.chunks, shape, before, *how)
+    return run_folder(asked.resume, model, name, first, chunk_frames, lead, *what)

@@ -1,0 +1,117 @@
+"""What becomes of a run: its chunks go to a video, to a folder to resume from, to a preview; the node says how far it
+is."""
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from functools import partial
+
+from comfy.model_management import throw_exception_if_processing_interrupted
+from torch import Tensor
+
+from ...flowcache_core.engine.loop import Chunk, Progress
+from ...flowcache_core.history.snapshot import Clean, Grown
+from ...flowcache_core.history.streams import AT_ONCE, Pending, SideStream
+from ...flowcache_core.report import Report
+from ...flowcache_core.storage.run_folder import RunFolder
+from .progress import describe, describe_plan, progress_text
+from .stream import VideoOutlet, show
+
+
+@dataclass
+class Finished:
+    """Listens to a sampler: takes a run's finished chunks, oldest first, and what it leaves in the end.
+
+    Attributes:
+        folder: keeps chunks on disk, or None.
+        outlet: writes them to a video, or None.
+        keep: hold all latents in memory, not only the newest chunk's.
+        node_id: of the node that shows the progress, or None.
+        report, histories: of the run, when it has ended; before that, of what an interrupted run left.
+        first: number of the first generated chunk.
+        inside: given frames that it begins with, where a sampler hands them out again.
+        side: takes chunks to the host beside the run. What becomes of them there is left for the next tick, when the
+            device has got more to do; `settle` does it.
+        latents: on the CPU, in the network's latent space; what came before the run included.
+        count: chunks that were taken, with those of an interrupted run.
+    """
+
+    folder: RunFolder | None
+    outlet: VideoOutlet | None
+    keep: bool
+    node_id: str | None
+    report: Report
+    first: int
+    inside: int = 0
+    side: SideStream = AT_ONCE
+    histories: dict[str, Clean] = field(default_factory=dict)
+    latents: list[Tensor] = field(default_factory=list)
+    count: int = 0
+
+    def __post_init__(self):
+        self.begun = time.perf_counter()
+        self.earlier = range(0)
+        self.tick = self.ticks = 1  # of the run, for the preview
+
+    @property
+    def notes(self) -> list[str]:
+        """For the report."""
+        notes = [f"{len(self.earlier)} chunks were there from an interrupted run"] if self.earlier else []
+        if self.folder is not None and self.folder.full:
+            notes.append("the limit for interrupted runs is reached: newer chunks were not kept to resume from")
+        return notes
+
+    def begin(self, before: Tensor | None, earlier: range) -> None:
+        """Takes the frames [B, C, T, H, W] that came before, and the chunks that an interrupted run left."""
+        self.earlier = earlier
+        for part in [] if before is None else before.split(8, dim=2):
+            self._take(part)
+        for chunk in earlier:
+            throw_exception_if_processing_interrupted()
+            self.count += 1
+            progress_text(f"taking chunk {self.count} of {len(earlier)} from the interrupted run", self.node_id)
+            self._take(self._generated(Chunk(chunk, self.folder.latent(chunk))))
+
+    def plan(self, report: Report) -> None:
+        progress_text(describe_plan(report), self.node_id)
+
+    def progress(self, told: Progress, report: Report, used: int, total: int) -> None:
+        """A tick is done; `used` and `total` are bytes of history."""
+        self.settle()
+        self.tick, self.ticks = told.tick, told.ticks
+        progress_text(describe(told, report, used, total, self.begun, len(self.earlier)), self.node_id)
+
+    def add(self, chunk: Chunk, save_new: Callable[[bool], Callable[[], Grown]]) -> None:
+        """A chunk of the run; `save_new` begins to copy what the history has grown by since it was last called, or
+        all."""
+        self.settle()
+        grown = None
+        if self.folder is not None and not self.folder.full:
+            grown = save_new(not self.folder.begun)
+        self.side.later(partial(self._keep, chunk.index, self.side.to_host(chunk.latent), grown))
+        self.count += 1
+
+    def _keep(self, index: int, latent: Pending[Tensor], grown: Callable[[], Grown] | None) -> None:
+        chunk = Chunk(index, latent.on_host())
+        if self.folder is not None and grown is not None:
+            self.folder.add(chunk, grown())
+        frames = self._take(self._generated(chunk))
+        if frames is not None:
+            show(frames, self.tick, self.ticks)
+
+    def settle(self) -> None:
+        self.side.settle()
+
+    def done(self, report: Report, histories: dict[str, Clean]) -> None:
+        self.settle()
+        self.report, self.histories = report, histories
+
+    def _generated(self, chunk: Chunk) -> Tensor:
+        """A chunk's frames that were not given."""
+        return chunk.latent[:, :, self.inside :] if chunk.index == self.first else chunk.latent
+
+    def _take(self, latent: Tensor) -> Tensor | None:
+        if not self.keep:
+            self.latents.clear()
+        self.latents.append(latent)
+        return None if self.outlet is None else self.outlet.add(latent)

@@ -1,0 +1,293 @@
+"""MAGI-1 in Autoregressive Extend: its own sampler as one of the host's.
+
+The host's guider prepares the run (memory, LoRA, conditions, progress, previews) and then hands over: MAGI-1's branches
+are no positive and negative, and share one history, so the sampler runs them itself and does not come back for each
+step.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+
+import comfy.ldm.modules.attention
+import comfy.model_management
+import comfy.model_patcher
+import torch
+from torch import Tensor
+
+from ...flowcache_core.engine.loop import Chunk, Progress
+from ...flowcache_core.errors import UserError
+from ...flowcache_core.history.snapshot import Clean, Grown
+from ...flowcache_core.models.families import magi_usual
+from ...flowcache_core.models.magi.engine import (
+    PUBLISHED_FLOWCACHE,
+    SHARED,
+    MagiEngine,
+    MagiSampling,
+    history_plan,
+    magi_schedule,
+)
+from ...flowcache_core.models.magi.network import Attention, MagiBackbone, MagiText
+from ...flowcache_core.models.magi.sampling import CHUNK_FRAMES, SHIFT, WINDOW, GuidanceScales, sigmas
+from ...flowcache_core.models.magi.text import SpecialTokens, caption_text, null_text
+from ...flowcache_core.models.presets import Settings
+from ...flowcache_core.report import Report
+from ...flowcache_core.schedule import ChunkSchedule
+from ...flowcache_core.solvers.one_step import chunk_noise
+from ...flowcache_core.storage.state import State
+from . import patch as host
+from .captions import ChunkCaptions
+from .checks import check_finite, check_latent, check_size, settle_with_others
+from .extend import Extended, Extension, Layout, carry_out, kept_run, run_guider
+from .finished import Finished
+
+PROMPT = "flowcache_magi"  # key of a `Prompt` in a conditioning
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """What MAGI-1 Prompt puts beside an embedding.
+
+    Attributes:
+        text: the cleaned prompt.
+        tokens: special tokens in front of it, keys of `magi_text.ROWS`.
+    """
+
+    text: str
+    tokens: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class Caption:
+    """A caption as the network takes it: embedding [1, n, width], mask [1, n] and special tokens' names."""
+
+    embedding: Tensor
+    mask: Tensor
+    names: tuple[str, ...]
+
+    @classmethod
+    def of(cls, condition: dict, width: int) -> "Caption":
+        """From one of the host's conditions, made by MAGI-1 Prompt or by another node that gives T5 v1.1 XXL's output.
+
+        Raises:
+            UserError: another text encoder's.
+        """
+        embedding, more = condition["cross_attn"], condition
+        if embedding.ndim != 3 or embedding.shape[0] != 1 or embedding.shape[-1] != width:
+            raise UserError(
+                f"The caption's embedding is {list(embedding.shape)}, expected [1, tokens, {width}] of T5 v1.1 XXL: "
+                "load that encoder with type 'mochi' and use MAGI-1 Prompt."
+            )
+        mask = more.get("attention_mask")
+        names = more[PROMPT].tokens if PROMPT in more else ("hq",)
+        return cls(embedding, torch.ones(embedding.shape[:2]) if mask is None else mask.reshape(1, -1), names)
+
+    def text(self, tokens: SpecialTokens | None, remaining: int, batch: int, device: torch.device) -> MagiText:
+        """Of a chunk with so many after it, for every row of a batch."""
+        text = caption_text(self.embedding.to(device), self.mask.to(device), tokens, remaining, self.names)
+        return _rows(text, batch)
+
+
+@dataclass(kw_only=True)
+class MagiSampler(host.ChunkSampler):
+    """MAGI-1's engine as a sampler of the host.
+
+    Attributes:
+        schedule, settings, sampling, seed: of the run.
+        label: of the settings, for the report.
+        history_bytes: what the history will take, for the host's memory management.
+        given: latent frames [B, C, T, H, W] before the generated ones, in the network's space, or None.
+        loaded: the clean history of an earlier run that holds them, or None.
+        on_progress, on_chunk, on_done: see `ARSampler`.
+    """
+
+    schedule: ChunkSchedule
+    settings: Settings
+    sampling: MagiSampling
+    seed: int
+    label: str
+    history_bytes: int
+    given: Tensor | None
+    loaded: Clean | None
+    on_progress: Callable[[Progress, Report, int, int], None]
+    on_chunk: Callable[[Chunk, Callable[[bool], Callable[[], Grown]]], None]
+    on_done: Callable[[Report, dict[str, Clean]], None]
+    chunk_frames: int = CHUNK_FRAMES
+
+    def sample(
+        self, guider, sigmas, extra_args, callback, noise, latent_image=None, denoise_mask=None, disable_pbar=False
+    ) -> Tensor:
+        """Called by the host with a tensor of a chunk's shape [B, C, T, H, W]; returns the last chunk."""
+        model, schedule, device = guider.inner_model, self.schedule, noise.device
+        network, batch = model.diffusion_model, noise.shape[0]
+        attention = grouped_attention(extra_args["model_options"]["transformer_options"])
+        captions = ChunkCaptions(guider.conds)
+
+        def text(chunk: int) -> MagiText:
+            positive = captions.of(chunk)[0]["positive"]
+            if len(positive) != 1:
+                raise UserError(f"There are {len(positive)} positive captions for chunk {chunk}; MAGI-1 takes one.")
+            caption = Caption.of(positive[0], network.config.caption_width)
+            return caption.text(model.special_tokens, schedule.total_chunks - 1 - chunk, batch, device)
+
+        def progress(told: Progress) -> None:
+            self.on_progress(told, engine.report, engine.history.bytes_used, engine.history.bytes)
+            if callback:
+                shown = engine.estimates[told.places[0].chunk]()
+                callback(told.tick - 1, shown, shown, told.ticks)
+
+        engine = MagiEngine(
+            MagiBackbone(network, attention),
+            schedule,
+            self.settings,
+            text,
+            _rows(null_text(network.y_embedder.null_caption_embedding.to(device)), batch),
+            start=lambda chunk: chunk_noise(self.seed, chunk, tuple(noise.shape)).to(noise),
+            sampling=self.sampling,
+            given=None if self.given is None else self.given.to(noise),
+            attention=attention,
+            on_progress=progress,
+            cancelled=interrupted,
+        )
+        if self.loaded is not None:
+            engine.load(self.loaded)
+        options = comfy.model_patcher.create_model_options_clone(extra_args["model_options"])
+        engine.report.notes += settle_with_others(options)
+        for chunk in engine.run():
+            check_finite(chunk.latent, f"chunk {chunk.index}")
+            self.on_chunk(chunk, engine.save_new)
+        engine.report.settings = self.label
+        self.on_done(engine.report, engine.save())
+        return chunk.latent
+
+    def frames(self, noise: Tensor) -> int:
+        """Latent frames of the whole video."""
+        return self.schedule.total_chunks * CHUNK_FRAMES
+
+
+def extend(model: comfy.model_patcher.ModelPatcher, asked: Extension, steps: int, guidance: float) -> Extended:
+    """Runs MAGI-1 over new chunks; frames of a prefix that fill no chunk are the first of them.
+
+    Args:
+        steps: of a chunk, or 0 for the published number.
+        guidance: scale of the caption, or 0 for the published one; a distilled network takes none.
+    """
+    model = host.surely_patched(model)
+    patch, network = host.patch_of(model.model_options), model.model.diffusion_model
+    config, settings, state = network.config, patch.settings, asked.state
+    check_negative(asked.negative)
+    usual_steps, usual_size = magi_usual(config)
+    steps = steps or usual_steps
+    given = None
+    if asked.prefix is not None:
+        check_latent(asked.prefix, config.channels)
+        given = model.model.process_latent_in(asked.prefix.cpu().float())
+    before = given if state is None else state.latents
+    width, height = (mine or usual for mine, usual in zip(asked.size, usual_size, strict=True))
+    batch, size = (1, (height // 8, width // 8)) if before is None else (before.shape[0], before.shape[3:])
+    shape = [batch, config.channels, CHUNK_FRAMES, *size]
+    check_size(shape)
+    if state is not None:
+        state.check(model_name(model), CHUNK_FRAMES, shape)
+    frames = state.frames if state is not None else 0 if before is None else before.shape[2]
+    inside = frames % CHUNK_FRAMES
+    schedule = magi_schedule(asked.chunks * CHUNK_FRAMES - inside, steps, frames)
+    sampling = replace(
+        MagiSampling() if settings.clean_pass else PUBLISHED_FLOWCACHE, guidance=scales(guidance, config.distilled)
+    )
+    history, _ = history_plan(config, schedule, settings, sampling, shape)
+
+    def sample(finished: Finished, earlier: State | None) -> None:
+        begun, left = state, schedule
+        if earlier is not None:
+            begun = earlier
+            left = magi_schedule(schedule.total_chunks * CHUNK_FRAMES - earlier.frames, steps, earlier.frames)
+        sampler = MagiSampler(
+            schedule=left,
+            settings=settings,
+            sampling=sampling,
+            seed=asked.seed,
+            label=patch.label,
+            history_bytes=0 if settings.history.memory == "system" else history.bytes(network.dtype.itemsize),
+            given=given,
+            loaded=None if begun is None else begun.by_branch.get(SHARED),
+            on_progress=finished.progress,
+            on_chunk=finished.add,
+            on_done=finished.done,
+        )
+        run_guider(model, asked, sampler, sigmas(steps), shape, left.ticks)
+
+    name, folder = model_name(model), None
+    if asked.resume is not None:
+        how = (steps, sampling, model.model.special_tokens)
+        folder = kept_run(model, name, asked, shape, schedule.prefix, CHUNK_FRAMES, 0, *how)
+    layout = Layout(shape, before, schedule, schedule.total_chunks * CHUNK_FRAMES, inside)
+    return carry_out(model, name, asked, layout, folder, sample)
+
+
+def check_fixed(steps: int, end: Tensor | None, **settings) -> None:
+    """Raises UserError for settings of Autoregressive Extend that MAGI-1 does not have."""
+    possible = {
+        "frames_per_chunk": (0, CHUNK_FRAMES),
+        "lag": (-1, steps // WINDOW) if steps else (-1,),
+        "solver": ("auto", "euler"),
+        "attention": ("auto", "causal"),
+        "shift": (0.0, SHIFT),
+        "condition_noise": (-1.0,),
+    }
+    for name, value in settings.items():
+        if value not in possible[name]:
+            raise UserError(
+                f"{name} is {value}, and MAGI-1 knows only {' or '.join(map(str, possible[name]))}; set that."
+            )
+    if end is not None:
+        raise UserError("MAGI-1 cannot be given an end; leave the latent 'end' unconnected.")
+
+
+def check_negative(negative: list) -> None:
+    """Raises UserError for a negative prompt; MAGI-1 guides away from its own empty caption."""
+    texts = [more[PROMPT].text for _, more in negative if PROMPT in more]
+    if any(texts):
+        raise UserError(f"The negative prompt is '{texts[0]}', and MAGI-1 takes none; leave that MAGI-1 Prompt empty.")
+
+
+def scales(guidance: float, distilled: bool) -> GuidanceScales:
+    """The published scales by noise level, with the caption's set to `guidance` where it counts at all."""
+    if distilled and guidance not in (0.0, 1.0):
+        raise UserError(
+            f"guidance is {guidance}, and a distilled MAGI-1 takes none; set 0, or choose the family 'magi'."
+        )
+    usual = GuidanceScales()
+    return replace(usual, text=tuple(guidance if scale else 0.0 for scale in usual.text)) if guidance else usual
+
+
+def model_name(model: comfy.model_patcher.ModelPatcher) -> str:
+    """Tells networks apart for states, as far as their sizes do."""
+    config = model.model.diffusion_model.config
+    return f"MAGI-1 {config.width}x{config.layers} heads {config.heads}" + " distilled" * config.distilled
+
+
+def interrupted() -> bool:
+    """Ends the run with the host's own exception when the user asked for it."""
+    comfy.model_management.throw_exception_if_processing_interrupted()
+    return False
+
+
+def grouped_attention(options: dict) -> Attention:
+    """The host's attention, where query heads share a key and value head; only torch's takes them as they are."""
+    module = comfy.ldm.modules.attention
+    shares = getattr(module, "TORCH_HAS_GQA", False) and module.optimized_attention is module.attention_pytorch
+    more = {"enable_gqa": True} if shares and "optimized_attention_override" not in options else {}
+
+    def attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        if not more:
+            k, v = (part.repeat_interleave(q.shape[1] // part.shape[1], dim=1) for part in (k, v))
+        return module.optimized_attention(
+            q, k, v, q.shape[1], skip_reshape=True, skip_output_reshape=True, transformer_options=options, **more
+        )
+
+    return attention
+
+
+def _rows(text: MagiText, batch: int) -> MagiText:
+    embedding, mask = text.embedding.expand(batch, -1, -1), text.mask.expand(batch, -1)
+    return text._replace(embedding=embedding, mask=mask)

@@ -1,0 +1,128 @@
+"""The host's model and VAE objects, made from files of ours."""
+
+import inspect
+import json
+import logging
+from collections.abc import Callable
+
+import comfy.model_management
+import comfy.model_patcher
+import comfy.ops
+import comfy.sd
+import comfy.supported_models
+import comfy.utils
+import torch
+from torch import Tensor
+
+from ...flowcache_core.checkpoints import checkpoint as checkpoints
+from ...flowcache_core.demo.preview import RGB_BIAS, RGB_FACTORS
+from ...flowcache_core.models.skyreels import add_frame_rate
+from ...flowcache_core.models.wan import WanConfig
+from .magi_model import magi_model
+from .patch import FAMILY, FPS
+
+
+def load_model(
+    path: str,
+    family: str,
+    dtype: torch.dtype | None,
+    fps: int,
+    disable_dynamic: bool = False,
+    on_warning: Callable[[str], None] = lambda warning: None,
+) -> comfy.model_patcher.ModelPatcher:
+    """The host's model from a checkpoint of any layout that `checkpoints` reads.
+
+    Args:
+        path: of the file.
+        family: "auto", or what the user says it is; causal ones get the host's causal network, where it has one.
+        dtype: of the weights, or None for the host's choice.
+        fps: frames a second that SkyReels-V2 is told.
+        disable_dynamic: asked for by the host when it loads the model again.
+        on_warning: told what the user should know, in one line each, beside the log.
+    """
+    info, weights = checkpoints.load(path, family)
+    for warning in info.warnings:
+        logging.warning("FlowCache: %s", warning)
+        on_warning(warning)
+    if info.family in checkpoints.MAGI_FAMILIES:
+        model = magi_model(path, info, weights, dtype, disable_dynamic)
+    else:
+        model = _load_wan(weights, info.config, info.family in checkpoints.CAUSAL_FAMILIES, dtype, disable_dynamic)
+        add_frame_rate(model.model.diffusion_model, weights, comfy.ops.manual_cast)
+    model.model_options.setdefault("transformer_options", {}).update({FAMILY: info.family, FPS: fps})
+    if info.family == "demo":  # its latent space is not Wan's
+        colours = model.model.latent_format
+        colours.latent_rgb_factors, colours.latent_rgb_factors_bias = RGB_FACTORS, RGB_BIAS
+    model.cached_patcher_init = (load_model, (path, family, dtype, fps))
+    return model
+
+
+def _load_wan(
+    weights: dict[str, Tensor], config: WanConfig, causal: bool, dtype: torch.dtype | None, disable_dynamic: bool
+) -> comfy.model_patcher.ModelPatcher:
+    options = {} if dtype is None else {"dtype": dtype}
+    load = comfy.sd.load_diffusion_model_state_dict
+    known = inspect.signature(load).parameters
+    if "metadata" not in known:
+        return _load_wan_by_hand(weights, config, dtype)
+    transformer = {"num_heads": config.num_heads, "text_dim": config.text_dim}
+    metadata = {"config": json.dumps({"transformer": transformer | ({"causal_ar": True} if causal else {})})}
+    more = {"disable_dynamic": disable_dynamic} if "disable_dynamic" in known else {}
+    return load(dict(weights), model_options=options, metadata=metadata, **more)
+
+
+def _load_wan_by_hand(weights: dict[str, Tensor], config: WanConfig, dtype: torch.dtype | None):
+    """For hosts that take head count and text width as given (before 0.4): the same network with our sizes."""
+    management = comfy.model_management
+    sizes = {
+        "image_model": "wan2.1",
+        "model_type": "t2v",
+        "dim": config.dim,
+        "out_dim": config.out_dim,
+        "num_heads": config.num_heads,
+        "ffn_dim": config.ffn_dim,
+        "num_layers": config.num_layers,
+        "patch_size": config.patch_size,
+        "freq_dim": config.freq_dim,
+        "text_dim": config.text_dim,
+        "in_dim": config.in_dim,
+        "window_size": (-1, -1),
+        "qk_norm": True,
+        "cross_attn_norm": True,
+        "eps": config.eps,
+    }
+    model_config = comfy.supported_models.WAN21_T2V(sizes)
+    supported = list(model_config.supported_inference_dtypes)
+    count = comfy.utils.calculate_parameters(weights)
+    stored = comfy.utils.weight_dtype(weights)
+    chosen = dtype or management.unet_dtype(model_params=count, supported_dtypes=supported, weight_dtype=stored)
+    device, offload = management.get_torch_device(), management.unet_offload_device()
+    model_config.set_inference_dtype(chosen, management.unet_manual_cast(chosen, device, supported))
+    model = model_config.get_model(weights, "").to(offload)
+    model.load_model_weights(dict(weights), "")
+    return comfy.model_patcher.ModelPatcher(model, load_device=device, offload_device=offload)
+
+
+def video_vae(module: torch.nn.Module) -> comfy.sd.VAE:
+    """The host's VAE object around a module with Wan's `encode` and `decode`, for any width and on any host.
+
+    Args:
+        module: encode [B, 3, T, H, W] in [-1, 1] to raw latents [B, 16, 1 + (T - 1) / 4, H / 8, W / 8], and decode.
+    """
+    vae = comfy.sd.VAE(sd={})  # finds no weights and leaves the object to be filled
+    vae.first_stage_model = module.eval()
+    vae.latent_dim, vae.latent_channels, vae.output_channels = 3, 16, 3
+    vae.upscale_ratio = (lambda frames: max(0, 4 * frames - 3), 8, 8)
+    vae.upscale_index_formula = (4, 8, 8)
+    vae.downscale_ratio = (lambda frames: max(0, (frames + 3) // 4), 8, 8)
+    vae.downscale_index_formula = (4, 8, 8)
+    # Bytes that a decode or encode takes, after the stock entry for the Wan 2.1 VAE (whose width is 96).
+    vae.memory_used_decode = lambda shape, dtype: 7000 * shape[3] * shape[4] * 64 * dtype.itemsize
+    vae.memory_used_encode = lambda shape, dtype: 6000 * shape[3] * shape[4] * dtype.itemsize
+    management = comfy.model_management
+    vae.working_dtypes = [torch.float32]
+    vae.vae_dtype = torch.float32
+    vae.device, vae.output_device = management.vae_device(), management.intermediate_device()
+    patcher = getattr(comfy.model_patcher, "CoreModelPatcher", comfy.model_patcher.ModelPatcher)
+    vae.patcher = patcher(vae.first_stage_model, load_device=vae.device, offload_device=management.vae_offload_device())
+    return vae

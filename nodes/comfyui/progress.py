@@ -1,0 +1,40 @@
+"""What a node says of the run that it makes."""
+
+import time
+
+from server import PromptServer
+
+from ...flowcache_core.engine.loop import Progress
+from ...flowcache_core.report import Report, clock, megabytes, share_of
+
+
+def progress_text(text: str, node_id: str | None) -> None:
+    """Shows a line on the node that is running."""
+    server = getattr(PromptServer, "instance", None)
+    if server is not None and node_id is not None:
+        server.send_progress_text(text, node_id)
+
+
+def describe_plan(report: Report) -> str:
+    """What is known before a run; stays on the node until its first tick is done."""
+    planned, unbounded = report.history_bytes_planned, report.history_bytes_unbounded
+    more = f", {megabytes(unbounded)} unbounded" if unbounded > planned else ""
+    return f"history: {megabytes(planned)} planned{more}"
+
+
+def describe(told: Progress, report: Report, used: int, total: int, begun: float, earlier: int = 0) -> str:
+    """Lines on how a run goes; they fit a node's width.
+
+    Args:
+        used, total: bytes of history.
+        begun: when, by the clock of `perf_counter`.
+        earlier: chunks that an interrupted run left.
+    """
+    chunks, chunk = report.schedule.chunks, min(report.chunks_done + 1, report.schedule.chunks)
+    spent = time.perf_counter() - begun
+    whole = spent * told.ticks / told.tick  # seconds that the run will take
+    lines = [
+        f"chunk {earlier + chunk} of {earlier + chunks}, {whole / chunks:.1f} s a chunk, {clock(whole - spent)} left",
+        f"{report.reused:.0%} reused" + (f", history {share_of(used, total)}" if total else ""),
+    ]
+    return "\n".join([*lines, *report.notes])

@@ -1,0 +1,177 @@
+"""A run's video as it comes: decoded chunk by chunk, written to ComfyUI's output folder, shown on the node."""
+
+from contextlib import nullcontext, suppress
+from dataclasses import dataclass
+from pathlib import Path
+
+import comfy.model_management
+import comfy.utils
+import folder_paths
+from comfy.cli_args import args
+from comfy_api.latest import io, ui
+from server import PromptServer
+from torch import Tensor
+
+from ...flowcache_core.errors import UserError
+from ...flowcache_core.history.streams import SideStream
+from ...flowcache_core.media.pictures import filmstrip
+from ...flowcache_core.media.video import frames_of
+from ...flowcache_core.media.video_stream import VideoStream
+from ...flowcache_core.report import Report
+from .decode import stream_decoder
+
+PREVIEW_SIZE = 768  # pixels of the longer side of a chunk's preview
+
+
+@dataclass(frozen=True)
+class StreamSettings:
+    """How a run's video is written while the run goes on.
+
+    Attributes:
+        vae: the host's, which decodes it.
+        prefix: of the file name, in ComfyUI's output folder.
+        fps: frames a second.
+        keep_latents: whether the run also holds all latents in memory, for its output.
+        node_id: of the node that shows the finished video.
+    """
+
+    vae: object
+    prefix: str
+    fps: float
+    keep_latents: bool
+    node_id: str | None = None
+
+
+@dataclass(frozen=True)
+class OutputFile:
+    """A new file in ComfyUI's output folder, as the page knows it."""
+
+    name: str
+    subfolder: str
+
+    @classmethod
+    def new(cls, prefix: str, width: int, height: int) -> "OutputFile":
+        """The next free number behind a prefix. The file is there from now on, so that no other run or server takes it.
+
+        Raises:
+            UserError: the prefix leads out of the output folder, or names no file that can be written.
+        """
+        check_prefix(prefix)
+        root = folder_paths.get_output_directory()
+        try:
+            _, name, counter, subfolder, _ = folder_paths.get_save_image_path(prefix, root, width, height)
+            while True:
+                file = cls(f"{name}_{counter:05}_.mp4", subfolder)
+                with suppress(FileExistsError):
+                    file.path.touch(exist_ok=False)
+                    return file
+                counter += 1
+        except OSError as error:
+            raise UserError(
+                f"Cannot write '{prefix[:80]}' in ComfyUI's output folder ({error.strerror or error}); use another "
+                f"file name prefix."
+            ) from error
+
+    def drop_empty(self) -> None:
+        """Takes the file away if nothing was written to it."""
+        if self.path.exists() and not self.path.stat().st_size:
+            self.path.unlink()
+
+    @property
+    def path(self) -> Path:
+        return Path(folder_paths.get_output_directory()) / self.subfolder / self.name
+
+    @property
+    def shown(self) -> ui.PreviewVideo:
+        """For the page."""
+        return ui.PreviewVideo([ui.SavedResult(self.name, self.subfolder, io.FolderType.output)])
+
+
+def check_prefix(prefix: str) -> None:
+    """Raises UserError for a file name prefix that leads out of the output folder."""
+    root = Path(folder_paths.get_output_directory()).resolve()
+    if "\0" in prefix or not (root / prefix).resolve().is_relative_to(root):
+        raise UserError(
+            f"The file name prefix '{prefix[:80]}' leads out of ComfyUI's output folder; use a name inside it."
+        )
+
+
+def workflow_metadata(hidden) -> dict:
+    """What the host's own save nodes write into a file; nothing where the user turned that off."""
+    if args.disable_metadata:
+        return {}
+    prompt = {} if hidden.prompt is None else {"prompt": hidden.prompt}
+    return {**(hidden.extra_pnginfo or {}), **prompt}
+
+
+def report_metadata(report: Report) -> dict:
+    """Settings and report for a file beside the workflow; nothing where the user turned that off."""
+    if args.disable_metadata:
+        return {}
+    return {"flowcache": {name: value for name, value in report.as_dict().items() if name != "history_bytes"}}
+
+
+class VideoOutlet:
+    """Takes finished chunks of one run.
+
+    Args:
+        settings: of the stream.
+        model: the host's patcher of the model that is sampling; it is brought back to its device after a decode.
+        shape: of a chunk's latent [B, C, T, H, W].
+        metadata: of the workflow.
+        side: decodes and writes beside the run, where the device has room for both.
+    """
+
+    def __init__(self, settings: StreamSettings, model, shape, metadata: dict, side: SideStream):
+        if shape[0] != 1:
+            raise UserError(
+                f"A video stream takes one video, and the latents have a batch of {shape[0]}; use a batch of 1."
+            )
+        self.settings = settings
+        self.decode = stream_decoder(settings.vae)
+        self.vae, self.model, self.side = settings.vae, model, side
+        self.file = OutputFile.new(settings.prefix, 8 * shape[4], 8 * shape[3])
+        self.stream = VideoStream(self.file.path, settings.fps, metadata)
+
+    def add(self, latent: Tensor) -> Tensor | None:
+        """Decodes and writes a chunk in the network's latent space; returns its frames [T, H, W, 3] in [0, 1]."""
+        with self.side.instead() if self.side.overlaps and self._has_room(latent) else nullcontext():
+            frames = self.decode(self.model.model.process_latent_out(latent.float()))
+            self._write(frames)
+        # The VAE may have pushed the model off its device, in the middle of a run.
+        comfy.model_management.load_models_gpu([self.model])
+        return frames
+
+    def _has_room(self, latent: Tensor) -> bool:
+        """Whether a chunk can be decoded with the model where it is."""
+        needed = self.vae.patcher.model_size() + self.vae.memory_used_decode(latent.shape, self.vae.vae_dtype)
+        return comfy.model_management.get_free_memory(self.vae.device) > needed
+
+    def finish(self, report: Report) -> OutputFile:
+        self._write(self.decode.finish())
+        self.stream.finish(report_metadata(report))
+        if self.settings.node_id is not None:
+            play(self.file, self.settings.node_id)
+        return self.file
+
+    def close(self) -> None:
+        """Leaves a file that plays as far as it goes."""
+        self.stream.close()
+        self.file.drop_empty()
+
+    def _write(self, frames: Tensor | None) -> None:
+        if frames is not None:
+            self.stream.write(frames_of(2 * frames.movedim(-1, 0) - 1))
+
+
+def show(frames: Tensor, tick: int, ticks: int) -> None:
+    """Frames [T, H, W, 3] in [0, 1] of a finished chunk as the preview of the node that runs."""
+    picture = filmstrip(frames_of(2 * frames.movedim(-1, 0) - 1))
+    comfy.utils.ProgressBar(ticks).update_absolute(tick, ticks, ("JPEG", picture, PREVIEW_SIZE))
+
+
+def play(file: OutputFile, node_id: str) -> None:
+    """Shows a finished video on a node that is not the running one: the page keeps the chunks' previews on that."""
+    server = PromptServer.instance
+    where = {"node": node_id, "display_node": node_id, "prompt_id": server.last_prompt_id}
+    server.send_sync("executed", {**where, "output": file.shown.as_dict()}, server.client_id)
