@@ -1,9 +1,9 @@
 """Fixtures of the engine tests."""
 
 import pytest
-from tiny import tiny_network
 
 from flowcache_core.models.wan import WanBackbone
+from tests.helpers.tiny import tiny_network
 
 
 @pytest.fixture

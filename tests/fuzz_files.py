@@ -23,7 +23,7 @@ import numpy as np
 import torch
 from safetensors.torch import save_file
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # a script has only its own folder there
 
 from flowcache_core.checkpoints import checkpoint as checkpoints
 from flowcache_core.errors import UserError  # noqa: E402

@@ -1,16 +1,16 @@
-"""Mistakes of input to `generate` are told in one line, before anything runs (A7)."""
+"""Mistakes of input to `generate` are told in one line, before anything runs."""
 
 import itertools
 
 import pytest
 import torch
-from tiny import TINY
 
 from flowcache_core.engine.loop import Cancelled
 from flowcache_core.errors import UserError
 from flowcache_core.generate import generate
 from flowcache_core.history.settings import HistorySettings
 from flowcache_core.models.presets import OFF, Settings, preset
+from tests.helpers.tiny import TINY
 
 GOOD = {"steps": 4, "lag": 2, "frames_per_chunk": 2, "latent_size": (6, 4), "settings": OFF}
 NAN = float("nan")

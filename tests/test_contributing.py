@@ -2,7 +2,6 @@
 
 import json
 import re
-from pathlib import Path
 
 import pytest
 import torch
@@ -15,8 +14,9 @@ from flowcache_core.history.settings import HistorySettings
 from flowcache_core.models import families
 from flowcache_core.models.families import family, family_preset
 from flowcache_core.models.wan import WanBackbone
+from tests.helpers.paths import ROOT
 
-TEXT = (Path(__file__).parents[1] / "CONTRIBUTING.md").read_text(encoding="utf-8")
+TEXT = (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8")
 
 
 @pytest.fixture

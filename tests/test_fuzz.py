@@ -1,7 +1,8 @@
 """A few hundred mutated files; tests/fuzz_files.py as a script reads any number."""
 
 import pytest
-from fuzz_files import KINDS, fuzz
+
+from tests.fuzz_files import KINDS, fuzz
 
 
 @pytest.mark.filterwarnings("ignore")  # of torch, about tensors without elements

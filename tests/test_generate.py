@@ -2,13 +2,13 @@
 
 import pytest
 import torch
-from tiny import TINY
 
 from flowcache_core.engine.loop import Cancelled
 from flowcache_core.generate import generate
 from flowcache_core.history.settings import HistorySettings
 from flowcache_core.models.presets import OFF, Settings, preset
 from flowcache_core.solvers.one_step import chunk_noise
+from tests.helpers.tiny import TINY
 
 SHORT = {"steps": 4, "lag": 2, "frames_per_chunk": 2, "latent_size": (6, 4), "settings": OFF}
 

@@ -4,11 +4,11 @@ import ast
 import json
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 
-PACK = Path(__file__).resolve().parent.parent
+from tests.helpers.paths import ROOT as PACK
+
 DRIVER = PACK / "flowcache_core" / "lab" / "comfy.py"  # a program that drives the ComfyUI whose address it is given
 SOURCES = [PACK / "__init__.py", *(PACK / "nodes").rglob("*.py"), *(PACK / "flowcache_core").rglob("*.py")]
 NETWORK = (

@@ -16,16 +16,16 @@ import time
 from dataclasses import dataclass, field
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # a script has only its own folder there
 
 import torch  # noqa: E402
-from comfy_server import HOST, Outcome, Server  # noqa: E402
-from graph import Graph, native  # noqa: E402
 from safetensors.torch import load_file  # noqa: E402
 
 from flowcache_core.demo.vae import LATENT_MEAN, LATENT_STD  # noqa: E402
 from flowcache_core.lab.likeness import decibels, pixels  # noqa: E402
 from flowcache_core.storage.files import write_whole  # noqa: E402
+from tests.helpers.host.comfy_server import HOST, Outcome, Server  # noqa: E402
+from tests.helpers.host.graph import Graph, native  # noqa: E402
 
 BLOCK = 3  # latent frames of a chunk
 

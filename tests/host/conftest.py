@@ -3,11 +3,14 @@
 from pathlib import Path
 
 import pytest
-from comfy_server import HOST, Server, host_python
-from published import write_published
+
+from tests.helpers.host.comfy_server import HOST, Server, host_python
+from tests.helpers.host.published import write_published
+from tests.helpers.paths import ROOT
 
 FOUND = (HOST / "main.py").exists() and host_python().exists()
-HERE = Path(__file__).parent
+HERE = ROOT / "tests" / "host"
+CUSTOM_NODES = ROOT / "tests" / "helpers" / "host" / "custom_nodes"
 
 
 def pytest_collection_modifyitems(items):
@@ -35,7 +38,7 @@ def server(tmp_path_factory):
     """One ComfyUI for all tests of a session."""
     base = tmp_path_factory.mktemp("comfy")
     (base / "custom_nodes").mkdir()
-    (base / "custom_nodes" / "flowcache_test").symlink_to(HERE / "custom_nodes", target_is_directory=True)
+    (base / "custom_nodes" / "flowcache_test").symlink_to(CUSTOM_NODES, target_is_directory=True)
     running = Server(base)
     yield running
     running.stop()

@@ -4,10 +4,13 @@ Run it after a name or a tooltip was changed: python tests/host/export_locales.p
 """
 
 import json
+import sys
 import tempfile
 from pathlib import Path
 
-from comfy_server import PACK, Server
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # a script has only its own folder there
+
+from tests.helpers.host.comfy_server import PACK, Server  # noqa: E402
 
 ENGLISH = PACK / "locales" / "en" / "nodeDefs.json"
 

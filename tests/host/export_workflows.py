@@ -11,11 +11,11 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # a script has only its own folder there
 
-import thumbnails  # noqa: E402
-from comfy_page import DEMOS, NAMES, PACK, WORKFLOWS, ComfyPage  # noqa: E402
-from comfy_server import Server  # noqa: E402
-from published import write_published  # noqa: E402
-from videos import frames_of  # noqa: E402
+from tests.helpers.host import thumbnails  # noqa: E402
+from tests.helpers.host.comfy_page import DEMOS, NAMES, PACK, WORKFLOWS, ComfyPage  # noqa: E402
+from tests.helpers.host.comfy_server import Server  # noqa: E402
+from tests.helpers.host.published import write_published  # noqa: E402
+from tests.helpers.host.videos import frames_of  # noqa: E402
 
 
 def export(page: ComfyPage, name: str) -> None:

@@ -12,12 +12,13 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-sys.path[:0] = [str(Path(__file__).resolve().parent), str(Path(__file__).resolve().parents[2])]
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # a script has only its own folder there
 
 import torch  # noqa: E402
-from comfy_server import Outcome, Server  # noqa: E402
-from graph import Graph, native, random_network, write_network  # noqa: E402
 from safetensors.torch import load_file  # noqa: E402
+
+from tests.helpers.host.comfy_server import Outcome, Server  # noqa: E402
+from tests.helpers.host.graph import Graph, native, random_network, write_network  # noqa: E402
 
 NETWORK = "reliable.safetensors"
 WARM = 20  # prompts after which memory must not grow any more

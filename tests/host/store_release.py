@@ -4,12 +4,17 @@ Run it at a release: python tests/host/store_release.py
 """
 
 import shutil
+import sys
 from pathlib import Path
 
 import tomllib
-from comfy_server import PACK
 
-RELEASED = Path(__file__).parent / "released"
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # a script has only its own folder there
+
+from tests.helpers.host.comfy_server import PACK  # noqa: E402
+from tests.helpers.paths import ROOT  # noqa: E402
+
+RELEASED = ROOT / "tests" / "host" / "released"
 
 
 def main() -> None:

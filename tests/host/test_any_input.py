@@ -8,14 +8,14 @@ from copy import deepcopy
 
 import pytest
 import torch
-from comfy_server import Refused, Server
-from graph import Graph, random_network, write_network
-from magi_models import VAE, vae_alone
 from safetensors.torch import save_file
-from soak import anew, latent, plain, prepare
-from wrong_inputs import Wrong, links, widgets
 
 from flowcache_core.models.magi import files as magi_files
+from tests.helpers.host.comfy_server import Refused, Server
+from tests.helpers.host.graph import Graph, random_network, write_network
+from tests.helpers.host.magi_models import VAE, vae_alone
+from tests.helpers.host.wrong_inputs import Wrong, links, widgets
+from tests.host.soak import anew, latent, plain, prepare
 
 HARMLESS = {  # unusual, and what they mean is clear
     "LATENT: odd size",

@@ -7,8 +7,8 @@ import sys
 import time
 import urllib.request
 
-from comfy_server import PACK
-from videos import check_video, frames_of
+from tests.helpers.host.comfy_server import PACK
+from tests.helpers.host.videos import check_video, frames_of
 
 PAGE = (PACK / "docs" / "api.md").read_text(encoding="utf-8")
 

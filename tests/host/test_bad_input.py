@@ -2,10 +2,11 @@
 
 import pytest
 import torch
-from comfy_server import Refused
-from graph import SMALL, Graph, fails, native, random_network, write_network
 from safetensors.torch import save_file
-from test_extend import extend
+
+from tests.helpers.host.comfy_server import Refused
+from tests.helpers.host.graph import SMALL, Graph, fails, native, random_network, write_network
+from tests.host.test_extend import extend
 
 
 @pytest.fixture(scope="module", autouse=True)

@@ -2,9 +2,10 @@
 
 import pytest
 import torch
-from graph import Graph, fails, native, random_network, sample, write_network
 from safetensors.torch import save_file
-from test_extend import extend
+
+from tests.helpers.host.graph import Graph, fails, native, random_network, sample, write_network
+from tests.host.test_extend import extend
 
 
 @pytest.fixture(scope="module", autouse=True)

@@ -2,7 +2,7 @@
 
 import json
 
-from graph import Graph, random_network, write_network
+from tests.helpers.host.graph import Graph, random_network, write_network
 
 
 def test_a_models_own_calibration_is_used(server):

@@ -5,8 +5,9 @@ import subprocess
 from pathlib import Path
 
 import pytest
-from comfy_server import HOST, PACK, host_python
-from test_old_host import OLD
+
+from tests.helpers.host.comfy_server import HOST, PACK, host_python
+from tests.host.test_old_host import OLD
 
 
 @pytest.fixture(scope="module", params=[HOST, OLD], ids=["newest", "oldest"])

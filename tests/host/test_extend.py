@@ -5,7 +5,8 @@ import time
 
 import pytest
 import torch
-from graph import Graph, random_network, sample, write_network
+
+from tests.helpers.host.graph import Graph, random_network, sample, write_network
 
 
 @pytest.fixture(scope="module", autouse=True)

@@ -5,7 +5,6 @@ from dataclasses import replace
 
 import pytest
 import torch
-from graph import SMALL, Graph, random_network, sample, write_network
 from safetensors.torch import save_file
 
 from flowcache_core.demo.captions import embed_caption
@@ -17,6 +16,7 @@ from flowcache_core.models.families import FAMILIES, SOLVERS, family_preset
 from flowcache_core.models.wan import WanNetwork
 from flowcache_core.schedule import ChunkSchedule
 from flowcache_core.solvers.one_step import chunk_noise
+from tests.helpers.host.graph import SMALL, Graph, random_network, sample, write_network
 
 UNTOLD = json.dumps({"transformer": {"num_heads": SMALL.num_heads, "text_dim": SMALL.text_dim}})
 CONFIGS = {"causal": SMALL, "skyreels": replace(SMALL, fps=True), "rolling": SMALL, "wan": SMALL}

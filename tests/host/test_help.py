@@ -5,7 +5,8 @@ import re
 import urllib.request
 
 import pytest
-from export_locales import ENGLISH, inputs_of, node_texts, our_nodes
+
+from tests.host.export_locales import ENGLISH, inputs_of, node_texts, our_nodes
 
 PAGES = ("{}.md", "{}/zh.md")  # the first stands in for every language that has none
 CHINESE = re.compile("[\u4e00-\u9fff]")

@@ -10,14 +10,14 @@ import av
 import numpy as np
 import pytest
 import torch
-from comfy_server import Refused, Server
-from graph import Graph, random_network, sample, write_network
 from PIL import Image
 from safetensors.torch import load_file
-from test_extend import extend, flowcache
-from videos import frames_of
 
 from flowcache_core.demo import vae as demo_vae
+from tests.helpers.host.comfy_server import Refused, Server
+from tests.helpers.host.graph import Graph, random_network, sample, write_network
+from tests.helpers.host.videos import frames_of
+from tests.host.test_extend import extend, flowcache
 
 
 @pytest.fixture(scope="module", autouse=True)

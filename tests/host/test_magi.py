@@ -6,14 +6,8 @@ import time
 import numpy as np
 import pytest
 import torch
-from graph import Graph, fails, sample
-from magi_models import CONFIGS, network_of, tokens, vae_alone, write_network, write_vae
 from PIL import Image
 from safetensors.torch import load_file, save_file
-from test_long import earlier, stop_after
-from test_workflows import prompt_of, saved
-from videos import check_video
-from videos import frames_of as frames_in
 
 from flowcache_core.history.settings import HistorySettings
 from flowcache_core.models.families import family_preset
@@ -22,7 +16,13 @@ from flowcache_core.models.magi.network import MagiBackbone
 from flowcache_core.models.magi.text import caption_text, null_text
 from flowcache_core.models.magi.vae import LATENT_SCALE
 from flowcache_core.solvers.one_step import chunk_noise
-from tests.magi_weights import normal
+from tests.helpers.host.graph import Graph, fails, sample
+from tests.helpers.host.magi_models import CONFIGS, network_of, tokens, vae_alone, write_network, write_vae
+from tests.helpers.host.videos import check_video
+from tests.helpers.host.videos import frames_of as frames_in
+from tests.helpers.magi_weights import normal
+from tests.host.test_long import earlier, stop_after
+from tests.host.test_workflows import prompt_of, saved
 
 FAMILY = {"base": "magi", "distilled": "magi distilled", "fp8": "auto"}
 FRAMES, STEPS = 6, 8

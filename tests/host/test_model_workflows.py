@@ -5,8 +5,9 @@ Only sizes, lengths and step counts are swapped, and the text encoder (6 GB) for
 
 import numpy as np
 import pytest
-from test_workflows import difference, prompt_of, saved
-from videos import check_video
+
+from tests.helpers.host.videos import check_video
+from tests.host.test_workflows import difference, prompt_of, saved
 
 pytestmark = pytest.mark.usefixtures("published")
 

@@ -5,9 +5,10 @@ import time
 
 import pytest
 import torch
-from graph import Graph, native, random_network, sample, write_network
 from safetensors.torch import save_file
-from test_extend import extend
+
+from tests.helpers.host.graph import Graph, native, random_network, sample, write_network
+from tests.host.test_extend import extend
 
 MODELS = ("models", "diffusion_models")
 

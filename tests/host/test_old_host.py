@@ -4,9 +4,10 @@ import os
 from pathlib import Path
 
 import pytest
-from comfy_server import Server
-from test_workflows import PATIENCE, node, prompt_of, saved
-from videos import check_video
+
+from tests.helpers.host.comfy_server import Server
+from tests.helpers.host.videos import check_video
+from tests.host.test_workflows import PATIENCE, node, prompt_of, saved
 
 OLD = Path(os.environ.get("COMFYUI_OLD_PATH", Path.home() / "comfy" / "ComfyUI-0.3.64"))
 pytestmark = pytest.mark.skipif(not (OLD / "main.py").exists(), reason="no older ComfyUI at COMFYUI_OLD_PATH")

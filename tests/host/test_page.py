@@ -3,10 +3,11 @@
 import json
 
 import pytest
-from browser import CHROMIUM
-from comfy_page import DEMOS, NAMES, WORKFLOWS, ComfyPage, listed_templates
-from store_release import RELEASED
-from thumbnails import SIDE
+
+from tests.helpers.host.browser import CHROMIUM
+from tests.helpers.host.comfy_page import DEMOS, NAMES, WORKFLOWS, ComfyPage, listed_templates
+from tests.helpers.host.thumbnails import SIDE
+from tests.host.store_release import RELEASED
 
 pytestmark = pytest.mark.skipif(CHROMIUM is None, reason="no chromium: apt-get install chromium, to test the page")
 EXTEND = "FlowCacheAutoregressiveExtend"

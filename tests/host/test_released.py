@@ -3,8 +3,9 @@
 import json
 
 import pytest
-from export_locales import inputs_of
-from store_release import RELEASED
+
+from tests.host.export_locales import inputs_of
+from tests.host.store_release import RELEASED
 
 STORED = sorted(RELEASED.glob("*/api/*.json"))
 names = pytest.mark.parametrize("file", STORED, ids=lambda file: f"{file.parts[-3]} {file.stem}")

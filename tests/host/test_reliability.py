@@ -4,7 +4,8 @@ import time
 
 import pytest
 import torch
-from soak import GOOD, Usage, anew, check_interrupts, interrupted, latent, plain, prepare, wait_for
+
+from tests.host.soak import GOOD, Usage, anew, check_interrupts, interrupted, latent, plain, prepare, wait_for
 
 
 @pytest.fixture(scope="module", autouse=True)

@@ -5,11 +5,12 @@ from pathlib import Path
 
 import pytest
 import torch
-from comfy_server import Server
-from graph import Graph
 from safetensors.torch import load_file
-from test_long import fill, plain, resumable
-from videos import frames_of
+
+from tests.helpers.host.comfy_server import Server
+from tests.helpers.host.graph import Graph
+from tests.helpers.host.videos import frames_of
+from tests.host.test_long import fill, plain, resumable
 
 CHUNKS, SEEDS = 4, (81, 82)
 

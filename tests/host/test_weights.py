@@ -8,7 +8,6 @@ from pathlib import Path
 import pytest
 import torch
 import torch.nn.functional as F
-from comfy_server import HOST, PACK, host_python
 from safetensors import safe_open
 from safetensors.torch import save_file
 
@@ -16,10 +15,11 @@ from flowcache_core.checkpoints.checkpoint import convert
 from flowcache_core.models.rotary import rotate
 from flowcache_core.models.skyreels import SkyReelsBackbone
 from flowcache_core.models.wan import WanBackbone, WanNetwork
-from tests import golden_weights
-from tests.golden_weights import SMALL, SMALL_FPS
-from tests.magi_weights import normal
-from tests.test_checkpoints import sharded, to_diffusers
+from tests.checkpoints.test_checkpoints import sharded, to_diffusers
+from tests.helpers import golden_weights
+from tests.helpers.golden_weights import SMALL, SMALL_FPS
+from tests.helpers.host.comfy_server import HOST, PACK, host_python
+from tests.helpers.magi_weights import normal
 
 X, TEXT, SIGMA = normal("x", (1, 16, 2, 4, 6)), golden_weights.text("cond"), torch.tensor([0.6])
 LORA = {"blocks.0.self_attn.q": 96, "blocks.2.ffn.0": 96, "blocks.1.cross_attn.v": 96}  # layer: input width

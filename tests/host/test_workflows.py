@@ -4,8 +4,9 @@ import json
 
 import numpy as np
 import pytest
-from comfy_server import PACK
-from videos import check_video
+
+from tests.helpers.host.comfy_server import PACK
+from tests.helpers.host.videos import check_video
 
 API = PACK / "workflows" / "api"
 PATIENCE = 1200  # seconds; on a free machine none takes more than one minute

@@ -1,0 +1,151 @@
+"""Self-Forcing, Causal-Forcing and CausVid against upstream's own runs (tests/golden/README.md)."""
+
+from dataclasses import dataclass, field
+from functools import partial
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from flowcache_core.engine.loop import Engine, guidance
+from flowcache_core.engine.runner import Runner
+from flowcache_core.history.compression import Compression
+from flowcache_core.history.settings import HistorySettings
+from flowcache_core.models.presets import Settings
+from flowcache_core.models.rotary import Rotary
+from flowcache_core.models.wan import WanBackbone
+from flowcache_core.schedule import CLEAN, ChunkSchedule, Place
+from flowcache_core.solvers import noise_levels as levels
+from flowcache_core.solvers.one_step import Renoise
+from tests.helpers import golden_weights
+from tests.helpers.magi_weights import normal
+from tests.helpers.paths import GOLDEN_FOLDER
+from tests.helpers.tiny import ask
+
+GOLDEN = load_file(GOLDEN_FOLDER / "causal.safetensors")
+SELF_FORCING = levels.warped(levels.SELF_FORCING)
+
+
+def looked_up(sigmas, noise):
+    """CausVid's solver."""
+    return Renoise(levels.nearest_trained(sigmas), noise)
+
+
+@dataclass
+class Run:
+    """One of upstream's runs.
+
+    Attributes:
+        chunks, frames: generated chunks, and latent frames of each.
+        first: levels of the first chunk where it has more steps.
+        image: whether a given frame comes before.
+    """
+
+    chunks: int
+    frames: int
+    sigmas: list[float] = field(default_factory=lambda: SELF_FORCING)
+    first: list[float] | None = None
+    image: bool = False
+    history: HistorySettings = HistorySettings()
+    solver: object = Renoise
+
+
+WINDOW = partial(Compression, rule="window")
+RUNS = {
+    "self_forcing": Run(3, 3),
+    "self_forcing_window": Run(6, 3, history=HistorySettings(2, WINDOW())),  # local_attn_size 9: itself and 2 chunks
+    "self_forcing_sink": Run(6, 3, history=HistorySettings(2, WINDOW(protect_first=True))),
+    "causal_forcing": Run(5, 1),
+    "causal_forcing_image": Run(4, 1, image=True),
+    "causal_forcing_2_steps": Run(4, 1, levels.warped(levels.CAUSAL_FORCING_2_STEPS), SELF_FORCING),
+    "causal_forcing_1_step": Run(4, 1, levels.warped(levels.CAUSAL_FORCING_1_STEP), SELF_FORCING),
+    "causvid_3_steps": Run(3, 3, levels.unwarped(levels.CAUSVID_3_STEPS), solver=looked_up),
+    "causvid_4_steps": Run(3, 3, levels.warped(levels.CAUSVID_4_STEPS, 8.0)),
+}
+
+
+class StretchedRotary(Rotary):
+    """Wrong on purpose: frames twice as far apart."""
+
+    def table(self, frames, rows, columns):
+        return super().table(2 * frames, rows, columns)
+
+
+def relative_error(found: torch.Tensor, expected: torch.Tensor) -> float:
+    return ((found.float() - expected).norm() / expected.norm()).item()
+
+
+def frames_of(name: str, frames: int) -> torch.Tensor:
+    """A named latent [1, C, frames, H, W]; upstream draws it frame by frame."""
+    return normal(name, (frames, 16, 4, 6)).transpose(0, 1)[None]
+
+
+def make(run: Run, dtype=torch.float32, rotary=Rotary, history=None) -> Engine:
+    network = golden_weights.network().to(dtype)
+    network.patch_embedding.float()
+    backbone = WanBackbone(network)
+    backbone.rotary = rotary(backbone.head_dim)
+    steps, prefix = len(run.sigmas) - 1, int(run.image)
+    schedule = ChunkSchedule(run.chunks, steps, steps, prefix, None if run.first is None else len(run.first) - 1)
+    runner = Runner(backbone, schedule, Settings(history=history or run.history), run.frames)
+    noise = frames_of("noise", run.chunks * run.frames).split(run.frames, dim=2)
+    engine = Engine(
+        runner,
+        guidance(runner, golden_weights.text("cond").to(dtype)),
+        run.sigmas,
+        start=lambda chunk: noise[chunk - prefix].to(dtype),
+        noise=lambda chunk, step: frames_of(f"renoise.{chunk}.{step}", run.frames).to(dtype),
+        solver=run.solver,
+        first_sigmas=run.first,
+    )
+    if run.image:
+        engine.prefill(frames_of("image", 1).to(dtype))
+    return engine
+
+
+def latents_seen(engine: Engine) -> list[torch.Tensor]:
+    """What every forward of a run is given, in order."""
+    seen, denoise = [], engine.denoise
+    engine.denoise = lambda steps: seen.extend(step.x for step in steps) or denoise(steps)
+    return seen
+
+
+@pytest.mark.parametrize("name", RUNS)
+def test_whole_run(name):
+    run = RUNS[name]
+    engine = make(run)
+    seen = latents_seen(engine)
+    found = torch.cat([chunk.latent for chunk in engine.run()], dim=2)
+    golden = GOLDEN[f"{name}.latents"][int(run.image) :]
+    for x, expected in zip(seen, golden, strict=True):
+        assert relative_error(x[0], expected) < 1e-4
+    assert relative_error(found, GOLDEN[f"{name}.final"][:, :, int(run.image) :]) < 1e-4
+
+
+@torch.inference_mode()
+def one_forward(name: str, **wrong) -> torch.Tensor:
+    """The velocity of the golden's stored call, after the clean passes of the chunks before it."""
+    run = RUNS[name]
+    call, offset = int(GOLDEN[f"{name}.velocity.call"]), int(run.image)
+    times, inputs = GOLDEN[f"{name}.timesteps"][: call + 1], GOLDEN[f"{name}.latents"]
+    engine = make(run, **wrong)
+    runner, dtype = engine.runner, next(engine.runner.backbone.network.blocks.parameters()).dtype
+    clean = [at for at in range(offset, call) if times[at] == 0]
+    for chunk, at in enumerate(clean, start=offset):
+        ask(engine.denoise, inputs[at][None].to(dtype), 0.0, Place(chunk, CLEAN, 0))
+        runner.commit(chunk)
+    place = Place(len(clean) + offset, 0, 0)
+    return ask(engine.denoise, inputs[call][None].to(dtype), times[call].item() / 1000, place)
+
+
+@pytest.mark.parametrize("name", RUNS)
+def test_one_forward(name):
+    golden = GOLDEN[f"{name}.velocity"]
+    assert relative_error(one_forward(name), golden) < 1e-4
+    assert relative_error(one_forward(name, rotary=StretchedRotary), golden) > 1e-2  # a wrong position shows
+    assert relative_error(one_forward(name, history=HistorySettings(1, WINDOW())), golden) > 1e-2  # a wrong mask too
+
+
+@pytest.mark.parametrize("name", RUNS)
+def test_bfloat16_is_near_the_float32_golden(name):
+    assert relative_error(one_forward(name, dtype=torch.bfloat16), GOLDEN[f"{name}.velocity"]) < 2e-2

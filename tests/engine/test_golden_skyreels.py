@@ -1,0 +1,117 @@
+"""SkyReels-V2, chunk by chunk as FlowCache runs it, against FlowCache's own runs (tests/golden/README.md)."""
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from flowcache_core.engine.loop import Engine, guidance
+from flowcache_core.engine.runner import Runner
+from flowcache_core.models.presets import ReuseSettings, Settings
+from flowcache_core.models.rotary import Rotary
+from flowcache_core.models.skyreels import POLYNOMIAL_1_3B, POLYNOMIAL_14B, SkyReelsBackbone
+from flowcache_core.models.wan import WanConfig
+from flowcache_core.reuse.policies import relative_change
+from flowcache_core.schedule import ChunkSchedule
+from flowcache_core.solvers.multistep import SkyReelsUniPC, UniPC
+from flowcache_core.solvers.noise_levels import skyreels
+from tests.engine.test_golden_causal import StretchedRotary, latents_seen, relative_error
+from tests.helpers import golden_weights
+from tests.helpers.golden_weights import SMALL, SMALL_FPS
+from tests.helpers.magi_weights import normal
+from tests.helpers.paths import GOLDEN_FOLDER
+
+GOLDEN = load_file(GOLDEN_FOLDER / "skyreels_flowcache.safetensors")
+CONDITION = 0.02  # noise level of a window's given frames
+POLYNOMIALS = {"1.3B": POLYNOMIAL_1_3B, "14B": POLYNOMIAL_14B}
+THRESHOLDS = {"slow": 0.1, "fast": 0.15}
+
+
+def window(
+    number: int,
+    config: WanConfig,
+    chunks: int,
+    frames: int,
+    steps: int,
+    lag: int,
+    given: torch.Tensor | None = None,
+    reuse: ReuseSettings | None = None,
+    rotary=Rotary,
+    solver=SkyReelsUniPC,
+) -> Engine:
+    """A window of a long run; the second begins with a `given` chunk [1, C, frames, H, W]."""
+    backbone = SkyReelsBackbone(golden_weights.network(config), fps=24)
+    backbone.rotary = rotary(backbone.head_dim)
+    prefix = 0 if given is None else 1
+    schedule = ChunkSchedule(chunks - prefix, steps, lag, prefix)
+    runner = Runner(backbone, schedule, Settings(reuse or ReuseSettings(), clean_pass=False), frames)
+    noise = normal(f"noise.{number}", (16, chunks * frames, 4, 6))[None].split(frames, dim=2)
+    texts = (golden_weights.text(branch, config) for branch in ("cond", "uncond"))
+    engine = Engine(runner, guidance(runner, *texts, 3.0), skyreels(steps), noise.__getitem__, solver=solver)
+    if given is not None:
+        engine.noise = lambda chunk, step: normal("condition.0", tuple(given.shape[1:]))[None]
+        engine.prefill(given, CONDITION)
+    return engine
+
+
+def video(engine: Engine) -> torch.Tensor:
+    return torch.cat([chunk.latent for chunk in engine.run()], dim=2)
+
+
+@pytest.mark.parametrize(("name", "config"), [("off", SMALL), ("off_fps", SMALL_FPS)])
+def test_whole_run(name, config):
+    engine = window(0, config, chunks=4, frames=2, steps=8, lag=2)
+    seen = latents_seen(engine)
+    first = video(engine)
+    places = [place for tick in engine.schedule for place in tick]
+    for place, x in zip(places, seen, strict=True):
+        golden = GOLDEN[f"{name}.0.latents"][place.tick].split(2, dim=1)[place.chunk]
+        assert relative_error(x[0], golden) < 1e-4
+    assert relative_error(first, GOLDEN[f"{name}.0.final"]) < 1e-4
+    second = window(1, config, 4, 2, 8, 2, given=first[:, :, -2:])
+    assert relative_error(video(second), GOLDEN[f"{name}.1.final"][:, :, 2:]) < 1e-4
+
+
+def test_the_golden_would_notice():
+    golden = GOLDEN["off.0.final"]
+    assert relative_error(video(window(0, SMALL, 4, 2, 8, 2, rotary=StretchedRotary)), golden) > 1e-2
+    assert relative_error(video(window(0, SMALL, 4, 2, 8, 3)), golden) > 1e-3  # another mask: chunks see other chunks
+    assert relative_error(video(window(0, SMALL, 4, 2, 8, 2, solver=UniPC)), golden) > 1e-3
+    with_fps = window(0, SMALL_FPS, 4, 2, 8, 2)
+    with_fps.runner.backbone.fps = 16
+    assert relative_error(video(with_fps), GOLDEN["off_fps.0.final"]) > 1e-3
+
+
+def published(preset: str, size: str) -> ReuseSettings:
+    threshold, rescale = THRESHOLDS[preset], POLYNOMIALS[size]
+    return ReuseSettings(
+        "flowcache", threshold=threshold, rescale=rescale, warmup=5, last=True, order=0, held="residual", correct=False
+    )
+
+
+@pytest.mark.parametrize("size", POLYNOMIALS)
+@pytest.mark.parametrize("preset", THRESHOLDS)
+def test_published_presets(preset, size):
+    """50 steps, lag 5, 5 chunks of 5 frames, two windows: the same decisions, and the same latents after them."""
+    reuse, given = published(preset, size), None
+    for number in range(2):
+        engine = window(number, SMALL, 5, 5, 50, 5, given, reuse)
+        found = video(engine)
+        golden = GOLDEN[f"{preset}_{size}.{number}.recomputed"].bool()
+        assert 0.3 < golden[1].float().mean() < 0.9  # some steps are reused, not all
+        for decisions in engine.runner.report.decisions.values():
+            assert {chunk: golden[chunk].tolist() for chunk in engine.schedule.indices} == decisions
+        assert relative_error(found, GOLDEN[f"{preset}_{size}.{number}.final"][:, :, 5 * number :]) < 1e-4
+        given = found[:, :, -5:]
+
+
+def test_signal_is_the_modulation():
+    """It tells noise levels apart only where their whole time-steps differ, and nothing of the latent."""
+    backbone = SkyReelsBackbone(golden_weights.network(SMALL_FPS))
+    x = normal("x", (1, 16, 2, 4, 6))
+
+    def signal(sigma, x=x):
+        return backbone.reuse_signal(x, torch.tensor([sigma]))
+
+    assert torch.equal(signal(0.9991), signal(0.9999, 2 * x))
+    change = relative_change([signal(0.5)], [signal(0.51)])[0]
+    assert 1e-3 < change < 0.1

@@ -1,0 +1,257 @@
+"""What a CPU can show of a run on a GPU: when the host would wait, what is copied, how attention is called."""
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+
+import pytest
+import torch
+from torch import Tensor
+
+from flowcache_core.engine.joint import JointEngine, JointGuidance
+from flowcache_core.engine.loop import Engine, guidance
+from flowcache_core.engine.rolling import RollingDenoise, RollingEngine, RollingHistory
+from flowcache_core.engine.runner import Runner
+from flowcache_core.history.cache import History
+from flowcache_core.history.settings import HistorySettings
+from flowcache_core.models.magi import sampling as magi_sampling
+from flowcache_core.models.magi.engine import MagiEngine, MagiSampling, magi_schedule
+from flowcache_core.models.magi.network import MagiBackbone, MagiNetwork, MagiText
+from flowcache_core.models.magi.sampling import VISIBLE_CHUNKS, sigmas
+from flowcache_core.models.presets import OFF, PRESETS, ReuseSettings, Settings
+from flowcache_core.models.skyreels import SkyReelsBackbone
+from flowcache_core.models.wan import WanBackbone, WanNetwork
+from flowcache_core.schedule import ChunkSchedule
+from flowcache_core.solvers.multistep import UniPC
+from flowcache_core.solvers.noise_levels import linear
+from flowcache_core.solvers.one_step import Renoise
+from tests.helpers.device_log import GPU, Log, on_gpu, pretended_gpu
+from tests.helpers.magi_weights import SMALL
+from tests.helpers.tiny import TINY
+from tests.history.test_system_memory import fails_at
+
+WAN = replace(TINY, num_layers=1)
+SKYREELS = replace(WAN, fps=True)
+MAGI = replace(SMALL, layers=1)
+MAGI_DISTILLED = replace(MAGI, distilled=True)
+MAGI_SIGMAS = sigmas(4)  # worked out by torch, which would make them up in the pretended world
+SCHEDULE = ChunkSchedule(4, 4, 2)
+WATCHING = {
+    "flowcache": PRESETS["paper fast"],
+    "teacache": Settings(ReuseSettings("teacache", threshold=0.1)),
+}
+NOT_WATCHING = {
+    "off": OFF,
+    "even": PRESETS["fast"],
+    "fixed": Settings(ReuseSettings("fixed", steps=(0, 2, 3), align=2, order=2)),
+}
+
+
+@pytest.fixture(autouse=True)
+def real_guidance_times(monkeypatch):
+    monkeypatch.setattr(magi_sampling, "_float32", list)
+
+
+def attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """Stands in for a kernel, which makes nothing but its result."""
+    return torch.empty_like(q)
+
+
+def empty(*shape: int) -> Tensor:
+    return torch.empty(shape, device=GPU)
+
+
+def wan_engine(settings: Settings, schedule=SCHEDULE, config=WAN, scale=3.0, **options) -> Engine:
+    backbone = (SkyReelsBackbone if config.fps else WanBackbone)(on_gpu(meta(WanNetwork, config)), attention=attention)
+    runner = Runner(backbone, schedule, settings, 2, attention)
+    denoise = guidance(runner, empty(1, 5, config.text_dim), empty(1, 5, config.text_dim), scale)
+    return Engine(runner, denoise, linear(schedule.steps), lambda chunk: empty(1, config.in_dim, 2, 6, 4), **options)
+
+
+def magi_engine(settings: Settings, config=MAGI, chunks=2, visible=VISIBLE_CHUNKS) -> MagiEngine:
+    backbone = MagiBackbone(on_gpu(meta(MagiNetwork, config)), attention)
+    mask = torch.ones(1, config.caption_tokens, dtype=torch.bool)
+    text = MagiText(empty(1, config.caption_tokens, config.caption_width), mask)
+    engine = MagiEngine(
+        backbone,
+        magi_schedule(6 * chunks, 4),
+        settings,
+        text=lambda chunk: text,
+        null=text._replace(captioned=False),
+        start=lambda chunk: empty(1, config.channels, 6, 4, 4),
+        sampling=MagiSampling(visible=visible),
+        attention=attention,
+    )
+    engine.sigmas = MAGI_SIGMAS
+    return engine
+
+
+def joint_engine() -> JointEngine:
+    backbone = SkyReelsBackbone(on_gpu(meta(WanNetwork, SKYREELS)), attention=attention)
+    texts = {branch: empty(1, 5, SKYREELS.text_dim) for branch in ("cond", "uncond")}
+    denoise = JointGuidance(backbone, texts, {"cond": 3.0, "uncond": -2.0}, attention)
+    start = lambda chunk: empty(1, SKYREELS.in_dim, 2, 6, 4)  # noqa: E731
+    return JointEngine(ChunkSchedule(3, 6, 2), denoise, linear(6), start, solver=UniPC)
+
+
+def rolling_engine(chunks: int = 9) -> RollingEngine:
+    backbone = WanBackbone(on_gpu(meta(WanNetwork, WAN)), attention)
+    denoise = RollingDenoise(backbone, empty(1, 5, WAN.text_dim), RollingHistory(1, 7), attention)
+    noise = lambda chunk, step=0: empty(1, WAN.in_dim, 1, 6, 4)  # noqa: E731
+    return RollingEngine(ChunkSchedule(chunks, 4, 1), denoise, linear(4), noise, noise, Renoise)
+
+
+def meta(network: type, config):
+    with torch.device("meta"):
+        return network(config)
+
+
+@dataclass(frozen=True)
+class Tick:
+    """What a run's tick did on the pretended GPU: see `device_log.Log`."""
+
+    read_backs: int
+    sent: int
+    made: int
+
+
+def ticks(log: Log, engine) -> list[Tick]:
+    """Runs an engine."""
+    seen = []
+
+    def after(progress) -> None:
+        seen.append(Tick(len(log.read_backs), len(log.sent), sum(log.made)))
+        log.read_backs.clear(), log.sent.clear(), log.made.clear()
+
+    log.made.clear()
+    engine.on_progress = after
+    assert list(engine.run())
+    return seen
+
+
+ENGINES: dict[str, Callable] = {
+    "wan": wan_engine,
+    "skyreels": lambda settings: wan_engine(settings, config=SKYREELS),
+    "skyreels residual": lambda settings: wan_engine(
+        replace(settings, reuse=replace(settings.reuse, held="residual")), config=SKYREELS
+    ),
+    "wan budget": lambda settings: wan_engine(
+        replace(settings, history=HistorySettings(1, relative=True)), ChunkSchedule(4, 4, 4), scale=1.0
+    ),
+    "renoise": lambda settings: wan_engine(
+        settings, scale=1.0, solver=Renoise, noise=lambda chunk, step: empty(1, WAN.in_dim, 2, 6, 4)
+    ),
+    "magi": magi_engine,
+    "magi distilled": lambda settings: magi_engine(settings, MAGI_DISTILLED),
+}
+
+
+@pytest.mark.parametrize(
+    ("name", "policy"),
+    [(name, policy) for name in ENGINES for policy in ("even", "flowcache")] + [("wan", "fixed"), ("wan", "teacache")],
+)
+def test_the_host_waits_at_most_once_a_tick_and_never_without_a_watching_policy(name, policy, monkeypatch):
+    with pretended_gpu(monkeypatch) as log:
+        run = ticks(log, ENGINES[name]((WATCHING | NOT_WATCHING)[policy]))
+    most = 1 if policy in WATCHING else 0
+    assert max(tick.read_backs for tick in run) == most
+    assert sum(tick.sent for tick in run) == 0
+
+
+@pytest.mark.parametrize("engine", [joint_engine, rolling_engine])
+def test_a_joint_window_never_waits(engine, monkeypatch):
+    with pretended_gpu(monkeypatch) as log:
+        run = ticks(log, engine())
+    assert [(tick.read_backs, tick.sent) for tick in run] == [(0, 0)] * len(run)
+
+
+def test_a_wait_would_be_noticed(monkeypatch):
+    def cancelled() -> bool:
+        return empty(1).sum().item() > 1
+
+    with pretended_gpu(monkeypatch) as log:
+        run = ticks(log, wan_engine(OFF, cancelled=cancelled))
+    assert min(tick.read_backs for tick in run) > 0
+
+
+# A chunk's steps allocate what the chunk needs; that must not depend on how much history there is.
+@pytest.mark.parametrize(
+    "engine",
+    [
+        lambda: wan_engine(OFF, ChunkSchedule(6, 2, 2), scale=1.0),
+        lambda: wan_engine(OFF, ChunkSchedule(6, 2, 2), scale=3.0),
+        lambda: wan_engine(replace(OFF, clean_pass=False), ChunkSchedule(7, 4, 2), scale=1.0),
+        lambda: magi_engine(OFF, chunks=9, visible=()),
+    ],
+)
+def test_no_step_copies_the_history(engine, monkeypatch):
+    with pretended_gpu(monkeypatch) as log:
+        made_engine = engine()
+        run = ticks(log, made_engine)
+    lag, first = made_engine.schedule.lag, made_engine.schedule.max_active + 1
+    middle = [tick.made for tick in run[first * lag : (made_engine.schedule.chunks - 1) * lag]]
+    rounds = {tuple(middle[at : at + lag]) for at in range(0, len(middle), lag)}
+    assert len(middle) >= 3 * lag and len(rounds) == 1
+
+
+@pytest.mark.parametrize("name", ["wan", "wan budget", "skyreels", "magi", "magi distilled"])
+def test_attention_gets_one_stretch_of_history_and_no_mask(name, monkeypatch):
+    """What flash kernels take: three tensors, of which keys and values are pieces of the history as it lies there."""
+    kept: list[History] = []
+    over_history = 0
+
+    def watched(q: Tensor, k: Tensor, v: Tensor) -> Tensor:  # a mask, or anything else besides, would be an error here
+        nonlocal over_history
+        for part, kind in ((k, "keys"), (v, "values")):
+            memory = part.untyped_storage()._cdata
+            buffers = (getattr(layer, kind).here for history in kept for layer in history.layers)
+            if any(buffer.untyped_storage()._cdata == memory for buffer in buffers):
+                assert part.stride()[-2:] == (part.shape[-1], 1)
+                over_history += 1
+        return torch.empty_like(q)
+
+    make = History.__init__
+    monkeypatch.setattr(History, "__init__", lambda self, *args: (make(self, *args), kept.append(self))[0])
+    with pretended_gpu(monkeypatch):
+        engine = ENGINES[name](OFF)
+        (engine if "magi" in name else engine.runner).attention = watched
+        list(engine.run())
+        report = engine.report if "magi" in name else engine.runner.report
+    alone = 0 if "magi" not in name else engine.schedule.steps * engine.schedule.chunks  # forwards that see no history
+    assert over_history >= 2 * (report.forwards_executed - alone) > 0
+
+
+@pytest.mark.parametrize("name", ["wan", "wan budget", "skyreels", "magi", "magi distilled"])
+def test_what_has_moved_is_back_on_the_gpu_for_attention(name, monkeypatch):
+    """The pretended GPU refuses to compute with a tensor that is in system memory."""
+    kept: list[History] = []
+    made = History.__init__
+    monkeypatch.setattr(History, "__init__", lambda self, *args: (made(self, *args), kept.append(self))[0])
+    with pretended_gpu(monkeypatch):
+        engine = ENGINES[name](OFF)
+        (engine if "magi" in name else engine.runner).attention = fails_at({3, 12}, attention)
+        list(engine.run())
+        report = engine.report if "magi" in name else engine.runner.report
+        saved = [history.save() for history in kept]
+    assert all(part.device.type == "cpu" for clean in saved for part in clean) and len(report.notes) == 1
+    assert all(history.layers[0].keys.tokens_moved for history in kept)
+
+
+DEVICES = ["meta"]
+DEVICES += ["cuda"] * torch.cuda.is_available() + ["mps"] * torch.backends.mps.is_available()
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("settings", [NOT_WATCHING["even"], replace(OFF, history=HistorySettings(1))])
+def test_every_tensor_follows_its_inputs_device_and_type(settings, dtype, device):
+    network = WanNetwork(WAN).to(dtype).to(device).requires_grad_(False)
+    network.patch_embedding.float()
+    runner = Runner(WanBackbone(network), SCHEDULE, settings, 2)
+    like = {"dtype": dtype, "device": device}
+    denoise = guidance(runner, torch.zeros(1, 5, WAN.text_dim, **like), torch.ones(1, 5, WAN.text_dim, **like), 3.0)
+    start = lambda chunk: torch.ones(1, WAN.in_dim, 2, 6, 4, **like)  # noqa: E731
+    for chunk in Engine(runner, denoise, linear(4), start).run():
+        assert (chunk.latent.dtype, chunk.latent.device.type) == (dtype, device)
+    for history in runner.histories.values():
+        keys = history.layers[0].keys.here
+        assert (keys.dtype, keys.device.type) == (dtype, device)

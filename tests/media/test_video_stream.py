@@ -1,0 +1,86 @@
+"""A video written while a run goes on: whole, cut short, and killed."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import av
+import numpy as np
+import pytest
+
+from flowcache_core.errors import UserError
+from flowcache_core.media.video_stream import VideoStream
+from tests.helpers.paths import ROOT
+
+
+def picture(number: int) -> np.ndarray:
+    """A grey that tells the frame."""
+    return np.full((1, 32, 48, 3), 10 * number, dtype=np.uint8)
+
+
+def greys(path: Path) -> list[int]:
+    with av.open(str(path)) as file:
+        return [round(frame.to_ndarray(format="rgb24").mean() / 10) for frame in file.decode(video=0)]
+
+
+def metadata(path: Path) -> dict:
+    with av.open(str(path)) as file:
+        return dict(file.metadata)
+
+
+def test_whole_file_has_all_frames_and_both_metadata(tmp_path):
+    stream = VideoStream(tmp_path / "deep" / "a.mp4", 16, {"prompt": {"1": "x"}, "note": "words"})
+    for number in range(7):
+        stream.write(picture(number))
+    assert stream.finish({"report": {"chunks": 2}}) == tmp_path / "deep" / "a.mp4"
+    assert greys(stream.path) == list(range(7))
+    told = metadata(stream.path)
+    assert json.loads(told["prompt"]) == {"1": "x"} and told["note"] == "words"
+    assert json.loads(told["report"]) == {"chunks": 2}
+    assert [file.name for file in stream.path.parent.iterdir()] == ["a.mp4"]
+    with av.open(str(stream.path)) as file:
+        assert file.streams.video[0].average_rate == 16 and file.streams.video[0].frames == 7
+
+
+def test_unfinished_file_plays_and_knows_its_metadata(tmp_path):
+    stream = VideoStream(tmp_path / "a.mp4", 16, {"prompt": {"1": "x"}})
+    stream.write(np.concatenate([picture(number) for number in range(5)]))
+    before = greys(stream.path)
+    assert before == list(range(len(before))) and len(before) >= 4  # while it is open: all but at most the last frame
+    stream.close()
+    assert greys(stream.path) == list(range(5))
+    assert json.loads(metadata(stream.path)["prompt"]) == {"1": "x"}
+
+
+def test_file_of_a_killed_process_plays(tmp_path):
+    code = (
+        "import os, signal, sys, numpy as np\n"
+        "from flowcache_core.media.video_stream import VideoStream\n"
+        "stream = VideoStream(sys.argv[1], 16)\n"
+        "for number in range(9):\n"
+        "    stream.write(np.full((1, 32, 48, 3), 10 * number, dtype=np.uint8))\n"
+        "os.kill(os.getpid(), signal.SIGKILL)\n"
+    )
+    ended = subprocess.run([sys.executable, "-c", code, str(tmp_path / "a.mp4")], cwd=ROOT, check=False)
+    assert ended.returncode == -9
+    left = greys(tmp_path / "a.mp4")
+    assert left == list(range(len(left))) and len(left) >= 8
+
+
+def test_odd_sizes_and_no_frames(tmp_path):
+    stream = VideoStream(tmp_path / "a.mp4", 16)
+    stream.write(np.zeros((2, 31, 33, 3), dtype=np.uint8))
+    stream.finish()
+    with av.open(str(stream.path)) as file:
+        assert (file.streams.video[0].height, file.streams.video[0].width) == (32, 34)
+    with pytest.raises(UserError, match="no frames"):
+        VideoStream(tmp_path / "b.mp4", 16).finish()
+
+
+def test_closing_twice_does_no_harm(tmp_path):
+    stream = VideoStream(tmp_path / "a.mp4", 16)
+    stream.write(picture(3))
+    stream.close()
+    stream.close()
+    assert greys(stream.path) == [3]

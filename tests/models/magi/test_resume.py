@@ -1,0 +1,82 @@
+"""MAGI-1 goes on from a run that was cut off, and from a lack of device memory, to the same bits."""
+
+from dataclasses import replace
+from functools import cache
+
+import pytest
+import torch
+
+from flowcache_core.history.snapshot import Clean
+from flowcache_core.models.magi.engine import MagiEngine, MagiSampling, magi_schedule
+from flowcache_core.models.magi.network import grouped_attention
+from flowcache_core.models.presets import OFF
+from flowcache_core.storage.run_folder import RunFolder
+from tests.history.test_system_memory import fails_at
+from tests.models.magi.test_engine import FRAMES, engine
+
+NAME = "0123456789abcdef" * 2
+ALL = MagiSampling(visible=())
+
+
+def of_chunks(name: str, first: int, count: int, given: int) -> MagiEngine:
+    """A run over so many chunks of a longer one."""
+    run = engine(name, sampling=ALL)
+    run.schedule = magi_schedule((first + count) * FRAMES - given, run.schedule.steps, given)
+    run.report.schedule = run.schedule
+    return run
+
+
+def rest(name: str, clean: Clean, first: int) -> list[torch.Tensor]:
+    run = of_chunks(name, first, 1, first * FRAMES)
+    run.load(clean)
+    return [chunk.latent for chunk in run.run()]
+
+
+@pytest.mark.parametrize(("name", "given"), [("short", 1), ("short_distill", 8)])
+def test_a_run_that_is_cut_off_is_a_shorter_one(name, given, tmp_path):
+    undisturbed = [chunk.latent for chunk in engine(name, sampling=ALL).run()]
+    run = engine(name, sampling=ALL)
+    first = run.schedule.prefix
+    kept = RunFolder(tmp_path, NAME, 2**30, first, FRAMES)
+    for chunk, expected in zip(run.run(), undisturbed, strict=False):
+        kept.add(chunk, run.save_new(anew=not kept.begun)())
+        assert torch.equal(chunk.latent, expected)  # keeping a chunk changes nothing
+        if chunk.index == first + 1:
+            break
+    shorter = of_chunks(name, first, 2, given)
+    list(shorter.run())
+    (expected,) = shorter.save().values()
+    state = RunFolder(tmp_path, NAME, 2**30, first, FRAMES).load()
+    (clean,) = state.histories
+    assert state.chunks == first + 2 and clean.keys.shape[3] == (first + 2) * FRAMES * 6
+    assert all(torch.equal(ours, its) for ours, its in zip(clean[:3], expected[:3], strict=True))
+    (ours,), (its,) = rest(name, clean, first + 2), rest(name, expected, first + 2)
+    assert torch.equal(ours, its) and torch.isfinite(ours).all()
+
+
+@cache
+def plain(name: str) -> torch.Tensor:
+    return torch.cat([chunk.latent for chunk in engine(name).run()], dim=2)
+
+
+@pytest.mark.parametrize(("name", "call"), [("short", 0), ("short", 40), ("short_distill", 7)])  # of attention
+def test_a_forward_that_runs_out_of_memory_is_run_again(name, call):
+    run = engine(name, attention=fails_at({call}, grouped_attention))
+    assert torch.equal(torch.cat([chunk.latent for chunk in run.run()], dim=2), plain(name))
+    assert run.history.chunks_moved == 1 and len(run.report.notes) == 1
+    assert f"1 of {run.history.shape.capacity} chunks" in run.report.notes[0]
+
+
+def test_chunk_after_chunk_moves_until_nothing_is_left():
+    run = engine("short", attention=fails_at({20, 21, 22}, grouped_attention))
+    assert torch.equal(torch.cat([chunk.latent for chunk in run.run()], dim=2), plain("short"))
+    assert run.history.chunks_moved == 3 and len(run.report.notes) == 1
+    run = engine("short", attention=fails_at(set(range(20, 21 + run.history.shape.capacity)), grouped_attention))
+    with pytest.raises(torch.cuda.OutOfMemoryError):
+        list(run.run())
+
+
+def test_history_in_system_memory_by_choice():
+    run = engine("short", replace(OFF, history=replace(OFF.history, memory="system")))
+    assert torch.equal(torch.cat([chunk.latent for chunk in run.run()], dim=2), plain("short"))
+    assert not run.history.on_device and not run.report.notes

@@ -1,0 +1,213 @@
+"""Runs that are kept on disk: going on from them gives the same bits, and they keep to their folder and its limit."""
+
+import os
+
+import pytest
+import torch
+from safetensors.torch import save_file
+
+from flowcache_core.engine.loop import Chunk, Engine, guidance
+from flowcache_core.engine.runner import Runner
+from flowcache_core.errors import UserError
+from flowcache_core.generate import generate
+from flowcache_core.history.snapshot import Clean, Grown
+from flowcache_core.models.presets import OFF, preset
+from flowcache_core.schedule import ChunkSchedule
+from flowcache_core.solvers.noise_levels import magi
+from flowcache_core.solvers.one_step import chunk_noise
+from flowcache_core.storage.run_folder import RunFolder
+from tests.helpers.tiny import TINY
+
+NAME = "0123456789abcdef" * 2
+ROOM = 2**30
+
+
+def folder(path, name=NAME, limit=ROOM, first=0) -> RunFolder:
+    return RunFolder(path, name, limit, first, chunk_frames=2)
+
+
+def text() -> torch.Tensor:
+    return torch.randn(1, 5, TINY.text_dim, generator=torch.Generator().manual_seed(3))
+
+
+def run(backbone, chunks, **kwargs):
+    given = {"steps": 6, "lag": 6, "settings": preset("high", budget=2), "seed": 4, "frames_per_chunk": 2}
+    return generate(backbone, text(), chunks, latent_size=(6, 4), **given | kwargs)
+
+
+def one(size: int = 4, index: int = 0) -> tuple[Chunk, Grown]:
+    keys = torch.zeros(1, 1, 1, size, 4)
+    clean = Clean(keys, keys.clone(), torch.zeros(1, 1, 1, size, dtype=torch.int32), keys.new_empty(0))
+    return Chunk(index, torch.zeros(1, 4, 2, 6, 4)), Grown({"0.0": clean}, whole=index == 0)
+
+
+def kept_run(backbone, path, chunks: int, settings) -> tuple[list[int], Runner]:
+    """Bytes that each chunk of a run wrote to its folder."""
+    runner = Runner(backbone, ChunkSchedule(chunks, 6, 6), settings, 2)
+    engine = Engine(runner, guidance(runner, text()), magi(6), lambda chunk: chunk_noise(4, chunk, (1, 4, 2, 6, 4)))
+    kept, written, seen = folder(path), [], set()
+    for chunk in engine.run():
+        kept.add(chunk, engine.save_new(anew=not kept.begun)())
+        files = {(file, file.stat().st_mtime_ns): file.stat().st_size for file in kept.path.iterdir()}
+        written.append(sum(size for file, size in files.items() if file not in seen))
+        seen |= set(files)
+    return written, runner
+
+
+@pytest.mark.parametrize("budget", [None, 2])
+def test_interrupted_run_goes_on_to_the_same_bits(backbone, tmp_path, budget):
+    settings = preset("high", budget=budget)
+    expected = run(backbone, 5, settings=settings)
+    kept_run(backbone, tmp_path, 4, settings)
+    again = folder(tmp_path)
+    state = again.load()
+    assert state.chunks == 4 and state.latents.shape[2] == 2
+    rest = run(backbone, 1, settings=settings, state=state)
+    whole = torch.cat([*(again.latent(chunk) for chunk in range(4)), rest.latents[:, :, 2:]], dim=2)
+    assert torch.equal(whole, expected.latents)
+
+
+@pytest.mark.parametrize("budget", [None, 2])
+def test_a_chunk_writes_no_more_than_the_budget_however_long_the_run(backbone, tmp_path, budget):
+    written, runner = kept_run(backbone, tmp_path, 8, preset("high", budget=budget))
+    (history,) = runner.histories.values()
+    a_chunk = history.shape.bytes(history.dtype.itemsize) // history.shape.capacity
+    latents, files = 2 * 4 * 4 * 2 * 6 * 4, 4096  # of a chunk, twice; of the files' heads
+    asked = sum(query.nbytes for query in history.queries)
+    assert max(written) <= (1 if budget is None else budget + 1) * a_chunk + latents + asked + files
+    assert max(written[4:]) - min(written[4:]) < 256
+    (state,) = folder(tmp_path).load().histories
+    saved = history.save()
+    assert all(torch.equal(ours, its) for ours, its in zip(state, saved, strict=True))
+
+
+def test_a_run_that_goes_on_adds_to_what_is_there(backbone, tmp_path):
+    """The limit has room for the history once, not for a second copy of it."""
+    kept_run(backbone, tmp_path, 6, OFF)
+    limit = 3 * sum(file.stat().st_size for file in (tmp_path / NAME).iterdir()) // 2
+    again = folder(tmp_path, limit=limit)
+    runner = Runner(backbone, ChunkSchedule(1, 6, 6, prefix=6), OFF, 2)
+    runner.load(again.load().by_branch)
+    engine = Engine(runner, guidance(runner, text()), magi(6), lambda chunk: chunk_noise(4, chunk, (1, 4, 2, 6, 4)))
+    (chunk,) = engine.run()
+    again.add(chunk, engine.save_new(anew=not again.begun)())
+    assert not again.full and again.load().chunks == 7
+    (ours,), (saved,) = again.load().histories, engine.save().values()
+    assert all(torch.equal(part, its) for part, its in zip(ours, saved, strict=True))
+    other = folder(tmp_path, "f" * 32)  # of another run, which begins with that state
+    other.add(chunk, engine.save_new(anew=not other.begun)())
+    assert {file.name[:5] for file in other.path.iterdir()} == {"chunk", "histo"}
+
+
+def test_additions_after_one_that_could_not_be_read_are_dropped(tmp_path):
+    kept = folder(tmp_path)
+    for index in range(4):
+        kept.add(*one(index=index))
+    (kept.path / "added-00002.safetensors").write_bytes(b"")
+    again = folder(tmp_path)
+    assert again.load().chunks == 2
+    again.add(*one(index=2))
+    assert again.load().chunks == 3
+
+
+def test_what_a_whole_history_replaces_is_removed(tmp_path):
+    kept = folder(tmp_path)
+    for index in range(3):
+        kept.add(*one(index=index))
+    assert kept.load().histories[0].keys.shape[3] == 3 * 4
+    chunk, grown = one(index=3)
+    kept.add(chunk, grown._replace(whole=True))
+    names = {file.name for file in kept.path.iterdir() if not file.name.startswith("chunk")}
+    assert names == {"history-00003.safetensors"} and kept.load().chunks == 4
+
+
+def test_a_damaged_addition_ends_the_run_before_it(tmp_path):
+    kept = folder(tmp_path)
+    for index in range(4):
+        kept.add(*one(index=index))
+    added = kept.path / "added-00002.safetensors"
+    whole = added.read_bytes()
+    other = (kept.path / "added-00001.safetensors").read_bytes()
+    for content in (whole[: len(whole) // 2], other, b""):
+        added.write_bytes(content)
+        assert folder(tmp_path).load().chunks == 2
+    added.write_bytes(whole)
+    assert folder(tmp_path).load().chunks == 4
+
+
+def test_state_in_the_middle_is_that_of_a_shorter_run(backbone):
+    """Where several chunks are active, a resumed run is one that goes on from a state: the seam of two extensions."""
+    runner = Runner(backbone, ChunkSchedule(5, 6, 2), OFF, 2)
+    levels = magi(6)
+    engine = Engine(runner, guidance(runner, text()), levels, lambda chunk: chunk_noise(4, chunk, (1, 4, 2, 6, 4)))
+    chunks = engine.run()
+    assert [next(chunks).index for _ in range(3)] == [0, 1, 2]
+    (middle,) = engine.save().values()
+    (shorter,) = run(backbone, 3, lag=2, settings=OFF).state.histories
+    assert middle.keys.shape[3] == 3 * 2 * 6
+    assert torch.equal(middle.tokens, shorter.tokens)
+    for ours, other in zip(middle[:2], shorter[:2], strict=True):
+        assert torch.allclose(ours, other, atol=1e-4)  # chunks that follow go through the network with them
+
+
+def test_chunks_that_were_tampered_with_are_refused(tmp_path):
+    kept = folder(tmp_path)
+    chunk, grown = one()
+    kept.add(chunk, grown)
+    kept.load()
+    for latent in (torch.zeros(1, 4, 3, 6, 4), torch.full((1, 4, 2, 6, 4), float("nan"))):
+        save_file({"latent": latent}, tmp_path / NAME / "chunk-00000.safetensors")
+        with pytest.raises(UserError, match="Chunk 0"):
+            kept.latent(0)
+
+
+def test_nothing_there_or_damaged_starts_anew(tmp_path):
+    kept = folder(tmp_path)
+    assert kept.load() is None
+    chunk, grown = one()
+    kept.add(chunk, grown)
+    assert kept.load().chunks == 1
+    state = tmp_path / NAME / "history-00000.safetensors"
+    whole = state.read_bytes()
+    state.write_bytes(whole[: len(whole) // 2])
+    assert kept.load() is None
+    state.write_bytes(whole)
+    (tmp_path / NAME / "chunk-00000.safetensors").unlink()
+    assert kept.load() is None
+    with pytest.raises(UserError, match="Chunk 0"):
+        kept.latent(0)
+
+
+def test_oldest_runs_go_first_and_nothing_else_is_touched(tmp_path):
+    names = [digit * 32 for digit in "abc"]
+    (tmp_path / "holiday").mkdir(parents=True)
+    (tmp_path / "holiday" / "photo.png").write_bytes(bytes(9999))
+    (tmp_path / ("d" * 32)).write_bytes(b"a file by a run's name")
+    chunk, grown = one(1000)
+    size = None
+    for age, name in enumerate(names):
+        kept = folder(tmp_path, name)
+        kept.add(chunk, grown)
+        size = sum(file.stat().st_size for file in kept.path.iterdir())
+        for file in kept.path.iterdir():
+            os.utime(file, (1000 + age, 1000 + age))
+    folder(tmp_path, names[0]).load()  # the oldest by name, but used just now
+    folder(tmp_path, NAME, limit=7 * size // 2).add(chunk, grown)
+    assert {path.name for path in tmp_path.iterdir()} >= {"holiday", names[0], NAME}
+    assert not (tmp_path / names[1]).exists()
+    assert (tmp_path / "holiday" / "photo.png").exists() and (tmp_path / ("d" * 32)).exists()
+
+
+def test_run_larger_than_the_limit_keeps_what_it_has(tmp_path):
+    chunk, grown = one(1000)
+    kept = folder(tmp_path, limit=100_000)
+    kept.add(chunk, grown)
+    assert not kept.full and kept.load().chunks == 1
+    kept.add(*one(100_000, index=1))
+    assert kept.full and folder(tmp_path).load().chunks == 1
+
+
+def test_names_cannot_leave_the_folder(tmp_path):
+    for name in ("../" + NAME[3:], "/etc", NAME + "/..", ""):
+        with pytest.raises(ValueError):
+            folder(tmp_path, name)
