@@ -18,7 +18,7 @@ from flowcache_core.schedule import CLEAN, ChunkSchedule, Place
 from flowcache_core.solvers import noise_levels as levels
 from flowcache_core.solvers.one_step import Renoise
 from tests.helpers import golden_weights
-from tests.helpers.magi_weights import normal
+from tests.helpers.golden_runs import StretchedRotary, frames_of, latents_seen, relative_error
 from tests.helpers.paths import GOLDEN_FOLDER
 from tests.helpers.tiny import ask
 
@@ -64,22 +64,6 @@ RUNS = {
 }
 
 
-class StretchedRotary(Rotary):
-    """Wrong on purpose: frames twice as far apart."""
-
-    def table(self, frames, rows, columns):
-        return super().table(2 * frames, rows, columns)
-
-
-def relative_error(found: torch.Tensor, expected: torch.Tensor) -> float:
-    return ((found.float() - expected).norm() / expected.norm()).item()
-
-
-def frames_of(name: str, frames: int) -> torch.Tensor:
-    """A named latent [1, C, frames, H, W]; upstream draws it frame by frame."""
-    return normal(name, (frames, 16, 4, 6)).transpose(0, 1)[None]
-
-
 def make(run: Run, dtype=torch.float32, rotary=Rotary, history=None) -> Engine:
     network = golden_weights.network().to(dtype)
     network.patch_embedding.float()
@@ -101,13 +85,6 @@ def make(run: Run, dtype=torch.float32, rotary=Rotary, history=None) -> Engine:
     if run.image:
         engine.prefill(frames_of("image", 1).to(dtype))
     return engine
-
-
-def latents_seen(engine: Engine) -> list[torch.Tensor]:
-    """What every forward of a run is given, in order."""
-    seen, denoise = [], engine.denoise
-    engine.denoise = lambda steps: seen.extend(step.x for step in steps) or denoise(steps)
-    return seen
 
 
 @pytest.mark.parametrize("name", RUNS)

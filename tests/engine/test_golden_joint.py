@@ -17,8 +17,8 @@ from flowcache_core.schedule import ChunkSchedule
 from flowcache_core.solvers import noise_levels as levels
 from flowcache_core.solvers.multistep import SkyReelsUniPC
 from flowcache_core.solvers.one_step import Renoise
-from tests.engine.test_golden_causal import StretchedRotary, frames_of, relative_error
 from tests.helpers import golden_weights
+from tests.helpers.golden_runs import StretchedRotary, frames_of, relative_error
 from tests.helpers.golden_weights import SMALL, SMALL_FPS
 from tests.helpers.magi_weights import normal
 from tests.helpers.paths import GOLDEN_FOLDER

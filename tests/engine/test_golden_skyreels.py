@@ -14,8 +14,8 @@ from flowcache_core.reuse.policies import relative_change
 from flowcache_core.schedule import ChunkSchedule
 from flowcache_core.solvers.multistep import SkyReelsUniPC, UniPC
 from flowcache_core.solvers.noise_levels import skyreels
-from tests.engine.test_golden_causal import StretchedRotary, latents_seen, relative_error
 from tests.helpers import golden_weights
+from tests.helpers.golden_runs import StretchedRotary, latents_seen, relative_error
 from tests.helpers.golden_weights import SMALL, SMALL_FPS
 from tests.helpers.magi_weights import normal
 from tests.helpers.paths import GOLDEN_FOLDER

@@ -25,9 +25,9 @@ from flowcache_core.solvers.multistep import UniPC
 from flowcache_core.solvers.noise_levels import linear
 from flowcache_core.solvers.one_step import Renoise
 from tests.helpers.device_log import GPU, Log, on_gpu, pretended_gpu
+from tests.helpers.histories import fails_at
 from tests.helpers.magi_weights import SMALL
 from tests.helpers.tiny import TINY
-from tests.history.test_system_memory import fails_at
 
 WAN = replace(TINY, num_layers=1)
 SKYREELS = replace(WAN, fps=True)

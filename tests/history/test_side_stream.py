@@ -19,7 +19,7 @@ from flowcache_core.models.presets import OFF, describe, preset
 from flowcache_core.models.wan import WanBackbone
 from flowcache_core.storage.state import State
 from tests.helpers import tiny
-from tests.history.test_system_memory import CASES, OF_CASES, cramped, engine, histories, latents
+from tests.helpers.histories import CASES, OF_CASES, cramped, engine, histories, latents
 
 CPU = torch.device("cpu")
 RUBBISH = 77

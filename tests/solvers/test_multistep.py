@@ -7,15 +7,12 @@ from safetensors.torch import load_file
 from flowcache_core.solvers.multistep import DPM2M, UniPC
 from flowcache_core.solvers.noise_levels import linear, skyreels
 from flowcache_core.solvers.one_step import Euler
+from tests.helpers.golden_runs import relative_error
 from tests.helpers.magi_weights import normal
 from tests.helpers.paths import GOLDEN_FOLDER
 
 GOLDEN = load_file(GOLDEN_FOLDER / "unipc.safetensors")
 SHIFTS = {50: 8.0, 10: 5.0, 2: 3.0, 1: 8.0}
-
-
-def relative_error(found: torch.Tensor, expected: torch.Tensor) -> float:
-    return ((found - expected).norm() / expected.norm()).item()
 
 
 @pytest.mark.parametrize("steps", SHIFTS)

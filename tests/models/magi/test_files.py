@@ -13,8 +13,8 @@ from flowcache_core.checkpoints import checkpoint as checkpoints
 from flowcache_core.errors import UserError
 from flowcache_core.models.magi import files as magi_files
 from flowcache_core.models.magi.network import MagiNetwork, load_network
+from tests.helpers.magi_vae import SETTINGS, VIDEO, codec
 from tests.helpers.magi_weights import SMALL, SMALL_FP8, fill, normal
-from tests.models.magi.test_vae import SETTINGS, VIDEO, codec
 
 
 def weights(config=SMALL) -> dict[str, torch.Tensor]:

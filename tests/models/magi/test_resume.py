@@ -11,8 +11,8 @@ from flowcache_core.models.magi.engine import MagiEngine, MagiSampling, magi_sch
 from flowcache_core.models.magi.network import grouped_attention
 from flowcache_core.models.presets import OFF
 from flowcache_core.storage.run_folder import RunFolder
-from tests.history.test_system_memory import fails_at
-from tests.models.magi.test_engine import FRAMES, engine
+from tests.helpers.histories import fails_at
+from tests.helpers.magi_runs import FRAMES, engine
 
 NAME = "0123456789abcdef" * 2
 ALL = MagiSampling(visible=())

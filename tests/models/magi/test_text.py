@@ -12,9 +12,8 @@ from flowcache_core.models.magi.text import ROWS, SpecialTokens, caption_text, c
 from tests.helpers.magi_weights import SMALL, normal
 from tests.helpers.paths import GOLDEN_FOLDER
 
-FOLDER = GOLDEN_FOLDER
-GOLDEN = load_file(FOLDER / "magi_text.safetensors")
-PROMPTS = json.loads((FOLDER / "magi_prompts.json").read_text())
+GOLDEN = load_file(GOLDEN_FOLDER / "magi_text.safetensors")
+PROMPTS = json.loads((GOLDEN_FOLDER / "magi_prompts.json").read_text())
 WIDTH = SMALL.caption_width
 CAPTION = normal("caption", (1, 1, 800, WIDTH))[0]
 MASK = (torch.arange(800) < 9)[None].float()

@@ -7,32 +7,14 @@ import torch
 from safetensors.torch import load_file
 
 from flowcache_core.errors import UserError
-from flowcache_core.models.magi.vae import MagiVae, MagiVaeConfig, load_vae
-from tests.helpers.magi_weights import fill, normal
+from flowcache_core.models.magi.vae import MagiVaeConfig, load_vae
+from tests.helpers.golden_runs import relative_error
+from tests.helpers.magi_vae import VIDEO, codec
+from tests.helpers.magi_weights import normal
 from tests.helpers.paths import GOLDEN_FOLDER
 
 GOLDEN = load_file(GOLDEN_FOLDER / "magi_vae.safetensors")
-SIZES = {
-    "embed_dim": 256, "depth": 2, "num_heads": 4, "mlp_ratio": 2, "z_chans": 4, "video_size": 64, "video_length": 16,
-    "conv_last_layer": True,
-}  # fmt: skip
-SETTINGS = {
-    "heads": {"_class_name": "ViTVAE", "model_type": "vit", "ddconfig": SIZES | {"qkv_bias": True, "ln_in_attn": True}},
-    "input": {"_class_name": "ViTVAE", "model_type": "vit", "ddconfig": SIZES},
-}
-VIDEO = normal("video", (1, 3, 20, 80, 104)).clamp(-1, 1)
 LATENT = normal("latent", (1, 4, 5, 10, 13))
-
-
-def codec(name: str, tile: int = 64, tile_frames: int = 12) -> MagiVae:
-    vae = MagiVae(MagiVaeConfig.from_upstream(SETTINGS[name]), tile=tile, tile_frames=tile_frames)
-    fill(vae)
-    return vae.eval()
-
-
-def relative_error(found: torch.Tensor, expected: torch.Tensor) -> float:
-    assert found.shape == expected.shape
-    return ((found.float() - expected).norm() / expected.norm()).item()
 
 
 def thinned(video: torch.Tensor) -> torch.Tensor:
