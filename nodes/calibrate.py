@@ -80,7 +80,7 @@ class Calibrate(io.ComfyNode):
             return vae.decode(extend(host.patched(model, settings, "calibration"), asked, how).latent)
 
         def score_of(seed: int):
-            plain = []
+            plain: list = []
 
             def score(chosen: tuple[int, ...]) -> float:
                 if not plain:
