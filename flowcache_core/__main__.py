@@ -8,7 +8,8 @@ from pathlib import Path
 
 import torch
 
-from .checkpoints import checkpoint as checkpoints
+from . import checkpoints
+from .checkpoints import magi_files
 from .demo.captions import embed_caption
 from .demo.clips import FPS
 from .demo.compare import CAPTION, compare, table
@@ -22,7 +23,6 @@ from .media.pictures import report_picture
 from .media.progress_bar import Bar
 from .media.video import FORMATS, enlarged, frames_of, save_video
 from .models.families import FAMILIES, magi_usual
-from .models.magi import files as magi_files
 from .models.magi.config import MagiConfig
 from .models.memory import plan_history, plan_magi_history
 from .models.presets import DEFAULT_PRESET, PRESETS, preset

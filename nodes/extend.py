@@ -4,7 +4,7 @@ from dataclasses import replace
 
 from comfy_api.latest import io
 
-from ..flowcache_core.checkpoints.checkpoint import MAGI_FAMILIES
+from ..flowcache_core.checkpoints import MAGI_FAMILIES
 from ..flowcache_core.errors import UserError
 from ..flowcache_core.models.families import SOLVERS, family
 from .comfyui import inputs

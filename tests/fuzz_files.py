@@ -25,10 +25,10 @@ from safetensors.torch import save_file
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # a script has only its own folder there
 
-from flowcache_core.checkpoints import checkpoint as checkpoints
+from flowcache_core import checkpoints
+from flowcache_core.checkpoints import magi_files  # noqa: E402
 from flowcache_core.errors import UserError  # noqa: E402
 from flowcache_core.history.snapshot import Clean  # noqa: E402
-from flowcache_core.models.magi import files as magi_files  # noqa: E402
 from flowcache_core.models.magi.config import MagiConfig  # noqa: E402
 from flowcache_core.models.magi.network import MagiNetwork, load_network  # noqa: E402
 from flowcache_core.models.magi.text import SpecialTokens  # noqa: E402

@@ -10,7 +10,7 @@ import torch
 from PIL import Image
 
 from flowcache_core import __main__ as cli
-from flowcache_core.checkpoints import checkpoint as checkpoints
+from flowcache_core import checkpoints
 from flowcache_core.checkpoints.weight_files import write_safetensors
 from flowcache_core.demo import compare as comparison
 from flowcache_core.engine.loop import Progress

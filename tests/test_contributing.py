@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from safetensors.torch import save_file
 
-from flowcache_core.checkpoints import checkpoint as checkpoints
+from flowcache_core import checkpoints
 from flowcache_core.generate import generate
 from flowcache_core.history.settings import HistorySettings
 from flowcache_core.models import families

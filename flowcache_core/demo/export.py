@@ -8,7 +8,7 @@ from pathlib import Path
 
 import torch
 
-from ..checkpoints import checkpoint as checkpoints
+from .. import checkpoints
 from ..checkpoints.weight_files import write_safetensors
 from ..errors import UserError
 from ..storage.files import write_whole

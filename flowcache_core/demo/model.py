@@ -5,7 +5,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from ..checkpoints import checkpoint as checkpoints
+from .. import checkpoints
 from ..errors import UserError
 from ..models.wan import WanBackbone, WanConfig, WanNetwork
 from . import NETWORK_FILE

@@ -12,7 +12,7 @@ from numbers import Integral, Real
 from comfy_api.latest import io
 from torch import Tensor, isfinite
 
-from ...flowcache_core.checkpoints.checkpoint import MAGI_FAMILIES
+from ...flowcache_core.checkpoints import MAGI_FAMILIES
 from ...flowcache_core.errors import UserError
 from ...flowcache_core.report import Report
 from ...flowcache_core.storage.state import State

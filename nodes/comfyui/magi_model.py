@@ -12,9 +12,8 @@ import comfy.supported_models_base
 import torch
 from torch import Tensor
 
-from ...flowcache_core.checkpoints.checkpoint import CheckpointInfo
+from ...flowcache_core.checkpoints import CheckpointInfo, magi_files
 from ...flowcache_core.errors import UserError
-from ...flowcache_core.models.magi import files as magi_files
 from ...flowcache_core.models.magi.fp8 import Fp8Linear, SmoothFp8Linear
 from ...flowcache_core.models.magi.network import MagiNetwork, load_network
 from ...flowcache_core.models.magi.sampling import SHIFT

@@ -14,7 +14,7 @@ import comfy.utils
 import torch
 from torch import Tensor
 
-from ...flowcache_core.checkpoints import checkpoint as checkpoints
+from ...flowcache_core import checkpoints
 from ...flowcache_core.demo.preview import RGB_BIAS, RGB_FACTORS
 from ...flowcache_core.models.skyreels import add_frame_rate
 from ...flowcache_core.models.wan import WanConfig

@@ -12,7 +12,7 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
 
-from flowcache_core.checkpoints.checkpoint import CAUSAL_FAMILIES, convert, inspect, load, load_state_dict
+from flowcache_core.checkpoints import CAUSAL_FAMILIES, convert, inspect, load, load_state_dict
 from flowcache_core.checkpoints.weight_files import open_weights
 from flowcache_core.errors import UserError
 from flowcache_core.models.wan import WanConfig, WanNetwork
@@ -395,7 +395,7 @@ def test_convert_leaves_nothing_half_written(tmp_path):
 MEASURE = """
 import sys, torch
 from flowcache_core.models.wan import WanNetwork
-from flowcache_core.checkpoints.checkpoint import load, convert
+from flowcache_core.checkpoints import load, convert
 
 def resident():
     with open("/proc/self/status") as status:

@@ -6,7 +6,7 @@ import pytest
 import torch
 from safetensors import safe_open
 
-from flowcache_core.checkpoints.checkpoint import convert, inspect
+from flowcache_core.checkpoints import convert, inspect
 from flowcache_core.demo import NETWORK_FILE, VAE_FILE
 from flowcache_core.demo.captions import embed_caption
 from flowcache_core.demo.export import export

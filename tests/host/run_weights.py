@@ -23,7 +23,7 @@ import torch  # noqa: E402
 import torch.nn.functional as F  # noqa: E402
 from safetensors.torch import load_file, save_file  # noqa: E402
 
-from flowcache_core.checkpoints.checkpoint import load_state_dict  # noqa: E402
+from flowcache_core.checkpoints import load_state_dict  # noqa: E402
 from flowcache_core.models.rotary import rotate  # noqa: E402
 from flowcache_core.models.skyreels import SkyReelsBackbone, add_frame_rate  # noqa: E402
 from flowcache_core.models.wan import WanBackbone  # noqa: E402

@@ -10,7 +10,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from flowcache_core.models.magi import files as magi_files
+from flowcache_core.checkpoints import magi_files
 from tests.helpers.host.comfy_server import Refused, Server
 from tests.helpers.host.graph import Graph, random_network, write_network
 from tests.helpers.host.magi_models import VAE, vae_alone

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from safetensors import safe_open
 from safetensors.torch import save_file
 
-from flowcache_core.checkpoints.checkpoint import convert
+from flowcache_core.checkpoints import convert
 from flowcache_core.models.rotary import rotate
 from flowcache_core.models.skyreels import SkyReelsBackbone
 from flowcache_core.models.wan import WanBackbone, WanNetwork

@@ -8,10 +8,9 @@ from pathlib import Path
 import torch
 from safetensors.torch import save_file
 
-from flowcache_core.checkpoints.checkpoint import STAMP
+from flowcache_core.checkpoints import STAMP, magi_files
 from flowcache_core.demo import VAE_FILE
 from flowcache_core.media.video import save_video
-from flowcache_core.models.magi import files as magi_files
 from flowcache_core.models.wan import WanConfig
 from tests.helpers.host.comfy_server import HOST
 from tests.helpers.host.graph import random_network, write_network

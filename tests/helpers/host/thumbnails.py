@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
-from flowcache_core.checkpoints import checkpoint as checkpoints
+from flowcache_core import checkpoints
 from flowcache_core.history.settings import HistorySettings
 from flowcache_core.media.pictures import RECOMPUTED, REUSED
 from flowcache_core.models.families import family, family_preset

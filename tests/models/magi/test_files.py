@@ -9,9 +9,9 @@ import torch
 from safetensors.torch import save_file
 
 from flowcache_core import __main__ as cli
-from flowcache_core.checkpoints import checkpoint as checkpoints
+from flowcache_core import checkpoints
+from flowcache_core.checkpoints import magi_files
 from flowcache_core.errors import UserError
-from flowcache_core.models.magi import files as magi_files
 from flowcache_core.models.magi.network import MagiNetwork, load_network
 from tests.helpers.magi_vae import SETTINGS, VIDEO, codec
 from tests.helpers.magi_weights import SMALL, SMALL_FP8, fill, normal

@@ -7,7 +7,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from flowcache_core.checkpoints import checkpoint as checkpoints
+from flowcache_core import checkpoints
 from flowcache_core.errors import UserError
 from flowcache_core.history.cache import History
 from flowcache_core.history.settings import HistorySettings, HistoryShape

@@ -6,11 +6,11 @@ from pathlib import Path
 
 from torch import Tensor
 
-from ...checkpoints.weight_files import Progress, folder_settings, open_weights, write_safetensors
-from ...errors import UserError
-from ...storage.files import parse_json
-from .text import SpecialTokens
-from .vae import MagiVae, MagiVaeConfig, load_vae
+from ..errors import UserError
+from ..models.magi.text import SpecialTokens
+from ..models.magi.vae import MagiVae, MagiVaeConfig, load_vae
+from ..storage.files import parse_json
+from .weight_files import Progress, folder_settings, open_weights, write_safetensors
 
 STAMP = "flowcache_magi_vae"  # metadata key: the autoencoder's config.json, in a file that `convert_vae` wrote
 TOKENS_FILE = "special_tokens.npz"

@@ -1,0 +1,101 @@
+"""Which family of models a checkpoint is of.
+
+Told from names, shapes and metadata, never from the file's name. Many families share the Wan 2.1 text-to-video layout
+to the last tensor; those are told apart by a stamp that `convert` writes, or by the user.
+"""
+
+from pathlib import Path
+
+from ..errors import UserError
+from ..models.wan import WanConfig
+from ..storage.files import parse_json
+from .sizes import QUANTIZATION
+from .weight_files import WeightFile
+
+FAMILIES = {
+    "causal": "Self-Forcing, Causal-Forcing",
+    "causvid": "CausVid",
+    "skyreels": "SkyReels-V2 diffusion forcing",
+    "rolling": "Rolling Forcing",
+    "wan": "plain Wan 2.1, which was not trained to go chunk by chunk",
+    "magi": "MAGI-1, base",
+    "magi distilled": "MAGI-1, distilled, quantised or not",
+    "demo": "the model that ships",
+}
+MAGI_FAMILIES = ("magi", "magi distilled")
+CAUSAL_FAMILIES = ("causal", "causvid", "rolling", "demo")  # read by ComfyUI as causal AR
+STAMP = "flowcache"  # metadata key, beside ComfyUI's own "config"
+
+
+def transformer_settings(path: Path, file: WeightFile) -> dict:
+    """Reads what the metadata and a config.json beside the weights say of the network; the metadata wins.
+
+    Raises:
+        UserError: the metadata is no JSON object.
+    """
+    try:
+        return (file.settings or {}) | parse_json(file.metadata.get("config", "{}")).get("transformer", {})
+    except (ValueError, AttributeError, TypeError) as error:
+        raise UserError(f"{path.name} has metadata 'config' that is not a JSON object; download it again.") from error
+
+
+def family_of(
+    path: Path, file: WeightFile, config: WanConfig | None, settings: dict, asked: str
+) -> tuple[str, tuple[str, ...]]:
+    """Tells the family, and what the user should know about how sure that is.
+
+    Args:
+        config: of a network of the Wan 2.1 layout; None of MAGI-1.
+        settings: as `transformer_settings` read them.
+        asked: "auto", or what the user says it is.
+
+    Raises:
+        UserError: the file cannot be what was asked for, or its stamp is broken.
+    """
+    found, warnings = _told_family(path, file, config, settings)
+    if config is None:
+        possible = list(MAGI_FAMILIES)
+    elif config.fps:
+        possible = ["skyreels"]
+    else:
+        possible = [name for name in FAMILIES if not name.startswith("magi") and (name != "demo" or found == "demo")]
+    family = found if asked == "auto" else asked
+    if family not in possible:
+        kind = "MAGI-1's names" if config is None else "an fps embedding" if config.fps else "the Wan 2.1 layout"
+        raise UserError(f"{path.name} has {kind}, so it cannot be {family!r}; choose {' or '.join(possible)}.")
+    return family, warnings if asked == "auto" else ()
+
+
+def _told_family(path: Path, file: WeightFile, config: WanConfig | None, settings: dict) -> tuple[str, tuple[str, ...]]:
+    if STAMP in file.metadata:
+        try:
+            family = parse_json(file.metadata[STAMP])["family"]
+        except (ValueError, KeyError, TypeError) as error:
+            raise UserError(f"{path.name} has a broken {STAMP!r} stamp; convert it again from its source.") from error
+        if not isinstance(family, str) or family not in FAMILIES:
+            raise UserError(
+                f"{path.name} is stamped {family!r}, expected one of {', '.join(FAMILIES)}; update FlowCache."
+            )
+        return family, ()
+    if config is None:
+        if any(QUANTIZATION.search(name) for name in file.tensors):  # only distilled ones are published in fp8
+            return "magi distilled", ()
+        return "magi", (
+            f"{path.name} may be a base or a distilled MAGI-1, taken as base: choose magi distilled for that.",
+        )
+    # Only SkyReels-V2's config.json speaks of sample info, and diffusers writes its class.
+    if config.fps or "inject_sample_info" in settings or "SkyReels" in str(settings.get("_class_name")):
+        return "skyreels", ()
+    if settings.get("causal_ar"):
+        return "causal", ()
+    if file.wrapper.startswith("generator"):
+        return "causal", (
+            f"{path.name} may be causal, causvid or rolling, taken as causal: choose the family for CausVid or Rolling "
+            "Forcing.",
+        )
+    choices = "; ".join(
+        f"{name} ({FAMILIES[name]})" for name in FAMILIES if name != "demo" and not name.startswith("magi")
+    )
+    return "wan", (
+        f"{path.name} has the Wan 2.1 layout and no stamp, taken as plain Wan 2.1: choose its family: {choices}.",
+    )

@@ -1,0 +1,101 @@
+"""What a checkpoint is, and its weights under one set of names."""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from ..errors import UserError
+from ..models.magi.config import MagiConfig
+from ..models.wan import WanConfig
+from .family import FAMILIES, family_of, transformer_settings
+from .layouts import layout_of, renamed
+from .sizes import check_names_and_shapes, wan_config
+from .weight_files import open_weights
+
+
+@dataclass(frozen=True)
+class CheckpointInfo:
+    """What a checkpoint is.
+
+    Attributes:
+        family: a key of `FAMILIES`.
+        config: sizes of the network.
+        dtype: of the blocks' matrices.
+        layout: whose names the file uses: "wan", "diffusers" or "magi".
+        prefix: what stood before every name.
+        metadata: the file's own.
+        bytes: size on disk.
+        warnings: one line each, for the user.
+    """
+
+    family: str
+    config: WanConfig | MagiConfig
+    dtype: torch.dtype
+    layout: str
+    prefix: str
+    metadata: dict[str, str]
+    bytes: int
+    warnings: tuple[str, ...] = ()
+
+
+def inspect(path: str | Path, family: str = "auto", use_ema: bool = True) -> CheckpointInfo:
+    """Tells what a file, a folder or an index of shards is, without reading the weights.
+
+    Args:
+        family: "auto", or a key of `FAMILIES` to overrule what the file says.
+
+    Raises:
+        UserError: not weights, another architecture, parts missing, or a family that the file cannot be.
+    """
+    return load(path, family, use_ema=use_ema)[0]
+
+
+def load(
+    path: str | Path, family: str = "auto", check_finite: bool = False, use_ema: bool = True
+) -> tuple[CheckpointInfo, dict[str, Tensor]]:
+    """Opens a checkpoint: what it is, and its weights, mapped from disk, under Wan 2.1's (or MAGI-1's) names.
+
+    Args:
+        family: as for `inspect`.
+        check_finite: also read every weight and refuse NaN and infinity.
+        use_ema: of a torch file that has both, take "generator_ema" rather than "generator".
+
+    Raises:
+        UserError: as for `inspect`; or a weight that is NaN or infinite, by name.
+    """
+    path = Path(path)
+    if family != "auto" and family not in FAMILIES:
+        raise UserError(f"The family {family!r} is unknown; choose auto or one of {', '.join(FAMILIES)}.")
+    file = open_weights(path, use_ema)
+    prefix, layout = layout_of(path, file.tensors)
+    tensors = renamed(file.tensors, prefix, layout)
+    settings = transformer_settings(path, file)
+    wan = None if layout == "magi" else wan_config(path, tensors, settings)
+    if wan is not None:
+        check_names_and_shapes(path, tensors, wan)
+    family, warnings = family_of(path, file, wan, settings, family)
+    config: WanConfig | MagiConfig
+    if wan is not None:
+        config = wan
+    else:
+        config = MagiConfig.from_tensors(tensors, distilled=family == "magi distilled")
+        check_names_and_shapes(path, tensors, config)
+    first = "videodit_blocks.layers.0.self_attention.linear_qkv" if layout == "magi" else "blocks.0.self_attn"
+    dtype = tensors[f"{first}.q.weight"].dtype
+    if check_finite:
+        _check_finite(path, tensors)
+    return CheckpointInfo(family, config, dtype, layout, prefix, file.metadata, file.bytes, warnings), tensors
+
+
+def load_state_dict(path: str | Path, check_finite: bool = False) -> dict[str, Tensor]:
+    """Gives the weights alone; see `load`."""
+    return load(path, check_finite=check_finite)[1]
+
+
+def _check_finite(path: Path, tensors: dict[str, Tensor]) -> None:
+    for name, tensor in tensors.items():
+        pieces = tensor.flatten().split(1 << 20) if tensor.is_floating_point() else ()
+        if not all(piece.float().isfinite().all() for piece in pieces):
+            raise UserError(f"{path.name} holds NaN or infinity in {name}, expected finite weights; download it again.")

@@ -1,0 +1,99 @@
+"""The sizes of a checkpoint's network, read off its tensors, which are then held against them."""
+
+import math
+import re
+from pathlib import Path
+from typing import cast
+
+import torch
+from torch import Tensor
+
+from ..errors import UserError
+from ..models.magi.config import MagiConfig
+from ..models.magi.network import MagiNetwork
+from ..models.magi.text import TOKEN_PREFIX
+from ..models.wan import WanConfig, WanNetwork
+
+# Scales that fp8 files carry beside a weight, as ComfyUI writes them.
+QUANTIZATION = re.compile(r"(^|\.)(scaled_fp8|scale_weight|scale_input|weight_scale|input_scale|comfy_quant)$")
+
+
+def wan_config(path: Path, tensors: dict[str, Tensor], settings: dict) -> WanConfig:
+    """Reads the sizes of a network of the Wan 2.1 layout off its tensors.
+
+    Args:
+        path: named in errors.
+        tensors: under Wan 2.1's names.
+        settings: may hold the number of heads, which no tensor tells; without it a head is 128 wide.
+
+    Raises:
+        UserError: a tensor is missing, or of a shape that no such network has.
+    """
+
+    def shape(name: str, dimensions: int = 2) -> torch.Size:
+        if name not in tensors:
+            raise UserError(
+                f"{path.name} lacks {name}, which every network of the Wan 2.1 layout has; it is cut down, or one "
+                "shard of several: give the folder or the index.json."
+            )
+        found = tensors[name].shape
+        if len(found) != dimensions or 0 in found:
+            raise UserError(
+                f"{path.name} has {name} of shape {list(found)}, expected {dimensions} sizes above 0; it is damaged or "
+                "packed in a way that is not known here: use another file."
+            )
+        return found
+
+    dim, in_dim, *patch_size = shape("patch_embedding.weight", 5)
+    num_layers = len({name.split(".")[1] for name in tensors if re.match(r"blocks\.\d+\.", name)})
+    num_heads = settings.get("num_heads", settings.get("num_attention_heads", dim // 128))
+    if not isinstance(num_heads, int) or num_heads < 1 or dim % num_heads or dim // num_heads % 2:
+        raise UserError(
+            f"{path.name} has width {dim} and {num_heads} heads, which does not divide into even heads; put the right "
+            'number into its metadata: config = {"transformer": {"num_heads": …}}.'
+        )
+    return WanConfig(
+        dim=dim,
+        ffn_dim=shape("blocks.0.ffn.0.weight")[0],
+        num_heads=num_heads,
+        num_layers=num_layers,
+        in_dim=in_dim,
+        out_dim=shape("head.head.weight")[0] // math.prod(patch_size),
+        text_dim=shape("text_embedding.0.weight")[1],
+        freq_dim=shape("time_embedding.0.weight")[1],
+        patch_size=cast(tuple[int, int, int], tuple(patch_size)),
+        fps="fps_embedding.weight" in tensors,
+    )
+
+
+def check_names_and_shapes(path: Path, tensors: dict[str, Tensor], config: WanConfig | MagiConfig) -> None:
+    """Compares all tensors with what a network of these sizes has; scales of fp8 weights and special tokens may stand
+    beside them.
+
+    Raises:
+        UserError: a tensor is missing, left over or of another shape.
+    """
+    magi = isinstance(config, MagiConfig)
+    with torch.device("meta"):
+        network = MagiNetwork(config) if isinstance(config, MagiConfig) else WanNetwork(config)
+    expected = {name: weight.shape for name, weight in network.state_dict().items()}
+    lost = [name for name in expected if name not in tensors]
+    if lost:
+        raise UserError(
+            f"{path.name} lacks {lost[0]} and {len(lost) - 1} more of {len(expected)} tensors; it is cut down, or one "
+            "shard of several: give the folder or the index.json."
+        )
+    for name, tensor in tensors.items():
+        if name in expected and tensor.shape != expected[name]:
+            raise UserError(
+                f"{path.name} has {name} of shape {list(tensor.shape)}, expected {list(expected[name])} from its other "
+                "weights; it is damaged or packed in a way that is not known here: use another file."
+            )
+        if name not in expected and not (name.startswith(TOKEN_PREFIX) if magi else QUANTIZATION.search(name)):
+            layout = "MAGI-1 layout does not know; use one of the published files"
+            if not magi:
+                layout = (
+                    "Wan 2.1 text-to-video layout does not know; it is another kind of Wan (image-to-video, VACE, "
+                    "control): use a text-to-video one"
+                )
+            raise UserError(f"{path.name} has {name}, which the {layout}.")
