@@ -2,7 +2,8 @@
 
 PYTHON ?= python3
 VENV ?= .venv
-PACKAGES = torch==2.13.0 "numpy>=1.26,<3" "pillow>=11" "safetensors>=0.5,<1" "av>=14" "pytest>=8,<10"
+PACKAGES = torch==2.13.0 "numpy>=1.26,<3" "pillow>=11" "safetensors>=0.5,<1" "av>=14"
+TOOLS = "pytest>=8,<10" "matplotlib>=3.9,<4" "scikit-image>=0.24,<1"
 LINTERS = "ruff>=0.15,<1" "mypy>=1.19,<3"
 
 .PHONY: demo bench bench-smoke calibrate test lint clean
@@ -10,19 +11,19 @@ LINTERS = "ruff>=0.15,<1" "mypy>=1.19,<3"
 demo: $(VENV)/ready
 	$(VENV)/bin/python -m flowcache_core demo --out out/demo
 
-bench: $(VENV)/ready
+bench: $(VENV)/tools
 	$(VENV)/bin/python -m flowcache_core.lab.bench --out out/bench --pictures docs
 	$(VENV)/bin/python tests/host/bench_host.py --out out/bench
 	$(VENV)/bin/python -m flowcache_core.lab.table --report out/bench/report.json
 
-bench-smoke: $(VENV)/ready
+bench-smoke: $(VENV)/tools
 	$(VENV)/bin/python -m flowcache_core.lab.bench --smoke --out out/bench_smoke
 	$(VENV)/bin/python tests/host/bench_host.py --out out/bench_smoke --chunks 2 --pairs 1
 
 calibrate: $(VENV)/ready
 	$(VENV)/bin/python -m flowcache_core.lab.search
 
-test: $(VENV)/ready
+test: $(VENV)/tools
 	$(VENV)/bin/python -m pytest
 
 lint: $(VENV)/lint
@@ -41,6 +42,10 @@ $(VENV)/ready: Makefile
 	$(VENV)/bin/python -m pip install --quiet $(PACKAGES)
 	@touch $@
 
-$(VENV)/lint: $(VENV)/ready
+$(VENV)/tools: $(VENV)/ready
+	$(VENV)/bin/python -m pip install --quiet $(TOOLS)
+	@touch $@
+
+$(VENV)/lint: $(VENV)/tools
 	$(VENV)/bin/python -m pip install --quiet $(LINTERS)
 	@touch $@

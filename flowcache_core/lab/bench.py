@@ -287,8 +287,8 @@ def write(report: dict, out: Path, pictures: Path | None = None) -> None:
         run_of_many["seconds_per_chunk"], run_of_many["history_bytes"], run_of_many["rss_bytes"]
     )
     for folder in [out, *([pictures] if pictures else [])]:
-        for name, picture in drawn.items():
-            write_whole(folder / f"{name}.png", picture.save)
+        for name, figure in drawn.items():
+            write_whole(folder / f"{name}.png", figure.savefig)
 
 
 def finite(told):
@@ -324,6 +324,8 @@ def main() -> None:
     parser.add_argument("--network", type=Path, default=NETWORK_FILE, help="another network of the demo's family")
     options = parser.parse_args()
     check_writable(options.out / "report.json")
+    import matplotlib.figure  # noqa: F401 - where it is missing, that is said before the work and not after it
+
     bench = Bench(SMOKE if options.smoke else Size(), options.network)
     report = bench.run()
     write(report, options.out, options.pictures)

@@ -1,14 +1,21 @@
-"""The bench's plots, 800 pixels wide: likeness over speedup, and a long run's time and memory over its chunks."""
+"""The bench's charts: likeness over speedup, and a long run's time and memory over its chunks.
+
+Matplotlib draws them, which `make bench` installs and nothing outside `lab` needs. It is imported where something is
+drawn, so that the rest of `lab` runs without it.
+"""
+
+from __future__ import annotations
 
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
-from PIL import Image
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
 
-from ..media.pictures import FAINT, INK, MARGIN, RULE, WIDTH, Canvas, axis_marks
-
-LEFT = 76
+DOTS = 150  # an inch
 # Okabe and Ito's, ours darkest; a curve is told by its mark as well.
 COLOURS = (
     "#000000",
@@ -23,8 +30,10 @@ COLOURS = (
     "#b3a100",
     "#6a3d9a",
 )
+FAINT, RULE, AIM = "#6b7280", "#e5e7eb", "#d55e00"
+MARKS = ("o", "s", "D", "^", "x")
 CEILING = 60  # dB; what is nearer than that is as good as equal
-MARKS = ("disc", "square", "diamond", "triangle", "cross")
+SPEEDS = (1, 1.5, 2, 3, 4, 6, 8, 10, 12, 16, 20, 30, 50)
 
 
 @dataclass(frozen=True)
@@ -37,104 +46,84 @@ class Curve:
 
 def likeness_chart(
     title: str, subtitle: str, curves: Sequence[Curve], aims: Sequence[tuple[float, float]] = ()
-) -> Image.Image:
-    """PSNR in dB over speedup on a logarithmic axis.
+) -> Figure:
+    """Draws PSNR in dB over speedup on a logarithmic axis.
 
     Args:
         aims: (speedup, dB) to be reached, drawn as rings.
     """
-    canvas = Canvas(1200)
-    _title(canvas, title, subtitle)
+    figure, (axes,) = _page(title, subtitle, 1)
     shown = [curve for curve in curves if curve.points]
-    every = [point for curve in shown for point in curve.points] + list(aims)
-    fastest, top, height, right = max(x for x, _ in every), canvas.y, 400, WIDTH - MARGIN
-    slowest = min(1.0, *(x for x, _ in every))
-    low = min(CEILING - 5, 5 * math.floor(min(y for _, y in every) / 5))
-    high = min(CEILING, 5 * math.ceil(max(y for _, y in every) / 5))
-    step = 5 if high - low <= 50 else 10
-    wide = math.log(fastest * 1.06 / slowest)
-
-    def at(x: float, y: float) -> tuple[float, float]:
-        return LEFT + (right - LEFT) * math.log(x / slowest) / wide, top + height * (high - min(y, high)) / (high - low)
-
-    for mark in range(low, high + 1, step):
-        y = at(slowest, mark)[1]
-        canvas.line([(LEFT, y), (right, y)], RULE)
-        canvas.text(LEFT - 8, y, str(mark), 12, FAINT, "rm")
-    for times in (1, 1.5, 2, 3, 4, 6, 8, 10, 12, 16, 20, 30, 50):
-        if slowest <= times <= fastest * 1.06:
-            x = at(times, low)[0]
-            canvas.line([(x, top), (x, top + height)], RULE)
-            canvas.text(x, top + height + 6, f"{times:g}x", 12, FAINT, "ma")
-    canvas.sideways(MARGIN - 16, top + height / 2, f"PSNR to the plain run, dB ({CEILING} and more: {CEILING})")
-    canvas.text((LEFT + right) / 2, top + height + 26, "faster than the plain run", 12, FAINT, "ma")
-    for number, curve in reversed(list(enumerate(shown))):
-        points = [at(*point) for point in sorted(curve.points)]
-        colour, sign = COLOURS[number % len(COLOURS)], MARKS[number % len(MARKS)]
-        canvas.line(points, colour, 4 if number == 0 else 2)
-        for point in points:
-            _mark(canvas, *point, sign, colour, 6 if number == 0 else 4.5)
-    for aim in aims:
-        x, y = at(*aim)
-        canvas.ring(x, y, 7, "#d55e00")
-    canvas.y = top + height + 54
-    _legend(canvas, [curve.name for curve in shown], bool(aims))
-    return canvas.finish()
+    for number, curve in enumerate(shown):
+        speeds, levels = zip(*sorted(curve.points), strict=True)
+        axes.plot(
+            speeds,
+            [min(level, CEILING) for level in levels],
+            color=COLOURS[number % len(COLOURS)],
+            marker=MARKS[number % len(MARKS)],
+            linewidth=3 if number == 0 else 1.5,
+            markersize=8 if number == 0 else 6,
+            zorder=len(shown) - number + 2,
+            clip_on=False,
+            label=curve.name,
+        )
+    if aims:
+        speeds, levels = zip(*aims, strict=True)
+        axes.plot(speeds, levels, "o", color=AIM, fillstyle="none", markersize=9, label="to be reached")
+    every = [speed for curve in shown for speed, _ in curve.points] + [speed for speed, _ in aims]
+    slowest, fastest = min(1.0, *every), 1.06 * max(every)
+    axes.set_xscale("log")
+    axes.set_xlim(slowest, fastest)
+    marks = [speed for speed in SPEEDS if slowest <= speed <= fastest]
+    axes.set_xticks(marks, [f"{mark:g}x" for mark in marks])
+    axes.set_xticks([], minor=True)
+    axes.set_xlabel("faster than the plain run")
+    axes.set_ylabel(f"PSNR to the plain run, dB ({CEILING} and more: {CEILING})")
+    axes.grid(True, color=RULE)
+    figure.legend(loc="outside lower left", ncols=3, frameon=False, fontsize=9)
+    return figure
 
 
-def long_run_chart(seconds: Sequence[float], history: Sequence[int], resident: Sequence[int]) -> Image.Image:
-    """Time a chunk, history and process memory over the chunks of a long run."""
-    canvas = Canvas(1200)
-    _title(
-        canvas,
+def long_run_chart(seconds: Sequence[float], history: Sequence[int], resident: Sequence[int]) -> Figure:
+    """Draws time a chunk, history and process memory over the chunks of a long run."""
+    figure, (time, memory) = _page(
         f"A run of {len(seconds):,} chunks with a bounded history",
         "Budget of 3 clean chunks, positions relative to the window, one clip.",
+        2,
     )
-    _panel(
-        canvas,
-        "milliseconds a chunk",
-        [
-            ("each chunk", [1000 * s for s in seconds], "#9ecae1", 1),
-            (f"mean of {_stretch(seconds)} chunks", _smoothed([1000 * s for s in seconds]), "#0072b2", 3),
-        ],
-    )
-    _panel(
-        canvas,
-        "memory, MB",
-        [
-            ("history in use", [b / 2**20 for b in history], "#d55e00", 3),
-            ("whole process", [b / 2**20 for b in resident], "#0072b2", 3),
-        ],
-    )
-    return canvas.finish()
-
-
-def _panel(canvas: Canvas, unit: str, lines: Sequence[tuple[str, Sequence[float], str, float]]) -> None:
-    top, height, right = canvas.y, 190, WIDTH - MARGIN
-    count = max(len(values) for _, values, _, _ in lines)
+    chunks = range(1, len(seconds) + 1)
+    milliseconds = [1000 * s for s in seconds]
+    time.plot(chunks, milliseconds, color="#9ecae1", linewidth=0.7, label="each chunk")
+    label = f"mean of {_stretch(seconds)} chunks"
+    time.plot(chunks, _smoothed(milliseconds), color=COLOURS[1], linewidth=2, label=label)
     # Single slow chunks (another process, a garbage collection) may run out of the top.
-    peaks = [sorted(values)[max(0, math.ceil(len(values) * 0.995) - 1)] for _, values, _, _ in lines]
-    most, marks = axis_marks(max(peaks))
+    time.set_ylim(0, 1.2 * sorted(milliseconds)[math.ceil(0.995 * len(milliseconds)) - 1])
+    memory.plot(chunks, [size / 2**20 for size in history], color=COLOURS[2], linewidth=2, label="history in use")
+    memory.plot(chunks, [size / 2**20 for size in resident], color=COLOURS[1], linewidth=2, label="whole process")
+    memory.set_ylim(0, 1.2 * max(resident) / 2**20)
+    for axes, unit in ((time, "milliseconds a chunk"), (memory, "memory, MB")):
+        axes.set_xlim(1, len(seconds))
+        axes.set_xlabel("chunk")
+        axes.set_ylabel(unit)
+        axes.xaxis.set_major_formatter("{x:,.0f}")
+        axes.grid(True, axis="y", color=RULE)
+        axes.legend(loc="upper left", bbox_to_anchor=(0, -0.2), ncols=2, frameon=False, fontsize=9)
+    return figure
 
-    def at(place: int, value: float) -> tuple[float, float]:
-        return LEFT + (right - LEFT) * place / max(1, count - 1), top + height - height * min(value, most) / most
 
-    for mark in marks:
-        y = at(0, mark)[1]
-        canvas.line([(LEFT, y), (right, y)], RULE)
-        canvas.text(LEFT - 8, y, f"{mark:g}", 12, FAINT, "rm")
-    canvas.sideways(MARGIN - 16, top + height / 2, unit)
-    for _, values, colour, thick in lines:
-        canvas.line([at(place, value) for place, value in enumerate(values)], colour, thick)
-    for mark in [0, *(share * count // 5 for share in range(1, 6))]:
-        canvas.text(at(min(mark, count - 1), 0)[0], top + height + 6, f"{max(mark, 1):,}", 12, FAINT, "ma")
-    canvas.text((LEFT + right) / 2, top + height + 24, "chunk", 12, FAINT, "ma")
-    canvas.y = top + height + 46
-    x: float = LEFT
-    for name, _, colour, _ in lines:
-        canvas.box(x, canvas.y + 4, x + 18, canvas.y + 8, colour)
-        x += 24 + canvas.text(x + 24, canvas.y - 2, name, 12) + 28
-    canvas.y += 42
+def _page(title: str, subtitle: str, rows: int) -> tuple[Figure, Sequence[Axes]]:
+    """Makes a figure with a title, and its axes below one another."""
+    from matplotlib.figure import Figure
+
+    figure = Figure((8, 6.4), dpi=DOTS, layout="constrained")
+    every = list(figure.subplots(rows, 1, squeeze=False)[:, 0])
+    every[0].set_title(f"{title}\n", loc="left", fontsize=14)
+    every[0].text(0, 1.03, subtitle, transform=every[0].transAxes, fontsize=9, color=FAINT)
+    for axes in every:
+        axes.tick_params(colors=FAINT, labelsize=9, length=0)
+        axes.set_axisbelow(True)
+        axes.spines[:].set_visible(False)
+    return figure, every
 
 
 def _stretch(values: Sequence[float]) -> int:
@@ -145,41 +134,3 @@ def _smoothed(values: Sequence[float]) -> list[float]:
     width = _stretch(values)
     parts = [values[max(0, end - width) : end] for end in range(1, len(values) + 1)]
     return [sum(part) / len(part) for part in parts]
-
-
-def _title(canvas: Canvas, title: str, subtitle: str) -> None:
-    canvas.text(MARGIN, canvas.y, title, 20)
-    canvas.y += 32
-    canvas.text(MARGIN, canvas.y, subtitle, 13, FAINT)
-    canvas.y += 34
-
-
-def _legend(canvas: Canvas, names: Sequence[str], aims: bool) -> None:
-    columns, wide = 3, (WIDTH - 2 * MARGIN) / 3
-    entries = [*names, "to be reached"] if aims else list(names)
-    for number, name in enumerate(entries):
-        x, y = MARGIN + (number % columns) * wide, canvas.y + (number // columns) * 22
-        if number == len(names):
-            canvas.ring(x + 13, y + 7, 6, "#d55e00")
-        else:
-            colour = COLOURS[number % len(COLOURS)]
-            canvas.line([(x, y + 7), (x + 26, y + 7)], colour, 4 if number == 0 else 2)
-            _mark(canvas, x + 13, y + 7, MARKS[number % len(MARKS)], colour, 5)
-        canvas.text(x + 34, y, name, 13, INK)
-    canvas.y += 22 * math.ceil(len(entries) / columns) + 24
-
-
-def _mark(canvas: Canvas, x: float, y: float, mark: str, colour: str, size: float) -> None:
-    if mark == "disc":
-        canvas.shape(
-            [(x + size * math.cos(a / 8 * math.pi), y + size * math.sin(a / 8 * math.pi)) for a in range(16)], colour
-        )
-    elif mark == "square":
-        canvas.box(x - size, y - size, x + size, y + size, colour)
-    elif mark == "diamond":
-        canvas.shape([(x - size, y), (x, y - size), (x + size, y), (x, y + size)], colour)
-    elif mark == "triangle":
-        canvas.shape([(x - size, y + size), (x, y - size), (x + size, y + size)], colour)
-    else:
-        canvas.line([(x - size, y - size), (x + size, y + size)], colour, 2)
-        canvas.line([(x - size, y + size), (x + size, y - size)], colour, 2)

@@ -1,14 +1,20 @@
-"""The bench's table, and its place in the README: `python -m flowcache_core.lab.table` writes it there."""
+"""The bench's tables and their places: `python -m flowcache_core.lab.table` writes them there.
+
+docs/benchmark.md gets the aims and every figure, the README a summary.
+"""
 
 import argparse
 import json
+from collections import defaultdict
 from collections.abc import Iterable
+from functools import partial
 from pathlib import Path
 
 from ..errors import UserError
 from ..report import megabytes
 from ..storage.files import write_whole
-from .aims import aims
+from .aims import aims, at
+from .methods import FEWER, OURS, THRESHOLDS
 
 BEGIN, END = "<!-- bench: begin -->", "<!-- bench: end -->"
 TITLES = {
@@ -16,6 +22,7 @@ TITLES = {
     "skyreels": "SkyReels-V2's schedule (50 steps, a chunk every 5 ticks; plain recomputes the window at every tick)",
     "causal": "Causal, 4 steps (the demo model is not distilled: it shows cost, not quality)",
 }
+SUMMARY_SPEEDS = {"magi": (3, 4, 6), "skyreels": (4, 6, 8)}
 COLUMNS = (
     "method",
     "setting",
@@ -37,16 +44,51 @@ def table(report: dict) -> str:
     return f"{_aims(report)}\n\n<details>\n<summary>Every figure</summary>\n\n{figures}\n\n</details>"
 
 
-def insert(readme: str, words: str) -> str:
-    """The README with what stood between the markers replaced.
+def summary(report: dict) -> str:
+    """Markdown: how alike to the plain run the best of each kind of method is at a few speeds, mean over the captions.
+
+    Between measured points a straight line over the logarithm of speed; a dash where the speed was not measured.
+    """
+    kinds = {OURS: OURS, f"{FEWER}, the best solver": FEWER} | {rule: rule for rule in THRESHOLDS}
+    asked = [(schedule, speed) for schedule, speeds in SUMMARY_SPEEDS.items() for speed in speeds]
+    rows = [
+        [name, *(_whole(_best(report["points"], schedule, kind, speed)) for schedule, speed in asked)]
+        for name, kind in kinds.items()
+    ]
+    names = ("PSNR in dB", *(f"{TITLES[schedule].split(' (')[0]}, {speed}x" for schedule, speed in asked))
+    met = [aim.holds for aim in aims(report)]
+    size = report["size"]
+    return (
+        _markdown(names, rows)
+        + f"\n\nDemo model, means over {size['clips']} captions of {size['chunks']} chunks, speed by the clock. "
+        + f"Of the project's {len(met)} aims {sum(holds is True for holds in met)} are reached."
+    )
+
+
+def insert(page: str, words: str) -> str:
+    """The page with what stood between the markers replaced.
 
     Raises:
         UserError: it lacks them.
     """
-    if BEGIN not in readme or END not in readme or readme.index(BEGIN) > readme.index(END):
-        raise UserError(f"The README lacks the markers {BEGIN} and {END}; put each on a line where the table belongs.")
-    head, rest = readme.split(BEGIN, 1)
+    if BEGIN not in page or END not in page or page.index(BEGIN) > page.index(END):
+        raise UserError(f"The page lacks the markers {BEGIN} and {END}; put each on a line where the table belongs.")
+    head, rest = page.split(BEGIN, 1)
     return f"{head}{BEGIN}\n\n{words}\n\n{END}{rest.split(END, 1)[1]}"
+
+
+def _best(points: list[dict], schedule: str, kind: str, speed: float) -> float | None:
+    """The highest PSNR that a method whose name begins so has at a speed."""
+    curves: dict[str, list[tuple[float, float]]] = defaultdict(list)
+    for point in points:
+        if point["schedule"] == schedule and point["method"].startswith(kind) and point["psnr"] is not None:
+            curves[point["method"]].append((point["speedup"], point["psnr"]))
+    found = [at(sorted(curve), speed) for curve in curves.values()]
+    return max((level for level in found if level is not None), default=None)
+
+
+def _whole(level: float | None) -> str:
+    return "–" if level is None else f"{level:.0f}"
 
 
 def _machine(report: dict) -> str:
@@ -169,14 +211,17 @@ def _markdown(names: Iterable[str], rows: Iterable[Iterable[str]]) -> str:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description="Puts the bench's table into the README, between its markers.")
+    parser = argparse.ArgumentParser(description="Puts the bench's tables into their pages, between the markers there.")
     parser.add_argument("--report", type=Path, default=Path("out/bench/report.json"), help="(default: %(default)s)")
-    parser.add_argument("--readme", type=Path, default=Path("README.md"), help="(default: %(default)s)")
+    parser.add_argument("--page", type=Path, default=Path("docs/benchmark.md"), help="for all (default: %(default)s)")
+    parser.add_argument("--readme", type=Path, default=Path("README.md"), help="for a summary (default: %(default)s)")
     options = parser.parse_args()
-    made = table(json.loads(options.report.read_text()))
-    words = insert(options.readme.read_text(), made)
-    write_whole(options.report.with_name("table.md"), lambda partial: partial.write_text(made + "\n"))
-    write_whole(options.readme, lambda partial: partial.write_text(words))
+    report = json.loads(options.report.read_text())
+    pages = {options.page: table(report), options.readme: summary(report)}
+    filled = {page: insert(page.read_text(encoding="utf-8"), words) for page, words in pages.items()}
+    filled[options.report.with_name("table.md")] = pages[options.page] + "\n"
+    for path, words in filled.items():
+        write_whole(path, partial(Path.write_text, data=words, encoding="utf-8"))
 
 
 if __name__ == "__main__":

@@ -1,11 +1,19 @@
-"""The report's table and plots, and the README's part that is written from it."""
+"""The report's tables and charts, and the parts of pages that are written from it."""
+
+import io
+import json
+import re
+import subprocess
+import sys
 
 import pytest
+from PIL import Image
 
 from flowcache_core.errors import UserError
 from flowcache_core.lab import charts
 from flowcache_core.lab.bench import finite
-from flowcache_core.lab.table import BEGIN, END, insert, table
+from flowcache_core.lab.table import BEGIN, END, insert, main, summary, table
+from tests.helpers.paths import ROOT
 
 POINT = {
     "schedule": "magi", "method": "ours", "setting": "9 steps", "speedup": 6.5, "forwards_executed": 160, "psnr": 38.25,
@@ -54,23 +62,79 @@ def test_the_table_says_what_was_measured():
     assert "1.010" in words and "9.0x faster" in words and "1/40" in words and "history at most 3.0 MB" in words
 
 
-def test_the_readme_keeps_everything_else():
-    readme = f"before\n{BEGIN}\nold\n{END}\nafter\n"
-    once = insert(readme, "new")
+def test_the_summary_has_the_best_of_each_kind_at_equal_speed():
+    curves = {
+        "ours": [(2.0, 40.0), (8.0, 30.0)],
+        "fewer steps, Euler": [(2.0, 20.0), (8.0, 16.0)],
+        "fewer steps, UniPC": [(2.0, 30.0), (8.0, 10.0)],
+        "EasyCache's rule": [(3.5, 25.0)],
+    }
+    points = [
+        POINT | {"method": method, "speedup": speed, "psnr": level}
+        for method, curve in curves.items()
+        for speed, level in curve
+    ]
+    lines = summary(REPORT | {"points": points}).splitlines()
+    assert lines[0].startswith("| PSNR in dB | MAGI-1's schedule, 3x | MAGI-1's schedule, 4x |")
+    assert lines[2] == "| ours | 37 | 35 | 32 | – | – | – |"  # 4x lies half way, speeds being logarithmic
+    assert lines[3] == "| fewer steps, the best solver | 24 | 20 | 17 | – | – | – |"
+    assert "| EasyCache's rule | – | – | – | – | – | – |" in lines
+    assert "8 captions of 16 chunks" in lines[-1]
+
+
+def test_a_page_keeps_everything_else():
+    page = f"before\n{BEGIN}\nold\n{END}\nafter\n"
+    once = insert(page, "new")
     assert once == f"before\n{BEGIN}\n\nnew\n\n{END}\nafter\n"
     assert insert(once, "new") == once
     with pytest.raises(UserError, match="markers"):
         insert("no markers", "new")
 
 
-def test_plots_are_800_pixels_wide_and_not_empty():
-    curves = [charts.Curve(f"method {i}", [(1.5 + i, 45.0 - i), (4.0 + i, 30.0 - i)]) for i in range(11)]
-    for picture in (
-        charts.likeness_chart("a title", "a subtitle", curves, [(4.0, 42.0)]),
-        charts.long_run_chart([0.1, 0.2] * 300, [2**20] * 600, [2**28] * 600),
-    ):
-        assert picture.width == 800 and 300 < picture.height < 900
-        assert len(picture.getcolors(2**20)) > 50
+def test_the_pages_that_ship_take_what_is_made_of_a_report(tmp_path, monkeypatch):
+    report, page, readme = tmp_path / "report.json", tmp_path / "page.md", tmp_path / "readme.md"
+    report.write_text(json.dumps(REPORT))
+    page.write_text((ROOT / "docs/benchmark.md").read_text(encoding="utf-8"), encoding="utf-8")
+    readme.write_text((ROOT / "README.md").read_text(encoding="utf-8"), encoding="utf-8")
+    monkeypatch.setattr(sys, "argv", ["table", *map(str, ("--report", report, "--page", page, "--readme", readme))])
+    main()
+    assert f"{BEGIN}\n\n{table(REPORT)}\n\n{END}" in page.read_text(encoding="utf-8")
+    assert f"{BEGIN}\n\n{summary(REPORT)}\n\n{END}" in readme.read_text(encoding="utf-8")
+    assert (tmp_path / "table.md").read_text(encoding="utf-8") == table(REPORT) + "\n"
+
+
+def test_the_readme_is_a_front_page():
+    """At most 1,500 words, with pictures and pages that exist."""
+    words = (ROOT / "README.md").read_text(encoding="utf-8")
+    assert len(words.split()) <= 1500
+    links = [link for link in re.findall(r"\]\(([^)#]+)", words) if not link.startswith("http")]
+    assert len(links) > 10 and [link for link in links if not (ROOT / link).is_file()] == []
+
+
+def test_charts_show_every_point():
+    reason = "matplotlib, which draws the bench's charts, is not installed (`make test` installs it)"
+    pytest.importorskip("matplotlib", reason=reason)
+    curves = [charts.Curve(f"method {i}", [(1.5 + i, 75.0 - i), (4.0 + i, 30.0 - i)]) for i in range(11)]
+    likeness = charts.likeness_chart("a title", "a subtitle", [*curves, charts.Curve("none", [])], [(4.0, 42.0)])
+    long_run = charts.long_run_chart([0.1, 0.2] * 300, [2**20] * 600, [2**28] * 600)
+    for figure in (likeness, long_run):
+        file = io.BytesIO()
+        figure.savefig(file)
+        with Image.open(file) as picture:
+            assert picture.width == 1200 and len(picture.convert("RGB").getcolors(2**20)) > 50
+    (axes,) = likeness.axes
+    assert [line.get_label() for line in axes.lines] == [f"method {i}" for i in range(11)] + ["to be reached"]
+    assert axes.lines[0].get_xydata().tolist() == [[1.5, 60.0], [4.0, 30.0]]  # 60 dB and more are drawn at 60
+    assert axes.lines[0].get_zorder() > axes.lines[1].get_zorder()
+    ends = [line.get_ydata()[-1] for axes in long_run.axes for line in axes.lines]
+    assert ends == pytest.approx([200, 147, 1, 256], 0.05)
+
+
+def test_only_charts_need_matplotlib():
+    """Importing every module of the lab, the charts too, leaves it alone."""
+    modules = [f"flowcache_core.lab.{path.stem}" for path in (ROOT / "flowcache_core/lab").glob("[a-z]*.py")]
+    code = f"import sys, {', '.join(modules)}; sys.exit('matplotlib' in sys.modules)"
+    assert len(modules) > 15 and subprocess.run([sys.executable, "-c", code], cwd=ROOT).returncode == 0
 
 
 def test_what_has_no_word_in_json_is_null():
