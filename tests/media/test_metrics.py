@@ -1,4 +1,4 @@
-"""PSNR and SSIM against cases that can be worked out by hand."""
+"""PSNR and SSIM against cases that can be worked out by hand, and SSIM against scikit-image's."""
 
 import math
 
@@ -55,6 +55,26 @@ def test_ssim_is_the_mean_over_frames_and_does_not_care_for_span():
     each = [ssim(a[:, i : i + 1], b[:, i : i + 1]) for i in range(3)]
     assert ssim(a, b) == pytest.approx(sum(each) / 3)
     assert ssim(2 * a, 2 * b, span=2.0) == pytest.approx(ssim(a, b))
+
+
+@pytest.mark.parametrize("span", [1.0, 2.0])
+def test_ssim_is_scikit_images(span):
+    """Whose mean, too, leaves out the windows that reach over a frame's edge."""
+    reason = "scikit-image, whose SSIM ours is compared with, is not installed (`make test` installs it)"
+    structural_similarity = pytest.importorskip("skimage.metrics", reason=reason).structural_similarity
+    a = clip(0, 4, 40)[..., :24].cumsum(-1).cumsum(-2)
+    a = span * (a / a.amax() - 0.5)
+    noise = torch.linspace(0, 0.3, 4)[:, None, None] * torch.randn(a.shape, generator=torch.Generator().manual_seed(1))
+    b = (a + span * noise).clamp(-span / 2, span / 2)
+    planes = zip(a.flatten(0, 1).double().numpy(), b.flatten(0, 1).double().numpy(), strict=True)
+    theirs = [
+        structural_similarity(
+            *pair, data_range=span, gaussian_weights=True, sigma=1.5, use_sample_covariance=False, K1=0.01, K2=0.03
+        )
+        for pair in planes
+    ]
+    assert min(theirs) < 0.3 and max(theirs) == pytest.approx(1.0)
+    assert ssim(a, b, span) == pytest.approx(sum(theirs) / len(theirs), abs=1e-7)
 
 
 def test_long_videos_are_taken_in_parts():
