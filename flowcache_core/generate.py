@@ -1,11 +1,9 @@
 """From a caption's embedding to a video's latents in one call: the engine for Python users.
 
-from flowcache_core import presets
-from flowcache_core.demo.captions import embed_caption
-from flowcache_core.demo.model import load_network
+from flowcache_core import demo, generate, preset
 
-result = generate(load_network(), embed_caption("a red circle"), chunks=16, settings=presets.preset("balanced"))
-longer = generate(load_network(), embed_caption("a red circle"), chunks=8, state=result.state)
+result = generate(demo.load_network(), demo.embed_caption("a red circle"), chunks=16, settings=preset("balanced"))
+longer = generate(demo.load_network(), demo.embed_caption("a red circle"), chunks=8, state=result.state)
 """
 
 from collections.abc import Callable, Sequence
@@ -15,24 +13,27 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from .engine.loop import Chunk, Engine, Progress, guidance
-from .engine.runner import Runner
+from .engine.build import RunSettings, Seeing, build_engine, given_chunks
+from .engine.guidance import classifier_free
+from .engine.loop import Chunk, Engine, Progress, Sampling
 from .errors import UserError
 from .history.streams import Pending, SideStream
-from .models.presets import DEFAULT_PRESET, PRESETS, Settings, describe
+from .models.families import SOLVERS, Family, family
+from .models.presets import DEFAULT_PRESET, PRESETS, describe
 from .report import Report
-from .schedule import END, ChunkSchedule
-from .solvers.noise_levels import magi
-from .solvers.one_step import Euler, SolverFactory, chunk_noise
+from .schedule import ChunkSchedule, Given
+from .settings import Settings
+from .solvers.one_step import SolverFactory, chunk_noise
 from .storage.state import State, make_state
 
 Text = Tensor | Sequence[Tensor]  # one embedding [B, tokens, width], or one for each new chunk
+Noise = Callable[[int, int | None], Tensor]  # chunk, step (None: its start) -> unit noise [B, C, T, H, W]
 
 
 class Result(NamedTuple):
     """Attributes:
     latents: every frame, those of the prefix or state included, [B, C, T, H, W].
-    state: to go on from; `state.save_state` writes it to disk.
+    state: to go on from; `storage.state.save_state` writes it to disk.
     report: what the run did.
     """
 
@@ -46,16 +47,19 @@ def generate(
     text: Text,
     chunks: int,
     *,
-    steps: int = 64,
-    lag: int = 16,
+    family_name: str = "demo",
+    steps: int | None = None,
+    lag: int | None = None,
     settings: Settings = PRESETS[DEFAULT_PRESET],
     seed: int = 0,
-    frames_per_chunk: int = 3,
+    frames_per_chunk: int | None = None,
     latent_size: tuple[int, int] = (8, 8),
-    guidance_scale: float = 1.0,
+    guidance_scale: float | None = None,
     negative: Text | None = None,
     sigmas: Sequence[float] | None = None,
-    solver: SolverFactory = Euler,
+    solver: SolverFactory | None = None,
+    seeing: Seeing | None = None,
+    noise: Noise | None = None,
     state: State | None = None,
     prefix: Tensor | None = None,
     end: Tensor | None = None,
@@ -70,15 +74,19 @@ def generate(
     device and type.
 
     Args:
-        backbone: runs one chunk, see `backbones.wan.WanBackbone`.
+        backbone: runs a network by layers: `models.wan.WanBackbone` or another of its kind.
         text: what the video shows; of several embeddings, the last one holds for all chunks that are left.
-        steps, lag: of the schedule, see `schedule.ChunkSchedule`; the default is MAGI-1's.
+        family_name: whose recommended numbers hold where one is left out, a key of `models.families.FAMILIES`.
+        steps, lag: of the schedule, see `schedule.ChunkSchedule`.
         settings: what to reuse and how much history to keep.
         frames_per_chunk: latent frames.
         latent_size: height and width of the latents, where neither state nor prefix gives them.
         guidance_scale: of classifier-free guidance; 1 runs the conditional branch only.
         negative: text of the unconditional branch; needed where the scale is not 1.
-        sigmas: noise levels [steps + 1], falling to 0; MAGI-1's by default.
+        sigmas: noise levels [steps + 1], falling to 0.
+        solver: makes a chunk's solver.
+        seeing: how chunks see each other: "causal" over a history, "joint" all of them at once, "rolling".
+        noise: gives a chunk's unit noise, by default drawn from the seed.
         state: an earlier run's; nothing of it is computed again.
         prefix: given latents [B, C, T, H, W] that come before. Those that fill no chunk (an image) stay in the history
             whatever its budget is.
@@ -88,82 +96,109 @@ def generate(
         on_progress: called after every tick.
         on_chunk: called with each finished chunk, oldest first; on a CUDA device a tick later, where
             `settings.overlap` is on.
-        cancelled: asked before every step; True ends the run with `engine.Cancelled`.
+        cancelled: asked before every forward; True ends the run with `engine.loop.Cancelled`.
 
     Raises:
         UserError: one line, for every input that does not fit, before anything is run; or a model that gives NaN.
     """
-    texts = _checked_texts(text, "text", backbone)
-    batch, device, dtype = texts[0].shape[0], texts[0].device, texts[0].dtype
-    if guidance_scale != 1.0 and negative is None:
-        raise UserError(
-            f"Guidance {guidance_scale} needs a negative text (its embedding may be empty); give one, or scale 1."
-        )
-    against = _checked_texts(negative, "negative text", backbone) if negative is not None else None
-    if frames_per_chunk < 1:
-        raise UserError(f"frames_per_chunk is {frames_per_chunk}, expected at least 1.")
+    usual = family(family_name)
+    steps, lag = _schedule_numbers(steps, lag, usual)
+    if steps < 1:
+        raise UserError(f"steps is {steps}, expected at least 1.")
+    scale = usual.guidance if guidance_scale is None else guidance_scale
+    chunk_frames = usual.chunk_frames if frames_per_chunk is None else frames_per_chunk
+    if chunk_frames < 1:
+        raise UserError(f"frames_per_chunk is {chunk_frames}, expected at least 1.")
     if seed < 0:
         raise UserError(f"The seed is {seed}, expected 0 or more.")
-    shape = (batch, backbone.channels, frames_per_chunk, *latent_size)
-    given = _given(state, prefix, shape, model)
-    done = lead = 0
-    if given is not None:
-        frames = given.shape[2] if state is None else state.frames
-        done, lead = divmod(frames, frames_per_chunk)
-        shape = (*shape[:3], *given.shape[3:])
+    levels = _checked_sigmas(usual.levels(steps) if sigmas is None else sigmas, steps)
+    first_levels = usual.first_levels(steps) if sigmas is None else None
+    texts = _checked_texts(text, "text", backbone)
+    batch, device, dtype = texts[0].shape[0], texts[0].device, texts[0].dtype
+    if scale != 1.0 and negative is None:
+        raise UserError(f"Guidance {scale} needs a negative text (its embedding may be empty); give one, or scale 1.")
+    against = _checked_texts(negative, "negative text", backbone) if negative is not None else None
+    given = _given(state, prefix, (batch, backbone.channels, chunk_frames, *latent_size), model)
+    frames = 0 if given is None else given.shape[2] if state is None else state.frames
+    done, lead = divmod(frames, chunk_frames)
+    size = latent_size if given is None and end is None else (end if given is None else given).shape[3:]
+    shape = (batch, backbone.channels, chunk_frames, *size)
     if end is not None:
-        _check_latents(end, "end", (*shape[:3], *(end.shape[3:] if given is None else given.shape[3:])))
-        shape = (*shape[:3], *end.shape[3:])
+        _check_latents(end, "end", shape)
     _check_size(shape)
-    levels = _checked_sigmas(sigmas, steps)
-    schedule = ChunkSchedule(chunks, steps, lag, prefix=done)
-
-    after = 0 if end is None else end.shape[2]
-    runner = Runner(backbone, schedule, settings, frames_per_chunk, lead=lead, end=after)
-    runner.report.settings = describe(settings)
-    if state is not None:
-        runner.load(state.by_branch)
-    runner.plan_history(torch.empty(shape, dtype=dtype, device="meta"), 1 if guidance_scale == 1.0 else 2)
-    denoise = guidance(
-        runner, _by_chunk(texts, done), None if against is None else _by_chunk(against, done), guidance_scale
+    way = seeing or usual.attention
+    first_steps = None if done or first_levels is None else len(first_levels) - 1
+    schedule = ChunkSchedule(chunks, steps, lag, prefix=0 if way != "causal" else done, first_steps=first_steps)
+    negative_text = None if against is None else _by_chunk(against, done)
+    guidance = classifier_free(_by_chunk(texts, done), negative_text, scale)
+    sampling = Sampling(
+        levels, *_noises(noise, seed, shape, texts[0]), solver or SOLVERS[usual.solver(steps)], first_levels
     )
-    side = SideStream(device, settings.overlap)
-    latents = [] if given is None else [given.cpu()]
-
-    def progress(told: Progress) -> None:
-        side.settle()
-        on_progress(told)
-
-    def take(chunk: Chunk, latent: Pending[Tensor]) -> None:
-        latents.append(latent.on_host())
-        if not torch.isfinite(latents[-1]).all():
-            raise UserError(
-                f"Chunk {chunk.index} came out with NaN or infinite values: the weights are damaged or overflow in "
-                f"{dtype}; use a sound checkpoint, or float32."
-            )
-        on_chunk(chunk)
-
-    engine = Engine(
-        runner,
-        denoise,
-        levels,
-        start=lambda chunk: chunk_noise(seed, chunk, shape).to(device, dtype),
-        noise=lambda chunk, step: chunk_noise(seed, chunk, shape, step).to(device, dtype),
-        solver=solver,
-        on_progress=progress,
+    output = _Output(device, dtype, settings, given, on_progress, on_chunk)
+    run = RunSettings(
+        backbone, guidance, schedule, settings, sampling, way, shape, len(guidance.texts), dtype, device,
+        texts=len(texts),
+        lead=lead,
+        end=0 if end is None else end.shape[2],
+        loaded=None if state is None else state.by_branch,
+        on_progress=output.progress,
         cancelled=cancelled,
-    )
-    if prefix is not None and given is not None:
-        engine.prefill(given.to(device, dtype))
+        label=describe(settings),
+    )  # fmt: skip
+    engine = build_engine(run)
+    for chunk, latent in given_chunks(prefix, lead, chunk_frames) if prefix is not None else []:
+        engine.give(chunk, latent.to(device, dtype))
     if end is not None:
-        engine.prefill_end(end.to(device, dtype))
-    for chunk in engine.run():
-        side.later(partial(take, chunk, side.to_host(chunk.latent)))  # the one read-back a chunk
-    side.settle()
-    whole = torch.cat(latents if end is None else [*latents, end.cpu()], dim=2)
-    histories = engine.save() if end is None else {}
-    dropped = 0 if state is None else state.dropped
-    return Result(whole, make_state(whole, histories, frames_per_chunk, model, dropped), runner.report)
+        engine.give(Given.END, end.to(device, dtype))
+    return output.result(engine, end, chunk_frames, model, 0 if state is None else state.dropped)
+
+
+class _Output:
+    """Takes what a run gives: chunks to the CPU, progress to its listener, everything together in the end."""
+
+    def __init__(self, device, dtype, settings: Settings, given: Tensor | None, on_progress, on_chunk):
+        self.side, self.dtype = SideStream(device, settings.overlap), dtype
+        self.latents = [] if given is None else [given.cpu()]
+        self.on_progress, self.on_chunk = on_progress, on_chunk
+
+    def progress(self, told: Progress) -> None:
+        self.side.settle()
+        self.on_progress(told)
+
+    def result(self, engine: Engine, end: Tensor | None, chunk_frames: int, model: str, dropped: int) -> Result:
+        """Runs the engine to its end."""
+        for chunk in engine.run():
+            self.side.later(partial(self._take, chunk, self.side.to_cpu(chunk.latent)))  # the one read-back a chunk
+        self.side.settle()
+        whole = torch.cat(self.latents if end is None else [*self.latents, end.cpu()], dim=2)
+        histories = engine.save() if end is None else {}
+        return Result(whole, make_state(whole, histories, chunk_frames, model, dropped), engine.report)
+
+    def _take(self, chunk: Chunk, latent: Pending[Tensor]) -> None:
+        self.latents.append(latent.on_cpu())
+        if not torch.isfinite(self.latents[-1]).all():
+            raise UserError(
+                f"Chunk {chunk.number} came out with NaN or infinite values: the weights are damaged or overflow in "
+                f"{self.dtype}; use a sound checkpoint, or float32."
+            )
+        self.on_chunk(chunk)
+
+
+def _schedule_numbers(steps: int | None, lag: int | None, usual: Family) -> tuple[int, int]:
+    """Steps and lag, as recommended where they are not told; another number of steps keeps the share of the lag."""
+    if steps is None:
+        return usual.steps, usual.lag if lag is None else lag
+    return steps, max(1, round(steps * usual.lag / usual.steps)) if lag is None else lag
+
+
+def _noises(noise: Noise | None, seed: int, shape: Sequence[int], like: Tensor):
+    """Where a chunk starts, and fresh noise for its steps, on the device and in the type of a tensor."""
+    if noise is not None:
+        return (lambda chunk: noise(chunk, None).to(like)), (lambda chunk, step: noise(chunk, step).to(like))
+    return (
+        lambda chunk: chunk_noise(seed, chunk, shape).to(like),
+        lambda chunk, step: chunk_noise(seed, chunk, shape, step).to(like),
+    )
 
 
 def _checked_texts(text: Text, name: str, backbone) -> list[Tensor]:
@@ -224,10 +259,8 @@ def _check_size(shape: tuple[int, ...]) -> None:
         raise UserError(f"The latent size is {list(shape[3:])}, expected a height and a width of at least 1.")
 
 
-def _checked_sigmas(sigmas: Sequence[float] | None, steps: int) -> list[float]:
-    if steps < 1:
-        raise UserError(f"steps is {steps}, expected at least 1.")
-    levels = magi(steps) if sigmas is None else [float(sigma) for sigma in sigmas]
+def _checked_sigmas(sigmas: Sequence[float], steps: int) -> list[float]:
+    levels = [float(sigma) for sigma in sigmas]
     falling = all(after < before for before, after in zip(levels, levels[1:], strict=False))
     if len(levels) != steps + 1 or not falling or levels[-1] != 0.0 or levels[0] > 1.0:
         raise UserError(
@@ -236,7 +269,9 @@ def _checked_sigmas(sigmas: Sequence[float] | None, steps: int) -> list[float]:
     return levels
 
 
-def _by_chunk(texts: list[Tensor], done: int) -> Tensor | Callable[[int], Tensor]:
+def _by_chunk(texts: list[Tensor], done: int) -> Tensor | Callable[[int | Given], Tensor]:
     if len(texts) == 1:
         return texts[0]
-    return lambda chunk: texts[-1 if chunk == END else min(max(chunk - done, 0), len(texts) - 1)]
+    return lambda chunk: texts[
+        -1 if chunk is Given.END else 0 if chunk is Given.LEAD else min(max(chunk - done, 0), len(texts) - 1)
+    ]

@@ -1,9 +1,9 @@
 """What a run did: which steps were recomputed, how long it took, how large the history grew."""
 
-from collections.abc import Hashable
+from collections.abc import Hashable, Sequence
 from dataclasses import dataclass, field
 
-from .schedule import CLEAN, ChunkSchedule, Place
+from .schedule import ChunkSchedule
 
 
 @dataclass
@@ -38,15 +38,16 @@ class Report:
     chunks_done: int = 0
     notes: list[str] = field(default_factory=list)
 
-    def record(self, place: Place, branch: Hashable, recomputed: bool) -> None:
-        if place.step == CLEAN:
-            self.clean_passes += 1
-        else:
-            self.decisions.setdefault(branch, {}).setdefault(place.chunk, []).append(recomputed)
+    def record(self, chunk: int, branches: Sequence[Hashable], recomputed: bool) -> None:
+        """Notes what was decided for a chunk's step."""
+        for branch in branches:
+            self.decisions.setdefault(branch, {}).setdefault(chunk, []).append(recomputed)
 
     def note(self, line: str, topic: str) -> None:
         """Adds a line to the notes, in place of an earlier one that begins with the same topic."""
-        self.notes = [note for note in self.notes if not note.startswith(topic)] + [line] * bool(line)
+        self.notes = [note for note in self.notes if not note.startswith(topic)]
+        if line:
+            self.notes.append(line)
 
     @property
     def steps_done(self) -> int:

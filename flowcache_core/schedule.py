@@ -2,20 +2,35 @@
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from enum import Enum
 
 from .errors import UserError
 
-CLEAN = -1  # step number of the extra pass at noise level 0 that stores a finished chunk's keys and values
-LEAD, END = -1, -2  # chunk numbers of given frames that fill no chunk: before the first one, and after the last
+
+class Given(Enum):
+    """Frames that are given and fill no chunk. They stand where a chunk's number would."""
+
+    LEAD = "lead"  # before the first chunk
+    END = "end"  # after the last one
 
 
 @dataclass(frozen=True)
 class Place:
-    """One step of one chunk; step CLEAN is the pass after its last."""
+    """One step of one chunk.
 
-    chunk: int
-    step: int
+    Attributes:
+        chunk: its number in the video, or the given frames.
+        step: of the chunk; None for the clean pass, at noise level 0, which stores keys and values of what is finished.
+        tick: of the run.
+    """
+
+    chunk: int | Given
+    step: int | None
     tick: int
+
+    @property
+    def is_clean_pass(self) -> bool:
+        return self.step is None
 
 
 @dataclass(frozen=True)

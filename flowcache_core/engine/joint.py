@@ -7,193 +7,169 @@ Source: SkyReels-V2, skyreels_v2_infer/pipelines/diffusion_forcing_pipeline.py.
 """
 
 import time
-from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Hashable, Sequence
+from functools import partial
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from ..errors import UserError
-from ..models.rotary import rotate
-from ..models.wan import Attention, WanBackbone
+from ..history.cache import Attention
+from ..history.positions import rotate
+from ..history.snapshot import Snapshot, SnapshotDelta
 from ..report import Report
-from ..schedule import ChunkSchedule, Place
-from ..solvers.one_step import Euler, Solver, SolverFactory, no_noise
-from ..solvers.weights import weighted
-from .loop import Chunk, Progress, check, turns
+from ..schedule import ChunkSchedule, Given, Place
+from ..solvers.weights import joined
+from .forward import Step, Velocity
+from .guidance import Guidance, Texts
+from .layers import frame_levels
 
-# Latent of the window [B, C, T, H, W], noise level of each frame [T], number of its first frame -> guided velocity.
-JointDenoise = Callable[[Tensor, Tensor, int], Tensor]
-
-
-@dataclass
-class JointGuidance:
-    """Velocity of a whole window, as a weighted sum over branches of guidance that are run in one batch.
-
-    Attributes:
-        backbone: runs the window.
-        texts: a text embedding [B, tokens, width] a branch.
-        weights: a weight a branch; classifier-free guidance is {cond: s, uncond: 1 - s}.
-        attention: used over the window.
-    """
-
-    backbone: WanBackbone
-    texts: Mapping[Hashable, Tensor]
-    weights: Mapping[Hashable, float]
-    attention: Attention = F.scaled_dot_product_attention
-
-    def __post_init__(self):
-        self.context = self.backbone.context(torch.cat(list(self.texts.values())))
-
-    def __call__(self, x: Tensor, levels: Tensor, first: int) -> Tensor:
-        frames = torch.arange(first, first + x.shape[2], device=x.device)
-        table = self.backbone.rotary.table(frames, *self.backbone.grid(*x.shape[-2:]))
-
-        def attend(layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-            return self.attention(rotate(q, table), rotate(k, table), v)
-
-        repeated = torch.cat([x] * len(self.texts))
-        levels = levels.expand(repeated.shape[0], -1)
-        residual = self.backbone.trunk(repeated, levels, self.context, attend)
-        velocities = self.backbone.head(repeated, levels, residual).split(x.shape[0])
-        return weighted(velocities, [self.weights[name] for name in self.texts])
+AttendLayer = Callable[[int, Tensor, Tensor, Tensor], Tensor]
 
 
-@dataclass(frozen=True)
-class Given:
-    """Frames of a window that are not generated.
+class WindowForward:
+    """A forward whose chunks go through the network as one: what joint and rolling windows have in common."""
 
-    Attributes:
-        start: [B, C, T, H, W] before the chunks: an image, or the end of the window before.
-        end: [B, C, T, H, W] after the chunks.
-        condition: noise level that `start` is shown at; upstream advises 0.02 for long videos.
-        grain: fresh unit noise of `start`'s shape for a tick, where `condition` is above 0.
-    """
+    holds_residual = False
 
-    start: Tensor | None = None
-    end: Tensor | None = None
-    condition: float = 0.0
-    grain: Callable[[int], Tensor] | None = None
+    def __init__(
+        self,
+        backbone,
+        guidance: Guidance,
+        report: Report,
+        attention: Attention = F.scaled_dot_product_attention,
+        check: Callable[[], None] = lambda: None,
+    ):
+        self.backbone, self.guidance, self.report = backbone, guidance, report
+        self.attention, self.check = attention, check
+        self.contexts: list[tuple[Tensor, object]] = []  # of each branch's text
 
-    def __post_init__(self):
-        if self.condition and (self.start is None or self.grain is None):
-            raise UserError(
-                f"The condition noise is {self.condition}, but there are no start frames to put it on; set it to 0."
-            )
+    def mix(self, step: Step, oldest: bool) -> Hashable:
+        """Names the sum of branches that a step's velocity will be."""
+        return self.guidance.mix(step)
 
-    def shown(self, tick: int) -> Tensor | None:
-        """The start frames as a tick sees them."""
-        if self.start is None or self.grain is None:
-            return self.start
-        return torch.lerp(self.start, self.grain(tick), self.condition) if self.condition else self.start
+    def signals(self, steps: Sequence[Step]) -> list[Tensor]:
+        raise UserError("Chunks of one window cannot be watched one by one; choose another preset.")
 
-
-@dataclass
-class JointEngine:
-    """One window: a generator of finished chunks, with one forward a tick.
-
-    Attributes:
-        schedule: lag 0 denoises all chunks together (synchronous), a lag above that one after another. Its prefix is 0.
-        denoise: guided velocity of the window, `JointGuidance` or the host's guider.
-        sigmas: noise levels of a chunk's steps, [steps + 1], falling to 0.
-        start: gives a chunk's latent [B, C, T, H, W] at the first noise level, from its index.
-        noise: fresh unit noise for a chunk and step, for solvers that add some.
-        solver: makes a chunk's solver.
-        given: frames before and after the chunks.
-        on_progress: called after every tick.
-        cancelled: asked before every forward; True ends the run with `Cancelled`.
-    """
-
-    schedule: ChunkSchedule
-    denoise: JointDenoise
-    sigmas: Sequence[float]
-    start: Callable[[int], Tensor]
-    noise: Callable[[int, int], Tensor] = no_noise
-    solver: SolverFactory = Euler
-    given: Given = Given()
-    on_progress: Callable[[Progress], None] = lambda progress: None
-    cancelled: Callable[[], bool] = lambda: False
-    report: Report = field(init=False)
-
-    def __post_init__(self):
-        if self.schedule.prefix:
-            raise UserError("A joint window takes the frames that it is given beside its chunks, not as prefix chunks.")
-        if len(self.sigmas) != self.schedule.steps + 1:
-            raise ValueError(
-                f"{self.schedule.steps} steps need {self.schedule.steps + 1} noise levels, got {len(self.sigmas)}."
-            )
-        self.report = Report(self.schedule)
-        self.latents: dict[int, Tensor] = {}
-        self.solvers: dict[int, Solver] = {}
-
-    def run(self) -> Iterator[Chunk]:
-        """Generates the schedule's chunks, oldest first."""
-        return turns(self.schedule, self.report, self._tick, self.on_progress)
-
-    def _begin(self, places: Sequence[Place]) -> None:
-        """Gives every chunk its noise, also those that only wait."""
-        if not self.latents:
-            self.latents = {chunk: self.start(chunk) for chunk in self.schedule.indices}
-
-    @torch.inference_mode()
-    def _tick(self, tick: int, places: Sequence[Place]) -> list[Chunk]:
-        check(self.cancelled, self.report)
-        self._begin(places)
-        steps = {place.chunk: place.step for place in places}
-        window, levels = self._window(tick, steps)
-        x = torch.cat(window, dim=2)
-        frames = [part.shape[2] for part in window]
-        per_frame = torch.cat([_of_frames(part, level) for part, level in zip(window, levels, strict=True)])
+    def guided(self, steps: Sequence[Step], network) -> tuple[list[Tensor], tuple[Hashable, ...]]:
+        """Guided velocities of parts that lie behind one another."""
+        self.check()
         begun = time.perf_counter()
-        velocities = self.denoise(x, per_frame, self._first_frame(places)).split(frames, dim=2)
+        answer = self.guidance.velocities(steps, network)
         self.report.forward_seconds += time.perf_counter() - begun
-        before = 0 if self.given.start is None else 1
-        at = {chunk: number for number, chunk in enumerate(self._chunks(steps), start=before)}
-        done = []
-        for place in places:
-            chunk, step = place.chunk, place.step
-            if step == 0:
-                self.solvers[chunk] = self.solver(self.sigmas, self._noise_of(chunk))
-            self.latents[chunk] = self.solvers[chunk].step(self.latents[chunk], velocities[at[chunk]], step)
-            self.report.record(place, "joint", True)
-            if step == self.schedule.steps - 1:
-                done.append(self._finish(chunk))
-        return done
+        return answer
 
-    def _noise_of(self, chunk: int) -> Callable[[int], Tensor]:
-        return lambda step: self.noise(chunk, step)
+    def run(
+        self, steps: Sequence[Step], branches: Sequence[Hashable], texts: Texts, attend: AttendLayer
+    ) -> list[Tensor]:
+        """Runs the network once over parts that lie behind one another; x holds all branches."""
+        x, levels = joined([step.x for step in steps], dim=2), frame_levels(steps)
+        conditioning = self.backbone.conditioning(x, levels, [[self._context(text) for text in texts(0)]])
+        hidden = self.backbone.embed(x)
+        for layer in range(self.backbone.layers):
+            self.check()
+            hidden = self.backbone.block(layer, hidden, conditioning, partial(attend, layer))
+        velocity = self.backbone.head(x, levels, self.backbone.residual(x, hidden))
+        return list(velocity.split([step.x.shape[2] for step in steps], dim=2))
 
-    def _chunks(self, steps: Mapping[int, int]) -> Sequence[int]:
-        """The chunks that go through the network together."""
-        return self.schedule.indices
+    def table(self, x: Tensor, first: int) -> Tensor:
+        """The rotary table of latents [rows, C, T, H, W] whose first frame has a number."""
+        frames = torch.arange(first, first + x.shape[2], device=x.device)
+        return self.backbone.rotary.table(frames, *self.backbone.grid(*x.shape[-2:]))
 
-    def _first_frame(self, places: Sequence[Place]) -> int:
-        """The window's place in the video."""
-        return 0
+    def _context(self, text: Tensor):
+        for known, context in self.contexts:
+            if known is text:
+                return context
+        self.contexts.append((text, self.backbone.context(text)))
+        return self.contexts[-1][1]
 
-    def _window(self, tick: int, steps: Mapping[int, int]) -> tuple[list[Tensor], list[float]]:
-        """What goes through the network at a tick, part by part, and each part's noise level."""
-        parts, levels = [], []
-        start = self.given.shown(tick)
-        if start is not None:
-            parts.append(start)
-            levels.append(self.given.condition)
-        for chunk in self._chunks(steps):
-            parts.append(self.latents[chunk])
-            waiting = self.sigmas[0] if chunk not in self.solvers else 0.0
-            levels.append(self.sigmas[steps[chunk]] if chunk in steps else waiting)
-        if self.given.end is not None:
-            parts.append(self.given.end)
-            levels.append(0.0)
-        return parts, levels
+    def settle(self) -> None:
+        """Stores nothing: no history is left for a later run."""
 
-    def _finish(self, chunk: int) -> Chunk:
-        self.report.chunks_done += 1
-        return Chunk(chunk, self.latents[chunk])
+    def save(self) -> dict[Hashable, Snapshot]:
+        """Keeps nothing to go on from."""
+        return {}
+
+    def begin_delta(self, full: bool) -> Callable[[], SnapshotDelta]:
+        """Keeps nothing to resume from."""
+        return lambda: SnapshotDelta({}, True)
 
 
-def _of_frames(x: Tensor, level: float) -> Tensor:
-    """A noise level for each frame of x [B, C, T, H, W], [T]; made on x's device, which a list would have to be sent
-    to."""
-    return torch.full((x.shape[2],), level, dtype=torch.float32, device=x.device)
+class JointForward(WindowForward):
+    """The forwards of one window.
+
+    Args:
+        backbone, guidance, report, attention, check: as for `CausalForward`.
+        schedule: lag 0 denoises all chunks together (synchronous), a lag above that one after another. Its prefix is 0.
+        first_level: noise level of chunks that wait.
+        start: gives a chunk's latent at that level.
+        grain: fresh unit noise of the start frames' shape for a tick, where they are shown at a noise level.
+    """
+
+    def __init__(
+        self,
+        backbone,
+        guidance: Guidance,
+        report: Report,
+        schedule: ChunkSchedule,
+        first_level: float,
+        start: Callable[[int], Tensor],
+        grain: Callable[[int], Tensor] | None = None,
+        **more,
+    ):
+        super().__init__(backbone, guidance, report, **more)
+        if schedule.prefix:
+            raise UserError("A joint window takes the frames that it is given beside its chunks, not as prefix chunks.")
+        self.schedule, self.first_level, self.grain = schedule, first_level, grain
+        self.waiting = [start(chunk) for chunk in schedule.indices] if schedule.lag else []
+        self.finished: list[Tensor] = []
+        self.lead: tuple[Tensor, float] | None = None  # frames before the chunks and their noise level
+        self.end: Tensor | None = None
+
+    def give(self, chunk: int | Given, latent: Tensor, condition: float) -> None:
+        """Takes frames before or after the chunks, shown at a noise level."""
+        if chunk is Given.END:
+            self.end = latent
+        else:
+            self.lead = latent, condition
+
+    def velocities(self, steps: Sequence[Step]) -> list[Velocity]:
+        """Runs the whole window."""
+        tick = steps[0].place.tick
+        begun = steps[-1].place.chunk + 1 if isinstance(steps[-1].place.chunk, int) else 0
+        window = [self._part(latent, 0.0) for latent in self.finished]
+        if self.lead is not None:
+            window.insert(0, self._part(self._shown(tick), self.lead[1]))
+        before = len(window)
+        window += [*steps, *(self._part(latent, self.first_level) for latent in self.waiting[begun:])]
+        if self.end is not None:
+            window.append(self._part(self.end, 0.0))
+        values, branches = self.guided(window, self._network)
+        return [Velocity(value, branches) for value in values[before : before + len(steps)]]
+
+    def finish(self, chunk: int, latent: Tensor) -> None:
+        """Takes a finished chunk, which goes along as it is from now on."""
+        self.finished.append(latent)
+
+    @property
+    def history_bytes(self) -> tuple[int, int]:
+        """There is no history."""
+        return 0, 0
+
+    def _shown(self, tick: int) -> Tensor:
+        """The start frames as a tick sees them."""
+        assert self.lead is not None
+        latent, condition = self.lead
+        return torch.lerp(latent, self.grain(tick), condition) if condition and self.grain else latent
+
+    def _part(self, latent: Tensor, sigma: float) -> Step:
+        return Step(latent, sigma, Place(0, None, 0))
+
+    def _network(self, steps: Sequence[Step], branches: Sequence[Hashable], texts: Texts) -> list[Tensor]:
+        whole = sum(step.x.shape[2] for step in steps)
+        table = self.table(steps[0].x[:, :, :1].expand(-1, -1, whole, -1, -1), 0)
+        return self.run(
+            steps, branches, texts, lambda layer, q, k, v: self.attention(rotate(q, table), rotate(k, table), v)
+        )

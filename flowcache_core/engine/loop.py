@@ -1,284 +1,231 @@
 """The loop: tick by tick, every active chunk one step further, oldest first; finished chunks are handed out."""
 
 import time
-from collections import deque
-from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Hashable, Iterator, Sequence
+from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from ..history.cache import Clean, Grown
+from ..history.snapshot import Snapshot, SnapshotDelta
 from ..report import Report
-from ..reuse.policies import Corrector
-from ..schedule import CLEAN, END, LEAD, ChunkSchedule, Place
-from ..solvers.one_step import Euler, Linear, Solver, SolverFactory, no_noise
-from ..solvers.weights import joined, weighted
-from .runner import Runner, Step, Text
-
-Denoise = Callable[[Sequence[Step]], Iterator[Tensor]]  # a tick's steps, oldest chunk first -> their guided velocities
+from ..reuse.policies import Policy, relative_change
+from ..schedule import ChunkSchedule, Given, Place
+from ..settings import Between
+from ..solvers.one_step import Euler, SolverFactory, no_noise
+from .chunk import ActiveChunk, Held
+from .forward import Forward, Step
 
 
 class Cancelled(Exception):
     """The run was cancelled by its caller."""
 
 
-class Chunk(NamedTuple):
-    """A finished chunk.
-
-    Attributes:
-        index: its number in the video; prefix chunks count.
-        latent: [B, C, T, H, W].
-    """
-
-    index: int  # type: ignore[assignment]  # hides a tuple's own index()
-    latent: Tensor
-
-
-@dataclass(frozen=True)
-class Progress:
-    """Told after every tick: ticks done and in all, the chunks that took a step, and clean chunks' number."""
-
-    tick: int
-    ticks: int
-    places: Sequence[Place]
-    clean: int
-
-
-def turns(
-    schedule: ChunkSchedule,
-    report: Report,
-    take: Callable[[int, Sequence[Place]], list[Chunk]],
-    on_progress: Callable[[Progress], None],
-) -> Iterator[Chunk]:
-    """The loop of every engine: tick by tick, timed and told.
-
-    Args:
-        take: one tick, by its number and its places; gives the chunks that are finished by it.
-    """
-    for tick, places in enumerate(schedule):
-        begun = time.perf_counter()
-        finished = take(tick, places)
-        report.seconds += time.perf_counter() - begun
-        on_progress(Progress(tick + 1, schedule.ticks, places, schedule.prefix + report.chunks_done))
-        yield from finished
-
-
-def check(cancelled: Callable[[], bool], report: Report) -> None:
+def check_cancelled(cancelled: Callable[[], bool], report: Report) -> None:
     """Raises Cancelled where the caller wants the run to end."""
     if cancelled():
         raise Cancelled(f"Cancelled after {report.chunks_done} of {report.schedule.chunks} chunks.")
 
 
-@dataclass
-class Guidance:
-    """Velocity from any number of branches: a weighted sum, classifier-free guidance being {cond: s, uncond: 1 - s}.
+class Chunk(NamedTuple):
+    """A finished chunk.
 
     Attributes:
-        runner: runs the branches, all in one batch.
-        texts: for each branch a text embedding [B, tokens, width], or one for each chunk by its index.
-        weights: for each branch its weight, or a function of the noise level that gives them.
+        number: in the video; prefix chunks count.
+        latent: [B, C, T, H, W].
     """
 
-    runner: Runner
-    texts: Mapping[Hashable, Tensor | Callable[[int], Tensor]]
-    weights: Mapping[Hashable, float] | Callable[[float], Mapping[Hashable, float]]
-    _words: dict[int, Text] = field(default_factory=dict)  # of the newest chunks
-
-    def __call__(self, steps: Sequence[Step]) -> Iterator[Tensor]:
-        names = list(self.texts)
-        asked = [step._replace(x=torch.cat([step.x] * len(names))) for step in steps] if len(names) > 1 else steps
-        texts = [self._of(step.place.chunk) for step in steps]
-        for step, velocities in zip(steps, self.runner.forward(asked, names, texts), strict=True):
-            weights = self.weights(step.sigma) if callable(self.weights) else self.weights
-            if len(names) == 1 and weights[names[0]] == 1:
-                yield velocities
-            else:
-                yield weighted(velocities.chunk(len(names)), [weights[name] for name in names])
-
-    def _of(self, chunk: int) -> Text:
-        """All branches' texts of a chunk, branch after branch, and the tensors that they came from as their name."""
-        if chunk not in self._words:
-            if len(self._words) > self.runner.schedule.max_active:
-                self._words.pop(min(self._words))
-            key = tuple(text(chunk) if callable(text) else text for text in self.texts.values())
-            self._words[chunk] = Text(joined(list(key)), key)
-        return self._words[chunk]
-
-
-def guidance(runner: Runner, positive, negative=None, scale: float = 1.0) -> Guidance:
-    """Classifier-free guidance; at scale 1 only the conditional branch is run."""
-    if negative is None or scale == 1.0:
-        return Guidance(runner, {"cond": positive}, {"cond": 1.0})
-    return Guidance(runner, {"cond": positive, "uncond": negative}, {"cond": scale, "uncond": 1.0 - scale})
-
-
-@dataclass
-class Active:
-    """What an active chunk [B, C, T, H, W] has got to, and what takes it further."""
-
+    number: int
     latent: Tensor
-    solver: Solver
-    corrector: Corrector
+
+
+@dataclass(frozen=True)
+class Progress:
+    """Told after every tick: ticks done and in all, the chunks that took a step, and how many are finished."""
+
+    tick: int
+    ticks: int
+    places: Sequence[Place]
+    finished: int
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How chunks are denoised.
+
+    Attributes:
+        sigmas: noise levels of a chunk's steps, [steps + 1], falling to 0.
+        start: gives a chunk's latent [B, C, T, H, W] at the first noise level, from its number.
+        noise: fresh unit noise for a chunk and step, for solvers that add some.
+        solver: makes a chunk's solver.
+        first_sigmas: noise levels of the first generated chunk where it takes more steps.
+        held: what is forecast, see `ActiveChunk`.
+        pinned: puts frames that are given inside a chunk into its latent, before every step.
+        recompute_last_tick: nothing is reused in the run's last tick.
+    """
+
+    sigmas: Sequence[float]
+    start: Callable[[int], Tensor]
+    noise: Callable[[int, int], Tensor] = no_noise
+    solver: SolverFactory = Euler
+    first_sigmas: Sequence[float] | None = None
+    held: Held = "velocity"
+    pinned: Callable[[int, Tensor], Tensor] = lambda chunk, latent: latent
+    recompute_last_tick: bool = False
+
+    def levels(self, chunk: int, schedule: ChunkSchedule) -> Sequence[float]:
+        """Noise levels of a chunk."""
+        return self.first_sigmas or self.sigmas if chunk == schedule.prefix else self.sigmas
 
 
 class Engine:
     """One run: a generator of finished chunks.
 
     Args:
-        runner: holds schedule, history and reuse of this run.
-        denoise: guided velocity of a chunk, `Guidance` or the host's guider.
-        sigmas: noise levels of a chunk's steps, [steps + 1], falling to 0.
-        start: gives a chunk's latent [B, C, T, H, W] at the first noise level, from its index.
-        noise: fresh unit noise for a chunk and step, for solvers that add some.
-        solver: makes a chunk's solver.
-        first_sigmas: noise levels of the first generated chunk where it takes more steps.
+        forward: runs the network, and holds the history.
+        schedule: of the run.
+        policy: when to recompute.
+        between: what stands in otherwise.
+        sampling: how chunks are denoised.
         on_progress: called after every tick.
         cancelled: asked before every forward; True ends the run with `Cancelled`.
     """
 
     def __init__(
         self,
-        runner: Runner,
-        denoise: Denoise,
-        sigmas: Sequence[float],
-        start: Callable[[int], Tensor],
-        noise: Callable[[int, int], Tensor] = no_noise,
-        solver: SolverFactory = Euler,
-        first_sigmas: Sequence[float] | None = None,
+        forward: Forward,
+        schedule: ChunkSchedule,
+        policy: Policy,
+        between: Between,
+        sampling: Sampling,
         on_progress: Callable[[Progress], None] = lambda progress: None,
         cancelled: Callable[[], bool] = lambda: False,
     ):
-        self.runner = runner
-        self.schedule = runner.schedule
-        self.denoise = denoise
-        self.sigmas = list(sigmas)
-        self.first_sigmas = list(first_sigmas or sigmas)
-        self.start = start
-        self.noise = noise
-        self.solver = solver
-        if getattr(solver, "adds_noise", False):
-            runner.hold_clean()
-        self.on_progress = on_progress
-        self.cancelled = cancelled
-        self._active: dict[int, Active] = {}
-        self._finished: list[Step] = []  # chunks whose clean keys and values go along with the next tick's
-        for chunk in {self.schedule.indices[0], self.schedule.indices[-1]}:
-            steps, levels = self.schedule.steps_of(chunk), self._sigmas(chunk)
+        self.forward, self.schedule, self.policy = forward, schedule, policy
+        self.sampling, self.on_progress, self.cancelled = sampling, on_progress, cancelled
+        self.report = forward.report
+        self.active: list[ActiveChunk] = []  # oldest first
+        self.held: Held = "clean" if getattr(sampling.solver, "adds_noise", False) else sampling.held
+        # Each clean estimate has seen another noise, so no line is put through them.
+        self.order = 0 if self.held == "clean" else between.order_for(policy, schedule.steps)
+        self.corrects = between.correct
+        for chunk in {schedule.indices[0], schedule.indices[-1]}:
+            steps, levels = schedule.steps_of(chunk), sampling.levels(chunk, schedule)
             if len(levels) != steps + 1:
                 raise ValueError(
                     f"Chunk {chunk} takes {steps} steps and needs {steps + 1} noise levels, got {len(levels)}."
                 )
 
     @torch.inference_mode()
-    def prefill(self, latent: Tensor, condition: float = 0.0) -> None:
-        """Runs given frames, so that generated chunks attend to them.
+    def give(self, chunk: int | Given, latent: Tensor, condition: float = 0.0) -> None:
+        """Runs given frames [B, C, T, H, W], so that generated chunks attend to them: a lead and whole chunks oldest
+        first, then an end, which comes after the last chunk and is seen by all.
 
         Args:
-            latent: [B, C, lead + prefix chunks * T, H, W]; the runner knows how many frames the lead has.
-            condition: noise level that they are shown at, with noise of step CLEAN mixed in (SkyReels-V2's
-                addnoise_condition, 0.02 for 20).
+            condition: noise level that they are shown at.
         """
-        lead = self.runner.given.lead
-        if lead:
-            self._show(LEAD, latent[:, :, :lead], condition)
-        for index in range(self.schedule.prefix):
-            first = lead + index * self.runner.chunk_frames
-            self._show(index, latent[:, :, first : first + self.runner.chunk_frames], condition)
-
-    @torch.inference_mode()
-    def prefill_end(self, latent: Tensor) -> None:
-        """Runs frames [B, C, T, H, W] that come after the last chunk, at their place in time; all chunks attend to
-        them.
-
-        Call it after `prefill`: an end attends to everything that is given.
-        """
-        self._show(END, latent, 0.0)
-
-    def _show(self, index: int, latent: Tensor, condition: float) -> None:
-        begun = time.perf_counter()
-        check(self.cancelled, self.runner.report)
-        if condition:
-            latent = torch.lerp(latent, self.noise(index, CLEAN)[:, :, : latent.shape[2]], condition)
-        self._store(Step(latent, condition, Place(index, CLEAN, 0)))
-        self.runner.report.seconds += time.perf_counter() - begun
+        with self._timed():
+            check_cancelled(self.cancelled, self.report)
+            self.forward.give(chunk, latent, condition)
 
     def run(self) -> Iterator[Chunk]:
         """Generates the schedule's chunks, oldest first."""
-        return turns(self.schedule, self.runner.report, self._tick, self.on_progress)
-
-    def save(self) -> dict[Hashable, Clean]:
-        """The clean history of every branch, on the CPU, with all chunks that were handed out."""
-        self._settle()
-        return self.runner.save()
-
-    def save_new(self, anew: bool) -> Callable[[], Grown]:
-        """Begins to copy what that history has grown by since the last call or since it was loaded; `anew`: all of it.
-        Call what it gives for the copies."""
-        self._settle()
-        return self.runner.save_new(anew)
+        for tick, places in enumerate(self.schedule):
+            with self._timed():
+                finished = self._tick(tick, places)
+            done = self.schedule.prefix + self.report.chunks_done
+            self.on_progress(Progress(tick + 1, self.schedule.ticks, places, done))
+            yield from finished
 
     @torch.inference_mode()
-    def _settle(self) -> None:
-        begun = time.perf_counter()
-        self._store_finished()
-        self.runner.report.seconds += time.perf_counter() - begun
+    def save(self) -> dict[Hashable, Snapshot]:
+        """Copies the clean history of every branch to the CPU, with all chunks that were handed out."""
+        with self._timed():
+            self.forward.settle()
+        return self.forward.save()
 
-    def _store_finished(self) -> None:
-        for step in self._finished:
-            self._store(step)
-        self._finished.clear()
-
-    def _store(self, step: Step) -> None:
-        """The pass that stores keys and values of frames that are not denoised any further."""
-        deque(self.denoise([step]), maxlen=0)
-        self.runner.commit(step.place.chunk)
+    @torch.inference_mode()
+    def begin_delta(self, full: bool) -> Callable[[], SnapshotDelta]:
+        """Begins to copy what that history has grown by since the last call or since it was loaded; `full`: all of it.
+        Call what it gives for the copies."""
+        with self._timed():
+            return self.forward.begin_delta(full)
 
     @torch.inference_mode()
     def _tick(self, tick: int, places: Sequence[Place]) -> list[Chunk]:
-        active = self._active
-        for place in places:
-            if place.step == 0:
-                solver = self.solver(self._sigmas(place.chunk), self._noise_of(place.chunk))
-                active[place.chunk] = Active(self.start(place.chunk), solver, Corrector(self.runner.order))
-        steps = [Step(active[place.chunk].latent, self._sigmas(place.chunk)[place.step], place) for place in places]
-        self.runner.plan(steps)
-        stored, self._finished = self._finished, []
-        check(self.cancelled, self.runner.report)
-        for step, velocity in zip([*stored, *steps], self.denoise([*stored, *steps]), strict=True):
-            if step.place.step != CLEAN:
-                self._move(active[step.place.chunk], velocity, step.place)
-            check(self.cancelled, self.runner.report)
-        # After all steps of the tick: active chunks' slots lie behind one another.
-        for step in stored:
-            self.runner.commit(step.place.chunk)
-        chunks = [self._finish(place) for place in places if place.step == self.schedule.steps_of(place.chunk) - 1]
-        if not active or self.runner.settings.history.budget is not None:
-            self._store_finished()  # nothing goes along with them next, or the history may be cut before that
-        self.runner.report.history.append((tick, self.runner.history_bytes_used))
-        return chunks
+        check_cancelled(self.cancelled, self.report)
+        self.active += [
+            self._begin(place.chunk) for place in places if place.step == 0 and isinstance(place.chunk, int)
+        ]
+        for chunk in self.active:
+            chunk.latent = self.sampling.pinned(chunk.index, chunk.latent)
+        steps = [Step(chunk.latent, chunk.sigma, place) for chunk, place in zip(self.active, places, strict=True)]
+        steps = [step._replace(recompute=again) for step, again in zip(steps, self._decide(steps), strict=True)]
+        asked = [step for step in steps if step.recompute or self.forward.holds_residual]
+        answers = iter(self.forward.velocities(asked) if asked else [])
+        for chunk, step in zip(self.active, steps, strict=True):
+            if step.recompute or self.forward.holds_residual:
+                value, chunk.branches, recomputed = next(answers)
+                chunk.advance(value, recomputed)
+            else:
+                recomputed = False
+                chunk.advance(None)
+            self.report.record(chunk.index, chunk.branches, recomputed)
+        finished = [chunk for chunk in self.active if chunk.finished]
+        self.active = [chunk for chunk in self.active if not chunk.finished]
+        for chunk in finished:
+            self.forward.finish(chunk.index, self.sampling.pinned(chunk.index, chunk.latent))
+            self.report.chunks_done += 1
+        self.report.history.append((tick, self.forward.history_bytes[0]))
+        return [Chunk(chunk.index, chunk.latent) for chunk in finished]
 
-    def _finish(self, place: Place) -> Chunk:
-        latent = self._active.pop(place.chunk).latent
-        if self.runner.settings.clean_pass:
-            self._finished.append(Step(latent, 0.0, Place(place.chunk, CLEAN, place.tick)))
+    def _begin(self, index: int) -> ActiveChunk:
+        sampling, levels = self.sampling, self.sampling.levels(index, self.schedule)
+        solver = sampling.solver(levels, lambda step: sampling.noise(index, step))
+        return ActiveChunk(index, sampling.start(index), levels, solver, self.order, self.held, self.corrects)
+
+    def _decide(self, steps: Sequence[Step]) -> list[bool]:
+        """Says for each active chunk whether its step is recomputed."""
+        if self.policy.watches:
+            self._watch(steps)
+        wanted = self.policy.decide(self.active)
+        last = self.sampling.recompute_last_tick and steps[0].place.tick == self.schedule.ticks - 1
+        decided = []
+        for number, (chunk, step, again) in enumerate(zip(self.active, steps, wanted, strict=True)):
+            mixed_anew = chunk.mixed_anew(self.forward.mix(step, oldest=number == 0))
+            decided.append(again or mixed_anew or last)
+        return decided
+
+    def _watch(self, steps: Sequence[Step]) -> None:
+        """Measures how much each chunk's signal has changed since its last step, with one read-back from the device."""
+        signals = self.forward.signals(steps)
+        known = [
+            (chunk, signal, chunk.signal)
+            for chunk, signal in zip(self.active, signals, strict=True)
+            if chunk.signal is not None
+        ]
+        now, before = [signal for _, signal, _ in known], [signal for _, _, signal in known]
+        if self.policy.whole_window and known:
+            (change,) = relative_change(*([torch.cat([part.flatten() for part in parts])] for parts in (now, before)))
+            changes = dict.fromkeys((chunk.index for chunk in self.active), change)
         else:
-            self.runner.commit(place.chunk)
-        self.runner.report.chunks_done += 1
-        return Chunk(place.chunk, latent)
+            changes = dict(zip((chunk.index for chunk, *_ in known), relative_change(now, before), strict=True))
+        for chunk, signal in zip(self.active, signals, strict=True):
+            chunk.change, chunk.signal = changes.get(chunk.index), signal
 
-    def _move(self, chunk: Active, velocity: Tensor, place: Place) -> None:
-        recomputed, solver = self.runner.recomputed[place.chunk], chunk.solver
-        if not (self.runner.corrects and isinstance(solver, Linear)):
-            chunk.latent = solver.step(chunk.latent, velocity, place.step)
-            return
-        if recomputed:
-            chunk.latent = chunk.corrector.step(chunk.latent, solver, velocity, place.step)
-        chunk.latent = solver.step(chunk.latent, velocity, place.step, coasting=not recomputed)
+    def _timed(self) -> "Stopwatch":
+        return Stopwatch(self.report)
 
-    def _sigmas(self, chunk: int) -> list[float]:
-        return self.first_sigmas if chunk == self.schedule.prefix else self.sigmas
 
-    def _noise_of(self, chunk: int) -> Callable[[int], Tensor]:
-        return lambda step: self.noise(chunk, step)
+class Stopwatch:
+    """Adds the time of its block to a report."""
+
+    def __init__(self, report: Report):
+        self.report = report
+
+    def __enter__(self) -> None:
+        self.begun = time.perf_counter()
+
+    def __exit__(self, *error) -> None:
+        self.report.seconds += time.perf_counter() - self.begun

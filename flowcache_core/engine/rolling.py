@@ -4,52 +4,58 @@ bounded history of clean chunks: the first one (sink) and the newest ones.
 Source: RollingForcing, pipeline/rolling_forcing_inference.py and wan/modules/causal_model.py.
 """
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
-from typing import Protocol
+from collections.abc import Hashable, Sequence
+from functools import partial
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
-from ..history.settings import HistoryShape
-from ..models.rotary import rotate
-from ..models.wan import Attention, WanBackbone
-from ..schedule import Place
-from .joint import JointEngine
-from .loop import Chunk
+from ..errors import UserError
+from ..history.positions import rotate
+from ..report import Report
+from ..schedule import ChunkSchedule, Given, Place
+from .forward import Step, Velocity
+from .guidance import Guidance, Texts
+from .joint import AttendLayer, WindowForward
+
+SPAN = 21  # frames that a query may attend to in all, its own window included
 
 
-def rolling_bytes(shape: HistoryShape, itemsize: int, span: int = 21) -> int:
-    """What `RollingHistory` grows to in a run of shape.capacity chunks: keys and values of the sink and the newest
-    ones."""
-    others = span // shape.chunk_frames - 1
-    kept = 1 + min(others, shape.capacity)
-    return 2 * shape.layers * shape.batch * shape.heads * shape.head_dim * itemsize * shape.chunk_tokens * kept
+def rolling_bytes(backbone, schedule: ChunkSchedule, chunk: Sequence[int], itemsize: int, span: int = SPAN) -> int:
+    """Works out what the history of one branch grows to: keys and values of the sink and of the newest chunks.
+
+    Args:
+        chunk: shape of a chunk, [B, C, T, H, W].
+        itemsize: bytes of a number.
+    """
+    rows, columns = backbone.grid(*chunk[3:])
+    kept = 1 + min(span // chunk[2] - 1, schedule.total_chunks)
+    sizes = backbone.sizes
+    return 2 * sizes.layers * chunk[0] * sizes.kv_heads * sizes.head_dim * itemsize * chunk[2] * rows * columns * kept
 
 
-@dataclass
 class RollingHistory:
     """Keys and values of clean chunks, for one branch.
 
-    Attributes:
+    Args:
+        layers: of the network.
         chunk_frames: frames of a chunk; the sink is the first chunk.
-        span: frames that a query may attend to in all, its own window included.
+        span: frames that a query may attend to in all.
     """
 
-    chunk_frames: int = 3
-    span: int = 21
-    # By layer: keys that are not rotated and values of the sink; rotated keys and values of the others, oldest first.
-    sink: dict[int, tuple[Tensor, Tensor]] = field(default_factory=dict)
-    recent: dict[int, list[tuple[Tensor, Tensor]]] = field(default_factory=dict)
+    def __init__(self, layers: int, chunk_frames: int, span: int = SPAN):
+        self.chunk_frames, self.span = chunk_frames, span
+        # By layer: keys that are not rotated and values of the sink; rotated keys and values of the others, oldest first.
+        self.sink: list[tuple[Tensor, Tensor] | None] = [None] * layers
+        self.recent: list[list[tuple[Tensor, Tensor]]] = [[] for _ in range(layers)]
 
     @property
     def bytes(self) -> int:
-        pairs = [*self.sink.values(), *(pair for chunks in self.recent.values() for pair in chunks)]
+        pairs = [*(pair for pair in self.sink if pair), *(pair for chunks in self.recent for pair in chunks)]
         return sum(keys.nbytes + values.nbytes for keys, values in pairs)
 
     def before_window(self, layer: int, first: int, frames: int) -> tuple[list[tuple[Tensor, Tensor]], int]:
-        """What a window of active chunks sees: the newest clean chunks that fit beside the sink and itself.
+        """Finds what a window of active chunks sees: the newest clean chunks that fit beside the sink and itself.
 
         Returns:
             Their keys and values, and the frame number that the sink is placed at, right before them.
@@ -59,105 +65,81 @@ class RollingHistory:
         seen = self.recent[layer][-count:] if count > 0 else []
         return seen, first - self.chunk_frames * (len(seen) + 1)
 
-    def before_clean(self, layer: int) -> list[tuple[Tensor, Tensor]]:
-        """What a clean chunk sees: as many of the chunks before it as the span allows, with no sink beside them."""
-        return self.recent.setdefault(layer, [])
-
     def add(self, layer: int, unrotated: Tensor, keys: Tensor, values: Tensor) -> None:
-        if layer not in self.sink:
-            self.sink[layer] = (unrotated, values)
+        """Takes a clean chunk, and drops the oldest one that no later chunk sees."""
+        self.sink[layer] = self.sink[layer] or (unrotated, values)
         others = self.span // self.chunk_frames - 1  # beside the chunk that looks at them
         self.recent[layer] = [*self.recent[layer], (keys, values)][-others:]
 
 
-@dataclass
-class RollingDenoise:
-    """Velocity of the active chunks over a history, and the clean pass that feeds the history.
+class RollingForward(WindowForward):
+    """The forwards of one run. Lag 1: at every tick the oldest active chunk becomes clean. Memory does not grow with the
+    length of the video.
 
-    Attributes:
-        backbone: runs the window.
-        text: text embedding [B, tokens, width].
-        history: of this run.
-        attention: used over the window and the history.
+    Args:
+        backbone, guidance, report, attention, check: as for `CausalForward`.
+        chunk_frames: latent frames of a chunk.
     """
 
-    backbone: WanBackbone
-    text: Tensor
-    history: RollingHistory
-    attention: Attention = F.scaled_dot_product_attention
+    def __init__(self, backbone, guidance: Guidance, report: Report, chunk_frames: int, **more):
+        super().__init__(backbone, guidance, report, **more)
+        self.chunk_frames = chunk_frames
+        self.histories: dict[Hashable, RollingHistory] = {}
 
-    def __post_init__(self):
-        self.context = self.backbone.context(self.text)
+    def give(self, chunk: int | Given, latent: Tensor, condition: float) -> None:
+        """Refuses given frames."""
+        raise UserError("Rolling Forcing takes no given frames; leave prefix and end away.")
 
-    def __call__(self, x: Tensor, levels: Tensor, first: int) -> Tensor:
-        table = self._table(x, first)
+    def velocities(self, steps: Sequence[Step]) -> list[Velocity]:
+        """Runs all active chunks."""
+        values, branches = self.guided(steps, self._network)
+        return [Velocity(value, branches) for value in values]
+
+    def finish(self, chunk: int, latent: Tensor) -> None:
+        """Runs a finished chunk at noise level 0 and keeps its keys and values."""
+        _, branches = self.guided([Step(latent, 0.0, Place(chunk, None, 0))], self._network)
+        self.report.clean_passes += len(branches)
+
+    @property
+    def history_bytes(self) -> tuple[int, int]:
+        """Bytes of history; all of it is in use."""
+        total = sum(history.bytes for history in self.histories.values())
+        return total, total
+
+    def _network(self, steps: Sequence[Step], branches: Sequence[Hashable], texts: Texts) -> list[Tensor]:
+        chunk, whole = steps[0].place.chunk, sum(step.x.shape[2] for step in steps)
+        assert isinstance(chunk, int)
+        first, rows = chunk * self.chunk_frames, steps[0].x.shape[0] // len(branches)
+        histories = [self._history_of(name) for name in branches]
+        x = steps[0].x
+        window = partial(self._attend_clean if steps[0].place.is_clean_pass else self._attend, first, whole, x)
 
         def attend(layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-            q, k = rotate(q, table), rotate(k, table)
-            if first > 0:
-                seen, place = self.history.before_window(layer, first, x.shape[2])
-                sink, sink_values = self.history.sink[layer]
-                sink = rotate(sink, self._table(x[:, :, : self.history.chunk_frames], place))
-                k = torch.cat([sink, *(keys for keys, _ in seen), k], dim=2)
-                v = torch.cat([sink_values, *(values for _, values in seen), v], dim=2)
-            return self.attention(q, k, v)
+            parts = zip(histories, q.split(rows), k.split(rows), v.split(rows), strict=True)
+            return torch.cat([window(history, layer, *qkv) for history, *qkv in parts])
 
-        return self._run(x, levels, attend)
+        whole_attend: AttendLayer = attend
+        return self.run(steps, branches, texts, whole_attend)
 
-    def clean(self, x: Tensor, first: int) -> None:
-        """Runs a finished chunk [B, C, T, H, W] at noise level 0 and keeps its keys and values."""
-        table = self._table(x, first)
+    def _attend(self, first: int, frames: int, x: Tensor, history: RollingHistory, layer: int, q, k, v) -> Tensor:
+        table = self.table(x[:, :, :1].expand(-1, -1, frames, -1, -1), first)
+        q, k = rotate(q, table), rotate(k, table)
+        sink = history.sink[layer]
+        if first > 0 and sink is not None:
+            seen, place = history.before_window(layer, first, frames)
+            turned = rotate(sink[0], self.table(x[:, :, : self.chunk_frames], place))
+            k = torch.cat([turned, *(keys for keys, _ in seen), k], dim=2)
+            v = torch.cat([sink[1], *(values for _, values in seen), v], dim=2)
+        return self.attention(q, k, v)
 
-        def attend(layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-            q, rotated = rotate(q, table), rotate(k, table)
-            seen = self.history.before_clean(layer)
-            self.history.add(layer, k, rotated, v)
-            keys = torch.cat([*(keys for keys, _ in seen), rotated], dim=2)
-            return self.attention(q, keys, torch.cat([*(values for _, values in seen), v], dim=2))
+    def _attend_clean(self, first: int, frames: int, x: Tensor, history: RollingHistory, layer: int, q, k, v) -> Tensor:
+        """A clean chunk sees as many of the chunks before it as the span allows, with no sink beside them."""
+        table = self.table(x, first)
+        q, rotated = rotate(q, table), rotate(k, table)
+        seen = list(history.recent[layer])
+        history.add(layer, k, rotated, v)
+        keys = torch.cat([*(keys for keys, _ in seen), rotated], dim=2)
+        return self.attention(q, keys, torch.cat([*(values for _, values in seen), v], dim=2))
 
-        self._run(x, torch.zeros(x.shape[2], device=x.device), attend)
-
-    def _table(self, x: Tensor, first: int) -> Tensor:
-        frames = torch.arange(first, first + x.shape[2], device=x.device)
-        return self.backbone.rotary.table(frames, *self.backbone.grid(*x.shape[-2:]))
-
-    def _run(self, x: Tensor, levels: Tensor, attend) -> Tensor:
-        levels = levels.expand(x.shape[0], -1)
-        return self.backbone.head(x, levels, self.backbone.trunk(x, levels, self.context, attend))
-
-
-class CleaningDenoise(Protocol):
-    """What a `RollingEngine` calls: a `RollingDenoise`, or the host's guider over one."""
-
-    def __call__(self, x: Tensor, levels: Tensor, first: int) -> Tensor: ...
-
-    def clean(self, x: Tensor, first: int) -> None: ...
-
-
-@dataclass
-class RollingEngine(JointEngine):
-    """One run: a generator of finished chunks. Lag 1: at every tick the oldest active chunk becomes clean.
-
-    Memory does not grow with the length of the video.
-    """
-
-    denoise: CleaningDenoise
-
-    def _begin(self, places: Sequence[Place]) -> None:
-        for place in places:
-            if place.step == 0:
-                self.latents[place.chunk] = self.start(place.chunk)
-
-    def _chunks(self, steps: Mapping[int, int]) -> Sequence[int]:
-        return list(steps)
-
-    def _first_frame(self, places: Sequence[Place]) -> int:
-        chunk = places[0].chunk
-        return chunk * self.latents[chunk].shape[2]
-
-    def _finish(self, chunk: int) -> Chunk:
-        x = self.latents.pop(chunk)
-        del self.solvers[chunk]
-        self.denoise.clean(x, chunk * x.shape[2])
-        self.report.chunks_done += 1
-        return Chunk(chunk, x)
+    def _history_of(self, branch: Hashable) -> RollingHistory:
+        return self.histories.setdefault(branch, RollingHistory(self.backbone.layers, self.chunk_frames))

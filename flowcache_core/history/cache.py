@@ -2,15 +2,18 @@
 
 Each layer has a buffer for keys and one for values, laid out as
 
-    [ given end | given lead | clean tokens, in time order | active chunk | next active chunk | ... ]
+    [ given end | given lead | clean tokens, in time order | chunk | next chunk | ... ]
 
 Given frames that fill no chunk (a start image, an end image) stay whatever the budget is. An end is clean from the
 start and stands at its own place in time, behind everything else.
 
-A chunk writes its keys and values into its slot and attends to everything before the slot's end: the clean history,
-the active chunks before it and itself. That is one stretch of memory, so attention needs neither a mask nor a copy. A
-finished chunk becomes clean by moving a boundary. When the next chunk needs room, the clean tokens are cut to the
-budget; the tokens that stay may differ from head to head.
+The chunks of a forward have slots behind the clean tokens. A chunk writes its keys and values into its slot and attends
+to everything before the slot's end: the clean history, the older chunks of the forward and itself. That is one piece of
+memory, so attention needs neither a mask nor a copy. A finished chunk becomes clean by moving a boundary; when another
+one begins and the clean tokens are over budget, they are cut, and which ones stay may differ from head to head.
+
+Where the plan says so, slots lie in one scratch that all layers share: `open_layer` reads a layer's clean tokens into
+it, and `close_layer` takes out what has become clean, and cuts the layer at once where it is full.
 
 Where the device runs out of memory, the front of the buffers moves to system memory, a chunk at a time. All computing
 stays on the device, so that the result is the same to the bit; token numbers and queries, which are small, stay there.
@@ -24,424 +27,463 @@ import torch
 from torch import Tensor
 
 from ..errors import UserError
-from ..models.rotary import rotate
-from ..schedule import END, LEAD
-from .chunk_view import ChunkView
-from .compression import TILE_BYTES
-from .offload import OUT_OF_MEMORY, SYSTEM, Stretch, runs_out, spared
-from .settings import HistorySettings, HistoryShape
-from .snapshot import Clean, Grown, choose_tokens, cut_to, gather
+from ..schedule import Given
+from ..settings import HistorySettings
+from .compression import asking_queries
+from .eviction import evict
+from .offload import OUT_OF_MEMORY, OffloadableBuffer, retry_on_oom, runs_out_of_memory
+from .plan import MemoryPlan
+from .positions import Positions, RotaryTable, rotate
+from .snapshot import Snapshot, SnapshotDelta, cut_to
 from .streams import AT_ONCE, Pending, SideStream
+
+Attention = Callable[[Tensor, Tensor, Tensor], Tensor]  # q, k, v [B, heads, tokens, D] -> q's shape
+Chunk = int | Given
 
 
 class Layer(NamedTuple):
-    """What one layer keeps of every token: key, value, and the part of the key that time rotates, before it was."""
+    """Keys and values that one layer stores; where positions are relative, keys without their turn in time."""
 
-    keys: Stretch
-    values: Stretch
-    unrotated: Stretch | None
-
-    @property
-    def parts(self) -> list[Stretch]:
-        return [part for part in self if part is not None]
-
-
-class Cut(NamedTuple):
-    """A piece of work that is left of a cut: some heads of a layer, and the query heads that share them."""
-
-    layer: int
-    heads: slice
-    query_heads: slice
+    keys: OffloadableBuffer
+    values: OffloadableBuffer
 
 
 class History:
     """Keys and values of one branch.
 
     Args:
-        shape: sizes.
-        rotary: gives the rotary table of a run of frames.
-        settings: budget, compression, positions.
-        dtype, device: of the keys; whatever the chunk has.
-        side: takes copies to and from system memory.
+        plan: sizes.
+        rotary: of the network.
+        settings: budget, compression, where it lives.
+        dtype, device: of the keys.
+        keeps_slots: chunks keep their slots, and what is written there, from tick to tick.
+        stream: takes copies to and from system memory.
     """
 
     def __init__(
         self,
-        shape: HistoryShape,
-        rotary,
+        plan: MemoryPlan,
+        rotary: RotaryTable,
         settings: HistorySettings,
         dtype: torch.dtype,
         device: torch.device,
-        side: SideStream = AT_ONCE,
+        keeps_slots: bool = True,
+        stream: SideStream = AT_ONCE,
     ):
-        self.shape = shape
-        self.rotary = rotary
-        self.settings = settings
-        self.device = device  # that computes
-        self.side = side
-        self.dtype = dtype
-        self.time_dims = rotary.parts[0] if settings.relative else 0
+        network = plan.network
+        self.plan, self.settings = plan, settings
+        self.dtype, self.device = dtype, device
+        self.keeps_slots, self.stream = keeps_slots, stream
+        self.positions = Positions(plan, rotary, device)
+        rows = (plan.batch, network.kv_heads)
         # Number of each token in the whole video: frame x tokens a frame + place in the frame.
-        self.tokens = torch.zeros(
-            shape.layers, shape.batch, shape.heads, shape.tokens, dtype=torch.int32, device=device
-        )
+        self.tokens = torch.zeros(network.layers, *rows, plan.layer_tokens, dtype=torch.int32, device=device)
+        self.queries: Tensor | None = None  # [layers, B, heads, Q, D] of the chunk that asks at the next cut
+        if plan.asking:
+            size = (network.layers, plan.batch, network.heads, plan.asking, network.head_dim)
+            self.queries = torch.zeros(size, dtype=dtype, device=device)
+        self.asked = False  # whether they are there yet
+        self.scratch: Layer | None = None
+        if plan.needs_scratch:
+            self.scratch = self._scratch()
         self.layers: list[Layer] = []
-        for chunks in range(0 if settings.memory == "auto" else shape.capacity, shape.capacity + 1):
-            if not runs_out(partial(self._allocate, chunks)):
+        most = plan.clean_chunks + (plan.slots if plan.kind == "stored" else 0)
+        for chunks in range(0 if settings.memory == "auto" else most, most + 1):
+            if not runs_out_of_memory(partial(self._allocate, chunks)):
                 break
-        self.queries: list[Tensor] = []  # a layer: of the chunk that asks at the next compression
-        self._tables: dict[int, Tensor] = {}  # rotary table of each active chunk
-        self._saving: Pending = Pending(None)  # a copy of clean tokens that may not be finished
-        self._cuts: list[Cut] = []  # that a cut which ran out of memory has left to do
-        self.clean = shape.end_tokens  # tokens, those of the end included
+        self.clean = plan.end_tokens  # tokens, those of the end included
         self.has_end = False  # whether the end's tokens are there yet
-        self.active: list[int] = []  # chunk numbers, oldest first, each with a slot behind the clean tokens
-        self.shift = 0  # frames by which positions are moved towards zero
-        self.taken = 0  # tokens at the front that are loaded or that `grown` has given out; 0 once one is dropped
+        self.slots: list[Chunk] = []  # chunks behind the clean tokens, oldest first
+        self.storing: list[Chunk] = []  # those of them that become clean with the forward that goes on
+        self.saved = 0  # tokens at the front that are loaded or that `begin_delta` gave out; 0 once one is dropped
+        self.captured: list[tuple[Tensor, Tensor]] | None = None  # see `capture`
+        self._open: Layer | None = None  # the layer that is attended to
+        self._unturned: dict[Chunk, Tensor] = {}  # keys of chunks that become clean, without their turn in time
+        self._saving: Pending = Pending(None)  # a copy of clean tokens that may not be finished
+        self._cut: list[int] = []  # layers that a cut has left to do
 
     def _allocate(self, chunks_moved: int) -> None:
-        shape = self.shape
+        network, plan = self.plan.network, self.plan
         moved = [self._front(count + 1) - self._front(count) for count in range(chunks_moved)]
-        if not self.side.overlaps:  # memory to copy from beside other work comes in powers of two, hence the pieces
+        if not self.stream.overlaps:  # memory to copy from beside other work comes in powers of two, hence the pieces
             moved = [self._front(chunks_moved)] if chunks_moved else []
+        size = (plan.batch, network.kv_heads, plan.layer_tokens, network.head_dim)
 
-        def stretch(width: int) -> Stretch:
-            size = (shape.batch, shape.heads, shape.tokens, width)
-            return Stretch.empty(size, moved, self.dtype, self.device, self.side)
+        def buffer() -> OffloadableBuffer:
+            return OffloadableBuffer.empty(size, moved, self.dtype, self.device, self.stream)
 
         self.layers = []
-        for _ in range(shape.layers):
-            unrotated = stretch(self.time_dims) if self.time_dims else None
-            self.layers.append(Layer(stretch(shape.head_dim), stretch(shape.head_dim), unrotated))
+        for _ in range(network.layers):
+            self.layers.append(Layer(buffer(), buffer()))
+
+    def _scratch(self) -> Layer:
+        plan = self.plan
+        size = (plan.batch, plan.network.kv_heads, plan.clean_tokens + plan.slot_tokens, plan.network.head_dim)
+        keys, values = (torch.empty(size, dtype=self.dtype, device=self.device) for _ in range(2))
+        return Layer(OffloadableBuffer(keys), OffloadableBuffer(values))
 
     def _front(self, chunks: int) -> int:
         """Tokens of so many chunks at the front, and of the given frames before them."""
-        return self.shape.given_tokens + chunks * self.shape.chunk_tokens if chunks else 0
+        return self.plan.given_tokens + chunks * self.plan.chunk_tokens if chunks else 0
 
-    def move_chunk(self) -> None:
-        """Makes room on the device that computes: the oldest chunk there moves to system memory."""
-        self._saving.on_host()  # or what it copies would not be free
-        count = self._front(self._chunks_away() + 1) - self._front(self._chunks_away())
-        for layer in self.layers:
-            for part in layer.parts:
-                part.move(count)
-        self.queries = [query.to(self.queries_at) for query in self.queries]
+    def arrange(self, chunks: Sequence[Chunk], storing: Sequence[Chunk] = ()) -> None:
+        """Gives the chunks of a forward their slots.
 
-    def _chunks_away(self) -> int:
-        """Chunks in system memory, of the layer that has most there."""
-        tokens = max(part.tokens_moved for layer in self.layers for part in layer.parts)
-        return max(0, tokens - self.shape.given_tokens) // self.shape.chunk_tokens
-
-    def fetch_after(self, layer: int) -> None:
-        """Begins to bring back what the next layer keeps in system memory, while this one computes.
-
-        Where a lack of memory has moved everything, there is none to spare for that.
+        Args:
+            chunks: of the forward, oldest first.
+            storing: those of them that become clean with it.
         """
-        if not self.side.overlaps or not self.layers[layer].keys.moved:
+        self._saving.on_device()
+        self._saving = Pending(None)
+        self.storing = list(storing)
+        numbered = [chunk for chunk in chunks if chunk is not Given.END]
+        if self.keeps_slots:
+            new = [chunk for chunk in numbered if chunk not in self.slots]
+            if new and self.plan.kind == "stored" and self.clean > self.plan.clean_tokens:
+                self._cut_stored()
+            self.slots += new
+        else:
+            self.slots = numbered
+        for chunk in chunks:
+            after = (
+                self._frames_done() if chunk is Given.END else self.plan.first_frame(chunk) + self.plan.frames_of(chunk)
+            )
+            self.positions.reach(after)
+            if chunk is Given.END or self.plan.kind == "stored":
+                start, end = self.slot(chunk)
+                self.tokens[:, :, :, start:end] = self._numbers(chunk)
+
+    def slot(self, chunk: Chunk) -> tuple[int, int]:
+        """First token and end of a chunk's slot."""
+        if chunk is Given.END:
+            return 0, self.plan.end_tokens
+        before = self.slots[: self.slots.index(chunk)]
+        start = self.clean + sum(self.plan.tokens_of(other) for other in before)
+        return start, start + self.plan.tokens_of(chunk)
+
+    def open_layer(self, layer: int) -> None:
+        """Makes a layer ready to be attended to; read once a forward, where it has to be read at all."""
+        stored = self.layers[layer]
+        if self.scratch is None and not stored.keys.moved:
+            self._open = stored
             return
-        if self.on_device or self.settings.memory == "system":
-            before, after = self.layers[layer - 1], self.layers[(layer + 1) % len(self.layers)]
-            after.keys.fetch(self.clean, before.keys)
-            after.values.fetch(self.clean, before.values)
+        self.scratch = self.scratch or self._scratch()
+        filled = self.clean + (self._slot_tokens if self.plan.kind == "stored" and self.keeps_slots else 0)
+        keys, values = (part.here[:, :, :filled] for part in self.scratch)
+        if self.positions.relative:
+            turned = self.positions.turn(
+                stored.keys.read(0, filled), self.tokens[layer, :, :, :filled], self.plan.end_tokens
+            )
+            keys.copy_(turned)
+        else:
+            stored.keys.copy_to(keys, 0)
+        stored.values.copy_to(values, 0)
+        self._open = self.scratch
+        self._fetch_after(layer)
+
+    def attend(
+        self,
+        layer: int,
+        chunk: Chunk,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        attention: Attention,
+        visible: int | None = None,
+        asks: bool = False,
+    ) -> Tensor:
+        """Stores a chunk's keys and values in the open layer and attends.
+
+        Args:
+            chunk: one that `arrange` gave a slot.
+            q, k, v: [B, heads, tokens, D], not rotated.
+            visible: how many of the chunks before it may be seen; None for all. Needs an uncut history.
+            asks: whether its queries are kept for the next cut.
+
+        Returns:
+            Attended values of q's shape.
+        """
+        assert self._open is not None
+        keys, values = (part.here for part in self._open)
+        start, end = self.slot(chunk)
+        table = self.positions.table(chunk)
+        q = rotate(q, table)
+        keys[:, :, start:end] = rotate(k, table)
+        values[:, :, start:end] = v
+        self._store(layer, chunk, k, v, start)
+        if asks and self.queries is not None:
+            self._keep_queries(layer, q)
+        if self.captured is not None:
+            self.captured.append((rotate(k, self.positions.absolute_table(chunk)).cpu(), v.cpu()))
+        if chunk is Given.END:
+            first, end = 0, self.clean
+        else:
+            first = 0 if self.has_end and self.positions.sees_end(chunk) else self.plan.end_tokens
+            if visible is not None:
+                first = max(first, start - visible * self.plan.chunk_tokens)
+        return attention(q, keys[:, :, first:end], values[:, :, first:end])
+
+    def _store(self, layer: int, chunk: Chunk, k: Tensor, v: Tensor, start: int) -> None:
+        """Keeps what a later forward needs, where the slot lies in the scratch."""
+        stays = chunk in self.storing or (self.keeps_slots and self.captured is None)
+        if self._open is self.layers[layer] or not stays:
+            return
+        keys = rotate(k, self.positions.still_table(chunk) if self.positions.relative else self.positions.table(chunk))
+        if self.plan.kind == "stored" or chunk is Given.END:
+            self.layers[layer].keys.write(start, keys)
+            self.layers[layer].values.write(start, v)
+        elif self.positions.relative:
+            self._unturned[chunk] = keys
+
+    def _keep_queries(self, layer: int, q: Tensor) -> None:
+        picked = q[:, :, asking_queries(self.settings.compression, q.shape[2])]
+        if self.queries is None or self.queries.shape[3] != picked.shape[2]:  # those of a state were fewer or more
+            self.queries = picked.new_zeros(self.plan.network.layers, *picked.shape)
+        self.queries[layer] = picked
+        self.asked = True
+
+    def close_layer(self, layer: int) -> None:
+        """Takes what becomes clean with this forward out of the shared scratch, and cuts a layer that is full."""
+        if self.plan.kind == "stored" or not self.storing or self.captured is not None:
+            return
+        assert self._open is not None
+        chunks = [chunk for chunk in self.storing if chunk is not Given.END]
+        end = self.clean + sum(self.plan.tokens_of(chunk) for chunk in chunks)
+        keys, values = (part.here[:, :, self.clean : end] for part in self._open)
+        if self.positions.relative:
+            keys = torch.cat([self._unturned[chunk] for chunk in chunks], dim=2)
+        numbers = torch.cat([self._numbers(chunk) for chunk in chunks]).expand(*keys.shape[:2], -1)
+        if end <= self.plan.clean_tokens:
+            self._write(layer, self.clean, keys, values, numbers)
+            return
+        given = self.plan.given_tokens
+        seen = self._open.keys.here[:, :, given:end]
+        stored = self.layers[layer].keys.read(given, self.clean) if self.positions.relative else seen
+        old = torch.cat([stored, keys], dim=2) if self.positions.relative else seen
+        whole = self._open.values.here[:, :, given:end]
+        tokens = torch.cat([self.tokens[layer, :, :, given : self.clean], numbers], dim=2)
+        self._write(layer, given, *self._evicted(layer, seen, [old, whole, tokens]))
+
+    def commit(self) -> None:
+        """Ends a forward: what it was told to store is clean from now on."""
+        chunks, self.storing = self.storing, []
+        self._unturned.clear()
+        if Given.END in chunks:
+            self.has_end = True
+            chunks.remove(Given.END)
+        for chunk in chunks:
+            if not self.slots or self.slots[0] != chunk:
+                raise RuntimeError(f"Chunk {chunk} cannot become clean: the slots are those of {self.slots}.")
+            self.slots.pop(0)
+            self.clean += self.plan.tokens_of(chunk)
+        if self.plan.kind == "shared":
+            if self.clean > self.plan.clean_tokens:
+                self.clean, self.saved = self.plan.clean_tokens, 0
+
+    def _cut_stored(self) -> None:
+        """Cuts every layer to the budget and moves the slots up behind the clean tokens.
+
+        Should it end for want of memory, it goes on where it was when it is called again.
+        """
+        self._cut = self._cut or list(range(len(self.layers)))
+        while self._cut:
+            retry_on_oom(partial(self._cut_layer, self._cut[0]), [self])
+            self._cut.pop(0)
+        self.clean, self.saved = self.plan.clean_tokens, 0
+
+    def _cut_layer(self, layer: int) -> None:
+        given, filled = self.plan.given_tokens, self.clean + self._slot_tokens
+        parts = [*self.layers[layer], OffloadableBuffer(self.tokens[layer])]
+        clean = [part.read(given, self.clean) for part in parts]
+        seen = clean[0]
+        if self.positions.relative:
+            seen = self.positions.turn(clean[0], clean[2])
+        evicted = self._evicted(layer, seen, clean)
+        fresh = [
+            torch.cat([new, part.read(self.clean, filled)], dim=2) for new, part in zip(evicted, parts, strict=True)
+        ]
+        self._write(layer, given, *fresh)
+
+    def _evicted(self, layer: int, seen: Tensor, parts: list[Tensor]) -> list[Tensor]:
+        plan = self.plan
+        queries = self.queries[layer] if self.queries is not None and self.asked else None
+        keep = plan.clean_tokens - plan.given_tokens
+        return evict(self.settings.compression, seen, parts, queries, keep, plan.frame_tokens, plan.chunk_tokens, layer)
+
+    def _write(self, layer: int, start: int, keys: Tensor, values: Tensor, tokens: Tensor) -> None:
+        """Changes stored tokens; everything that needs memory is made before the first of them is changed."""
+        changes = [
+            *self.layers[layer].keys.changes(start, keys),
+            *self.layers[layer].values.changes(start, values),
+            (self.tokens[layer, :, :, start : start + tokens.shape[2]], tokens),
+        ]
+        for old, new in changes:
+            old.copy_(new)
+
+    def _numbers(self, chunk: Chunk) -> Tensor:
+        """Numbers of a chunk's tokens in the video."""
+        first = self.plan.first_frame(chunk) * self.plan.frame_tokens
+        return torch.arange(first, first + self.plan.tokens_of(chunk), device=self.device, dtype=torch.int32)
+
+    def _frames_done(self) -> int:
+        if self.clean == self.plan.end_tokens:
+            return 0
+        return int(self.positions.frames(self.tokens[:, :, :, self.clean - 1]).max()) + 1
+
+    @property
+    def _slot_tokens(self) -> int:
+        return sum(self.plan.tokens_of(chunk) for chunk in self.slots)
+
+    @property
+    def bytes(self) -> int:
+        """Of all buffers."""
+        layers = [part for layer in (*self.layers, *([self.scratch] if self.scratch else [])) for part in layer]
+        queries = 0 if self.queries is None else self.queries.nbytes
+        return sum(part.nbytes for part in layers) + self.tokens.nbytes + queries
+
+    @property
+    def bytes_used(self) -> int:
+        """Of all buffers, without the room for tokens that are not there yet."""
+        room = sum(part.nbytes for layer in self.layers for part in layer) + self.tokens.nbytes
+        filled = self.clean + (self._slot_tokens if self.plan.kind == "stored" else 0)
+        return self.bytes - room + room * filled // self.plan.layer_tokens
 
     @property
     def on_device(self) -> bool:
         """Whether some of it may still be moved."""
-        return any(part.here.shape[2] for layer in self.layers for part in layer.parts)
+        return any(part.here.shape[2] for layer in self.layers for part in layer)
 
     @property
     def chunks_moved(self) -> int:
         """Chunks that are in system memory because the device ran out of its own."""
         return self._chunks_away() if self.settings.memory == "auto" else 0
 
-    @property
-    def queries_at(self) -> torch.device:
-        """Where queries are kept: on the device as long as anything is."""
-        return self.device if self.on_device else SYSTEM
+    def move_chunk(self) -> None:
+        """Makes room on the device that computes: the oldest chunk there moves to system memory."""
+        self._saving.on_cpu()  # or what it copies would not be free
+        count = self._front(self._chunks_away() + 1) - self._front(self._chunks_away())
+        for layer in self.layers:
+            for part in layer:
+                part.move(count)
 
-    @property
-    def bytes(self) -> int:
-        """Of the buffers, and of the queries that are kept for the next cut."""
-        buffers = (part.nbytes for layer in self.layers for part in layer.parts)
-        return sum(buffers) + self.tokens.nbytes + sum(query.nbytes for query in self.queries)
+    def _chunks_away(self) -> int:
+        """Chunks in system memory, of the layer that has most there."""
+        tokens = max(part.tokens_moved for layer in self.layers for part in layer)
+        return max(0, tokens - self.plan.given_tokens) // self.plan.chunk_tokens
 
-    @property
-    def bytes_used(self) -> int:
-        """Of the buffers, what clean and active chunks take up now."""
-        return self.bytes * self._filled // self.shape.tokens
+    def _fetch_after(self, layer: int) -> None:
+        """Begins to bring back what the next layer keeps in system memory, while this one computes.
 
-    @property
-    def _filled(self) -> int:
-        """Tokens of clean and active chunks."""
-        return self.clean + len(self.active) * self.shape.chunk_tokens
-
-    def open(self, chunk: int) -> None:
-        """Gives a chunk a slot; the clean history is cut first where there is no room."""
-        self._saving.on_device()
-        self._saving = Pending(None)
-        if chunk >= 0:
-            self._make_room()
-        if self.settings.relative:
-            after = self.first_frame(chunk) + self.frames(chunk) if chunk != END else self._frames_done()
-            self._move_positions(max(0, after - self.shape.given.lead - self.window))
-        first, count = (of(chunk) * self.shape.frame_tokens for of in (self.first_frame, self.frames))
-        numbers = torch.arange(first, first + count, device=self.device)
-        if chunk != END:
-            self.active.append(chunk)
-        start, end = self.slot(chunk)
-        self.tokens[:, :, :, start:end] = numbers
-
-    def _make_room(self) -> None:
-        room = self.shape.tokens - self._filled
-        budget = self.settings.budget
-        over = budget is not None and self.clean - self.shape.given_tokens > budget * self.shape.chunk_tokens
-        if over or room < self.shape.chunk_tokens:
-            if budget is None:
-                raise RuntimeError(f"The history has room for {self.shape.capacity} chunks and is full.")
-            self._compress(budget * self.shape.chunk_tokens)
-
-    @property
-    def window(self) -> int:
-        """Frames that positions run over where they are relative, a lead not counted."""
-        return self.shape.capacity * self.shape.chunk_frames
-
-    def first_frame(self, chunk: int) -> int:
-        """Number in the video of a chunk's first frame."""
-        given = self.shape.given
-        return {LEAD: 0, END: given.end_at}.get(chunk, given.lead + chunk * self.shape.chunk_frames)
-
-    def _frames_done(self) -> int:
-        if self.clean == self.shape.end_tokens:
-            return 0
-        return int(self._frames_of(self.tokens[:, :, :, self.clean - 1]).max()) + 1
-
-    def frames(self, chunk: int) -> int:
-        given = self.shape.given
-        return {LEAD: given.lead, END: given.end}.get(chunk, self.shape.chunk_frames)
-
-    def sees_end(self, chunk: int) -> bool:
-        """A chunk looks at a given end; where positions are relative, only from within a window's length."""
-        near = self.shape.given.end_at - self.first_frame(chunk) <= self.window
-        return self.has_end and (near or not self.settings.relative)
-
-    def view(self, chunk: int, visible: int | None = None) -> ChunkView:
-        """What a forward of an active chunk sees.
-
-        Args:
-            chunk: an active chunk; its slot is opened if it has none.
-            visible: how many of the chunks before it may be seen; None for all. Needs an uncut history.
+        Where a lack of memory has moved everything, there is none to spare for that.
         """
-        if chunk not in self.active and not (chunk == END and self.has_end):
-            self.open(chunk)
-        return ChunkView(self, chunk, visible)
-
-    def commit(self, chunk: int) -> None:
-        """The oldest active chunk is clean from now on; or the given end is there."""
-        if chunk == END:
-            self.has_end = True
+        if not self.stream.overlaps or not self.layers[layer].keys.moved:
             return
-        if not self.active or self.active[0] != chunk:
-            raise RuntimeError(f"Chunk {chunk} cannot become clean: the active chunks are {self.active}.")
-        self.active.pop(0)
-        self._tables.pop(chunk, None)
-        self.clean += self.frames(chunk) * self.shape.frame_tokens
+        if self.on_device or self.settings.memory == "system":
+            before, after = self.layers[layer - 1], self.layers[(layer + 1) % len(self.layers)]
+            after.keys.fetch(self.clean, before.keys)
+            after.values.fetch(self.clean, before.values)
 
-    def slot(self, chunk: int) -> tuple[int, int]:
-        """First token and end of an active chunk's slot."""
-        start = 0 if chunk == END else self.clean + self.active.index(chunk) * self.shape.chunk_tokens
-        return start, start + self.frames(chunk) * self.shape.frame_tokens
+    def save(self, first: int = 0) -> Snapshot:
+        """Copies the clean history from token `first` on to the CPU."""
+        return self._turned(Pending(self._copied(first, AT_ONCE)))
 
-    def table(self, chunk: int) -> Tensor:
-        """Rotary table of an active chunk, [2, tokens, D / 2]."""
-        if chunk not in self._tables:
-            first = self.first_frame(chunk) - self.shift - (self._beyond(self.shift) if chunk == END else 0)
-            frames = torch.arange(first, first + self.frames(chunk), device=self.device)
-            self._tables[chunk] = self.rotary.table(frames, *self.shape.grid)
-        return self._tables[chunk]
-
-    def asks(self, chunk: int) -> bool:
-        """Whether a chunk's queries are kept for the next compression."""
-        if not self.settings.asks or chunk < 0:
-            return False
-        return self.settings.compression.asked_by == "newest" or chunk == self.active[0]
-
-    def save(self, first: int = 0, finished: int = 0) -> Clean:
-        """A copy of the clean history on the CPU.
-
-        Args:
-            first: token to begin with.
-            finished: so many of the oldest active chunks count as clean.
-        """
-        return self._turned(Pending(self._copied(first, finished, AT_ONCE)))
-
-    def begin_save(self, first: int = 0, finished: int = 0) -> Callable[[], Clean]:
+    def begin_save(self, first: int = 0) -> Callable[[], Snapshot]:
         """Begins what `save` does; what it gives waits for the copy. The run may go on meanwhile."""
-        buffers = [part.here for layer in self.layers for part in layer.parts]
-        self._saving = self.side.run(
-            partial(self._copied, first, finished, self.side), [*buffers, self.tokens, *self.queries]
-        )
-        if finished:  # clean tokens stay as they are up to `open`, an active chunk's only up to the next forward
-            self._saving.on_device()
+        buffers = [part.here for layer in self.layers for part in layer]
+        queries = [] if self.queries is None else [self.queries]
+        self._saving = self.stream.run(partial(self._copied, first, self.stream), [*buffers, self.tokens, *queries])
         return partial(self._turned, self._saving)
 
-    def _copied(self, first: int, finished: int, side: SideStream) -> tuple[Clean, Tensor | None]:
-        """The clean history on the CPU, and what of its keys time has not rotated."""
-        start, end = max(first, self.shape.end_tokens), self.clean + finished * self.shape.chunk_tokens
-        keys, values, unrotated = zip(*self.layers, strict=True)
-        tokens = [Stretch(each) for each in self.tokens]
-        whole, copied, numbers = (_stacked(parts, start, end, side) for parts in (keys, values, tokens))
-        queries = whole.new_empty(0)
-        if self.queries:
-            asked = [Stretch(query) for query in self.queries]
-            queries = _stacked(asked, 0, self.queries[0].shape[2], side)
-        return Clean(whole, copied, numbers, queries), _stacked(unrotated, start, end, side) if self.time_dims else None
+    def _copied(self, first: int, stream: SideStream) -> Snapshot:
+        """The clean history on the CPU, keys as they are stored."""
+        start, end = max(first, self.plan.end_tokens), self.clean
+        keys, values = zip(*self.layers, strict=True)
+        tokens = [OffloadableBuffer(each) for each in self.tokens]
+        stacked = [_stacked(parts, start, end, stream) for parts in (keys, values, tokens)]
+        if self.queries is None or not self.asked:
+            return Snapshot(*stacked, stacked[0].new_empty(0))
+        queries = stream.cpu_like(self.queries, self.queries.shape)
+        return Snapshot(*stacked, queries.copy_(self.queries, non_blocking=stream.overlaps))
 
     @torch.inference_mode()
-    def _turned(self, copied: Pending[tuple[Clean, Tensor | None]]) -> Clean:
+    def _turned(self, copied: Pending[Snapshot]) -> Snapshot:
         """Keys rotated by their place in the video, not in the window."""
-        clean, unrotated = copied.on_host()
-        if unrotated is not None:
-            for keys, part, frames in zip(clean.keys, unrotated, self._frames_of(clean.tokens), strict=True):
-                keys[..., : self.time_dims] = self._turn(part, frames)
-        return clean
+        saved = copied.on_cpu()
+        if not self.positions.relative:
+            return saved
+        turned = [self.positions.turn_absolute(*layer) for layer in zip(saved.keys, saved.tokens, strict=True)]
+        return saved._replace(keys=torch.stack(turned))
 
-    def load(self, saved: Clean) -> None:
+    def load(self, saved: Snapshot) -> None:
         """Takes over the clean history of an earlier run, lead included, cut to this run's budget where it is larger.
 
         Raises:
             UserError: the history is of another model, size or batch, or too long for this run's room.
         """
-        count = saved.keys.shape[3]
-        expected = (self.shape.layers, self.shape.batch, self.shape.heads, count, self.shape.head_dim)
+        plan, network, count = self.plan, self.plan.network, saved.keys.shape[3]
+        expected = (network.layers, plan.batch, network.kv_heads, count, network.head_dim)
         if tuple(saved.keys.shape) != expected:
             raise UserError(
                 f"The state's history has shape {tuple(saved.keys.shape)}, this run needs {expected} "
                 "[layers, batch, heads, tokens, head width]: the state is of another model, size or batch."
             )
-        budget, lead, end = self.settings.budget, self.shape.given_tokens - self.shape.end_tokens, self.shape.end_tokens
-        keep = count if budget is None else lead + budget * self.shape.chunk_tokens
+        lead = plan.given_tokens - plan.end_tokens
+        keep = count if self.settings.budget is None else lead + self.settings.budget * plan.chunk_tokens
         cut = count > keep
         if cut:
-            saved = cut_to(keep - lead, saved, lead, self.settings, self.shape)
+            compression = self.settings.compression
+            saved = cut_to(keep - lead, saved, lead, compression, plan.frame_tokens, plan.chunk_tokens)
             count = keep
-        if count > self.shape.tokens - end:
+        if count > plan.clean_tokens - plan.end_tokens:
             raise UserError(
-                f"The state holds {count} tokens of history, and there is room for {self.shape.tokens - end}."
+                f"The state holds {count} tokens of history, and there is room for "
+                f"{plan.clean_tokens - plan.end_tokens}."
             )
-        spared(partial(self._fill, saved), [self])
-        self.clean = end + count
-        self.taken = 0 if cut else self.clean
+        for layer in range(network.layers):
+            retry_on_oom(partial(self._load_layer, layer, saved), [self])
+        self.clean = plan.end_tokens + count
+        self.saved = 0 if cut else self.clean
 
-    def _fill(self, saved: Clean) -> None:
-        start, count = self.shape.end_tokens, saved.keys.shape[3]
-        self.tokens[:, :, :, start : start + count].copy_(saved.tokens)
-        self.queries = [query.to(self.queries_at, self.dtype) for query in saved.queries]
-        for layer, keys, values, tokens in zip(self.layers, saved.keys, saved.values, self.tokens, strict=True):
-            layer.keys.write(start, keys)
-            layer.values.write(start, values)
-            if layer.unrotated is not None:
-                turned = layer.keys.read(start, start + count)[..., : self.time_dims]
-                layer.unrotated.write(start, self._turn(turned, -self._frames_of(tokens[:, :, start : start + count])))
-
-    def _compress(self, keep: int) -> None:
-        """Cuts the clean tokens that are not given to `keep` and moves the active chunks up behind them.
-
-        Done piece by piece; should it end for want of memory, it goes on where it was when it is called again.
-        """
-        given = self.shape.given_tokens
-        if self.clean - given <= keep:
-            raise RuntimeError(
-                f"The history is full with {self.clean} clean tokens, and {given + keep} of them must stay."
-            )
-        self._cuts = self._cuts or self._all_cuts()
-        while self._cuts:
-            spared(partial(self._compress_heads, self._cuts[0], keep), [self])
-            self._cuts.pop(0)
-        self.clean = given + keep
-        self.taken = 0
-
-    def _all_cuts(self) -> list[Cut]:
-        """For every layer its heads, in groups small enough to be scored at once."""
-        shape = self.shape
-        size = max(1, TILE_BYTES // (4 * shape.batch * self.clean * shape.head_dim))
-        share = self.queries[0].shape[1] // shape.heads if self.queries else 1
-        groups = [(slice(at, at + size), slice(at * share, (at + size) * share)) for at in range(0, shape.heads, size)]
-        return [Cut(layer, *heads) for layer in range(shape.layers) for heads in groups]
-
-    def _compress_heads(self, cut: Cut, keep: int) -> None:
-        """All new tensors are made before the first buffer is changed: nothing is half done where memory runs out."""
-        given, layer = self.shape.given_tokens, self.layers[cut.layer]
-        asked = self.queries[cut.layer][:, cut.query_heads].to(self.device) if self.queries else None
-        keys = layer.keys.read(given, self.clean, cut.heads)
-        kept = choose_tokens(self.settings, self.shape, keys, asked, keep, cut.layer)
-        changes = []
-        for part in (*layer.parts, Stretch(self.tokens[cut.layer])):
-            clean = gather(part.read(given, self.clean, cut.heads), kept)
-            fresh = torch.cat([clean, part.read(self.clean, self._filled, cut.heads)], dim=2)
-            changes += part.changes(given, fresh, cut.heads)
-        for old, new in changes:
-            old.copy_(new)
-
-    def _move_positions(self, shift: int) -> None:
-        """Counts positions from frame `shift` on; tokens from before it that were kept are placed at zero."""
-        if shift == self.shift or not self.time_dims:
-            return
-        spared(partial(self._place_all, shift), [self])
-        self.shift = shift
-        self._tables.clear()
-
-    def _place_all(self, shift: int) -> None:
-        """Rotates the time part of all keys to their positions, anew from the unrotated copy, so that no rounding adds
-        up over a long run."""
-        for layer, tokens in zip(self.layers, self.tokens, strict=True):
-            frames = (self._frames_of(tokens[:, :, : self._filled]) - shift).clamp(min=0)
-            frames[:, :, : self.shape.end_tokens] -= self._beyond(shift)
-            assert layer.unrotated is not None
-            layer.keys.write(0, self._turn(layer.unrotated.read(0, self._filled), frames))
-
-    def _beyond(self, shift: int) -> int:
-        """Frames by which a given end is drawn nearer, so that it stands right behind the window at the farthest."""
-        given = self.shape.given
-        return max(0, given.end_at - shift - self.window - given.lead) if self.settings.relative else 0
-
-    def _frames_of(self, tokens: Tensor) -> Tensor:
-        return tokens // self.shape.frame_tokens
-
-    def _turn(self, keys: Tensor, positions: Tensor) -> Tensor:
-        angles = self.rotary.angles(positions, self.time_dims)
-        return rotate(keys, torch.stack([angles.cos(), angles.sin()]).float())
+    def _load_layer(self, layer: int, saved: Snapshot) -> None:
+        keys, values, tokens = saved.keys[layer], saved.values[layer], saved.tokens[layer].to(self.device)
+        if self.positions.relative:
+            keys = self.positions.turn_back(keys.to(self.device, self.dtype), tokens)
+        self._write(layer, self.plan.end_tokens, keys, values, tokens)
+        if len(saved.queries) and self.plan.asking:
+            queries = saved.queries[layer]
+            self._keep_queries(layer, queries.to(self.device, self.dtype))
 
 
-def _stacked(parts: Sequence[Stretch], start: int, end: int, side: SideStream) -> Tensor:
+def _stacked(parts: Sequence[OffloadableBuffer], start: int, end: int, stream: SideStream) -> Tensor:
     """Tokens start to end of all layers, on the CPU: [layers, B, heads, tokens, ...]."""
     batch, heads, _, *rest = parts[0].here.shape
-    whole = side.on_host_like(parts[0].here, (len(parts), batch, heads, end - start, *rest))
+    whole = stream.cpu_like(parts[0].here, (len(parts), batch, heads, end - start, *rest))
     for copy, part in zip(whole, parts, strict=True):
-        part.copy_to(copy, start, waits=not side.overlaps)
+        part.copy_to(copy, start, waits=not stream.overlaps)
     return whole
 
 
-def grown(histories: Mapping[Hashable, History], anew: bool, finished: int = 0) -> Callable[[], Grown]:
+def begin_delta(histories: Mapping[Hashable, History], full: bool) -> Callable[[], SnapshotDelta]:
     """Begins to copy what the clean histories of all branches have grown by since the last call to the CPU; what it
     gives waits for the copies.
 
     Args:
-        anew: all of them, whatever was loaded or given out before.
-        finished: so many of the oldest active chunks count as clean.
+        full: all of them, whatever was loaded or given out before.
     """
-    whole = anew or not all(history.taken for history in histories.values())
-    copies = {name: history.begin_save(0 if whole else history.taken, finished) for name, history in histories.items()}
+    full = full or not all(history.saved for history in histories.values())
+    copies = {name: history.begin_save(0 if full else history.saved) for name, history in histories.items()}
     for history in histories.values():
-        history.taken = history.clean + finished * history.shape.chunk_tokens
-    return lambda: Grown({name: copy() for name, copy in copies.items()}, whole)
+        history.saved = history.clean
+    return lambda: SnapshotDelta({name: copy() for name, copy in copies.items()}, full)
 
 
 def moved_note(histories: Collection[History]) -> str:
-    """A line for the report on what moved because the device ran out of memory; empty while nothing has."""
+    """Says for the report what moved because the device ran out of memory; nothing while nothing has."""
     most = max(histories, key=lambda history: history.chunks_moved, default=None)
     if most is None or not most.chunks_moved:
         return ""
+    chunks = most.plan.layer_tokens // most.plan.chunk_tokens
     return (
-        f"{OUT_OF_MEMORY}: {most.chunks_moved} of {most.shape.capacity} chunks of history were moved to system memory, "
+        f"{OUT_OF_MEMORY}: {most.chunks_moved} of {chunks} chunks of history were moved to system memory, "
         "oldest first, which is slower; a history budget makes it smaller"
     )

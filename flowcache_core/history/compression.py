@@ -5,67 +5,18 @@ All arithmetic is linear in the history's length and done in tiles, so that the 
 broken by age, the older token stays, which makes the choice deterministic.
 """
 
-from dataclasses import dataclass
-from typing import Literal
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from ..errors import UserError
+from ..settings import Compression
 
 TILE_BYTES = 8 * 2**20  # of float32 numbers in one piece of work; what is alive at once stays below 64 MB
 
-Granularity = Literal["token", "frame", "chunk"]
-
-
-@dataclass(frozen=True)
-class Compression:
-    """How the history is cut to its budget.
-
-    Attributes:
-        rule: "flowcache" scores tokens; "window" keeps the newest; "random" keeps a random choice (to compare with).
-        weight: lambda; score = lambda * importance - (1 - lambda) * redundancy.
-        pool: width of the max-pooling of importance along the tokens, odd.
-        granularity: whole frames or chunks may be kept by their mean score instead of single tokens by their own.
-        asked_by: whose queries weigh the importance: the newest chunk's (MAGI-1) or the oldest active one's
-            (SkyReels-V2).
-        queries: how many of that chunk's last tokens ask; 0 asks with the whole chunk.
-        protect_first: the first chunk (sink) always stays, where there is room for more than one.
-        protect_newest: the newest clean chunk always stays.
-    """
-
-    rule: Literal["flowcache", "window", "random"] = "flowcache"
-    weight: float = 0.07
-    pool: int = 7
-    granularity: Granularity = "token"
-    asked_by: Literal["newest", "oldest"] = "newest"
-    queries: int = 0
-    protect_first: bool = False
-    protect_newest: bool = False
-
-    def __post_init__(self):
-        if self.rule not in ("flowcache", "window", "random"):
-            raise UserError(f"rule is '{self.rule}', expected flowcache, window or random.")
-        if self.granularity not in ("token", "frame", "chunk"):
-            raise UserError(f"granularity is '{self.granularity}', expected token, frame or chunk.")
-        if not 0.0 <= self.weight <= 1.0:
-            raise UserError(f"weight (lambda) is {self.weight}, expected 0 to 1.")
-        if self.pool < 1 or self.pool % 2 == 0:
-            raise UserError(f"pool is {self.pool}, expected an odd number of at least 1.")
-
-    @property
-    def protected_chunks(self) -> int:
-        return int(self.protect_first) + int(self.protect_newest)
-
-
-# What stays unless told otherwise: whole frames and the first chunk. With a budget of 3 chunks on the demo model, that
-# was more alike to the whole history than the published choice of single tokens, which the defaults above make.
-BY_FRAMES = Compression(weight=0.15, granularity="frame", protect_first=True)
-
 
 def importance(queries: Tensor, keys: Tensor, pool: int) -> Tensor:
-    """How much the queries look at each key.
+    """Measures how much the queries look at each key.
 
     Softmax over the keys of q.k / sqrt(D), averaged over the queries, then max-pooled along the tokens. Query heads
     that share a key head are joined by the maximum of their logits before the softmax.
@@ -91,7 +42,7 @@ def importance(queries: Tensor, keys: Tensor, pool: int) -> Tensor:
 
 
 def redundancy(keys: Tensor) -> Tensor:
-    """How alike each key is to all others: softmax over tokens of its mean cosine similarity to them.
+    """Measures how alike each key is to all others: softmax over tokens of its mean cosine similarity to them.
 
     The mean over the others equals (k_i . sum_j k_j - 1) / N for unit keys, so no N x N matrix is needed.
 
@@ -113,12 +64,12 @@ def _tiles(keys: Tensor) -> tuple[Tensor, ...]:
 
 
 def score(queries: Tensor, keys: Tensor, weight: float, pool: int) -> Tensor:
-    """lambda * importance - (1 - lambda) * redundancy, float32 [B, key heads, N]; shapes as in `importance`."""
+    """Weighs lambda * importance - (1 - lambda) * redundancy, float32 [B, key heads, N]; shapes as in `importance`."""
     return weight * importance(queries, keys, pool) - (1.0 - weight) * redundancy(keys)
 
 
 def keep_best(scores: Tensor, keep: int, unit: int = 1) -> Tensor:
-    """Indices of the tokens with the highest scores, in time order.
+    """Finds the tokens with the highest scores, in time order.
 
     Args:
         scores: [B, heads, N].
@@ -137,6 +88,17 @@ def keep_best(scores: Tensor, keep: int, unit: int = 1) -> Tensor:
     return (best[..., None] * unit + torch.arange(unit, device=best.device)).flatten(-2)
 
 
+def asking_queries(settings: Compression, count: int) -> slice:
+    """Says which of a chunk's `count` tokens ask at the next cut."""
+    asked = settings.queries
+    if not asked or asked >= count:
+        return slice(None)
+    if settings.asked_from == "last":
+        return slice(count - asked, None)
+    stride = count // asked
+    return slice(stride // 2, stride // 2 + asked * stride, stride)
+
+
 def choose(
     settings: Compression,
     queries: Tensor | None,
@@ -146,18 +108,21 @@ def choose(
     chunk_tokens: int,
     seed: int = 0,
 ) -> Tensor:
-    """Indices of the clean tokens that stay.
+    """Chooses the clean tokens that stay.
 
     Args:
-        queries: [B, query heads, Q, D] of the newest chunk, for the "flowcache" rule; None where the history comes from
-            a run without a budget, which keeps none: then redundancy alone decides.
+        queries: [B, query heads, Q, D] of the chunk that asks, for the "flowcache" rule; None where the history comes
+            from a run without a budget, which keeps none: then redundancy alone decides.
         keys: [B, key heads, N, D], the clean history in time order.
         keep: how many tokens stay, a whole number of chunks and less than N.
         frame_tokens, chunk_tokens: tokens of a frame and of a chunk.
         seed: of the "random" rule.
 
     Returns:
-        int64 [B, key heads, keep], ascending.
+        Indices, int64 [B, key heads, keep], ascending.
+
+    Raises:
+        UserError: more chunks are protected than stay.
     """
     batch, heads, count, _ = keys.shape
     head = chunk_tokens if settings.protect_first and keep > chunk_tokens else 0
@@ -176,11 +141,10 @@ def choose(
         generator = torch.Generator().manual_seed(seed)
         scores = torch.rand(batch, heads, middle.shape[2], generator=generator).to(keys.device)
         best = keep_best(scores, free, unit)
+    elif queries is None:
+        best = keep_best(-redundancy(middle), free, unit)
     else:
-        if queries is None:
-            scores = -redundancy(middle)
-        else:
-            scores = score(queries[:, :, -settings.queries :], middle, settings.weight, settings.pool)
-        best = keep_best(scores, free, unit)
+        asked = queries[:, :, asking_queries(settings, queries.shape[2])]
+        best = keep_best(score(asked, middle, settings.weight, settings.pool), free, unit)
     fixed = torch.arange(count, device=keys.device).expand(batch, heads, count)
     return torch.cat([fixed[..., :head], best + head, fixed[..., count - tail :]], dim=-1)

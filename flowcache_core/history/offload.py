@@ -16,7 +16,7 @@ Result = TypeVar("Result")
 
 
 @dataclass
-class Stretch:
+class OffloadableBuffer:
     """One layer's keys or values [B, heads, tokens, D], or what else there is one of a token [B, heads, tokens].
 
     Attributes:
@@ -38,11 +38,11 @@ class Stretch:
     @classmethod
     def empty(
         cls, size: tuple[int, ...], moved: Sequence[int], dtype: torch.dtype, device: torch.device, side: SideStream
-    ) -> "Stretch":
+    ) -> "OffloadableBuffer":
         """Room for size[2] tokens, the first ones in system memory, in pieces of `moved` tokens."""
         batch, heads, tokens, *rest = size
         here = torch.empty(batch, heads, tokens - sum(moved), *rest, dtype=dtype, device=device)
-        return cls(here, [side.on_host_like(here, (batch, heads, count, *rest)) for count in moved], side)
+        return cls(here, [side.cpu_like(here, (batch, heads, count, *rest)) for count in moved], side)
 
     @property
     def nbytes(self) -> int:
@@ -52,34 +52,32 @@ class Stretch:
     def tokens_moved(self) -> int:
         return sum(piece.shape[2] for piece in self.moved)
 
-    def read(self, first: int, last: int, heads: slice = slice(None)) -> Tensor:
-        """Tokens first to last, on the device; no copy where they lie there in one piece."""
-        parts = self._parts(first, last, heads, ahead=True)
+    def read(self, first: int, last: int) -> Tensor:
+        """Reads tokens first to last, on the device; no copy where they lie there in one piece."""
+        parts = self._parts(first, last, ahead=True)
         if len(parts) == 1:
             return parts[0].to(self.device)
         whole = self.here.new_empty(*parts[0].shape[:2], last - first, *self.here.shape[3:])
         _fill(whole, parts)
         return whole
 
-    def copy_to(self, target: Tensor, first: int, waits: bool) -> None:
-        """Copies the tokens from `first` on, as many as the target has; the host waits for it or goes on."""
-        _fill(target, self._parts(first, first + target.shape[2], slice(None)), waits)
+    def copy_to(self, target: Tensor, first: int, waits: bool = True) -> None:
+        """Copies the tokens from `first` on, as many as the target has; the CPU waits for it or goes on."""
+        ahead = target.device == self.device
+        _fill(target, self._parts(first, first + target.shape[2], ahead), waits)
 
-    def write(self, first: int, values: Tensor, heads: slice = slice(None)) -> None:
-        for part, new in self.changes(first, values, heads):
+    def write(self, first: int, values: Tensor) -> None:
+        """Overwrites tokens from `first` on."""
+        for part, new in self.changes(first, values):
             part.copy_(new)
 
-    def changes(self, first: int, values: Tensor, heads: slice = slice(None)) -> list[tuple[Tensor, Tensor]]:
-        """What `write` does: each part that changes and what comes there, already beside it.
-
-        Values narrower than D change the first dimensions only.
-        """
-        parts = self._parts(first, first + values.shape[2], heads)
+    def changes(self, first: int, values: Tensor) -> list[tuple[Tensor, Tensor]]:
+        """Lists what `write` does: each part that changes and what comes there, already beside it."""
+        parts = self._parts(first, first + values.shape[2])
         if first < self._ahead_tokens:
             self._forget()
         news = values.split([part.shape[2] for part in parts], dim=2)
-        width = values.shape[-1]
-        return [(part[..., :width], new.to(part.device)) for part, new in zip(parts, news, strict=True)]
+        return [(part, new.to(part.device)) for part, new in zip(parts, news, strict=True)]
 
     def move(self, count: int) -> None:
         """Moves the oldest `count` tokens that are here to system memory.
@@ -94,16 +92,16 @@ class Stretch:
         self.here = everything[:, :, :0].to(self.device, copy=True)
         if self.device.type == "cuda":
             torch.cuda.empty_cache()  # or the rest would take a part of the old buffer and leave a gap in it
-        self.moved.append(self._on_host(everything[:, :, :count]))
+        self.moved.append(self._on_cpu(everything[:, :, :count]))
         try:
             self.here = everything[:, :, count:].to(self.device, copy=True)
         except torch.cuda.OutOfMemoryError:
-            self.moved.append(self._on_host(everything[:, :, count:]))
+            self.moved.append(self._on_cpu(everything[:, :, count:]))
 
-    def _on_host(self, part: Tensor) -> Tensor:
-        return self.side.on_host_like(part, part.shape).copy_(part)
+    def _on_cpu(self, part: Tensor) -> Tensor:
+        return self.side.cpu_like(part, part.shape).copy_(part)
 
-    def fetch(self, tokens: int, before: "Stretch") -> None:
+    def fetch(self, tokens: int, before: "OffloadableBuffer") -> None:
         """Begins to bring what has moved back to the device, for the next time that it is read.
 
         Args:
@@ -134,18 +132,18 @@ class Stretch:
     def _forget(self) -> None:
         self._ahead, self._ahead_tokens = Pending([]), 0
 
-    def _parts(self, first: int, last: int, heads: slice, ahead: bool = False) -> list[Tensor]:
+    def _parts(self, first: int, last: int, ahead: bool = False) -> list[Tensor]:
         """Tokens first to last, where they lie, or also where they have been fetched; at least one part, if an empty
         one."""
         if not self.moved:
-            return [self.here[:, heads, first:last]]
+            return [self.here[:, :, first:last]]
         fetched = self._ahead.on_device() if ahead and first < self._ahead_tokens else []
         moved = [*fetched, *self.moved[len(fetched) :]]
         parts, start = [], 0
         for piece in (*moved, self.here):
-            parts.append(piece[:, heads, max(0, first - start) : max(0, last - start)])
+            parts.append(piece[:, :, max(0, first - start) : max(0, last - start)])
             start += piece.shape[2]
-        return [part for part in parts if part.shape[2]] or [self.here[:, heads, :0]]
+        return [part for part in parts if part.shape[2]] or [self.here[:, :, :0]]
 
 
 def _fill(target: Tensor, parts: list[Tensor], waits: bool = True) -> None:
@@ -161,7 +159,7 @@ class Movable(Protocol):
     def move_chunk(self) -> None: ...
 
 
-def spared(work: Callable[[], Result], histories: Collection[Movable]) -> Result:
+def retry_on_oom(work: Callable[[], Result], histories: Collection[Movable]) -> Result:
     """Does work that may be begun anew; again with one more chunk of each history in system memory, as often as the
     device runs out of its own.
 
@@ -180,8 +178,8 @@ def spared(work: Callable[[], Result], histories: Collection[Movable]) -> Result
             history.move_chunk()
 
 
-def runs_out(work: Callable[[], object]) -> bool:
-    """Does the work, or says that the device has no memory for it; then nothing of it is left on the device."""
+def runs_out_of_memory(work: Callable[[], object]) -> bool:
+    """Does the work; says whether the device had no memory for it. Then nothing of it is left on the device."""
     try:
         work()
     except torch.cuda.OutOfMemoryError:

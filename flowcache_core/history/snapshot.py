@@ -6,17 +6,17 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from .compression import choose
-from .settings import HistorySettings, HistoryShape
+from ..settings import Compression
+from .eviction import evict
 
 
-class Clean(NamedTuple):
+class Snapshot(NamedTuple):
     """The clean part of one branch's history, on the CPU.
 
     Attributes:
         keys, values: [layers, B, heads, tokens, D]; keys are rotated by their place in the video.
         tokens: [layers, B, heads, tokens] number of each token in the video.
-        queries: [layers, B, query heads, Q, D] for the next compression, or an empty tensor.
+        queries: [layers, B, query heads, Q, D] for the next cut, or an empty tensor.
     """
 
     keys: Tensor
@@ -25,38 +25,27 @@ class Clean(NamedTuple):
     queries: Tensor
 
 
-class Grown(NamedTuple):
-    """What clean histories have grown by since they were last looked at.
+class SnapshotDelta(NamedTuple):
+    """What the clean histories have grown by since they were last looked at.
 
     Attributes:
         histories: of each branch, its new tokens; or all of them.
-        whole: all, because older ones were dropped since, or nothing was looked at before.
+        full: all, because older ones were dropped since, or nothing was looked at before.
     """
 
-    histories: dict[Hashable, Clean]
-    whole: bool
+    histories: dict[Hashable, Snapshot]
+    full: bool
 
 
-def cut_to(keep: int, saved: Clean, lead: int, settings: HistorySettings, shape: HistoryShape) -> Clean:
-    """The `keep` tokens that stay beside the first `lead` ones."""
+def cut_to(
+    keep: int, saved: Snapshot, lead: int, compression: Compression, frame_tokens: int, chunk_tokens: int
+) -> Snapshot:
+    """Cuts a snapshot to `keep` tokens beside the first `lead` ones."""
     layers = []
-    for layer in range(shape.layers):
+    for layer, parts in enumerate(zip(*saved[:3], strict=True)):
         queries = saved.queries[layer] if len(saved.queries) else None
-        kept = choose_tokens(settings, shape, saved.keys[layer, :, :, lead:], queries, keep, layer) + lead
-        kept = torch.cat([torch.arange(lead).expand(*kept.shape[:2], lead), kept], dim=2)
-        layers.append([gather(part[layer], kept) for part in saved[:3]])
+        rest = [part[:, :, lead:] for part in parts]
+        kept = evict(compression, rest[0], rest, queries, keep, frame_tokens, chunk_tokens, layer)
+        layers.append([torch.cat([part[:, :, :lead], new], dim=2) for part, new in zip(parts, kept, strict=True)])
     keys, values, tokens = (torch.stack(parts) for parts in zip(*layers, strict=True))
-    return Clean(keys, values, tokens, saved.queries)
-
-
-def choose_tokens(
-    settings: HistorySettings, shape: HistoryShape, keys: Tensor, queries: Tensor | None, keep: int, layer: int
-) -> Tensor:
-    """Indices [B, heads, keep] of the tokens of one layer that stay; see `compression.choose`."""
-    return choose(settings.compression, queries, keys, keep, shape.frame_tokens, shape.chunk_tokens, seed=layer)
-
-
-def gather(part: Tensor, kept: Tensor) -> Tensor:
-    """Tokens `kept` [B, heads, keep] of a part [B, heads, tokens] or [B, heads, tokens, D]."""
-    index = kept if part.ndim == 3 else kept[..., None].expand(*kept.shape, part.shape[-1])
-    return part.gather(2, index)
+    return Snapshot(keys, values, tokens, saved.queries)

@@ -23,14 +23,14 @@ class Pending(Generic[Result]):
     _made: Any = None  # the event after it, where it is made on a stream of its own
     _device: torch.device | None = None
 
-    def on_host(self) -> Result:
-        """The result, for the host: waits until it is there."""
+    def on_cpu(self) -> Result:
+        """The result, for the CPU: waits until it is there."""
         if self._made is not None:
             self._made.synchronize()
         return self._result
 
     def on_device(self) -> Result:
-        """The result, for work on the current stream, which waits for it; the host does not."""
+        """The result, for work on the current stream, which waits for it; the CPU does not."""
         if self._made is not None:
             current = torch.cuda.current_stream(self._device)
             current.wait_event(self._made)
@@ -70,15 +70,15 @@ class SideStream:
         _record(inputs, self._stream)
         return Pending(result, self._stream.record_event(), self._device)
 
-    def to_host(self, tensor: Tensor) -> Pending[Tensor]:
+    def to_cpu(self, tensor: Tensor) -> Pending[Tensor]:
         """A tensor on the CPU, copied if it is not there."""
 
         def copy() -> Tensor:
-            return self.on_host_like(tensor, tensor.shape).copy_(tensor, non_blocking=True)
+            return self.cpu_like(tensor, tensor.shape).copy_(tensor, non_blocking=True)
 
         return self.run(copy, [tensor]) if self.overlaps else Pending(tensor.cpu())
 
-    def on_host_like(self, tensor: Tensor, shape: Iterable[int]) -> Tensor:
+    def cpu_like(self, tensor: Tensor, shape: Iterable[int]) -> Tensor:
         """An empty tensor of that shape on the CPU, where the device can copy to and from it beside other work."""
         size = tuple(shape)
         if self.overlaps:
@@ -92,7 +92,7 @@ class SideStream:
     def instead(self) -> Iterator[None]:
         """What is begun inside goes to this stream in place of the current one, and is done when the block ends.
 
-        It does not wait for the current stream: what it begins with must be on the host.
+        It does not wait for the current stream: what it begins with must be on the CPU.
         """
         if self._stream is None:
             yield
@@ -102,7 +102,7 @@ class SideStream:
         self._stream.synchronize()
 
     def later(self, work: Callable[[], object]) -> None:
-        """Work for the host, which waits for results: done at the next `settle`, when the device has got more to do;
+        """Work for the CPU, which waits for results: done at the next `settle`, when the device has got more to do;
         at once where nothing overlaps."""
         self._later.append(work)
         if not self.overlaps:

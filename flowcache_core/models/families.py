@@ -7,12 +7,12 @@ from typing import Literal
 from torch import nn
 
 from ..errors import UserError
-from ..history.settings import HistorySettings
+from ..settings import HELD, Drift, HistorySettings, Reuse, Settings
 from ..solvers import noise_levels
 from ..solvers.multistep import SkyReelsUniPC, UniPC
 from ..solvers.one_step import Euler, Noise, Renoise, SolverFactory
 from .magi.config import MagiConfig
-from .presets import PRESETS, ReuseSettings, Settings
+from .presets import PRESETS
 from .skyreels import POLYNOMIAL_1_3B, POLYNOMIAL_14B, SkyReelsBackbone
 from .wan import Attention, WanBackbone
 
@@ -100,17 +100,13 @@ def skyreels_published(preset: str, dim: int) -> Settings | None:
     """FlowCache for SkyReels-V2; the 1.3B and the 14B have polynomials of their own."""
     if preset not in PAPER_PRESETS:
         return None
-    reuse = ReuseSettings(
-        "flowcache",
+    reuse = Drift(
         threshold=0.1 if preset == "paper slow" else 0.15,
-        rescale=POLYNOMIAL_1_3B if dim < 3000 else POLYNOMIAL_14B,
-        warmup=5,
         last=True,
-        order=0,
-        held="residual",
-        correct=False,
+        rescale=POLYNOMIAL_1_3B if dim < 3000 else POLYNOMIAL_14B,
+        holds="residual",
     )
-    return Settings(reuse, clean_pass=False)
+    return Settings(reuse, HELD, clean_pass=False)
 
 
 FAMILIES: dict[str, Family] = {
@@ -173,16 +169,16 @@ def family_preset(preset: str, name: str, dim: int, history: HistorySettings) ->
     return replace(family(name).published(preset, dim) or PRESETS[preset], history=history)
 
 
-def fitted(reuse: ReuseSettings, name: str, dim: int) -> ReuseSettings:
-    """A rule that watches the input, as a family takes it: with the polynomial that was fitted to its signal, and
-    holding what that was fitted for. Thresholds then mean what they mean to the rule's makers.
+def fitted(reuse: Reuse, name: str, dim: int) -> Reuse:
+    """Fits a rule that watches the input to a family: with the polynomial that was fitted to its signal, and holding
+    what that was fitted for. Thresholds then mean what they mean to the rule's makers.
 
     Args:
-        reuse: any policy; those that watch nothing stay as they are.
+        reuse: any settings; those that watch nothing stay as they are.
         name: of the family.
         dim: width of the network.
     """
     published = family(name).published("paper slow", dim)
-    if published is None or reuse.policy not in ("flowcache", "teacache"):
+    if published is None or not isinstance(reuse, Drift) or not isinstance(published.reuse, Drift):
         return reuse
-    return replace(reuse, rescale=published.reuse.rescale, held=published.reuse.held)
+    return replace(reuse, rescale=published.reuse.rescale, holds=published.reuse.holds)

@@ -65,10 +65,3 @@ def grid_table(angles: list[Tensor], pairs: int | None = None) -> Tensor:
     ).flatten(0, 2)
     whole = F.pad(whole, (0, (pairs or whole.shape[-1]) - whole.shape[-1]))
     return torch.stack([whole.cos(), whole.sin()]).float()
-
-
-def rotate(x: Tensor, table: Tensor) -> Tensor:
-    """Turns the pairs of x [..., tokens, D] by a table [2, ..., tokens, D / 2]; computed in float32, x's dtype out."""
-    cosine, sine = table
-    even, odd = x.float().unflatten(-1, (-1, 2)).unbind(-1)
-    return torch.stack([even * cosine - odd * sine, even * sine + odd * cosine], dim=-1).flatten(-2).to(x.dtype)

@@ -9,18 +9,35 @@ Source of the architecture: Wan 2.1, wan/modules/model.py.
 """
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from functools import partial
+from itertools import groupby
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ..history.plan import NetworkSizes
+from ..solvers.weights import joined
 from .rotary import Rotary
 
 Attention = Callable[[Tensor, Tensor, Tensor], Tensor]  # q, k, v [B, heads, tokens, D] -> [B, heads, tokens, D]
 Attend = Callable[[int, Tensor, Tensor, Tensor], Tensor]  # the same behind a layer number, over the history
+Context = list[tuple[Tensor, Tensor]]  # a text's cross-attention keys and values [B, H, tokens, D], a pair a layer
+
+
+class Conditioning(NamedTuple):
+    """What the blocks are told about the chunks that go through them together.
+
+    Attributes:
+        modulation: of the noise level, [rows, T or 1, 6, dim].
+        texts: for each chunk the contexts of its branches.
+    """
+
+    modulation: Tensor
+    texts: Sequence[Sequence[Context]]
 
 
 @dataclass(frozen=True)
@@ -42,6 +59,15 @@ class WanConfig:
     patch_size: tuple[int, int, int] = (1, 2, 2)
     eps: float = 1e-6
     fps: bool = False
+
+    def sizes(self, text_tokens: int = 512, itemsize: int = 2) -> NetworkSizes:
+        """Says what decides how much memory a run takes; published models read 512 text tokens."""
+        head_dim = self.dim // self.num_heads
+        context = 2 * self.num_layers * text_tokens * self.dim * itemsize
+        rotary = Rotary(head_dim)
+        return NetworkSizes(
+            self.num_layers, self.num_heads, self.num_heads, head_dim, self.dim, self.ffn_dim, rotary.parts[0], context
+        )
 
 
 class WanAttention(nn.Module):
@@ -132,6 +158,16 @@ class WanBackbone:
         self.rotary = Rotary(self.head_dim)
 
     @property
+    def kv_heads(self) -> int:
+        return self.heads
+
+    @property
+    def sizes(self) -> NetworkSizes:
+        """What decides how much memory a run takes."""
+        inner = self.network.blocks[0].ffn[0].out_features
+        return NetworkSizes(self.layers, self.heads, self.heads, self.head_dim, self.dim, inner, self.rotary.parts[0])
+
+    @property
     def channels(self) -> int:
         """Of the latents."""
         return self.network.out_dim
@@ -146,12 +182,9 @@ class WanBackbone:
         _, patch_height, patch_width = self.network.patch_size
         return -(-height // patch_height), -(-width // patch_width)
 
-    def context(self, text: Tensor) -> list[tuple[Tensor, Tensor]]:
-        """Cross-attention keys and values of a text embedding [B, tokens, text_dim]: one pair a layer, [B, H, tokens,
-        D].
-
-        Computed once a run and branch.
-        """
+    def context(self, text: Tensor) -> Context:
+        """Makes cross-attention keys and values of a text embedding [B, tokens, text_dim]: one pair a layer, [B, H,
+        tokens, D]."""
         text = self.network.text_embedding(text)
         pairs = []
         for block in self.network.blocks:
@@ -159,8 +192,18 @@ class WanBackbone:
             pairs.append((self._split(cross.norm_k(cross.k(text))), self._split(cross.v(text))))
         return pairs
 
-    def trunk(self, x: Tensor, sigma: Tensor, context: list[tuple[Tensor, Tensor]], attend: Attend) -> Tensor:
-        """The embedding and the blocks.
+    def conditioning(self, x: Tensor, sigma: Tensor, texts: Sequence[Sequence[Context]]) -> Conditioning:
+        """Prepares what all blocks are told about one or more chunks.
+
+        Args:
+            x: latents of the chunks behind one another, [rows, C, T, H, W].
+            sigma: noise level, [rows], or [rows, T] for one level a frame.
+            texts: for each chunk the contexts of its branches; rows are branch after branch.
+        """
+        return Conditioning(self._time(sigma, x.dtype)[1], texts)
+
+    def trunk(self, x: Tensor, sigma: Tensor, context: Context, attend: Attend) -> Tensor:
+        """Runs the embedding and all blocks.
 
         Args:
             x: latent [B, C, T, H, W].
@@ -171,12 +214,14 @@ class WanBackbone:
         Returns:
             The blocks' output minus their input, [B, T, rows * columns, dim].
         """
-        embedded = self.embed(x)
-        hidden = embedded
-        _, modulation = self._time(sigma, x.dtype)
-        for layer, block in enumerate(self.network.blocks):
-            hidden = self._block(block, layer, hidden, modulation, context[layer], attend)
-        return hidden - embedded
+        conditioning, hidden = self.conditioning(x, sigma, [[context]]), self.embed(x)
+        for layer in range(self.layers):
+            hidden = self.block(layer, hidden, conditioning, partial(attend, layer))
+        return self.residual(x, hidden)
+
+    def residual(self, x: Tensor, hidden: Tensor) -> Tensor:
+        """Takes the blocks' input from their output; the input is embedded anew, so that it need not be kept."""
+        return hidden - self.embed(x)
 
     def head(self, x: Tensor, sigma: Tensor, residual: Tensor) -> Tensor:
         """Velocity [B, C, T, H, W] from the latent, today's noise level and a residual that `trunk` gave."""
@@ -209,21 +254,38 @@ class WanBackbone:
         embedding = self.network.time_embedding(sinusoid(timestep, self.network.freq_dim).to(dtype))
         return embedding, self.network.time_projection(embedding).unflatten(-1, (6, self.dim))
 
-    def _block(self, block, layer: int, x: Tensor, modulation: Tensor, context, attend: Attend) -> Tensor:
-        # x is [B, T, S, dim]; one modulation a frame (or one for all) is broadcast over its S tokens.
+    def block(self, layer: int, x: Tensor, conditioning: Conditioning, attend: Attention) -> Tensor:
+        """Runs one block.
+
+        Args:
+            x: tokens of one or more chunks, [rows, T, S, dim].
+            conditioning: of the same chunks.
+            attend: attention over the history; it gets unrotated q, k, v [rows, H, T * S, D].
+        """
+        block = self.network.blocks[layer]
+        # One modulation a frame (or one for all) is broadcast over its S tokens.
         shift1, scale1, gate1, shift2, scale2, gate2 = (
-            (block.modulation.to(x)[:, None] + modulation).unsqueeze(3).unbind(2)
+            (block.modulation.to(x)[:, None] + conditioning.modulation).unsqueeze(3).unbind(2)
         )
         attn = block.self_attn
         y = modulate(block.norm1(x), shift1, scale1).flatten(1, 2)
-        y = attend(
-            layer, self._split(attn.norm_q(attn.q(y))), self._split(attn.norm_k(attn.k(y))), self._split(attn.v(y))
-        )
+        y = attend(self._split(attn.norm_q(attn.q(y))), self._split(attn.norm_k(attn.k(y))), self._split(attn.v(y)))
         x = torch.addcmul(x, attn.o(self._join(y)).view_as(x), gate1)
         cross = block.cross_attn
         y = self._split(cross.norm_q(cross.q(block.norm3(x).flatten(1, 2))))
-        x = x + cross.o(self._join(self.attention(y, *context))).view_as(x)
+        x = x + cross.o(self._join(self._read(layer, y, conditioning.texts))).view_as(x)
         return torch.addcmul(x, block.ffn(modulate(block.norm2(x), shift2, scale2)), gate2)
+
+    def _read(self, layer: int, q: Tensor, texts: Sequence[Sequence[Context]]) -> Tensor:
+        """Cross-attention [rows, H, tokens, D], at once over neighbouring chunks that have the same text."""
+        branches = []
+        for number, part in enumerate(q.chunk(len(texts[0]))):
+            runs = [list(run) for _, run in groupby((chunk[number] for chunk in texts), key=id)]
+            tokens = q.shape[2] // len(texts)
+            asked = part.split([tokens * len(run) for run in runs], dim=2)
+            answers = [self.attention(some, *run[0][layer]) for some, run in zip(asked, runs, strict=True)]
+            branches.append(joined(answers, dim=2))
+        return joined(branches)
 
     def _split(self, x: Tensor) -> Tensor:
         return x.unflatten(-1, (self.heads, self.head_dim)).transpose(1, 2)

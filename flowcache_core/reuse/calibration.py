@@ -1,20 +1,16 @@
 """One knob for likeness and speed: which steps a model needs recomputed for which likeness to its plain run.
 
-`lab.search` measures that on one short clip of the model and writes it beside the model's file as
+`calibrate` measures that on short clips of the model and writes it beside the model's file as
 `<model>.flowcache.json`. Without such a file the demo model's is taken; on another schedule than it was made for, as
-large a share of the steps is spread by rule (`spread.spread`).
+large a share of the steps is spread by rule (`placement.place_steps`).
 """
 
 import json
 from dataclasses import asdict, dataclass
-from pathlib import Path
 
 from ..errors import UserError
-from ..models.presets import ReuseSettings, Settings
-from ..storage.files import write_whole
 
 FORMAT = "flowcache-calibration-1"
-SHIPPED = Path(__file__).parents[1] / "demo" / "network.flowcache.json"
 # Quality by name; between them it is what number you like.
 QUALITIES = {"draft": 0.2, "balanced": 0.5, "high": 0.8, "lossless": 1.0}
 
@@ -69,56 +65,27 @@ def decibels(quality: float) -> float:
     return float("inf") if quality == 1.0 else 26.0 + 24.0 * quality
 
 
-def settings_of(quality: float | str, calibration: Calibration | None = None) -> Settings:
-    """FlowCache's settings for a quality from 0 to 1 or one of `QUALITIES`, from a calibration or the shipped one.
+def quality_of(quality: float | str) -> float:
+    """Gives the number of a quality that may be a name.
 
     Raises:
         UserError: no such quality.
     """
-    if isinstance(quality, str):
-        if quality not in QUALITIES:
-            raise UserError(f"There is no quality '{quality}'; expected 0 to 1, or one of {', '.join(QUALITIES)}.")
-        quality = QUALITIES[quality]
-    calibration = calibration or load(SHIPPED)
-    chosen = calibration.choose(quality)
-    return Settings() if chosen is None else Settings(reuse(chosen.steps, calibration.steps, calibration.lag))
+    if not isinstance(quality, str):
+        return quality
+    if quality not in QUALITIES:
+        raise UserError(f"There is no quality '{quality}'; expected 0 to 1, or one of {', '.join(QUALITIES)}.")
+    return QUALITIES[quality]
 
 
-def reuse(recomputed: tuple[int, ...], steps: int, lag: int) -> ReuseSettings:
-    """A list of recomputed steps, which on another schedule becomes as large a share of its steps."""
-    return ReuseSettings("spread", share=len(recomputed) / steps, steps=recomputed, made_for=(steps, lag))
-
-
-def recomputing(count: int, steps: int, lag: int) -> ReuseSettings:
-    """So many recomputed steps a chunk: as the shipped calibration lists them, where it was made for this schedule."""
-    shipped = load(SHIPPED) if SHIPPED.exists() else None
-    listed = shipped.by_count(count) if shipped and (shipped.steps, shipped.lag) == (steps, lag) else None
-    return reuse(listed, steps, lag) if listed else ReuseSettings("spread", share=count / steps, least=1)
-
-
-def beside(model: Path | str) -> Path:
-    """Where a model's calibration lies."""
-    return Path(model).with_suffix(".flowcache.json")
-
-
-def save(calibration: Calibration, path: Path) -> None:
-    """Writes a calibration; the file appears whole or not at all.
+def parse_calibration(text: str) -> Calibration:
+    """Reads a calibration from what a file holds.
 
     Raises:
-        UserError: the folder cannot be written to.
-    """
-    words = json.dumps({"format": FORMAT, **asdict(calibration)}, indent=1) + "\n"
-    write_whole(path, lambda partial: partial.write_text(words))
-
-
-def load(path: Path) -> Calibration:
-    """Reads a calibration.
-
-    Raises:
-        UserError: no such file, or no sound calibration.
+        ValueError: no sound calibration.
     """
     try:
-        told = json.loads(path.read_text())
+        told = json.loads(text)
         if told.pop("format") != FORMAT:
             raise ValueError("another format")
         curve = tuple(Measured(tuple(one["steps"]), float(one["psnr"])) for one in told.pop("curve"))
@@ -126,6 +93,11 @@ def load(path: Path) -> Calibration:
         for one in curve:
             if list(one.steps) != sorted({*one.steps, 0}) or one.steps[-1] >= calibration.steps:
                 raise ValueError(f"a list of steps {one.steps}")
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, IndexError) as error:
-        raise UserError(f"{path.name} is no calibration of FlowCache ({error}); calibrate the model again.") from error
+    except (KeyError, TypeError, AttributeError, IndexError, RecursionError) as error:
+        raise ValueError(error) from error
     return calibration
+
+
+def write_calibration(calibration: Calibration) -> str:
+    """Writes a calibration as the text of its file."""
+    return json.dumps({"format": FORMAT, **asdict(calibration)}, indent=1) + "\n"

@@ -1,4 +1,4 @@
-"""Where in a chunk's way the recomputed steps lie, when so many may be.
+"""Where the recomputed steps of a chunk lie, when so many may be.
 
 Where chunks overlap, a recomputed chunk wants fresh keys of the older active ones. So with every recomputed step those
 that lie whole lags later are recomputed too, which is when the older chunks get there; a list with this property is
@@ -23,8 +23,8 @@ EARLY = 0.4  # errors made early are carried on: they weigh 1 / (share of the st
 LONG, VERY_LONG = 64, 256
 
 
-def spread(schedule: ChunkSchedule, count: int) -> tuple[int, ...]:
-    """So many steps to recompute, the same for every chunk: aligned, and with little error by `error`.
+def place_steps(schedule: ChunkSchedule, count: int) -> tuple[int, ...]:
+    """So many steps to recompute, the same for every chunk: aligned, and with little error by `expected_error`.
 
     A new chunk begins when the older ones come to a multiple of the lag; the younger half of these multiples may be
     left out. Where even so there are too few steps, alignment is to a multiple of the lag, so that neighbours take
@@ -48,15 +48,15 @@ def _spread(steps: int, lag: int, count: int) -> tuple[int, ...]:
     if steps > LONG:
         return tuple(sorted(_filled(fitting[0], steps, lag, count)))
     found = [_exchanged(_filled(start, steps, lag, count), start, steps, lag) for start in fitting]
-    best = min(found, key=lambda chosen: error(chosen, steps))
+    best = min(found, key=lambda chosen: expected_error(chosen, steps))
     return tuple(sorted(best))
 
 
-def error(chosen: Set[int], steps: int) -> float:
+def expected_error(chosen: Set[int], steps: int) -> float:
     """How far a run with these recomputed steps, 0 among them, is expected to end from the plain one; in no unit.
 
     Over a gap the velocity errs by the gap's square, and the latent by that times the fall of the noise level, for
-    which MAGI-1's stands. The last gap is not corrected (`reuse.Corrector`). On the demo model single gaps of MAGI-1's
+    which MAGI-1's stands. The last gap is not corrected (`forecast.Corrector`). On the demo model single gaps of MAGI-1's
     schedule erred as that says, within 20% but for one.
     """
     return sum(_gap_error(before, after, steps) for before, after in pairwise([*sorted(chosen), steps]))
@@ -106,8 +106,10 @@ def _gain(row: Set[int], ends: list[int], steps: int) -> float:
 def _exchanged(chosen: Steps, fixed: Steps, steps: int, lag: int) -> Steps:
     """The best neighbour's best neighbour, and so on until there is none better."""
     while True:
-        best = min(neighbours(chosen, fixed, steps, lag), key=lambda other: error(other, steps), default=chosen)
-        if error(best, steps) >= error(chosen, steps):
+        best = min(
+            neighbours(chosen, fixed, steps, lag), key=lambda other: expected_error(other, steps), default=chosen
+        )
+        if expected_error(best, steps) >= expected_error(chosen, steps):
             return chosen
         chosen = best
 

@@ -1,159 +1,111 @@
-"""When a chunk's network is run again, and what stands in for it when it is not.
+"""When a chunk's network is run again: a policy answers, for every chunk of a tick, recompute or reuse."""
 
-A policy answers, for each step of each chunk, recompute or reuse. Between recomputed steps the velocity is held or
-forecast through the last recomputed ones, and corrected once the next is known, which makes every chunk a multistep
-predictor-corrector solver of its own.
-"""
-
-from collections.abc import Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Protocol
 
 import torch
 from torch import Tensor
 
-from ..schedule import Place
-from ..solvers.one_step import Linear
-from ..solvers.weights import lagrange, weighted
+from ..schedule import ChunkSchedule
 
-Branch = object  # a hashable name of one side of guidance: "cond", "uncond", ...
+
+class Deciding(Protocol):
+    """A chunk, as far as a policy looks at it.
+
+    Attributes:
+        step, steps: the step that it is at, and how many it takes in all.
+        drift: accumulated change of its signal since it was last recomputed; the policy keeps it.
+        change: relative L1 change of its signal since the last step; None where there was none to compare with.
+    """
+
+    step: int
+    steps: int
+    drift: float
+    change: float | None
 
 
 class Policy(Protocol):
-    """Decides for each chunk and branch.
+    """Decides for all chunks of a tick.
 
     Attributes:
-        watches: whether it needs to see how much the input changed.
-        whole_window: whether it wants one change for all active chunks rather than each chunk's own.
+        watches: whether it needs the chunks' `change`.
+        whole_window: whether that is to be one change for all active chunks.
     """
 
     watches: bool
     whole_window: bool
 
-    def recompute(self, place: Place, steps: int, branch: Branch, change: float | None) -> bool:
-        """Whether to run the network.
+    def decide(self, chunks: Sequence[Deciding]) -> list[bool]:
+        """Says for each chunk whether to run the network."""
+        ...
 
-        Args:
-            place: the chunk, its step and the tick.
-            steps: how many steps the chunk takes in all.
-            branch: the side of guidance.
-            change: relative L1 change of the chunk's signal since its last step, where the policy watches it.
-        """
+    def recomputed(self, steps: int) -> frozenset[int] | None:
+        """The recomputed steps of a chunk that takes so many; None where they depend on what is seen."""
         ...
 
 
-@dataclass
-class Always:
-    """Plain sampling: every step is recomputed."""
+@dataclass(frozen=True)
+class FixedPolicy:
+    """Decides by the number of the step alone.
 
-    watches = whole_window = False
-
-    def recompute(self, place: Place, steps: int, branch: Branch, change: float | None) -> bool:
-        return True
-
-
-@dataclass
-class Periodic:
-    """Every n-th step of a chunk. Where n divides the lag, all active chunks recompute on the same ticks."""
-
-    every: int
-    warmup: int = 1
-    last: bool = False  # also a chunk's last step
-
-    watches = whole_window = False
-
-    def recompute(self, place: Place, steps: int, branch: Branch, change: float | None) -> bool:
-        return _must(place, steps, self.warmup, self.last) or place.step % self.every == 0
-
-
-@dataclass
-class FixedSteps:
-    """A list of steps, the same for every chunk; `align` (a schedule's lag) makes all active chunks share their ticks.
-
-    Aligned, a chunk also recomputes whenever another active chunk's list says so, because a recomputed chunk wants
-    fresh keys from the chunks before it.
+    Attributes:
+        chooses: whether a step is recomputed, from its number and the number of all steps. The first one always is.
     """
 
-    steps: Sequence[int]
-    align: int | None = None
-
+    chooses: Callable[[int, int], bool]
     watches = whole_window = False
 
-    def __post_init__(self):
-        self._chosen = frozenset(self.steps)
-        self._phases = frozenset(step % self.align for step in self.steps) if self.align else frozenset()
+    def decide(self, chunks: Sequence[Deciding]) -> list[bool]:
+        return [chunk.step == 0 or self.chooses(chunk.step, chunk.steps) for chunk in chunks]
 
-    def recompute(self, place: Place, steps: int, branch: Branch, change: float | None) -> bool:
-        in_phase = place.step % self.align in self._phases if self.align else False
-        return place.step == 0 or place.step in self._chosen or in_phase
+    def recomputed(self, steps: int) -> frozenset[int]:
+        return frozenset({0, *(step for step in range(steps) if self.chooses(step, steps))})
 
 
-@dataclass
-class Chunkwise:
-    """FlowCache's rule (arXiv 2602.10825): each chunk and branch adds up how much its own input has drifted since it
-    was last recomputed, and is recomputed when that reaches the threshold.
+@dataclass(frozen=True)
+class DriftPolicy:
+    """Recomputes a chunk when its input has drifted: FlowCache's rule (arXiv 2602.10825), by each chunk's own change,
+    or TeaCache's (arXiv 2411.19108), by one change for all.
 
     Attributes:
         threshold: accumulated relative L1 change at which to recompute.
         warmup: first steps of a chunk that are always recomputed.
-        last: a chunk's last step is always recomputed.
+        last: whether a chunk's last step always is.
         rescale: coefficients, highest power first, of a polynomial that the change is put through first. Where it is
             not positive, the step is recomputed: outside its fitted range the published polynomial would lock in reuse.
+        whole_window: TeaCache's rule. A chunk that begins takes over the window's drift.
     """
 
     threshold: float
-    warmup: int = 5
-    last: bool = False
-    rescale: Sequence[float] | None = None
-
+    warmup: int
+    last: bool
+    rescale: Sequence[float] | None
+    whole_window: bool
     watches = True
-    whole_window = False
-    drift: dict[tuple[int, Branch], float] = field(default_factory=dict)
 
-    def recompute(self, place: Place, steps: int, branch: Branch, change: float | None) -> bool:
-        key = (place.chunk, branch)
-        step = _rescaled(change, self.rescale)
-        drift = None if step is None else self.drift.get(key, 0.0) + step
-        again = drift is None or drift >= self.threshold or _must(place, steps, self.warmup, self.last)
-        self.drift[key] = 0.0 if again or drift is None else drift
-        return again
+    def decide(self, chunks: Sequence[Deciding]) -> list[bool]:
+        if self.whole_window:
+            oldest = max(chunks, key=lambda chunk: chunk.step)
+            for chunk in chunks:
+                chunk.drift = oldest.drift
+        return [self._decide(chunk) for chunk in chunks]
 
+    def _decide(self, chunk: Deciding) -> bool:
+        change = rescaled(chunk.change, self.rescale)
+        drifted = change is None or chunk.drift + change >= self.threshold
+        must = chunk.step < max(1, self.warmup) or (self.last and chunk.step == chunk.steps - 1)
+        # What must be recomputed starts a chunk's own drift anew, but not the window's.
+        restarts = drifted or (must and not self.whole_window)
+        chunk.drift = 0.0 if restarts or change is None else chunk.drift + change
+        return drifted or must
 
-@dataclass
-class Global:
-    """TeaCache's rule (arXiv 2411.19108): one decision a tick for all active chunks, from the whole window's change.
-
-    The engine passes every active chunk the same change: the window's. A chunk's first step is still recomputed.
-    """
-
-    threshold: float
-    warmup: int = 5
-    last: bool = False
-    rescale: Sequence[float] | None = None
-
-    watches = True
-    whole_window = True
-    drift: dict[Branch, float] = field(default_factory=dict)
-    _decided: dict[Branch, tuple[int, bool]] = field(default_factory=dict)
-
-    def recompute(self, place: Place, steps: int, branch: Branch, change: float | None) -> bool:
-        tick, again = self._decided.get(branch, (None, False))
-        if tick != place.tick:
-            step = _rescaled(change, self.rescale)
-            drift = None if step is None else self.drift.get(branch, 0.0) + step
-            again = drift is None or drift >= self.threshold
-            self.drift[branch] = 0.0 if again or drift is None else drift
-            self._decided[branch] = (place.tick, again)
-        return again or _must(place, steps, self.warmup, self.last)
+    def recomputed(self, steps: int) -> None:
+        return None
 
 
-def _must(place: Place, steps: int, warmup: int, last: bool) -> bool:
-    return place.step < max(1, warmup) or (last and place.step == steps - 1)
-
-
-def _rescaled(change: float | None, coefficients: Sequence[float] | None) -> float | None:
-    """The change put through the polynomial; None where there is no change to go by or the polynomial is not
-    positive."""
+def rescaled(change: float | None, coefficients: Sequence[float] | None) -> float | None:
+    """Puts a change through a polynomial; None where there is no change, or the polynomial is not positive."""
     if change is None or coefficients is None:
         return change
     value = 0.0
@@ -162,86 +114,27 @@ def _rescaled(change: float | None, coefficients: Sequence[float] | None) -> flo
     return value if value > 0 else None
 
 
+def aligned(policy: Policy, schedule: ChunkSchedule, also: frozenset[int] = frozenset()) -> bool:
+    """Says whether all active chunks recompute on the same ticks: whenever one does, every older one does too.
+
+    The first step is left out: a chunk that begins need not find the older ones recomputed.
+
+    Args:
+        also: steps that are recomputed whatever the policy says.
+    """
+    if schedule.max_active == 1 or schedule.lag == 0:
+        return True
+    chosen = policy.recomputed(schedule.steps)
+    if chosen is None:
+        return False
+    if schedule.first_steps not in (None, schedule.steps):  # its steps do not lie whole lags from the others'
+        return len(chosen) == schedule.steps
+    chosen |= also
+    later = (step + schedule.lag for step in chosen if step > 0)
+    return all(step in chosen for step in later if step < schedule.steps)
+
+
 def relative_change(now: Sequence[Tensor], before: Sequence[Tensor]) -> list[float]:
-    """mean|now - before| / mean|before| of each pair, read back from the device once."""
+    """Measures mean|now - before| / mean|before| of each pair, read back from the device once."""
     ratios = [(a - b).abs().mean() / b.abs().mean() for a, b in zip(now, before, strict=True)]
     return torch.stack(ratios).tolist() if ratios else []
-
-
-def changes(signals: dict[int, Tensor], before: dict[int, Tensor], whole_window: bool) -> dict[int, float]:
-    """How much each chunk's signal has changed since the last tick, for the chunks that were active then.
-
-    Args:
-        signals, before: of this tick and the last, by chunk.
-        whole_window: one change for all, of all known signals together; chunks that are new get it too.
-    """
-    known = [chunk for chunk in signals if chunk in before]
-    now, then = [signals[chunk] for chunk in known], [before[chunk] for chunk in known]
-    if whole_window and known:
-        now, then = ([torch.cat([signal.flatten() for signal in part])] for part in (now, then))
-        return dict.fromkeys(signals, relative_change(now, then)[0])
-    return dict(zip(known, relative_change(now, then), strict=True))
-
-
-class Forecast:
-    """The last recomputed results of one chunk and branch, and what they say about another step.
-
-    Samplers space their noise levels so that results change evenly from step to step: over the step number a line was
-    better by 2 to 4 dB than over the noise level.
-
-    Args:
-        order: 0 holds the last result; 1 and 2 put a line or a parabola over the steps through the last two or three.
-            With fewer results than that the order is what they allow.
-    """
-
-    def __init__(self, order: int):
-        self.order = order
-        self.steps: list[int] = []
-        self.results: list[Tensor] = []
-
-    def add(self, step: int, result: Tensor) -> None:
-        if self.steps and self.steps[-1] == step:
-            self.steps.pop(), self.results.pop()
-        self.steps = [*self.steps[-self.order :], step] if self.order else [step]
-        self.results = [*self.results[-self.order :], result] if self.order else [result]
-
-    def at(self, step: int) -> Tensor:
-        return weighted(self.results, lagrange(tuple(self.steps), step))
-
-
-class Corrector:
-    """Takes a chunk's reused steps again as soon as the next recomputed velocity is known: with velocities from the
-    line or parabola, over the step number, through the recomputed ones around them, instead of from the forecast. The
-    solver takes every step as in a plain run, and no forward is added.
-
-    Source: the corrector of predictor-corrector methods in PEC mode, as in Hairer, Norsett, Wanner, Solving Ordinary
-    Differential Equations I, section III.1.
-
-    Args:
-        order: 1 for a line between both ends, 2 for a parabola that also goes through the velocity before.
-    """
-
-    def __init__(self, order: int):
-        self.order = max(1, order)
-        self.steps: tuple[int, ...] = ()  # recomputed ones that the next curve goes through
-        self.velocities: list[Tensor] = []
-        self.start: tuple[Tensor, tuple[Tensor, ...]]  # the latent and the solver's memory before the last of them
-
-    def step(self, latent: Tensor, solver: Linear, velocity: Tensor, step: int) -> Tensor:
-        """To be told every recomputed step of the chunk, in order, before the solver takes it.
-
-        Args:
-            latent, velocity: before the step, [B, C, T, H, W].
-            solver: that will take it.
-            step: its number.
-
-        Returns:
-            The latent to go on from.
-        """
-        steps, velocities = (*self.steps, step), [*self.velocities, velocity]
-        if self.steps and step - self.steps[-1] > 1:
-            latent, solver.memory = self.start
-            latent = solver.along(latent, velocities, steps)
-        self.steps, self.velocities = steps[-self.order :], velocities[-self.order :]
-        self.start = latent, solver.memory
-        return latent

@@ -22,7 +22,7 @@ class DPM2M(Linear):
         super().__init__(sigmas)
         self.lambdas = [log_ratio(sigma) for sigma in sigmas]
 
-    def weights(self, step: int, held: int, coasting: bool = False) -> np.ndarray:
+    def weights(self, step: int, held: int, provisional: bool = False) -> np.ndarray:
         x, *cleans, velocity = np.eye(held + 2)
         cleans = [*cleans[-1:], x - self.sigmas[step] * velocity]
         return np.stack([self.predict(x, cleans, step), *cleans])
@@ -49,13 +49,13 @@ class UniPC(DPM2M):
     """UniPC of order 2 (bh2): 2M's prediction, corrected once the velocity at the predicted latent is known.
 
     It remembers the last two clean estimates and the corrected latent before the last prediction. A forecast of the
-    velocity tells nothing new: coasting leaves the correction out.
+    velocity tells nothing new: provisional leaves the correction out.
     """
 
-    def weights(self, step: int, held: int, coasting: bool = False) -> np.ndarray:
+    def weights(self, step: int, held: int, provisional: bool = False) -> np.ndarray:
         x, *memory, velocity = np.eye(held + 2)
         clean = x - self.sigmas[step] * velocity
-        if step > 0 and not coasting:
+        if step > 0 and not provisional:
             x = self.correct(memory[-1] if step > 1 else self.first(x, memory), [*memory[:-1], clean], step)
         cleans = [*memory[:-1][-1:], clean]
         return np.stack([self.predict(x, cleans, step), *cleans, x])

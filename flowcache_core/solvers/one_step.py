@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ..schedule import CLEAN
+START = -1  # step number of the noise that a chunk begins with
 from .weights import lagrange, weighted
 
 Noise = Callable[[int], Tensor]  # step -> fresh unit noise of the chunk's shape
@@ -50,18 +50,18 @@ class Linear(ABC):
         self.memory: tuple[Tensor, ...] = ()
 
     @abstractmethod
-    def weights(self, step: int, held: int, coasting: bool = False) -> np.ndarray:
+    def weights(self, step: int, held: int, provisional: bool = False) -> np.ndarray:
         """A step as a matrix [1 + tensors remembered after, 1 + held + 1]: the latent and the memory after it, from the
         latent, `held` remembered tensors and the velocity.
 
         Args:
-            coasting: the velocity is a forecast, and the step will be taken again once more is known (but for the last
+            provisional: the velocity is a forecast, and the step will be taken again once more is known (but for the last
                 such steps): what costs more than it tells may be left out.
         """
 
-    def step(self, x: Tensor, velocity: Tensor, step: int, coasting: bool = False) -> Tensor:
+    def step(self, x: Tensor, velocity: Tensor, step: int, provisional: bool = False) -> Tensor:
         """The latent after `step`, from the latent before it and the velocity there; shapes [B, C, T, H, W]."""
-        return self._to(_step_weights(type(self), self.sigmas, step, len(self.memory), coasting), x, [velocity])
+        return self._to(_step_weights(type(self), self.sigmas, step, len(self.memory), provisional), x, [velocity])
 
     def along(self, x: Tensor, velocities: Sequence[Tensor], steps: tuple[int, ...]) -> Tensor:
         """The latent at the last of some steps, from the latent at the one before it in the list, with velocities from
@@ -76,8 +76,8 @@ class Linear(ABC):
 
 
 @lru_cache(4096)
-def _step_weights(kind: type[Linear], sigmas: tuple[float, ...], step: int, held: int, coasting: bool) -> list:
-    return kind(sigmas).weights(step, held, coasting).tolist()
+def _step_weights(kind: type[Linear], sigmas: tuple[float, ...], step: int, held: int, provisional: bool) -> list:
+    return kind(sigmas).weights(step, held, provisional).tolist()
 
 
 @lru_cache(4096)
@@ -94,10 +94,10 @@ def _weights_along(kind: type[Linear], sigmas: tuple[float, ...], held: int, ste
 class Euler(Linear):
     """First order: x moves along the velocity by the change of sigma."""
 
-    def weights(self, step: int, held: int, coasting: bool = False) -> np.ndarray:
+    def weights(self, step: int, held: int, provisional: bool = False) -> np.ndarray:
         return np.array([[1.0, self.sigmas[step + 1] - self.sigmas[step]]])
 
-    def step(self, x: Tensor, velocity: Tensor, step: int, coasting: bool = False) -> Tensor:
+    def step(self, x: Tensor, velocity: Tensor, step: int, provisional: bool = False) -> Tensor:
         return torch.add(x, velocity, alpha=self.sigmas[step + 1] - self.sigmas[step])
 
 
@@ -116,11 +116,11 @@ class Renoise:
         return clean if level == 0 else (1.0 - level) * clean + level * self.noise(step)
 
 
-def chunk_noise(seed: int, chunk: int, shape: Sequence[int], step: int = CLEAN) -> Tensor:
+def chunk_noise(seed: int, chunk: int, shape: Sequence[int], step: int = START) -> Tensor:
     """Unit noise of a chunk, on the CPU: its start, or fresh noise for a step.
 
     It depends on nothing but the seed and the place, so a longer video begins like a shorter one, and an extension goes
     on like an unbroken run. A step's noise is the one that ComfyUI's own sampler draws (sample_ar_video).
     """
-    place = (seed * 1_000_003 + chunk * 1009) if step == CLEAN else seed + chunk * 1000 + step
+    place = (seed * 1_000_003 + chunk * 1009) if step == START else seed + chunk * 1000 + step
     return torch.randn(tuple(shape), generator=torch.Generator("cpu").manual_seed(place % 2**63))

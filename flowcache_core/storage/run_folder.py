@@ -26,7 +26,7 @@ from torch import Tensor
 
 from ..engine.loop import Chunk
 from ..errors import UserError
-from ..history.snapshot import Clean, Grown
+from ..history.snapshot import Snapshot, SnapshotDelta
 from .files import write_whole
 from .state import State, load_state, make_state, save_state
 
@@ -93,7 +93,7 @@ class RunFolder:
             )
         return latent
 
-    def add(self, chunk: Chunk, grown: Grown) -> None:
+    def add(self, chunk: Chunk, delta: SnapshotDelta) -> None:
         """Keeps a finished chunk [B, C, T, H, W] and what the clean history has grown by.
 
         Raises:
@@ -102,8 +102,8 @@ class RunFolder:
         if self.full:
             return
         latent = chunk.latent.to("cpu").contiguous()
-        before = self.lead + chunk.index * self.chunk_frames
-        state = make_state(latent, grown.histories, self.chunk_frames, self.model, dropped=before)
+        before = self.lead + chunk.number * self.chunk_frames
+        state = make_state(latent, delta.histories, self.chunk_frames, self.model, dropped=before)
         # What a whole history replaces stays until that is written.
         needed = 2 * latent.nbytes + sum(part.nbytes for clean in state.histories for part in clean)
         needed += sum(file.st_size for file in _files(self.path))
@@ -112,10 +112,10 @@ class RunFolder:
             return
         self._make_room(needed)
         added = list(self.path.glob("added-*"))
-        written = self._file("history" if grown.whole else "added", chunk.index)
-        write_whole(self._file("chunk", chunk.index), lambda partial: save_file({"latent": latent}, partial))
+        written = self._file("history" if delta.full else "added", chunk.number)
+        write_whole(self._file("chunk", chunk.number), lambda partial: save_file({"latent": latent}, partial))
         # What follows an addition that could not be read is of the run before the interrupt.
-        replaced = [*self.path.glob("history-*"), *added] if grown.whole else [file for file in added if file > written]
+        replaced = [*self.path.glob("history-*"), *added] if delta.full else [file for file in added if file > written]
         save_state(state, written)
         for file in replaced:
             if file != written:
@@ -153,10 +153,10 @@ def _layout(state: State) -> list:
     return [state.branches, state.latents.shape, sizes]
 
 
-def _joined(parts: Sequence[tuple[Clean, ...]]) -> tuple[Clean, ...]:
+def _joined(parts: Sequence[tuple[Snapshot, ...]]) -> tuple[Snapshot, ...]:
     """The history of each branch, from its parts in time order; queries are the newest."""
     return tuple(
-        Clean(
+        Snapshot(
             torch.cat([part.keys for part in branch], dim=3),
             torch.cat([part.values for part in branch], dim=3),
             torch.cat([part.tokens for part in branch], dim=3),

@@ -15,7 +15,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from ..errors import UserError
-from ..history.snapshot import Clean
+from ..history.snapshot import Snapshot
 from .files import parse_json, write_whole
 
 FORMAT = "flowcache-state-1"
@@ -32,7 +32,7 @@ class State(NamedTuple):
     """
 
     latents: Tensor
-    histories: tuple[Clean, ...]
+    histories: tuple[Snapshot, ...]
     branches: tuple[str, ...]
     chunk_frames: int
     model: str = ""
@@ -52,7 +52,7 @@ class State(NamedTuple):
         return self.frames // self.chunk_frames
 
     @property
-    def by_branch(self) -> dict[Hashable, Clean]:
+    def by_branch(self) -> dict[Hashable, Snapshot]:
         return dict(zip(self.branches, self.histories, strict=True))
 
     def check(self, model: str, chunk_frames: int, latent_shape: tuple[int, ...]) -> None:
@@ -74,7 +74,7 @@ class State(NamedTuple):
 
 
 def make_state(
-    latents: Tensor, histories: Mapping[Hashable, Clean], chunk_frames: int, model: str = "", dropped: int = 0
+    latents: Tensor, histories: Mapping[Hashable, Snapshot], chunk_frames: int, model: str = "", dropped: int = 0
 ) -> State:
     """Latents [B, C, T, H, W] and what `Runner.save` gave to a state; `dropped` frames came before the latents."""
     branches = tuple(str(name) for name in histories)
@@ -118,7 +118,8 @@ def load_state(path: Path | str) -> State:
         info = parse_json(metadata["state"])
         branches, chunk_frames, model = tuple(info["branches"]), info["chunk_frames"], info["model"]
         histories = tuple(
-            Clean(*(tensors[f"history.{number}.{name}"] for name in Clean._fields)) for number in range(len(branches))
+            Snapshot(*(tensors[f"history.{number}.{name}"] for name in Snapshot._fields))
+            for number in range(len(branches))
         )
         state = State(tensors["latents"], histories, branches, chunk_frames, model, info.get("dropped", 0))
     except (SafetensorError, OSError) as error:

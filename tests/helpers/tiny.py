@@ -1,13 +1,8 @@
 """Small networks that the engine tests run on."""
 
-from collections.abc import Callable
-
 import torch
 
-from flowcache_core.engine.loop import Denoise
-from flowcache_core.engine.runner import Step
 from flowcache_core.models.wan import WanConfig, WanNetwork
-from flowcache_core.schedule import Place
 
 TINY = WanConfig(dim=48, ffn_dim=64, num_heads=2, num_layers=2, in_dim=4, out_dim=4, text_dim=16, freq_dim=32)
 
@@ -40,14 +35,3 @@ def watch_positions(backbone) -> list[int]:
 
     backbone.rotary = Watched(backbone.rotary.head_dim)
     return seen
-
-
-def one_by_one(denoise: Callable[[torch.Tensor, float, Place], torch.Tensor]) -> Denoise:
-    """What asks for chunks one after another, as an engine's denoise, which is asked for all of a tick."""
-    return lambda steps: (denoise(*step) for step in steps)
-
-
-def ask(denoise: Denoise, x: torch.Tensor, sigma: float, place: Place) -> torch.Tensor:
-    """The velocity of one chunk's step."""
-    (velocity,) = denoise([Step(x, sigma, place)])
-    return velocity

@@ -7,6 +7,7 @@ from typing import Any
 from torch import Tensor
 
 from ...errors import UserError
+from ...history.plan import NetworkSizes
 
 LATENT_CHANNELS = 16  # of MAGI-1's autoencoder
 DOUBLED_INPUT_SCALE = 0.1  # the published networks with doubled channels scale their input so
@@ -48,6 +49,16 @@ class MagiConfig:
     @property
     def condition_width(self) -> int:
         return self.width // 4
+
+    @property
+    def sizes(self) -> NetworkSizes:
+        """What decides how much memory a run takes."""
+        inner = self.ffn_width * (2 if self.gated else 1)
+        context = 2 * self.layers * self.caption_tokens * self.kv_heads * self.head_dim * 2
+        time_dims = self.head_dim // 4
+        return NetworkSizes(
+            self.layers, self.heads, self.kv_heads, self.head_dim, self.width, inner, time_dims, context
+        )
 
     @property
     def fed_channels(self) -> int:

@@ -15,6 +15,7 @@ Source: MAGI-1, inference/model/dit/dit_model.py and dit_module.py.
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import NamedTuple, cast
 
 import torch
@@ -22,6 +23,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ...errors import UserError
+from ...history.plan import NetworkSizes
 from ..fit import fit
 from ..rotary import grid_table
 from .config import MagiConfig
@@ -317,6 +319,18 @@ class MagiContext(NamedTuple):
     kind: Tensor
 
 
+class MagiConditioning(NamedTuple):
+    """What the blocks are told about a chunk.
+
+    Attributes:
+        gates: what the gates are made of, [B, condition_width].
+        context: of the chunk.
+    """
+
+    gates: Tensor
+    context: MagiContext
+
+
 def grouped_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     """Torch's attention, where several query heads share a key and value head."""
     return F.scaled_dot_product_attention(q, k, v, enable_gqa=True)
@@ -342,6 +356,11 @@ class MagiBackbone:
         self.head_dim = config.head_dim
         self.blocks = cast(Sequence[MagiBlock], network.videodit_blocks.layers)
         self.rotary = MagiRotary(network.rope, config.head_dim)
+
+    @property
+    def sizes(self) -> NetworkSizes:
+        """What decides how much memory a run takes."""
+        return self.config.sizes
 
     def grid(self, height: int, width: int) -> tuple[int, int]:
         """Rows and columns of tokens of one frame of latent size height x width.
@@ -374,8 +393,19 @@ class MagiBackbone:
             kind = kind + self._time(torch.full((1,), text.step_size, dtype=torch.float32, device=kind.device))
         return MagiContext(captions, kind)
 
+    def conditioning(self, x: Tensor, sigma: Tensor, texts: Sequence[Sequence[MagiContext]]) -> MagiConditioning:
+        """Prepares what all blocks are told about a chunk.
+
+        Args:
+            x: latent of one chunk, [B, C, T, H, W].
+            sigma: its noise level, [B], 1 noise and 0 clean.
+            texts: its one context, with B rows.
+        """
+        ((context,),) = texts
+        return MagiConditioning(self.condition(sigma, context), context)
+
     def trunk(self, x: Tensor, sigma: Tensor, context: MagiContext, attend: Attend) -> Tensor:
-        """The embedding and the blocks.
+        """Runs the embedding and all blocks.
 
         Args:
             x: latent [B, C, T, H, W].
@@ -386,12 +416,14 @@ class MagiBackbone:
         Returns:
             The blocks' output minus their input, float32 [B, T, rows * columns, width].
         """
-        embedded = self.embed(x)
-        condition = self.condition(sigma, context)
-        hidden = embedded.flatten(1, 2)
-        for layer, block in enumerate(self.blocks):
-            hidden = self._block(block, layer, hidden, condition, context.captions[layer], attend)
-        return hidden.view_as(embedded).float() - embedded.float()
+        conditioning, hidden = self.conditioning(x, sigma, [[context]]), self.embed(x)
+        for layer in range(self.layers):
+            hidden = self.block(layer, hidden, conditioning, partial(attend, layer))
+        return self.residual(x, hidden)
+
+    def residual(self, x: Tensor, hidden: Tensor) -> Tensor:
+        """Takes the blocks' input from their output; float32."""
+        return hidden.float() - self.embed(x).float()
 
     def head(self, x: Tensor, sigma: Tensor, residual: Tensor) -> Tensor:
         """Velocity [B, C, T, H, W] from the latent and a residual that `trunk` gave; the noise level plays no part."""
@@ -430,19 +462,28 @@ class MagiBackbone:
         keys, values = pairs[None].chunk(2, dim=-1)
         return CaptionKeys(attention.k_layernorm_xattn(keys), values)
 
-    def _block(self, block: MagiBlock, layer: int, x: Tensor, condition: Tensor, captions, attend: Attend) -> Tensor:
-        # x is [B, tokens, width]
+    def block(self, layer: int, x: Tensor, conditioning: MagiConditioning, attend: Attention) -> Tensor:
+        """Runs one block.
+
+        Args:
+            x: tokens of a chunk, [B, T, S, width].
+            conditioning: of the chunk.
+            attend: attention over the history; it gets unrotated q [B, heads, T * S, D] and k, v [B, kv_heads, ...].
+        """
+        block = self.blocks[layer]
         attention, project = block.self_attention, block.self_attention.linear_qkv
-        gate_attention, gate_feed_forward = block.ada_modulate_layer(condition)
+        gate_attention, gate_feed_forward = block.ada_modulate_layer(conditioning.gates)
+        shape, x = x.shape, x.flatten(1, 2)
         y = project.layer_norm(x)
         q = self.rotary.paired(attention.q_layernorm(self._split(project.q(y)).float())).to(x.dtype)
         k = self.rotary.paired(attention.k_layernorm(self._split(project.k(y)).float())).to(x.dtype)
-        past = attend(layer, q, k, self._split(project.v(y)))
+        past = attend(q, k, self._split(project.v(y)))
+        captions = conditioning.context.captions[layer]
         text = self._read(attention.q_layernorm_xattn(self._split(project.qx(y))), captions)
         y = attention.linear_proj(self._merge(past, text).to(attention.projection_dtype))
         x = (block.self_attn_post_norm(y.float() * gate_attention) + x).to(x.dtype)
         y = block.mlp(x).float()
-        return (block.mlp_post_norm(y * gate_feed_forward) + x).to(x.dtype)
+        return (block.mlp_post_norm(y * gate_feed_forward) + x).to(x.dtype).view(shape)
 
     def _read(self, q: Tensor, captions: list[CaptionKeys]) -> Tensor:
         """Cross-attention [B, heads, tokens, D]; row by row, because captions differ in length."""

@@ -1,0 +1,118 @@
+"""A run, put together: the memory planned, the forward that fits, the loop around it."""
+
+from collections.abc import Callable, Hashable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from ..history.cache import Attention
+from ..history.plan import plan_memory
+from ..history.snapshot import Snapshot
+from ..report import Report
+from ..reuse.policies import aligned
+from ..schedule import ChunkSchedule, Given
+from ..settings import Settings
+from .causal import CausalForward
+from .forward import Forward
+from .guidance import Guidance
+from .joint import JointForward
+from .loop import Engine, Progress, Sampling, check_cancelled
+from .rolling import RollingForward, rolling_bytes
+
+Seeing = Literal["causal", "joint", "rolling"]  # how chunks see each other
+
+
+@dataclass(frozen=True)
+class RunSettings:
+    """What a run is put together from.
+
+    Attributes:
+        backbone: runs the network by layers, see `models.wan.WanBackbone`.
+        guidance: from branches to one velocity.
+        schedule, settings, sampling: of the run.
+        seeing: chunk by chunk over a history ("causal"), all chunks of a window together ("joint"), or the active ones
+            ("rolling").
+        shape: of a chunk, [B, C, T, H, W].
+        branches, texts: how many branches of guidance there are, and different texts for each.
+        dtype, device: that is computed with.
+        lead, end: given frames that fill no chunk.
+        attention: over the history.
+        loaded: clean history of an earlier run, by branch.
+        grain: fresh unit noise for a tick of the frames that a joint window begins with.
+        on_progress, cancelled: as for `Engine`.
+        label: of the settings, for the report.
+    """
+
+    backbone: object
+    guidance: Guidance
+    schedule: ChunkSchedule
+    settings: Settings
+    sampling: Sampling
+    seeing: Seeing
+    shape: Sequence[int]
+    branches: int
+    dtype: torch.dtype
+    device: torch.device
+    texts: int = 1
+    lead: int = 0
+    end: int = 0
+    attention: Attention = F.scaled_dot_product_attention
+    loaded: Mapping[Hashable, Snapshot] | None = None
+    grain: Callable[[int], Tensor] | None = None
+    on_progress: Callable[[Progress], None] = lambda progress: None
+    cancelled: Callable[[], bool] = lambda: False
+    label: str = ""
+
+
+def build_engine(run: RunSettings) -> Engine:
+    """Makes a run ready to go, with its memory allocated; given frames are to be run next, see `Engine.give`."""
+    settings, schedule, report = run.settings, run.schedule, Report(run.schedule, run.label)
+    policy = settings.reuse.policy(schedule)
+    more = {"attention": run.attention, "check": partial(check_cancelled, run.cancelled, report)}
+    forward: Forward
+    if run.seeing == "joint":
+        first, start = run.sampling.sigmas[0], run.sampling.start
+        forward = JointForward(run.backbone, run.guidance, report, schedule, first, start, run.grain, **more)
+    elif run.seeing == "rolling":
+        forward = RollingForward(run.backbone, run.guidance, report, run.shape[2], **more)
+        a_branch = rolling_bytes(run.backbone, schedule, run.shape, run.dtype.itemsize)
+        report.history_bytes_planned = run.branches * a_branch
+    else:
+        plan = plan_memory(
+            run.backbone.sizes,
+            schedule,
+            settings,
+            policy,
+            grid=run.backbone.grid(*run.shape[3:]),
+            chunk_frames=run.shape[2],
+            batch=run.shape[0],
+            branches=run.branches,
+            itemsize=run.dtype.itemsize,
+            given=(run.lead, run.end),
+            at_once=run.guidance.at_once,
+            texts=run.texts,
+        )
+        forward = CausalForward(
+            run.backbone,
+            run.guidance,
+            plan,
+            settings,
+            report,
+            aligned=aligned(policy, schedule),
+            dtype=run.dtype,
+            device=run.device,
+            loaded=run.loaded,
+            order=settings.between.order_for(policy, schedule.steps),
+            **more,
+        )
+    return Engine(forward, schedule, policy, settings.between, run.sampling, run.on_progress, run.cancelled)
+
+
+def given_chunks(latent: Tensor, lead: int, chunk_frames: int) -> list[tuple[int | Given, Tensor]]:
+    """Cuts given frames [B, C, T, H, W] into a lead, which fills no chunk, and whole chunks."""
+    whole = latent[:, :, lead:].split(chunk_frames, dim=2) if latent.shape[2] > lead else []
+    return [*([(Given.LEAD, latent[:, :, :lead])] if lead else []), *enumerate(whole)]

@@ -1,0 +1,251 @@
+"""Chunk after chunk over a history of clean ones: how causal models see."""
+
+import time
+from collections.abc import Callable, Hashable, Mapping, Sequence
+from functools import partial
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from ..errors import UserError
+from ..history.cache import Attention, History, begin_delta, moved_note
+from ..history.offload import OUT_OF_MEMORY, retry_on_oom
+from ..history.plan import MemoryPlan
+from ..history.snapshot import Snapshot, SnapshotDelta
+from ..history.streams import SideStream
+from ..report import Report
+from ..reuse.forecast import Forecast
+from ..schedule import Given, Place
+from ..settings import Settings
+from ..solvers.weights import joined
+from .forward import Step, Velocity
+from .guidance import Guidance, Texts
+from .layers import Group, groups_of, row_levels, run_layer
+
+
+class CausalForward:
+    """The forwards of one run.
+
+    Args:
+        backbone: by layers, see `models.wan.WanBackbone`.
+        guidance: which branches are run, and their sum.
+        plan: of the memory, which is allocated here.
+        settings: of the run.
+        report: of the run.
+        aligned: all active chunks recompute on the same ticks: none needs another's keys of an earlier tick.
+        dtype, device: that is computed with.
+        attention: over the history.
+        loaded: clean history of an earlier run to start from, by branch.
+        order: of the forecast of residuals, where those are held.
+        check: called before every group of every layer; may raise to end the run.
+    """
+
+    def __init__(
+        self,
+        backbone,
+        guidance: Guidance,
+        plan: MemoryPlan,
+        settings: Settings,
+        report: Report,
+        *,
+        aligned: bool,
+        dtype: torch.dtype,
+        device: torch.device,
+        attention: Attention = F.scaled_dot_product_attention,
+        loaded: Mapping[Hashable, Snapshot] | None = None,
+        order: int = 0,
+        check: Callable[[], None] = lambda: None,
+    ):
+        self.backbone, self.guidance, self.attention = backbone, guidance, attention
+        self.plan, self.settings, self.report, self.check = plan, settings, report, check
+        self.dtype, self.device = dtype, device
+        self.keeps_slots = not (aligned and guidance.at_once and settings.clean_pass)
+        self.stream = SideStream(device, settings.overlap)
+        self.loaded = dict(loaded or {})
+        self.histories: dict[Hashable, History] = {}
+        self.spare = [self._history() for _ in range(plan.branches)]  # not yet of a branch
+        self.contexts = Contexts(backbone.context, 2 * plan.max_active + 2)
+        self.holds_residual = settings.holds_residual
+        self.order = order
+        self.held: dict[tuple[int | Given, Hashable], Forecast] = {}  # residuals, by chunk and branch
+        self.waiting: list[Step] = []  # clean passes that go along with the next forward
+        report.history_bytes_planned = plan.history_bytes
+        report.history_bytes_unbounded = plan.unbounded_bytes
+        report.history_bytes_allocated = self.history_bytes[1]
+
+    def mix(self, step: Step, oldest: bool) -> Hashable:
+        """Names the sum of branches that a step's velocity will be."""
+        return self.guidance.mix(step)
+
+    def signals(self, steps: Sequence[Step]) -> list[Tensor]:
+        """What a policy watches for change, for each step."""
+        return [self.backbone.reuse_signal(step.x.to(self.dtype), row_levels(step.sigma, step.x)) for step in steps]
+
+    def velocities(self, steps: Sequence[Step]) -> list[Velocity]:
+        """Runs the network for a tick's steps and the clean passes that wait, oldest chunk first."""
+        passes, self.waiting = self.waiting, []
+        values, branches = self._run([*passes, *steps])
+        return [
+            Velocity(value, branches, step.recompute) for value, step in zip(values[len(passes) :], steps, strict=True)
+        ]
+
+    def give(self, chunk: int | Given, latent: Tensor, condition: float) -> None:
+        """Runs given frames [B, C, T, H, W], shown at a noise level, and stores their keys and values."""
+        self._run([Step(latent, condition, Place(chunk, None, 0))])
+
+    def finish(self, chunk: int, latent: Tensor) -> None:
+        """Takes a finished chunk. Its clean pass goes along with the next forward, but where the history is bounded it is
+        made now: the history may be cut before that."""
+        if not self.settings.clean_pass:
+            self._commit([chunk])
+            return
+        self.waiting.append(Step(latent, 0.0, Place(chunk, None, 0)))
+        if self.settings.history.budget is not None:
+            self.settle()
+
+    def settle(self) -> None:
+        """Makes the clean passes that wait."""
+        passes, self.waiting = self.waiting, []
+        for step in passes:
+            self._run([step])
+
+    def save(self) -> dict[Hashable, Snapshot]:
+        """Copies the clean history of every branch to the CPU."""
+        return {name: history.save() for name, history in self.histories.items()}
+
+    def begin_delta(self, full: bool) -> Callable[[], SnapshotDelta]:
+        """Begins to copy what the clean history has grown by."""
+        self.settle()
+        return begin_delta(self.histories, full)
+
+    @property
+    def history_bytes(self) -> tuple[int, int]:
+        """Bytes of history in use, and of its buffers."""
+        histories = [*self.histories.values(), *self.spare]
+        return sum(history.bytes_used for history in histories), sum(history.bytes for history in histories)
+
+    def _run(self, steps: Sequence[Step]) -> tuple[list[Tensor], tuple[Hashable, ...]]:
+        """Guided velocities of steps, and the branches that they are sums of."""
+        stored = [step.place.chunk for step in steps if step.place.is_clean_pass]
+        values, branches = self.guidance.velocities(steps, self.network)
+        self.report.clean_passes += len(stored) * len(branches)
+        self._commit(stored)
+        return values, branches
+
+    def _commit(self, chunks: Sequence[int | Given]) -> None:
+        for history in self.histories.values():
+            history.storing = list(chunks)
+            history.commit()
+        for key in [key for key in self.held if key[0] in chunks]:
+            del self.held[key]
+        if chunks:
+            self.report.note(moved_note(self.histories.values()), OUT_OF_MEMORY)
+            self.report.history_bytes_allocated = self.history_bytes[1]
+
+    def network(self, steps: Sequence[Step], branches: Sequence[Hashable], texts: Texts) -> list[Tensor]:
+        """Runs the network for some branches of a tick's steps; see `guidance.Network`."""
+        begun = time.perf_counter()
+        again = [step for step in steps if step.recompute]
+        values = iter(self._recomputed(again, branches, texts) if again else [])
+        results = [next(values) if step.recompute else self._reused(step, branches) for step in steps]
+        self.report.forward_seconds += time.perf_counter() - begun
+        return results
+
+    def _recomputed(self, steps: Sequence[Step], branches: Sequence[Hashable], texts: Texts) -> list[Tensor]:
+        rows = steps[0].x.shape[0] // len(branches)
+        histories = [self._history_of(name) for name in branches]
+        chunks = [step.place.chunk for step in steps]
+        for history in histories:
+            history.arrange(chunks, [step.place.chunk for step in steps if step.place.is_clean_pass])
+        asking = self._asking(steps)
+        contexts = [[self.contexts.of(text) for text in texts(chunk)] for chunk in chunks]
+        groups = groups_of(self.backbone, steps, contexts, self.plan.together)
+
+        def attend(layer: int, step: Step, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+            parts = zip(histories, q.split(rows), k.split(rows), v.split(rows), strict=True)
+            asks, chunk = step.place.chunk == asking, step.place.chunk
+            answers = [history.attend(layer, chunk, *qkv, self.attention, asks=asks) for history, *qkv in parts]
+            return joined(answers)
+
+        for layer in range(self.backbone.layers):
+            for history in histories:
+                history.open_layer(layer)
+            run_layer(self.backbone, layer, groups, attend, self.histories.values(), self.check)
+            for history in histories:
+                history.close_layer(layer)
+        return [velocity for group in groups for velocity in self._headed(group, branches)]
+
+    def _headed(self, group: Group, branches: Sequence[Hashable]) -> Sequence[Tensor]:
+        """Velocities of a group's chunks, from what its blocks gave."""
+        count, residual = len(group.steps), self.backbone.residual(group.x, group.hidden)
+        if self.holds_residual:
+            for step, part in zip(group.steps, residual.chunk(count, dim=1), strict=True):
+                self._hold(step.place, branches, part)
+        head = partial(self.backbone.head, group.x, group.levels, residual)
+        return retry_on_oom(head, self.histories.values()).chunk(count, dim=2)
+
+    def _hold(self, place: Place, branches: Sequence[Hashable], residual: Tensor) -> None:
+        if place.step is not None:
+            for name, part in zip(branches, residual.chunk(len(branches)), strict=True):
+                self.held.setdefault((place.chunk, name), Forecast(self.order)).add(place.step, part)
+
+    def _reused(self, step: Step, branches: Sequence[Hashable]) -> Tensor:
+        """The head alone, over held residuals."""
+        assert step.place.step is not None
+        held = [self.held[step.place.chunk, name].at(step.place.step) for name in branches]
+        return self.backbone.head(step.x, row_levels(step.sigma, step.x), joined(held))
+
+    def _asking(self, steps: Sequence[Step]) -> int | Given | None:
+        """The chunk whose queries are kept for the next cut: never one that is finished."""
+        if not self.plan.asking:
+            return None
+        active = [step.place.chunk for step in steps if not step.place.is_clean_pass]
+        if not active:
+            return None
+        return active[-1] if self.settings.history.compression.asking == "newest" else active[0]
+
+    def _history_of(self, branch: Hashable) -> History:
+        if branch not in self.histories:
+            history = self.spare.pop() if self.spare else self._history()
+            if self.loaded:
+                if branch not in self.loaded:
+                    raise UserError(
+                        f"The state holds history for the branches {sorted(map(str, self.loaded))}, not for "
+                        f"'{branch}': extend with the guidance that it was made with."
+                    )
+                history.load(self.loaded[branch])
+            self.histories[branch] = history
+        return self.histories[branch]
+
+    def _history(self) -> History:
+        return History(
+            self.plan,
+            self.backbone.rotary,
+            self.settings.history,
+            self.dtype,
+            self.device,
+            self.keeps_slots,
+            self.stream,
+        )
+
+
+class Contexts:
+    """Cross-attention keys and values of the texts that were used last.
+
+    Args:
+        make: makes them from a text embedding.
+        most: so many texts are kept.
+    """
+
+    def __init__(self, make: Callable[[Tensor], object], most: int):
+        self.make, self.most = make, most
+        self.kept: list[tuple[Tensor, object]] = []
+
+    def of(self, text: Tensor):
+        """Gives a text's context, made where it is not there yet."""
+        for known, context in self.kept:
+            if known is text:
+                return context
+        self.kept = [*self.kept[1 - self.most :], (text, self.make(text))]
+        return self.kept[-1][1]

@@ -1,0 +1,262 @@
+"""How much memory a run takes, worked out before it begins; nothing else adds sizes up.
+
+Clean history has room in every layer. Keys and values of active chunks are needed by younger chunks of the same tick
+and layer only, as long as all active chunks recompute on the same ticks: then one scratch serves all layers.
+"""
+
+from dataclasses import dataclass, replace
+from typing import Literal
+
+from ..reuse.policies import Policy, aligned
+from ..schedule import ChunkSchedule, Given
+from ..settings import Settings
+from .compression import asking_queries
+
+Slots = Literal["shared", "stored"]
+
+
+@dataclass(frozen=True)
+class GivenFrames:
+    """Frames that are given and fill no chunk.
+
+    Attributes:
+        lead: frames before the first chunk.
+        end: frames after the last chunk.
+        end_at: number in the video of the first of those.
+    """
+
+    lead: int = 0
+    end: int = 0
+    end_at: int = 0
+
+
+@dataclass(frozen=True)
+class NetworkSizes:
+    """What of a network decides how much memory its run takes.
+
+    Attributes:
+        layers, heads, kv_heads, head_dim: blocks; query heads, key and value heads, width of each.
+        dim, inner_dim: widths of the tokens and of the feed-forward's inner layer.
+        context_bytes: of one text's keys and values in all layers.
+        time_dims: width of the part of each key that time rotates.
+    """
+
+    layers: int
+    heads: int
+    kv_heads: int
+    head_dim: int
+    dim: int
+    inner_dim: int
+    time_dims: int
+    context_bytes: int = 0
+
+
+@dataclass(frozen=True)
+class MemoryPlan:
+    """Sizes of a run's memory.
+
+    Attributes:
+        network: its sizes.
+        batch: videos at once; branches of guidance come on top.
+        branches: of guidance.
+        itemsize: bytes of a number that is computed with.
+        grid: rows and columns of tokens of a frame.
+        chunk_frames: latent frames of a chunk.
+        given: frames beside the chunks.
+        total_chunks: of the whole video.
+        clean_chunks: that there is room for in every layer.
+        max_active: chunks that are ever active at once.
+        slots: chunks beside the clean ones that there is room for.
+        kind: "shared": in one scratch for all layers; "stored": in every layer.
+        asking: queries that are kept for the next cut, a layer and head.
+        relative: positions count from the start of the window.
+        together: tokens that go through a product at once, at most.
+        texts: different ones that are kept at once, for each branch.
+    """
+
+    network: NetworkSizes
+    batch: int
+    branches: int
+    itemsize: int
+    grid: tuple[int, int]
+    chunk_frames: int
+    given: GivenFrames
+    total_chunks: int
+    clean_chunks: int
+    max_active: int
+    slots: int
+    kind: Slots
+    asking: int
+    relative: bool
+    together: int
+    texts: int = 1
+
+    @property
+    def frame_tokens(self) -> int:
+        return self.grid[0] * self.grid[1]
+
+    @property
+    def chunk_tokens(self) -> int:
+        return self.frame_tokens * self.chunk_frames
+
+    @property
+    def end_tokens(self) -> int:
+        return self.frame_tokens * self.given.end
+
+    @property
+    def given_tokens(self) -> int:
+        return self.end_tokens + self.frame_tokens * self.given.lead
+
+    @property
+    def clean_tokens(self) -> int:
+        """Tokens that a layer's clean history may hold, given frames included."""
+        return self.given_tokens + self.chunk_tokens * self.clean_chunks
+
+    @property
+    def slot_tokens(self) -> int:
+        return self.chunk_tokens * self.slots
+
+    @property
+    def layer_tokens(self) -> int:
+        """Tokens that every layer has room for."""
+        return self.clean_tokens + (self.slot_tokens if self.kind == "stored" else 0)
+
+    @property
+    def needs_scratch(self) -> bool:
+        """Whether a layer is read into a scratch before it is attended to."""
+        return self.kind == "shared" or self.relative
+
+    def tokens_of(self, chunk: int | Given) -> int:
+        return self.frame_tokens * self.frames_of(chunk)
+
+    def frames_of(self, chunk: int | Given) -> int:
+        return {Given.LEAD: self.given.lead, Given.END: self.given.end}.get(chunk, self.chunk_frames)
+
+    def first_frame(self, chunk: int | Given) -> int:
+        """Number in the video of a chunk's first frame."""
+        if isinstance(chunk, Given):
+            return {Given.LEAD: 0, Given.END: self.given.end_at}[chunk]
+        return self.given.lead + chunk * self.chunk_frames
+
+    @property
+    def token_bytes(self) -> int:
+        """Of a token's key and value in one layer and branch."""
+        return 2 * self.batch * self.network.kv_heads * self.network.head_dim * self.itemsize
+
+    @property
+    def stored_bytes(self) -> int:
+        """Of the keys and values, and the token numbers, that all layers and branches store."""
+        numbers = 4 * self.batch * self.network.kv_heads
+        return self.branches * self.network.layers * self.layer_tokens * (self.token_bytes + numbers)
+
+    @property
+    def scratch_bytes(self) -> int:
+        """Of the scratch that all layers share."""
+        if not self.needs_scratch:
+            return 0
+        return self.branches * (self.clean_tokens + self.slot_tokens) * self.token_bytes
+
+    @property
+    def query_bytes(self) -> int:
+        """Of the queries that are kept for the next cut."""
+        rows = self.branches * self.network.layers * self.batch * self.network.heads
+        return rows * self.asking * self.network.head_dim * self.itemsize
+
+    @property
+    def history_bytes(self) -> int:
+        """Of everything that is allocated for keys, values and queries."""
+        return self.stored_bytes + self.scratch_bytes + self.query_bytes
+
+    @property
+    def unbounded_bytes(self) -> int:
+        """Of the history of the same run without a budget."""
+        whole = replace(self, clean_chunks=self.total_chunks, slots=0, kind="stored", asking=0, relative=False)
+        return whole.history_bytes
+
+    @property
+    def activation_bytes(self) -> int:
+        """About what a tick's activations take at their peak: the hidden states of all its chunks, and what one product's
+        tokens need inside a block."""
+        network, rows = self.network, self.branches * self.batch
+        at_once = max(self.chunk_tokens, self.together // max(1, rows))
+        hidden = self.max_active * self.chunk_tokens * network.dim
+        inside = min(at_once, self.max_active * self.chunk_tokens) * max(
+            network.inner_dim + network.dim, 6 * network.dim
+        )
+        return rows * self.itemsize * (hidden + inside)
+
+    @property
+    def context_bytes(self) -> int:
+        """Of texts' keys and values."""
+        return self.texts * self.branches * self.batch * self.network.context_bytes
+
+    @property
+    def bytes(self) -> int:
+        """Of all that a run takes beside the network's weights."""
+        return self.history_bytes + self.activation_bytes + self.context_bytes
+
+
+FORWARD_TOKENS = 4096  # of several chunks that go through a product at once: enough to keep a device busy
+
+
+def plan_memory(
+    network: NetworkSizes,
+    schedule: ChunkSchedule,
+    settings: Settings,
+    policy: Policy,
+    *,
+    grid: tuple[int, int],
+    chunk_frames: int,
+    batch: int = 1,
+    branches: int = 1,
+    itemsize: int = 2,
+    given: tuple[int, int] = (0, 0),
+    at_once: bool = True,
+    waiting: bool = False,
+    also: frozenset[int] = frozenset(),
+    texts: int = 1,
+) -> MemoryPlan:
+    """Plans a run.
+
+    Args:
+        network: its sizes.
+        schedule, settings, policy: of the run.
+        grid: rows and columns of tokens of a frame.
+        chunk_frames: latent frames of a chunk.
+        batch, branches: videos, and branches of guidance.
+        itemsize: bytes of a number.
+        given: frames that fill no chunk, before the first one and after the last.
+        at_once: whether all chunks of a tick are asked for in one call; otherwise they need their keys between calls.
+        waiting: whether a finished chunk's clean pass always waits for the next tick (MAGI-1).
+        also: steps that are recomputed whatever the policy says.
+        texts: different ones that are kept at once, for each branch.
+    """
+    total, budget = schedule.total_chunks, settings.history.budget
+    lead, end = given
+    bounded = budget is not None and budget < total
+    alone = schedule.max_active + int(waiting) == 1
+    passing = settings.clean_pass and at_once and aligned(policy, schedule, also)
+    kind: Slots = "shared" if bounded and passing and not alone else "stored"
+    slots = min(total, schedule.max_active + int(waiting)) if bounded else 0
+    asking = 0
+    if settings.history.asks and bounded:
+        asked = asking_queries(settings.history.compression, grid[0] * grid[1] * chunk_frames)
+        asking = len(range(grid[0] * grid[1] * chunk_frames)[asked])
+    return MemoryPlan(
+        network=network,
+        batch=batch,
+        branches=branches,
+        itemsize=itemsize,
+        grid=grid,
+        chunk_frames=chunk_frames,
+        given=GivenFrames(lead, end, lead + total * chunk_frames),
+        total_chunks=total,
+        clean_chunks=budget if bounded and budget is not None else total,
+        max_active=min(total, schedule.max_active),
+        slots=slots,
+        kind=kind,
+        asking=asking,
+        relative=settings.history.relative,
+        together=FORWARD_TOKENS,
+        texts=texts,
+    )

@@ -1,0 +1,457 @@
+"""MAGI-1's forwards: the loop is that of `engine.loop`, how its chunks see each other is its own.
+
+All branches of guidance share one history. In a tick each branch goes through the network by itself: the active chunks
+write their keys, oldest first, before a younger one reads them, and the last branch's stay; of a chunk whose step is
+reused, nobody needs them. A finished chunk's clean pass opens every branch of the next forward; there it sees itself
+alone, without caption. Some chunks also go through the network alone: to guide away from the lack of a past (base), or
+to mix into the oldest chunk's velocity (distilled).
+
+Source: MAGI-1, inference/pipeline/video_generate.py and forward_dispatcher in inference/model/dit/dit_model.py.
+"""
+
+import time
+from collections import OrderedDict
+from collections.abc import Callable, Hashable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from functools import partial
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from ...engine.forward import Step, Velocity
+from ...engine.layers import groups_of, row_levels, run_layer
+from ...engine.loop import Engine, Progress, Sampling, check_cancelled
+from ...errors import UserError
+from ...history.cache import History, begin_delta, moved_note
+from ...history.offload import OUT_OF_MEMORY, retry_on_oom
+from ...history.plan import MemoryPlan, plan_memory
+from ...history.positions import rotate
+from ...history.snapshot import Snapshot, SnapshotDelta
+from ...history.streams import SideStream
+from ...report import Report
+from ...reuse.policies import Policy, aligned
+from ...schedule import ChunkSchedule, Given, Place
+from ...settings import Compression, Settings
+from ...solvers.weights import weighted
+from .config import MagiConfig
+from .network import Attention, MagiBackbone, MagiContext, MagiText, grouped_attention
+from .sampling import (
+    CHUNK_FRAMES,
+    CLEAN_TIME,
+    NEAR_CLEAN_WEIGHT,
+    VISIBLE_CHUNKS,
+    WINDOW,
+    GuidanceScales,
+    ShortOrder,
+    near_clean,
+    sigmas,
+    step_size,
+    visible_before,
+)
+
+SHARED = "past"  # the name that the one history has in a state
+
+
+@dataclass(frozen=True)
+class MagiSampling:
+    """How a run samples; the defaults are upstream's.
+
+    Attributes:
+        guidance: scales of a base network; a distilled one takes none.
+        visible: by stage, how many chunks a chunk sees, itself included; empty for all. Only while the history keeps
+            whole chunks: with a budget and token-wise compression a chunk sees everything that is kept.
+        order: of 12 steps.
+        near_clean: mixes the distilled network's run of the oldest chunk alone into its velocity.
+        held: what a reused step takes again: the velocity, or the latent's last change over one step, however long the
+            step is now.
+    """
+
+    guidance: GuidanceScales = field(default_factory=GuidanceScales)
+    visible: tuple[int, ...] = VISIBLE_CHUNKS
+    order: ShortOrder = "8,16,16"
+    near_clean: bool = True
+    held: Literal["velocity", "change"] = "velocity"
+
+    def mix(self, step: int, steps: int, distilled: bool, oldest: bool) -> dict[str, float]:
+        """Weighs the branches whose velocities make up a chunk's at a step."""
+        t = 1.0 - sigmas(steps, self.order)[step]
+        if not distilled:
+            return {branch: weight for branch, weight in self.guidance.weights(t).items() if weight}
+        if oldest and self.near_clean and near_clean(t):
+            return {"text": NEAR_CLEAN_WEIGHT, "alone": 1.0 - NEAR_CLEAN_WEIGHT}
+        return {"text": 1.0}
+
+
+# What the published FlowCache runs a distilled MAGI-1 with, beside no clean pass and a held, uncorrected velocity.
+PUBLISHED_FLOWCACHE = MagiSampling(visible=(), near_clean=False, held="change")
+
+
+def magi_schedule(frames: int, steps: int, given_frames: int = 0) -> ChunkSchedule:
+    """Makes the schedule of a run.
+
+    Args:
+        frames: latent frames to generate.
+        steps: of a chunk, a multiple of 4.
+        given_frames: latent frames that come before; whole chunks of them are not generated, the rest is pasted into
+            the first active chunk at every step.
+    """
+    chunks, prefix = -(-(frames + given_frames) // CHUNK_FRAMES), given_frames // CHUNK_FRAMES
+    return ChunkSchedule(chunks - prefix, steps, len(sigmas(steps)) // WINDOW, prefix=prefix)
+
+
+def magi_settings(settings: Settings, sampling: MagiSampling, schedule: ChunkSchedule) -> Settings:
+    """Adds to settings without a budget that chunks which none will see any more are dropped: with upstream's ranges
+    one clean chunk is kept in a run from noise, whatever its length.
+
+    Raises:
+        UserError: settings that MAGI-1 cannot be run with.
+    """
+    if settings.holds_residual:
+        raise UserError(
+            "MAGI-1 is run with the velocity held, not the residual, of which there would be three a chunk."
+        )
+    if settings.history.budget is not None or not sampling.visible:
+        return settings
+    budget = clean_chunks_seen(sampling.visible, schedule.prefix)
+    return replace(settings, history=replace(settings.history, budget=budget, compression=Compression("window")))
+
+
+def clean_chunks_seen(visible: Sequence[int], prefix: int) -> int:
+    """Counts the clean chunks that are looked at: in the middle of a run, and by the first chunks after a prefix."""
+    count = len(visible)
+    # Active chunks before one of each stage.
+    between = [(count - 1 - stage) * WINDOW // count for stage in range(count)]
+    middle = max(seen - 1 - active for seen, active in zip(visible, between, strict=True))
+    return max(1, middle, min(prefix, max(visible) - 1))
+
+
+def magi_plan(
+    config: MagiConfig,
+    schedule: ChunkSchedule,
+    settings: Settings,
+    sampling: MagiSampling,
+    latent: Sequence[int],
+    itemsize: int = 2,
+) -> MemoryPlan:
+    """Plans a run's memory.
+
+    Args:
+        settings: `magi_settings`'.
+        latent: shape of a chunk, [B, C, 6, H, W].
+        itemsize: bytes of a number.
+    """
+    return plan_memory(
+        config.sizes,
+        schedule,
+        settings,
+        settings.reuse.policy(schedule),
+        grid=(latent[3] // config.patch, latent[4] // config.patch),
+        chunk_frames=CHUNK_FRAMES,
+        batch=latent[0],
+        itemsize=itemsize,
+        waiting=settings.clean_pass,
+        also=mix_changes(config, schedule, sampling),
+        texts=schedule.max_active,
+    )
+
+
+def mix_changes(config: MagiConfig, schedule: ChunkSchedule, sampling: MagiSampling) -> frozenset[int]:
+    """Lists the steps at which the branches are weighed anew, which are always recomputed."""
+    mixes = [sampling.mix(step, schedule.steps, config.distilled, oldest=True) for step in range(schedule.steps)]
+    return frozenset(step for step in range(1, schedule.steps) if mixes[step] != mixes[step - 1])
+
+
+def magi_sampling(
+    schedule: ChunkSchedule, sampling: MagiSampling, start: Callable[[int], Tensor], given: Tensor | None
+) -> Sampling:
+    """Says to the loop how chunks are denoised.
+
+    Args:
+        start: gives a chunk's noise [B, C, 6, H, W].
+        given: latent frames [B, C, T, H, W] before the generated ones, as `magi_schedule` was told.
+    """
+
+    def pinned(chunk: int, latent: Tensor) -> Tensor:
+        own = None if given is None else given[:, :, chunk * CHUNK_FRAMES : (chunk + 1) * CHUNK_FRAMES]
+        return (
+            latent
+            if own is None or not own.shape[2]
+            else torch.cat([own.to(latent), latent[:, :, own.shape[2] :]], dim=2)
+        )
+
+    levels = sigmas(schedule.steps, sampling.order)
+    return Sampling(levels, start, held=sampling.held, pinned=pinned, recompute_last_tick=True)
+
+
+class MagiForward:
+    """The forwards of one run.
+
+    Args:
+        backbone: of the network.
+        schedule: `magi_schedule`'s.
+        settings: `magi_settings`'.
+        plan: `magi_plan`'s; the memory is allocated here.
+        report: of the run.
+        text: gives a chunk's caption from its number (`text.caption_text`).
+        null: the empty caption (`text.null_text`).
+        sampling: how to sample.
+        device: that computes.
+        attention: used over the history and in forwards alone; must accept fewer heads in keys than in queries.
+        loaded: the clean history of an earlier run to start from.
+        check: called before every chunk in every layer; may raise to end the run.
+    """
+
+    holds_residual = False
+
+    def __init__(
+        self,
+        backbone: MagiBackbone,
+        schedule: ChunkSchedule,
+        settings: Settings,
+        plan: MemoryPlan,
+        report: Report,
+        text: Callable[[int], MagiText],
+        null: MagiText,
+        *,
+        policy: Policy,
+        device: torch.device,
+        sampling: MagiSampling = MagiSampling(),
+        attention: Attention = grouped_attention,
+        loaded: Snapshot | None = None,
+        check: Callable[[], None] = lambda: None,
+    ):
+        self.backbone, self.schedule, self.settings, self.plan = backbone, schedule, settings, plan
+        self.report, self.text, self.null, self.sampling = report, text, null, sampling
+        self.attention, self.check = attention, check
+        self.distilled = backbone.config.distilled
+        self.branches = ("text",) if self.distilled else ("text", "past")
+        same_ticks = aligned(policy, schedule, mix_changes(backbone.config, schedule, sampling))
+        keeps_slots = not (same_ticks and settings.clean_pass)
+        stream = SideStream(device, settings.overlap)
+        rotary, dtype = backbone.rotary, backbone.network.dtype
+        self.history = History(plan, rotary, settings.history, dtype, device, keeps_slots, stream)
+        if loaded is not None:
+            self.history.load(loaded)
+        self.contexts: OrderedDict[Hashable, MagiContext] = OrderedDict()
+        self.waiting: list[Step] = []  # the clean pass that goes along with the next forward
+        report.history_bytes_planned = plan.history_bytes
+        report.history_bytes_allocated = self.history.bytes
+        report.history_bytes_unbounded = plan.unbounded_bytes
+
+    def mix(self, step: Step, oldest: bool) -> Hashable:
+        """Names the sum of branches that a step's velocity will be."""
+        return tuple(self._weights(step, oldest).items())
+
+    def signals(self, steps: Sequence[Step]) -> list[Tensor]:
+        """What a policy watches for change, for each step."""
+        return [self.backbone.reuse_signal(step.x, row_levels(step.sigma, step.x)) for step in steps]
+
+    def velocities(self, steps: Sequence[Step]) -> list[Velocity]:
+        """Runs all branches of a tick's steps, oldest chunk first."""
+        begun = time.perf_counter()
+        weights = [self._weights(step, oldest=number == 0) for number, step in enumerate(steps)]
+        values: list[dict[str, Tensor]] = [{} for _ in steps]
+        for branch in self.branches:
+            # The last branch's keys stay; of another one only those are needed that a weighed chunk reads.
+            weighed = [number for number, mix in enumerate(weights) if branch in mix]
+            count = len(steps) if branch == self.branches[-1] else max(weighed, default=-1) + 1
+            if count:
+                answers = self._sweep(branch, steps[:count])
+                for number in weighed:
+                    values[number][branch] = answers[number]()
+        for step, mix, value in zip(steps, weights, values, strict=True):
+            if "alone" in mix:
+                value["alone"] = self._alone(step)
+        self.report.forward_seconds += time.perf_counter() - begun
+        return [
+            Velocity(weighted([value[name] for name in mix], list(mix.values())), tuple(mix))
+            for mix, value in zip(weights, values, strict=True)
+        ]
+
+    def give(self, chunk: int | Given, latent: Tensor, condition: float) -> None:
+        """Runs a given whole chunk at `CLEAN_TIME` and stores its keys and values."""
+        self.waiting = [self._clean_pass(chunk, latent)]
+        self.settle()
+
+    def finish(self, chunk: int, latent: Tensor) -> None:
+        """Takes a finished chunk, whose clean pass goes along with the next forward."""
+        if self.settings.clean_pass:
+            self.waiting = [self._clean_pass(chunk, latent)]
+        else:
+            self._commit([chunk])
+
+    def settle(self) -> None:
+        """Makes the clean pass that waits."""
+        if self.waiting:
+            self._sweep(self.branches[-1], [])
+
+    def save(self) -> dict[Hashable, Snapshot]:
+        """Copies the clean history to the CPU."""
+        return {SHARED: self.history.save()}
+
+    def begin_delta(self, full: bool) -> Callable[[], SnapshotDelta]:
+        """Begins to copy what the clean history has grown by, up to the newest chunk that was handed out.
+
+        A chunk that waits for its clean pass gets one more, which the next forward repeats: the run goes on as it would.
+        """
+        captured = self._captured()
+        copies = begin_delta({SHARED: self.history}, full)
+        if captured is None:
+            return copies
+        self.history.saved += self.plan.chunk_tokens
+
+        def joined() -> SnapshotDelta:
+            delta = copies()
+            saved = delta.histories[SHARED]
+            parts = (torch.cat([old, new], dim=3) for old, new in zip(saved[:3], captured, strict=True))
+            return SnapshotDelta({SHARED: Snapshot(*parts, saved.queries)}, delta.full)
+
+        return joined
+
+    def _captured(self) -> tuple[Tensor, Tensor, Tensor] | None:
+        """Keys, values and token numbers of the chunk that waits, on the CPU."""
+        if not self.waiting:
+            return None
+        waiting, self.history.captured = self.waiting, []
+        self._sweep(self.branches[-1], [])
+        pairs, self.history.captured, self.waiting = self.history.captured, None, waiting
+        keys, values = (torch.stack(parts) for parts in zip(*pairs, strict=True))
+        first = self.plan.first_frame(waiting[0].place.chunk) * self.plan.frame_tokens
+        numbers = torch.arange(first, first + self.plan.chunk_tokens, dtype=torch.int32)
+        return keys, values, numbers.expand(*keys.shape[:3], -1)
+
+    @property
+    def history_bytes(self) -> tuple[int, int]:
+        """Bytes of history in use, and of its buffers."""
+        return self.history.bytes_used, self.history.bytes
+
+    def _weights(self, step: Step, oldest: bool) -> Mapping[str, float]:
+        assert step.place.step is not None
+        return self.sampling.mix(step.place.step, self.schedule.steps, self.distilled, oldest)
+
+    def _clean_pass(self, chunk: int | Given, latent: Tensor) -> Step:
+        return Step(latent, 1.0 - CLEAN_TIME, Place(chunk, None, 0))
+
+    def _sweep(self, branch: str, steps: Sequence[Step]) -> list[Callable[[], Tensor]]:
+        """Runs one branch of steps, behind the clean pass that waits; gives what makes the velocities."""
+        last = branch == self.branches[-1]
+        passes, chunks = list(self.waiting), [step.place.chunk for step in [*self.waiting, *steps]]
+        self.history.arrange(chunks, [step.place.chunk for step in passes] if last else [])
+        contexts = [[self._context(step.place, branch)] for step in [*passes, *steps]]
+        groups = groups_of(self.backbone, [*passes, *steps], contexts, together=0)
+        asking = steps[-1].place.chunk if steps and self.plan.asking else None
+
+        def attend(layer: int, step: Step, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+            chunk = step.place.chunk
+            return self.history.attend(
+                layer, chunk, q, k, v, self.attention, self._visible(step.place), asks=chunk == asking
+            )
+
+        for layer in range(self.backbone.layers):
+            self.history.open_layer(layer)
+            run_layer(self.backbone, layer, groups, attend, [self.history], self.check)
+            self.history.close_layer(layer)
+        self.report.clean_passes += len(passes)
+        if last and self.history.captured is None:
+            self.waiting = []
+            self._commit([step.place.chunk for step in passes])
+        return [partial(self._headed, group.x, group.levels, group.hidden) for group in groups[len(passes) :]]
+
+    def _commit(self, chunks: Sequence[int | Given]) -> None:
+        self.history.storing = list(chunks)
+        self.history.commit()
+        self.report.note(moved_note([self.history]), OUT_OF_MEMORY)
+
+    def _headed(self, x: Tensor, level: Tensor, hidden: Tensor) -> Tensor:
+        head = partial(self.backbone.head, x, level, self.backbone.residual(x, hidden))
+        return retry_on_oom(head, [self.history])
+
+    def _alone(self, step: Step) -> Tensor:
+        """The velocity of a chunk that sees itself alone, at position 0."""
+        x, level = step.x, row_levels(step.sigma, step.x)
+        frames = torch.arange(x.shape[2], device=x.device)
+        table = self.backbone.rotary.table(frames, *self.backbone.grid(*x.shape[-2:]))
+        context = self._context(step.place, "alone")
+        self.check()
+
+        def attend(layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+            return self.attention(rotate(q, table), rotate(k, table), v)
+
+        residual = retry_on_oom(partial(self.backbone.trunk, x, level, context, attend), [self.history])
+        return self.backbone.head(x, level, residual)
+
+    def _visible(self, place: Place) -> int | None:
+        """How many chunks before its own a chunk sees; None for all."""
+        if place.step is None:
+            return 0
+        if not self.sampling.visible or self.settings.history.compression.rule != "window":
+            return None
+        return visible_before(place.step, self.schedule.steps, self.sampling.visible)
+
+    def _context(self, place: Place, branch: str) -> MagiContext:
+        """Conditioning of a chunk in a branch; all clean passes share theirs."""
+        captioned = branch == "text" or self.distilled
+        size = step_size(self.schedule.steps, place.step or 0, self.sampling.order) if self.distilled else None
+        chunk = place.chunk if captioned and place.step is not None else None
+        key = (chunk, captioned, size)
+        if key not in self.contexts:
+            text = self.text(chunk) if isinstance(chunk, int) else self.null
+            self.contexts[key] = self.backbone.context(text._replace(captioned=captioned, step_size=size))
+            while len(self.contexts) > 2 * self.plan.max_active + 4:
+                self.contexts.popitem(last=False)
+        self.contexts.move_to_end(key)
+        return self.contexts[key]
+
+
+def magi_engine(
+    backbone: MagiBackbone,
+    schedule: ChunkSchedule,
+    settings: Settings,
+    text: Callable[[int], MagiText],
+    null: MagiText,
+    start: Callable[[int], Tensor],
+    *,
+    shape: Sequence[int],
+    device: torch.device,
+    sampling: MagiSampling = MagiSampling(),
+    given: Tensor | None = None,
+    attention: Attention = grouped_attention,
+    loaded: Snapshot | None = None,
+    on_progress: Callable[[Progress], None] = lambda progress: None,
+    cancelled: Callable[[], bool] = lambda: False,
+) -> Engine:
+    """Makes a run ready to go; whole chunks that are given have been run.
+
+    Args:
+        backbone, schedule, settings, text, null, sampling, attention, loaded: as for `MagiForward`.
+        start: gives a chunk's noise [B, C, 6, H, W] from its number.
+        shape: of a chunk.
+        given: latent frames [B, C, T, H, W] before the first generated one, as `magi_schedule` was told.
+        on_progress, cancelled: as for `Engine`.
+
+    Raises:
+        UserError: settings that MAGI-1 cannot be run with, or given frames that are not the schedule's.
+    """
+    frames = 0 if given is None else given.shape[2]
+    if loaded is None and frames // CHUNK_FRAMES != schedule.prefix:
+        raise UserError(
+            f"{frames} latent frames are given, but the schedule is one for {schedule.prefix} given chunks of "
+            f"{CHUNK_FRAMES}: tell magi_schedule() how many frames are given, or load a state."
+        )
+    settings = magi_settings(settings, sampling, schedule)
+    policy, report = settings.reuse.policy(schedule), Report(schedule)
+    plan = magi_plan(backbone.config, schedule, settings, sampling, shape, backbone.network.dtype.itemsize)
+
+    def check() -> None:
+        check_cancelled(cancelled, report)
+
+    forward = MagiForward(
+        backbone, schedule, settings, plan, report, text, null,
+        policy=policy, device=device, sampling=sampling, attention=attention, loaded=loaded, check=check,
+    )  # fmt: skip
+    denoising = magi_sampling(schedule, sampling, start, given)
+    engine = Engine(forward, schedule, policy, settings.between, denoising, on_progress, cancelled)
+    for chunk in range(schedule.prefix if loaded is None and given is not None else 0):
+        engine.give(chunk, given[:, :, chunk * CHUNK_FRAMES : (chunk + 1) * CHUNK_FRAMES])
+    return engine

@@ -1,0 +1,268 @@
+"""Settings of a run: when chunks are recomputed, what stands in between, how much history is kept."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Literal
+
+from .errors import UserError
+from .reuse.placement import expected_error, place_steps
+from .reuse.policies import DriftPolicy, FixedPolicy, Policy
+from .schedule import ChunkSchedule
+
+# Expected error (`placement.expected_error`) below which a parabola forecasts better than a line: on the demo model
+# from 12 recomputed steps of a chunk on, with MAGI-1's schedule and with SkyReels-V2's.
+DENSE = 70.0
+
+
+@dataclass(frozen=True)
+class Off:
+    """Recomputes every step."""
+
+    def policy(self, schedule: ChunkSchedule) -> Policy:
+        """Makes the policy of one run."""
+        return FixedPolicy(lambda step, steps: True)
+
+
+@dataclass(frozen=True)
+class Every:
+    """Recomputes every n-th step.
+
+    Attributes:
+        n: lowered to a divisor of the schedule's lag, so that active chunks recompute on the same ticks, and so that a
+            chunk gets at least `least` recomputed steps.
+        least: recomputed steps that a chunk keeps.
+        warmup: first steps of a chunk that are always recomputed.
+        last: whether a chunk's last step always is.
+    """
+
+    n: int
+    least: int = 1
+    warmup: int = 1
+    last: bool = False
+
+    def __post_init__(self):
+        if self.n < 1 or self.warmup < 0:
+            raise UserError(f"every is {self.n} and warmup {self.warmup}; expected at least 1 and 0.")
+
+    def policy(self, schedule: ChunkSchedule) -> Policy:
+        """Makes the policy of one run."""
+        n = max(1, min(self.n, schedule.steps // self.least))
+        while schedule.lag % n:
+            n -= 1
+        return FixedPolicy(lambda step, steps: step < self.warmup or step % n == 0 or (self.last and step == steps - 1))
+
+
+@dataclass(frozen=True)
+class Spread:
+    """Recomputes a share of a chunk's steps, placed where least is lost (`reuse.placement`).
+
+    Attributes:
+        share: above 0 to 1.
+        least: recomputed steps that a chunk keeps, so that few-step models are left as they are.
+        steps: a list that was measured for one schedule, taken there instead.
+        made_for: steps and lag of that schedule.
+    """
+
+    share: float
+    least: int = 6
+    steps: tuple[int, ...] = ()
+    made_for: tuple[int, int] | None = None
+
+    def __post_init__(self):
+        if not 0.0 < self.share <= 1.0:
+            raise UserError(f"The share of recomputed steps is {self.share}, expected above 0 to 1.")
+
+    def policy(self, schedule: ChunkSchedule) -> Policy:
+        """Makes the policy of one run."""
+        if self.made_for == (schedule.steps, schedule.lag):
+            return Fixed(self.steps).policy(schedule)
+        count = max(self.least, round(self.share * schedule.steps))
+        # A longer first chunk has steps that a list of all steps of the others does not name.
+        return (
+            Off().policy(schedule) if count >= schedule.steps else Fixed(place_steps(schedule, count)).policy(schedule)
+        )
+
+
+@dataclass(frozen=True)
+class Fixed:
+    """Recomputes the listed steps, the same for every chunk."""
+
+    steps: Sequence[int]
+
+    def policy(self, schedule: ChunkSchedule) -> Policy:
+        """Makes the policy of one run."""
+        listed = frozenset(self.steps)
+        return FixedPolicy(lambda step, steps: step in listed)
+
+
+@dataclass(frozen=True)
+class Drift:
+    """Recomputes when the input has drifted; see `policies.DriftPolicy` for the fields.
+
+    Attributes:
+        holds: what is held between: the velocity, or the blocks' residual of each branch, with the head run again at
+            every step (the published rule for SkyReels-V2).
+    """
+
+    threshold: float
+    warmup: int = 5
+    last: bool = False
+    rescale: Sequence[float] | None = None
+    whole_window: bool = False
+    holds: Literal["velocity", "residual"] = "velocity"
+
+    def __post_init__(self):
+        if self.threshold < 0:
+            raise UserError(f"The threshold is {self.threshold}, expected 0 or more.")
+        if self.warmup < 0:
+            raise UserError(f"warmup is {self.warmup}, expected 0 or more.")
+
+    def policy(self, schedule: ChunkSchedule) -> Policy:
+        """Makes the policy of one run."""
+        return DriftPolicy(self.threshold, self.warmup, self.last, self.rescale, self.whole_window)
+
+
+Reuse = Off | Every | Spread | Fixed | Drift
+
+
+@dataclass(frozen=True)
+class Between:
+    """What stands in for a step that is not recomputed.
+
+    Attributes:
+        order: of the forecast and the correction over the step number: 0 holds, 1 linear, 2 quadratic; None takes 2
+            where the recomputed steps lie close (`DENSE`), else 1.
+        correct: takes reused steps again once the next recomputed velocity is known, see `forecast.Corrector`.
+    """
+
+    order: int | None = None
+    correct: bool = True
+
+    def __post_init__(self):
+        if self.order not in (None, 0, 1, 2):
+            raise UserError(f"The forecast order is {self.order}, expected 0 (hold), 1 (linear) or 2 (quadratic).")
+
+    def order_for(self, policy: Policy, steps: int) -> int:
+        """Chooses the order for a policy and a chunk of so many steps."""
+        if self.order is not None:
+            return self.order
+        chosen = policy.recomputed(steps)
+        dense = chosen is not None and len(chosen) < steps and expected_error(chosen, steps) < DENSE
+        return 2 if dense else 1
+
+
+HELD = Between(order=0, correct=False)  # the published rules hold the last result as it is
+
+
+@dataclass(frozen=True)
+class Compression:
+    """How the history is cut to its budget.
+
+    Attributes:
+        rule: "flowcache" scores tokens; "window" keeps the newest; "random" keeps a random choice (to compare with).
+        weight: lambda; score = lambda * importance - (1 - lambda) * redundancy.
+        pool: width of the max-pooling of importance along the tokens, odd.
+        granularity: whole frames or chunks may be kept by their mean score instead of single tokens by their own.
+        asking: whose queries weigh the importance: the newest chunk's (MAGI-1) or the oldest active one's
+            (SkyReels-V2).
+        queries: how many of that chunk's tokens ask; 0 asks with the whole chunk.
+        asked_from: those queries lie spread over the chunk, or are its last ones.
+        protect_first: the first chunk (sink) always stays, where there is room for more than one.
+        protect_newest: the newest clean chunk always stays.
+    """
+
+    rule: Literal["flowcache", "window", "random"] = "flowcache"
+    weight: float = 0.07
+    pool: int = 7
+    granularity: Literal["token", "frame", "chunk"] = "token"
+    asking: Literal["newest", "oldest"] = "newest"
+    queries: int = 256
+    asked_from: Literal["spread", "last"] = "spread"
+    protect_first: bool = False
+    protect_newest: bool = False
+
+    def __post_init__(self):
+        if self.rule not in ("flowcache", "window", "random"):
+            raise UserError(f"rule is '{self.rule}', expected flowcache, window or random.")
+        if self.granularity not in ("token", "frame", "chunk"):
+            raise UserError(f"granularity is '{self.granularity}', expected token, frame or chunk.")
+        if not 0.0 <= self.weight <= 1.0:
+            raise UserError(f"weight (lambda) is {self.weight}, expected 0 to 1.")
+        if self.pool < 1 or self.pool % 2 == 0:
+            raise UserError(f"pool is {self.pool}, expected an odd number of at least 1.")
+        if self.queries < 0:
+            raise UserError(f"queries is {self.queries}, expected 0 (the whole chunk) or more.")
+
+    @property
+    def protected_chunks(self) -> int:
+        return int(self.protect_first) + int(self.protect_newest)
+
+
+# What stays unless told otherwise: whole frames and the first chunk. With a budget of 3 chunks on the demo model, that
+# was more alike to the whole history than the published choice of single tokens, which the defaults above make.
+BY_FRAMES = Compression(weight=0.15, granularity="frame", protect_first=True)
+
+
+@dataclass(frozen=True)
+class HistorySettings:
+    """How much clean history a run keeps.
+
+    Attributes:
+        budget: clean chunks that are kept, or None for all of them.
+        compression: how the history is cut when it is over budget.
+        relative: rotary positions count from the start of the window, not of the video, so that a run of any length
+            uses only positions from 0 to (budget + active) chunks. Needs a budget.
+        memory: "auto" keeps the history on the device that computes, and moves its oldest chunks to system memory, one
+            after another, when that device runs out; "system" keeps all of it there from the start. What is there is
+            brought back for attention, a layer at a time.
+    """
+
+    budget: int | None = None
+    compression: Compression = field(default_factory=Compression)
+    relative: bool = False
+    memory: Literal["auto", "system"] = "auto"
+
+    def __post_init__(self):
+        if self.budget is not None and self.budget < max(1, self.compression.protected_chunks):
+            raise UserError(
+                f"The history budget is {self.budget} chunks, but at least {max(1, self.compression.protected_chunks)} "
+                "must stay; raise the budget or protect fewer chunks."
+            )
+        if self.relative and self.budget is None:
+            raise UserError(
+                "Positions relative to the window need a history budget; set one, or use absolute positions."
+            )
+
+    @property
+    def asks(self) -> bool:
+        """Whether queries are kept for the next cut."""
+        return self.budget is not None and self.compression.rule == "flowcache"
+
+
+@dataclass(frozen=True)
+class Settings:
+    """Everything that FlowCache does to a run.
+
+    Attributes:
+        reuse: when to recompute.
+        between: what stands in for a step that is not recomputed.
+        history: how much clean history is kept and how it is cut.
+        clean_pass: run every finished chunk once more at noise level 0 and keep those keys and values; without it the
+            keys of its last recomputed step stay (the published FlowCache).
+        overlap: on a CUDA device, copies to and from system memory and decoding go on beside the network, on a stream
+            of their own; see `history.streams`. The result is the same.
+    """
+
+    reuse: Reuse = Off()
+    between: Between = Between()
+    history: HistorySettings = HistorySettings()
+    clean_pass: bool = True
+    overlap: bool = True
+
+    @property
+    def holds_residual(self) -> bool:
+        """Whether the blocks' residual is held, not a velocity."""
+        return isinstance(self.reuse, Drift) and self.reuse.holds == "residual"
+
+
+OFF = Settings()
