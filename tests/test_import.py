@@ -96,3 +96,17 @@ def test_no_module_uses_the_network(source):
         elif isinstance(node, ast.ImportFrom) and not node.level:
             names += [node.module, *(f"{node.module}.{alias.name}" for alias in node.names)]
     assert not [name for name in names if name in NETWORK or name.split(".")[0] in NETWORK]
+
+
+@pytest.mark.parametrize(
+    "source", [path for path in SOURCES if path.parent.name != "lab"], ids=lambda path: str(path.relative_to(PACK))
+)
+def test_only_the_lab_needs_the_lab(source):
+    """Neither its modules nor what draws its charts, which nobody installs for the nodes."""
+    names = set()
+    for node in ast.walk(ast.parse(source.read_text())):
+        if isinstance(node, ast.Import):
+            names |= {part for alias in node.names for part in alias.name.split(".")}
+        elif isinstance(node, ast.ImportFrom):
+            names |= {*(node.module or "").split("."), *(alias.name for alias in node.names)}
+    assert not names & {"lab", "matplotlib", "skimage"}

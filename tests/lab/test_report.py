@@ -3,7 +3,6 @@
 import io
 import json
 import re
-import subprocess
 import sys
 
 import pytest
@@ -128,13 +127,6 @@ def test_charts_show_every_point():
     assert axes.lines[0].get_zorder() > axes.lines[1].get_zorder()
     ends = [line.get_ydata()[-1] for axes in long_run.axes for line in axes.lines]
     assert ends == pytest.approx([200, 147, 1, 256], 0.05)
-
-
-def test_only_charts_need_matplotlib():
-    """Importing every module of the lab, the charts too, leaves it alone."""
-    modules = [f"flowcache_core.lab.{path.stem}" for path in (ROOT / "flowcache_core/lab").glob("[a-z]*.py")]
-    code = f"import sys, {', '.join(modules)}; sys.exit('matplotlib' in sys.modules)"
-    assert len(modules) > 15 and subprocess.run([sys.executable, "-c", code], cwd=ROOT).returncode == 0
 
 
 def test_what_has_no_word_in_json_is_null():
