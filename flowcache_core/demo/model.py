@@ -1,13 +1,14 @@
 """Loads the network that ships, and turns its latents into pixels."""
 
 from pathlib import Path
+from typing import cast
 
 import torch
 from torch import Tensor
 
 from .. import checkpoints
 from ..errors import UserError
-from ..models.wan import WanBackbone, WanConfig, WanNetwork
+from ..models.wan import WanBackbone
 from . import NETWORK_FILE
 from .vae import Memory, load_vae
 
@@ -18,15 +19,12 @@ def load_network(path: Path | str = NETWORK_FILE) -> WanBackbone:
     Raises:
         UserError: no such file, or not a sound checkpoint of the demo's family.
     """
-    info, tensors = checkpoints.load(path, check_finite=True)
-    if info.family != "demo" or not isinstance(info.config, WanConfig):
+    info = checkpoints.inspect(path)
+    if info.family != "demo":
         raise UserError(
             f"{Path(path).name} is of the family '{info.family}', expected 'demo': this command has no text encoder."
         )
-    with torch.device("meta"):
-        network = WanNetwork(info.config)
-    network.load_state_dict({name: tensor.float() for name, tensor in tensors.items()}, assign=True)
-    return WanBackbone(network.eval().requires_grad_(False))
+    return cast(WanBackbone, checkpoints.load_backbone(path, dtype=torch.float32, check_finite=True).backbone)
 
 
 def weights_name(backbone: WanBackbone) -> str:

@@ -103,6 +103,13 @@ class WanHead(nn.Module):
         self.modulation = nn.Parameter(torch.randn(1, 2, config.dim) / config.dim**0.5)
 
 
+class PatchEmbedding(nn.Conv3d):
+    """Computes in the input's type, whatever its weights are stored in, as ComfyUI's does; latents enter in float32."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self._conv_forward(x, self.weight.to(x.dtype), None if self.bias is None else self.bias.to(x.dtype))
+
+
 class WanNetwork(nn.Module):
     """The parameters of a Wan 2.1 text-to-video network; `WanBackbone` runs it."""
 
@@ -113,7 +120,7 @@ class WanNetwork(nn.Module):
         self.freq_dim = config.freq_dim
         self.patch_size = config.patch_size
         self.out_dim = config.out_dim
-        self.patch_embedding = nn.Conv3d(config.in_dim, dim, config.patch_size, config.patch_size)
+        self.patch_embedding = PatchEmbedding(config.in_dim, dim, config.patch_size, config.patch_size)
         self.text_embedding = nn.Sequential(
             nn.Linear(config.text_dim, dim), nn.GELU(approximate="tanh"), nn.Linear(dim, dim)
         )
