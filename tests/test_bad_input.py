@@ -8,8 +8,8 @@ import torch
 from flowcache_core.engine.loop import Cancelled
 from flowcache_core.errors import UserError
 from flowcache_core.generate import generate
-from flowcache_core.history.settings import HistorySettings
-from flowcache_core.models.presets import OFF, Settings, preset
+from flowcache_core.models.presets import preset
+from flowcache_core.settings import OFF, HistorySettings, Settings
 from tests.helpers.tiny import TINY
 
 GOOD = {"steps": 4, "lag": 2, "frames_per_chunk": 2, "latent_size": (6, 4), "settings": OFF}
@@ -137,7 +137,7 @@ def test_weights_that_give_nan_are_told(backbone):
 
 
 def test_cancel_at_any_moment_leaves_the_next_run_untouched(backbone):
-    settings = GOOD | {"settings": Settings(preset("fast").reuse, HistorySettings(1))}
+    settings = GOOD | {"settings": Settings(preset("fast").reuse, history=HistorySettings(1))}
     whole = generate(backbone, words(), 3, **settings).latents
     for moment in (0, 3, 7, 11):
         asked = itertools.count()

@@ -10,10 +10,10 @@ from safetensors.torch import save_file
 
 from flowcache_core import checkpoints
 from flowcache_core.generate import generate
-from flowcache_core.history.settings import HistorySettings
 from flowcache_core.models import families
 from flowcache_core.models.families import family, family_preset
 from flowcache_core.models.wan import WanBackbone
+from flowcache_core.settings import HistorySettings
 from tests.helpers.paths import ROOT
 
 TEXT = (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8")

@@ -5,8 +5,8 @@ import torch
 
 from flowcache_core.engine.loop import Cancelled
 from flowcache_core.generate import generate
-from flowcache_core.history.settings import HistorySettings
-from flowcache_core.models.presets import OFF, Settings, preset
+from flowcache_core.models.presets import preset
+from flowcache_core.settings import OFF, HistorySettings, Settings
 from flowcache_core.solvers.one_step import chunk_noise
 from tests.helpers.tiny import TINY
 
@@ -78,7 +78,7 @@ def test_callbacks_and_cancel(backbone):
     ticks, chunks = [], []
     generate(backbone, words(), 3, **SHORT, on_progress=ticks.append, on_chunk=chunks.append)
     assert ticks[-1].tick == ticks[-1].ticks == len(ticks) == 2 * 2 + 4
-    assert [chunk.index for chunk in chunks] == [0, 1, 2]
+    assert [chunk.number for chunk in chunks] == [0, 1, 2]
     with pytest.raises(Cancelled):
         generate(backbone, words(), 3, **SHORT, cancelled=lambda: True)
 

@@ -137,13 +137,12 @@ class History:
         self._saving = Pending(None)
         self.storing = list(storing)
         numbered = [chunk for chunk in chunks if chunk is not Given.END]
-        if self.keeps_slots:
-            new = [chunk for chunk in numbered if chunk not in self.slots]
-            if new and self.plan.kind == "stored" and self.clean > self.plan.clean_tokens:
-                self._cut_stored()
-            self.slots += new
-        else:
-            self.slots = numbered
+        new = [chunk for chunk in numbered if chunk not in self.slots]
+        if not self.keeps_slots:
+            self.slots = [chunk for chunk in numbered if chunk not in new]
+        if new and self.plan.kind == "stored" and self.clean > self.plan.clean_tokens:
+            self._cut_stored()
+        self.slots = [*self.slots, *new] if self.keeps_slots else numbered
         for chunk in chunks:
             after = (
                 self._frames_done() if chunk is Given.END else self.plan.first_frame(chunk) + self.plan.frames_of(chunk)

@@ -4,31 +4,30 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from flowcache_core.engine.loop import guidance
-from flowcache_core.engine.runner import Runner
-from flowcache_core.models.presets import OFF
+from flowcache_core.engine.forward import Step
+from flowcache_core.engine.guidance import classifier_free
 from flowcache_core.models.rotary import Rotary
 from flowcache_core.models.wan import WanBackbone
-from flowcache_core.schedule import CLEAN, ChunkSchedule, Place
+from flowcache_core.schedule import ChunkSchedule, Place
+from flowcache_core.settings import OFF, Settings
 from tests.helpers.golden_weights import network, text
 from tests.helpers.magi_weights import normal
 from tests.helpers.paths import GOLDEN_FOLDER
-from tests.helpers.tiny import ask
+from tests.helpers.runs import build
 
 GOLDEN = load_file(GOLDEN_FOLDER / "comfy_causal_wan.safetensors")
 
 
-def velocities(rotary: Rotary | None = None, clean_pass: bool = True) -> list[torch.Tensor]:
-    backbone = WanBackbone(network())
+def velocities(rotary: Rotary | None = None, settings: Settings = OFF) -> list[torch.Tensor]:
+    backbone, found = WanBackbone(network()), []
     backbone.rotary = rotary or backbone.rotary
-    runner = Runner(backbone, ChunkSchedule(3, 1, 1), OFF, 2)
-    denoise, found = guidance(runner, text("cond")), []
+    latents = [normal(f"chunk{chunk}", (1, 16, 2, 4, 6)) for chunk in range(3)]
+    guidance = classifier_free(text("cond"))
+    forward = build(backbone, ChunkSchedule(3, 1, 1), guidance, [1.0, 0.0], latents.__getitem__, settings).forward
     for chunk, sigma in enumerate((0.9, 0.5, 0.7)):
-        x = normal(f"chunk{chunk}", (1, 16, 2, 4, 6))
-        found.append(ask(denoise, x, sigma, Place(chunk, 0, chunk)).clone())
-        if clean_pass:
-            ask(denoise, x, 0.0, Place(chunk, CLEAN, chunk))
-        runner.commit(chunk)
+        (velocity,) = forward.velocities([Step(latents[chunk], sigma, Place(chunk, 0, chunk))])
+        found.append(velocity.value)
+        forward.finish(chunk, latents[chunk])
     return found
 
 
@@ -44,4 +43,4 @@ def test_every_chunk_over_its_history(chunk):
 
 def test_a_wrong_position_or_history_would_be_noticed():
     assert error(velocities(Rotary(32, theta=3000.0)), 1) > 1e-3
-    assert error(velocities(clean_pass=False), 1) > 1e-2
+    assert error(velocities(settings=Settings(clean_pass=False)), 1) > 1e-2
