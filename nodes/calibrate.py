@@ -4,9 +4,11 @@ from comfy_api.latest import io
 
 from ..flowcache_core.media.metrics import psnr
 from ..flowcache_core.models.families import family
-from ..flowcache_core.models.presets import OFF, Settings
-from ..flowcache_core.reuse import calibration
+from ..flowcache_core.models.presets import measured_steps
+from ..flowcache_core.reuse.search import search_calibration
 from ..flowcache_core.schedule import ChunkSchedule
+from ..flowcache_core.settings import OFF, Settings
+from ..flowcache_core.storage.calibrations import calibration_path, save_calibration
 from .comfyui import inputs
 from .comfyui import patch as host
 from .comfyui.extend import Extension, Sampling, extend
@@ -58,9 +60,7 @@ class Calibrate(io.ComfyNode):
     def execute(
         cls, model, positive, negative, vae, seed, chunks, minutes, steps=0, width=0, height=0
     ) -> io.NodeOutput:
-        from ..flowcache_core.lab.placement import calibrate
-
-        path = calibration.beside(host.file_of(model))
+        path = calibration_path(host.file_of(model))
         usual = family(host.family_of(model))
         steps = steps or usual.steps
         schedule = ChunkSchedule(chunks, steps, usual.lag if steps == usual.steps else steps)
@@ -85,7 +85,7 @@ class Calibrate(io.ComfyNode):
             def score(chosen: tuple[int, ...]) -> float:
                 if not plain:
                     plain.append(clip(OFF, seed))
-                reuse = calibration.reuse(chosen, steps, schedule.lag)
+                reuse = measured_steps(chosen, steps, schedule.lag)
                 return min(100.0, psnr(clip(Settings(reuse), seed), plain[0]))
 
             return score
@@ -96,7 +96,7 @@ class Calibrate(io.ComfyNode):
             lines.append(line)
             progress_text(line, cls.hidden.unique_id)
 
-        made = calibrate(schedule, 1, score_of(seed), score_of((seed + 1) % 2**64), 60.0 * minutes, told=told)
-        calibration.save(made, path)
+        made = search_calibration(schedule, 1, score_of(seed), score_of((seed + 1) % 2**64), 60.0 * minutes, told=told)
+        save_calibration(made, path)
         text = "\n".join([*lines, f"written to {path.name}"])
         return io.NodeOutput(text, ui={"text": [text]})

@@ -188,7 +188,7 @@ class AutoregressiveExtend(io.ComfyNode):
             solver=usual.solver(steps) if solver == "auto" else solver,
             scale=guidance or usual.guidance,
             first_levels=usual.first_levels(steps),
-            kind=usual.attention if attention == "auto" else attention,
+            seeing=usual.attention if attention == "auto" else attention,
             condition=usual.condition if condition_noise < 0 else condition_noise,
         )
         size = (width or usual.size[0], height or usual.size[1])

@@ -1,16 +1,11 @@
 """Extend in Windows: a long video as SkyReels-V2's upstream makes it."""
 
-import torch
 from comfy_api.latest import io
 
-from ..flowcache_core.engine.windows import window_sizes
-from ..flowcache_core.errors import UserError
-from ..flowcache_core.models.families import family
-from ..flowcache_core.models.memory import FRAME_STRIDE
 from .comfyui import inputs
-from .comfyui import patch as host
-from .comfyui.extend import Extension, Sampling, extend
+from .comfyui.extend import Extension
 from .comfyui.widgets import advanced, found_by
+from .comfyui.windows import Windows, WindowSampling, extend_in_windows
 
 
 class ExtendInWindows(io.ComfyNode):
@@ -79,37 +74,7 @@ class ExtendInWindows(io.ComfyNode):
         cls, model, vae, positive, negative, seed, frames, window, overlap, width, height,
         steps=50, guidance=6.0, shift=8.0, lag=0, condition_noise=0.02, start=None,
     ) -> io.NodeOutput:  # fmt: skip
-        usual = family(host.family_of(model))
-        if start is not None and (start.shape[1], start.shape[2]) != (height, width):
-            raise UserError(
-                f"The start is {start.shape[2]}x{start.shape[1]}, the video {width}x{height}; scale the start."
-            )
-        video = start
-        for number, size in enumerate(window_sizes(*(latent_frames(count) for count in (frames, window, overlap)))):
-            taken = 0 if video is None else latent_frames(min(overlap, video.shape[0]))
-            given = FRAME_STRIDE * taken - (FRAME_STRIDE - 1) if taken else 0
-            prefix = vae.encode(video[-given:, :, :, :3]) if given else None
-            new = size - taken
-            each = usual.chunk_frames if lag else new
-            if new < 1 or new % each:
-                raise UserError(
-                    f"Window {number + 1} has {new} new frames, which do not fill chunks of {each}; change the length."
-                )
-            made = extend(
-                model,
-                Extension(
-                    positive, negative, (seed + number) % 2**64, new // each, (width, height), prefix,
-                    node_id=cls.hidden.unique_id,
-                ),
-                Sampling(
-                    usual.shifted_levels(steps, shift), each, lag, usual.solver(steps), guidance,
-                    kind="joint", condition=condition_noise if given else 0.0,
-                ),
-            )  # fmt: skip
-            images = vae.decode(made.latent).flatten(0, -4)[given:]
-            video = images if video is None else torch.cat([video, images.to(video)])
-        return io.NodeOutput(video)
-
-
-def latent_frames(frames: int) -> int:
-    return (frames - 1) // FRAME_STRIDE + 1
+        frames_of_video = Windows(frames, window, overlap, width, height)
+        how = WindowSampling(steps, guidance, shift, lag, condition_noise)
+        asked = Extension(positive, negative, seed, 0, (width, height), node_id=cls.hidden.unique_id)
+        return io.NodeOutput(extend_in_windows(model, vae, asked, frames_of_video, how, start))

@@ -4,11 +4,9 @@ from dataclasses import replace
 
 from comfy_api.latest import io
 
-from ..flowcache_core.history.compression import Compression
-from ..flowcache_core.history.settings import HistorySettings
 from ..flowcache_core.models.families import family_preset, fitted
-from ..flowcache_core.models.presets import DEFAULT_PRESET, PRESETS, ReuseSettings, Settings
-from ..flowcache_core.reuse.calibration import settings_of
+from ..flowcache_core.models.presets import DEFAULT_PRESET, PRESETS, quality_settings
+from ..flowcache_core.settings import Between, Compression, Drift, Every, HistorySettings, Settings
 from .comfyui import patch as host
 from .comfyui.widgets import advanced, found_by
 
@@ -213,17 +211,18 @@ class FlowCache(io.ComfyNode):
         history = HistorySettings(
             history_budget or None, compression, relative=positions == "relative", memory=history_memory
         )
-        width = getattr(model.model.diffusion_model, "dim", 0)
+        family, width = host.family_of(model), getattr(model.model.diffusion_model, "dim", 0)
         if preset == CUSTOM:
+            if policy == "even":
+                reuse = Every(every, warmup=warmup)
+            else:
+                reuse = fitted(Drift(threshold, warmup, whole_window=policy == "teacache"), family, width)
             order = ("hold", "linear", "quadratic").index(forecast)
-            reuse = ReuseSettings(
-                policy, every=every, least=1, threshold=threshold, warmup=warmup, order=order, correct=correct
-            )
-            settings = Settings(fitted(reuse, host.family_of(model), width), history)
+            settings = Settings(reuse, Between(order, correct), history)
         elif preset == QUALITY:
-            settings = replace(settings_of(quality, host.calibration_of(model)), history=history)
+            settings = replace(quality_settings(quality, host.calibration_of(model)), history=history)
         else:
-            settings = family_preset(preset, host.family_of(model), width, history)
+            settings = family_preset(preset, family, width, history)
         budget = f"history budget {history_budget} chunks" if history_budget else "whole history"
         settings = replace(settings, overlap=overlap)
         return io.NodeOutput(host.patched(model, settings, f"FlowCache {preset}, {budget}"))

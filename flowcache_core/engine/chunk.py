@@ -86,29 +86,44 @@ class ActiveChunk:
             recomputed: whether the velocity comes from the network, and later steps may be forecast from it.
         """
         x, step, sigma = self.latent, self.step, self.sigma
-        length = self.sigmas[step + 1] - sigma
+        fresh = velocity is not None and recomputed
         if velocity is not None and recomputed:
-            self._remember(x, velocity, sigma, length)
+            self._remember(velocity)
         if self.held == "change":
             change = self.forecast.at(step)
-            self._last, self.latent = (x, change, sigma / length), x + change
+            self._last, self.latent = (x, change, sigma / (self.sigmas[step + 1] - sigma)), x + change
         else:
-            value = velocity if velocity is not None else self._forecast(x, step, sigma)
+            value = velocity if velocity is not None else self.forecast_velocity()
             self._last = (x, value, sigma)
-            self.latent = self._solved(x, value, step, velocity is not None and recomputed)
+            self.latent = self._solved(x, value, step, fresh)
         self.step += 1
 
-    def _remember(self, x: Tensor, velocity: Tensor, sigma: float, length: float) -> None:
-        kept = {
-            "velocity": lambda: velocity,
-            "clean": lambda: x - sigma * velocity,
-            "change": lambda: velocity * length,
-        }[self.held]()
+    def take(self, clean: Tensor | None) -> Tensor:
+        """Takes the next step of a sampler that goes by clean estimates and moves the latent itself.
+
+        Args:
+            clean: of this step; None where the forecast stands in.
+
+        Returns:
+            The clean estimate to go by.
+        """
+        if clean is not None:
+            self.forecast.add(self.step, clean)
+        self.step += 1
+        return self.forecast.at(self.step - 1)
+
+    def _remember(self, velocity: Tensor) -> None:
+        kept = velocity
+        if self.held == "clean":
+            kept = self.latent - self.sigma * velocity
+        elif self.held == "change":
+            kept = velocity * (self.sigmas[self.step + 1] - self.sigma)
         self.forecast.add(self.step, kept)
 
-    def _forecast(self, x: Tensor, step: int, sigma: float) -> Tensor:
-        result = self.forecast.at(step)
-        return (x - result) / sigma if self.held == "clean" else result
+    def forecast_velocity(self) -> Tensor:
+        """Gives the velocity that stands in for this step's."""
+        result = self.forecast.at(self.step)
+        return (self.latent - result) / self.sigma if self.held == "clean" else result
 
     def _solved(self, x: Tensor, velocity: Tensor, step: int, recomputed: bool) -> Tensor:
         if not (self.corrects and isinstance(self.solver, Linear)):

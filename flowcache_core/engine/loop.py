@@ -106,6 +106,7 @@ class Engine:
         self.sampling, self.on_progress, self.cancelled = sampling, on_progress, cancelled
         self.report = forward.report
         self.active: list[ActiveChunk] = []  # oldest first
+        self.advanced: list[ActiveChunk] = []  # those that took a step in the last tick, finished ones too
         self.held: Held = "clean" if getattr(sampling.solver, "adds_noise", False) else sampling.held
         # Each clean estimate has seen another noise, so no line is put through them.
         self.order = 0 if self.held == "clean" else between.order_for(policy, schedule.steps)
@@ -156,12 +157,12 @@ class Engine:
     def _tick(self, tick: int, places: Sequence[Place]) -> list[Chunk]:
         check_cancelled(self.cancelled, self.report)
         self.active += [
-            self._begin(place.chunk) for place in places if place.step == 0 and isinstance(place.chunk, int)
+            self.begin(place.chunk) for place in places if place.step == 0 and isinstance(place.chunk, int)
         ]
         for chunk in self.active:
             chunk.latent = self.sampling.pinned(chunk.index, chunk.latent)
         steps = [Step(chunk.latent, chunk.sigma, place) for chunk, place in zip(self.active, places, strict=True)]
-        steps = [step._replace(recompute=again) for step, again in zip(steps, self._decide(steps), strict=True)]
+        steps = [step._replace(recompute=again) for step, again in zip(steps, self.decide(steps), strict=True)]
         asked = [step for step in steps if step.recompute or self.forward.holds_residual]
         answers = iter(self.forward.velocities(asked) if asked else [])
         for chunk, step in zip(self.active, steps, strict=True):
@@ -172,7 +173,7 @@ class Engine:
                 recomputed = False
                 chunk.advance(None)
             self.report.record(chunk.index, chunk.branches, recomputed)
-        finished = [chunk for chunk in self.active if chunk.finished]
+        self.advanced, finished = self.active, [chunk for chunk in self.active if chunk.finished]
         self.active = [chunk for chunk in self.active if not chunk.finished]
         for chunk in finished:
             self.forward.finish(chunk.index, self.sampling.pinned(chunk.index, chunk.latent))
@@ -180,12 +181,13 @@ class Engine:
         self.report.history.append((tick, self.forward.history_bytes[0]))
         return [Chunk(chunk.index, chunk.latent) for chunk in finished]
 
-    def _begin(self, index: int) -> ActiveChunk:
+    def begin(self, index: int) -> ActiveChunk:
+        """Makes a chunk that starts."""
         sampling, levels = self.sampling, self.sampling.levels(index, self.schedule)
         solver = sampling.solver(levels, lambda step: sampling.noise(index, step))
         return ActiveChunk(index, sampling.start(index), levels, solver, self.order, self.held, self.corrects)
 
-    def _decide(self, steps: Sequence[Step]) -> list[bool]:
+    def decide(self, steps: Sequence[Step]) -> list[bool]:
         """Says for each active chunk whether its step is recomputed."""
         if self.policy.watches:
             self._watch(steps)

@@ -1,5 +1,7 @@
 """Conditions that hold for some chunks only: what Prompts over Time gives, as the host's guider meets it."""
 
+from torch import Tensor
+
 from ...flowcache_core.errors import UserError
 from ...flowcache_core.prompts import FOREVER
 
@@ -21,7 +23,6 @@ class ChunkCaptions:
 
     def __init__(self, conditions: Conditions):
         self.conditions = conditions
-        self._known: dict[tuple, int] = {}
         for side, held in conditions.items():
             for what in (name for one in held or [] for name in WHOLE if one.get(name) is not None):
                 raise UserError(
@@ -29,20 +30,43 @@ class ChunkCaptions:
                     f"that node out (images are given as a prefix)."
                 )
 
-    def of(self, chunk: int) -> tuple[Conditions, int]:
-        """What holds for a chunk, and a number that tells it from what holds for others.
+    def of(self, chunk: int) -> Conditions:
+        """Gives what holds for a chunk.
 
         A side's n-th condition keeps one uuid for all chunks, since branches of guidance are told apart by it.
         """
-        chosen, said = {}, []
+        chosen = {}
         for side, conditions in self.conditions.items():
             conditions = conditions or []
             held = [one for one in conditions if _holds(one, chunk)]
             if conditions and not held:
                 raise UserError(f"No {side} prompt holds for chunk {chunk}; connect one that does.")
-            said.append(tuple(one["uuid"] for one in held))
             chosen[side] = [one | {"uuid": first["uuid"]} for one, first in zip(held, conditions, strict=False)]
-        return chosen, self._known.setdefault(tuple(said), len(self._known))
+        return chosen
+
+    def text(self, chunk: int, uuid) -> Tensor:
+        """Gives the embedding [B, tokens, width] of a branch of a chunk."""
+        held = [one for conditions in self.of(chunk).values() for one in conditions if one["uuid"] == uuid]
+        return held[0]["model_conds"]["c_crossattn"].cond
+
+    @property
+    def alike(self) -> bool:
+        """Whether all chunks have as many conditions, which differ in nothing but their embedding: then chunks can be
+        asked for at once."""
+        for conditions in self.conditions.values():
+            timed = [one for one in conditions or [] if CHUNKS in one]
+            if not timed:
+                continue
+            counts = {sum(_holds(one, chunk) for one in conditions) for chunk in _borders(timed)}
+            extras = [set(one["model_conds"]) ^ {"c_crossattn"} for one in conditions]
+            if len(counts) > 1 or any(extra != extras[0] for extra in extras):
+                return False
+        return True
+
+    @property
+    def texts(self) -> int:
+        """How many different embeddings a branch has at most."""
+        return max((len(conditions or []) for conditions in self.conditions.values()), default=1)
 
     def refuse(self, what: str) -> None:
         """Raises UserError where a condition is limited to some chunks."""
@@ -53,3 +77,8 @@ class ChunkCaptions:
 def _holds(condition: dict, chunk: int) -> bool:
     first, last = condition.get(CHUNKS, (0, FOREVER))
     return first <= chunk <= last
+
+
+def _borders(conditions: list[dict]) -> set[int]:
+    """A chunk of every stretch in which the same conditions hold."""
+    return {0} | {one[CHUNKS][0] for one in conditions} | {one[CHUNKS][1] + 1 for one in conditions} - {FOREVER + 1}

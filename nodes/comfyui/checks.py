@@ -12,7 +12,7 @@ COMPILED = "torch.compile"  # the host's key of a compiled network's wrapper
 UNCOMPILED = "TorchCompileModel has no effect: it compiles the forward of a whole video, and chunks run without that"
 
 
-def settle_with_others(model_options: dict) -> list[str]:
+def leave_out_others(model_options: dict) -> list[str]:
     """Leaves out, for a run of ours, what other nodes have patched the model with and what does not go with chunks.
 
     Returns:

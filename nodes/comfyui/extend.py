@@ -10,6 +10,7 @@ import latent_preview
 import torch
 from torch import Tensor
 
+from ...flowcache_core.engine.build import Seeing
 from ...flowcache_core.errors import UserError
 from ...flowcache_core.history.streams import SideStream
 from ...flowcache_core.report import Report
@@ -18,9 +19,9 @@ from ...flowcache_core.storage.run_folder import RunFolder
 from ...flowcache_core.storage.state import State, make_state
 from . import patch as host
 from .checks import check_latent, check_network, check_size
-from .finished import Finished
+from .finished import FinishedChunks
 from .resume import ResumeSettings, run_folder
-from .sampler import ARSampler, Kind
+from .sampler import ARSampler
 from .stream import OutputFile, StreamSettings, VideoOutlet
 
 
@@ -66,7 +67,7 @@ class Sampling:
         solver: a key of `families.SOLVERS`.
         scale: of classifier-free guidance.
         first_levels: of the first chunk where it takes more steps.
-        kind: how chunks see each other, see `ARSampler`.
+        seeing: how chunks see each other, see `ARSampler`.
         condition: noise level that a prefix is shown at.
     """
 
@@ -76,7 +77,7 @@ class Sampling:
     solver: str
     scale: float
     first_levels: list[float] | None = None
-    kind: Kind = "causal"
+    seeing: Seeing = "causal"
     condition: float = 0.0
 
 
@@ -114,7 +115,7 @@ class Extended:
 def extend(model: comfy.model_patcher.ModelPatcher, asked: Extension, how: Sampling) -> Extended:
     """Runs the host's guider over new chunks of a network of the Wan layout."""
     check_network(model.model.diffusion_model)
-    model = host.surely_patched(model)
+    model = host.patched_or_off(model)
     state, chunk_frames = asked.state, how.chunk_frames
     shape = _chunk_shape(model, asked, chunk_frames)
     if state is not None:
@@ -125,7 +126,7 @@ def extend(model: comfy.model_patcher.ModelPatcher, asked: Extension, how: Sampl
                 "that run's latent as a prefix instead."
             )
     sampler = ARSampler(
-        chunk_frames, how.lag, how.solver, how.kind, how.first_levels, asked.prefix, asked.end, how.condition, state
+        chunk_frames, how.lag, how.solver, how.seeing, how.first_levels, asked.prefix, asked.end, how.condition, state
     )
     inwards = model.model.process_latent_in
     before, after = (None if given is None else inwards(given.cpu().float()) for given in (asked.prefix, asked.end))
@@ -137,12 +138,11 @@ def extend(model: comfy.model_patcher.ModelPatcher, asked: Extension, how: Sampl
         after=after,
     )
 
-    def sample(finished: Finished, earlier: State | None) -> None:
+    def sample(finished: FinishedChunks, earlier: State | None) -> None:
         sampler.chunks = asked.chunks - finished.count
         if earlier is not None:
             sampler.state, sampler.prefix = earlier, None
-        sampler.on_plan, sampler.on_progress = finished.plan, finished.progress
-        sampler.on_chunk, sampler.on_done = finished.add, finished.done
+        sampler.listener = finished
         ticks = sampler.schedule(sampler.chunks, len(how.levels) - 1).ticks
         run_guider(model, asked, sampler, how.levels, shape, ticks, how.scale)
 
@@ -155,7 +155,7 @@ def carry_out(
     asked: Extension,
     layout: Layout,
     folder: RunFolder | None,
-    sample: Callable[[Finished, State | None], None],
+    sample: Callable[[FinishedChunks, State | None], None],
 ) -> Extended:
     """An extension from what an interrupted run left of it to its result.
 
@@ -170,7 +170,7 @@ def carry_out(
     outlet = None if asked.stream is None else VideoOutlet(asked.stream, model, layout.shape, asked.metadata, side)
     keep = asked.stream is None or asked.stream.keep_latents
     untouched = Report(layout.schedule, patch.label)
-    finished = Finished(folder, outlet, keep, asked.node_id, untouched, prefix, layout.inside, side)
+    finished = FinishedChunks(folder, outlet, keep, asked.node_id, untouched, prefix, layout.inside, side)
     video = None
     try:
         if earlier is not None:
@@ -226,7 +226,7 @@ def _folder(model, asked: Extension, how: Sampling, sampler: ARSampler, shape: l
     """Of the run on disk, named by everything that determines it."""
     if asked.resume is None:
         return None
-    if how.kind != "causal" or how.lag == 0 or asked.end is not None:
+    if how.seeing != "causal" or how.lag == 0 or asked.end is not None:
         raise UserError(
             "A run can be resumed where chunks follow one another and nothing is given after them; use attention "
             "'causal', a lag above 0 and no end, or disconnect 'resume'."

@@ -2,25 +2,26 @@
 is."""
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Hashable
 from dataclasses import dataclass, field
 from functools import partial
 
 from comfy.model_management import throw_exception_if_processing_interrupted
 from torch import Tensor
 
-from ...flowcache_core.engine.loop import Chunk, Progress
-from ...flowcache_core.history.snapshot import Clean, Grown
+from ...flowcache_core.engine.loop import Chunk, Engine, Progress
+from ...flowcache_core.history.snapshot import Snapshot, SnapshotDelta
 from ...flowcache_core.history.streams import AT_ONCE, Pending, SideStream
 from ...flowcache_core.report import Report
 from ...flowcache_core.storage.run_folder import RunFolder
+from .listener import RunListener
 from .progress import describe, describe_plan, progress_text
 from .stream import VideoOutlet, show
 
 
 @dataclass
-class Finished:
-    """Listens to a sampler: takes a run's finished chunks, oldest first, and what it leaves in the end.
+class FinishedChunks(RunListener):
+    """Takes a run's finished chunks, oldest first, and what it leaves in the end.
 
     Attributes:
         folder: keeps chunks on disk, or None.
@@ -30,7 +31,7 @@ class Finished:
         report, histories: of the run, when it has ended; before that, of what an interrupted run left.
         first: number of the first generated chunk.
         inside: given frames that it begins with, where a sampler hands them out again.
-        side: takes chunks to the host beside the run. What becomes of them there is left for the next tick, when the
+        side: takes chunks to the CPU beside the run. What becomes of them there is left for the next tick, when the
             device has got more to do; `settle` does it.
         latents: on the CPU, in the network's latent space; what came before the run included.
         count: chunks that were taken, with those of an interrupted run.
@@ -44,7 +45,7 @@ class Finished:
     first: int
     inside: int = 0
     side: SideStream = AT_ONCE
-    histories: dict[str, Clean] = field(default_factory=dict)
+    histories: dict[Hashable, Snapshot] = field(default_factory=dict)
     latents: list[Tensor] = field(default_factory=list)
     count: int = 0
 
@@ -75,26 +76,23 @@ class Finished:
     def plan(self, report: Report) -> None:
         progress_text(describe_plan(report), self.node_id)
 
-    def progress(self, told: Progress, report: Report, used: int, total: int) -> None:
-        """A tick is done; `used` and `total` are bytes of history."""
+    def progress(self, told: Progress, engine: Engine) -> None:
         self.settle()
         self.tick, self.ticks = told.tick, told.ticks
-        progress_text(describe(told, report, used, total, self.begun, len(self.earlier)), self.node_id)
+        progress_text(describe(told, engine, self.begun, len(self.earlier)), self.node_id)
 
-    def add(self, chunk: Chunk, save_new: Callable[[bool], Callable[[], Grown]]) -> None:
-        """A chunk of the run; `save_new` begins to copy what the history has grown by since it was last called, or
-        all."""
+    def chunk(self, chunk: Chunk, engine: Engine) -> None:
         self.settle()
-        grown = None
+        delta = None
         if self.folder is not None and not self.folder.full:
-            grown = save_new(not self.folder.begun)
-        self.side.later(partial(self._keep, chunk.index, self.side.to_host(chunk.latent), grown))
+            delta = engine.begin_delta(full=not self.folder.begun)
+        self.side.later(partial(self._keep, chunk.number, self.side.to_cpu(chunk.latent), delta))
         self.count += 1
 
-    def _keep(self, index: int, latent: Pending[Tensor], grown: Callable[[], Grown] | None) -> None:
-        chunk = Chunk(index, latent.on_host())
-        if self.folder is not None and grown is not None:
-            self.folder.add(chunk, grown())
+    def _keep(self, number: int, latent: Pending[Tensor], delta: Callable[[], SnapshotDelta] | None) -> None:
+        chunk = Chunk(number, latent.on_cpu())
+        if self.folder is not None and delta is not None:
+            self.folder.add(chunk, delta())
         frames = self._take(self._generated(chunk))
         if frames is not None:
             show(frames, self.tick, self.ticks)
@@ -102,13 +100,13 @@ class Finished:
     def settle(self) -> None:
         self.side.settle()
 
-    def done(self, report: Report, histories: dict[str, Clean]) -> None:
+    def done(self, engine: Engine, keeps_history: bool) -> None:
         self.settle()
-        self.report, self.histories = report, histories
+        self.report, self.histories = engine.report, engine.save() if keeps_history else {}
 
     def _generated(self, chunk: Chunk) -> Tensor:
         """A chunk's frames that were not given."""
-        return chunk.latent[:, :, self.inside :] if chunk.index == self.first else chunk.latent
+        return chunk.latent[:, :, self.inside :] if chunk.number == self.first else chunk.latent
 
     def _take(self, latent: Tensor) -> Tensor | None:
         if not self.keep:

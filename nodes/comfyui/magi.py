@@ -5,7 +5,6 @@ are no positive and negative, and share one history, so the sampler runs them it
 step.
 """
 
-from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 import comfy.ldm.modules.attention
@@ -14,31 +13,32 @@ import comfy.model_patcher
 import torch
 from torch import Tensor
 
-from ...flowcache_core.engine.loop import Chunk, Progress
+from ...flowcache_core.engine.loop import Progress
 from ...flowcache_core.errors import UserError
-from ...flowcache_core.history.snapshot import Clean, Grown
+from ...flowcache_core.history.snapshot import Snapshot
 from ...flowcache_core.models.families import magi_usual
-from ...flowcache_core.models.magi.engine import (
+from ...flowcache_core.models.magi.forward import (
     PUBLISHED_FLOWCACHE,
     SHARED,
-    MagiEngine,
     MagiSampling,
-    history_plan,
+    magi_engine,
+    magi_plan,
     magi_schedule,
+    magi_settings,
 )
 from ...flowcache_core.models.magi.network import Attention, MagiBackbone, MagiText
 from ...flowcache_core.models.magi.sampling import CHUNK_FRAMES, SHIFT, WINDOW, GuidanceScales, sigmas
 from ...flowcache_core.models.magi.text import SpecialTokens, caption_text, null_text
-from ...flowcache_core.models.presets import Settings
-from ...flowcache_core.report import Report
 from ...flowcache_core.schedule import ChunkSchedule
+from ...flowcache_core.settings import Settings
 from ...flowcache_core.solvers.one_step import chunk_noise
 from ...flowcache_core.storage.state import State
 from . import patch as host
 from .captions import ChunkCaptions
-from .checks import check_finite, check_latent, check_size, settle_with_others
+from .checks import check_finite, check_latent, check_size, leave_out_others
 from .extend import Extended, Extension, Layout, carry_out, kept_run, run_guider
-from .finished import Finished
+from .finished import FinishedChunks
+from .listener import RunListener
 
 PROMPT = "flowcache_magi"  # key of a `Prompt` in a conditioning
 
@@ -94,10 +94,9 @@ class MagiSampler(host.ChunkSampler):
     Attributes:
         schedule, settings, sampling, seed: of the run.
         label: of the settings, for the report.
-        history_bytes: what the history will take, for the host's memory management.
         given: latent frames [B, C, T, H, W] before the generated ones, in the network's space, or None.
         loaded: the clean history of an earlier run that holds them, or None.
-        on_progress, on_chunk, on_done: see `ARSampler`.
+        listener: is told of the run.
     """
 
     schedule: ChunkSchedule
@@ -105,12 +104,9 @@ class MagiSampler(host.ChunkSampler):
     sampling: MagiSampling
     seed: int
     label: str
-    history_bytes: int
     given: Tensor | None
-    loaded: Clean | None
-    on_progress: Callable[[Progress, Report, int, int], None]
-    on_chunk: Callable[[Chunk, Callable[[bool], Callable[[], Grown]]], None]
-    on_done: Callable[[Report, dict[str, Clean]], None]
+    loaded: Snapshot | None
+    listener: RunListener
     chunk_frames: int = CHUNK_FRAMES
 
     def sample(
@@ -123,45 +119,52 @@ class MagiSampler(host.ChunkSampler):
         captions = ChunkCaptions(guider.conds)
 
         def text(chunk: int) -> MagiText:
-            positive = captions.of(chunk)[0]["positive"]
+            positive = captions.of(chunk)["positive"]
             if len(positive) != 1:
                 raise UserError(f"There are {len(positive)} positive captions for chunk {chunk}; MAGI-1 takes one.")
             caption = Caption.of(positive[0], network.config.caption_width)
             return caption.text(model.special_tokens, schedule.total_chunks - 1 - chunk, batch, device)
 
         def progress(told: Progress) -> None:
-            self.on_progress(told, engine.report, engine.history.bytes_used, engine.history.bytes)
+            self.listener.progress(told, engine)
             if callback:
-                shown = engine.estimates[told.places[0].chunk]()
+                shown = engine.advanced[0].estimate()
                 callback(told.tick - 1, shown, shown, told.ticks)
 
-        engine = MagiEngine(
+        engine = magi_engine(
             MagiBackbone(network, attention),
             schedule,
             self.settings,
             text,
             _rows(null_text(network.y_embedder.null_caption_embedding.to(device)), batch),
-            start=lambda chunk: chunk_noise(self.seed, chunk, tuple(noise.shape)).to(noise),
+            lambda chunk: chunk_noise(self.seed, chunk, tuple(noise.shape)).to(noise),
+            shape=noise.shape,
+            device=device,
             sampling=self.sampling,
             given=None if self.given is None else self.given.to(noise),
             attention=attention,
+            loaded=self.loaded,
             on_progress=progress,
             cancelled=interrupted,
         )
-        if self.loaded is not None:
-            engine.load(self.loaded)
         options = comfy.model_patcher.create_model_options_clone(extra_args["model_options"])
-        engine.report.notes += settle_with_others(options)
-        for chunk in engine.run():
-            check_finite(chunk.latent, f"chunk {chunk.index}")
-            self.on_chunk(chunk, engine.save_new)
         engine.report.settings = self.label
-        self.on_done(engine.report, engine.save())
+        engine.report.notes += leave_out_others(options)
+        self.listener.plan(engine.report)
+        for chunk in engine.run():
+            check_finite(chunk.latent, f"chunk {chunk.number}")
+            self.listener.chunk(chunk, engine)
+        self.listener.done(engine, keeps_history=True)
         return chunk.latent
 
-    def frames(self, noise: Tensor) -> int:
-        """Latent frames of the whole video."""
-        return self.schedule.total_chunks * CHUNK_FRAMES
+    def planned_bytes(self, guider, noise: Tensor, sigmas: Tensor, settings: Settings) -> int:
+        """Works out what its history takes of the device's memory."""
+        if self.settings.history.memory == "system":
+            return 0
+        network = guider.model_patcher.model.diffusion_model
+        kept = magi_settings(self.settings, self.sampling, self.schedule)
+        plan = magi_plan(network.config, self.schedule, kept, self.sampling, noise.shape, network.dtype.itemsize)
+        return plan.history_bytes
 
 
 def extend(model: comfy.model_patcher.ModelPatcher, asked: Extension, steps: int, guidance: float) -> Extended:
@@ -171,7 +174,7 @@ def extend(model: comfy.model_patcher.ModelPatcher, asked: Extension, steps: int
         steps: of a chunk, or 0 for the published number.
         guidance: scale of the caption, or 0 for the published one; a distilled network takes none.
     """
-    model = host.surely_patched(model)
+    model = host.patched_or_off(model)
     patch, network = host.patch_of(model.model_options), model.model.diffusion_model
     config, settings, state = network.config, patch.settings, asked.state
     check_negative(asked.negative)
@@ -194,9 +197,9 @@ def extend(model: comfy.model_patcher.ModelPatcher, asked: Extension, steps: int
     sampling = replace(
         MagiSampling() if settings.clean_pass else PUBLISHED_FLOWCACHE, guidance=scales(guidance, config.distilled)
     )
-    history, _ = history_plan(config, schedule, settings, sampling, shape)
+    magi_settings(settings, sampling, schedule)  # refuses what cannot be run
 
-    def sample(finished: Finished, earlier: State | None) -> None:
+    def sample(finished: FinishedChunks, earlier: State | None) -> None:
         begun, left = state, schedule
         if earlier is not None:
             begun = earlier
@@ -207,12 +210,9 @@ def extend(model: comfy.model_patcher.ModelPatcher, asked: Extension, steps: int
             sampling=sampling,
             seed=asked.seed,
             label=patch.label,
-            history_bytes=0 if settings.history.memory == "system" else history.bytes(network.dtype.itemsize),
             given=given,
             loaded=None if begun is None else begun.by_branch.get(SHARED),
-            on_progress=finished.progress,
-            on_chunk=finished.add,
-            on_done=finished.done,
+            listener=finished,
         )
         run_guider(model, asked, sampler, sigmas(steps), shape, left.ticks)
 

@@ -18,8 +18,8 @@ from ...flowcache_core import checkpoints
 from ...flowcache_core.demo.preview import RGB_BIAS, RGB_FACTORS
 from ...flowcache_core.models.skyreels import add_frame_rate
 from ...flowcache_core.models.wan import WanConfig
+from .guider import FAMILY, FPS
 from .magi_model import magi_model
-from .patch import FAMILY, FPS
 
 
 def load_model(

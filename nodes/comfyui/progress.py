@@ -4,7 +4,7 @@ import time
 
 from server import PromptServer
 
-from ...flowcache_core.engine.loop import Progress
+from ...flowcache_core.engine.loop import Engine, Progress
 from ...flowcache_core.report import Report, clock, megabytes, share_of
 
 
@@ -16,20 +16,20 @@ def progress_text(text: str, node_id: str | None) -> None:
 
 
 def describe_plan(report: Report) -> str:
-    """What is known before a run; stays on the node until its first tick is done."""
+    """Says what is known before a run; stays on the node until its first tick is done."""
     planned, unbounded = report.history_bytes_planned, report.history_bytes_unbounded
     more = f", {megabytes(unbounded)} unbounded" if unbounded > planned else ""
     return f"history: {megabytes(planned)} planned{more}"
 
 
-def describe(told: Progress, report: Report, used: int, total: int, begun: float, earlier: int = 0) -> str:
-    """Lines on how a run goes; they fit a node's width.
+def describe(told: Progress, engine: Engine, begun: float, earlier: int = 0) -> str:
+    """Writes lines on how a run goes; they fit a node's width.
 
     Args:
-        used, total: bytes of history.
         begun: when, by the clock of `perf_counter`.
         earlier: chunks that an interrupted run left.
     """
+    report, (used, total) = engine.report, engine.forward.history_bytes
     chunks, chunk = report.schedule.chunks, min(report.chunks_done + 1, report.schedule.chunks)
     spent = time.perf_counter() - begun
     whole = spent * told.ticks / told.tick  # seconds that the run will take

@@ -10,9 +10,10 @@ import folder_paths
 import torch
 from torch import Tensor
 
-from ...flowcache_core.models.presets import Settings
+from ...flowcache_core.settings import Settings
 from ...flowcache_core.storage.run_folder import RunFolder
 from . import patch as host
+from .guider import FAMILY, FPS
 
 LARGE = 2**22  # elements; of larger tensors so many are looked at
 
@@ -48,15 +49,15 @@ def weights_of(model) -> list:
     options = model.model_options.get("transformer_options", {})
     patch = host.patch_of(model.model_options)
     setup = [
-        options.get(host.FAMILY),
-        options.get(host.FPS),
-        patch and _that_tell(patch.settings),
+        options.get(FAMILY),
+        options.get(FPS),
+        patch and _deciding(patch.settings),
         str(host.compute_dtype(model.model)),
     ]
     return [weights, dict(model.patches), setup]
 
 
-def _that_tell(settings: Settings) -> Settings:
+def _deciding(settings: Settings) -> Settings:
     """Settings without those that change where and when things are done, but not the result."""
     return replace(settings, overlap=True, history=replace(settings.history, memory="auto"))
 

@@ -1,37 +1,29 @@
 """Our engine as a sampler of the host."""
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import partial
-from itertools import groupby
-from typing import Literal
 
 import comfy.model_patcher
 import torch
 from comfy.patcher_extension import WrappersMP, add_wrapper_with_key
 from torch import Tensor
 
-from ...flowcache_core.engine.joint import Given, JointEngine
-from ...flowcache_core.engine.loop import Chunk, Engine, Progress
-from ...flowcache_core.engine.rolling import RollingEngine, rolling_bytes
-from ...flowcache_core.engine.runner import Step
+from ...flowcache_core.engine.build import RunSettings, Seeing, build_engine, given_chunks
+from ...flowcache_core.engine.loop import Engine, Progress, Sampling
 from ...flowcache_core.errors import UserError
-from ...flowcache_core.history.snapshot import Clean, Grown
 from ...flowcache_core.models.families import SOLVERS
-from ...flowcache_core.models.presets import OFF
-from ...flowcache_core.report import Report
-from ...flowcache_core.schedule import CLEAN, END, LEAD, ChunkSchedule
-from ...flowcache_core.solvers.noise_levels import row_levels
+from ...flowcache_core.schedule import ChunkSchedule, Given
+from ...flowcache_core.settings import OFF, Settings
 from ...flowcache_core.solvers.one_step import chunk_noise
 from ...flowcache_core.storage.state import State
 from . import patch as host
-from .captions import ChunkCaptions, Conditions
-from .checks import check_finite, check_frames, settle_with_others
-from .joint import JointRun, Window
-from .shortcut import Shortcut, same_sum
+from .captions import ChunkCaptions
+from .checks import check_finite, check_frames, leave_out_others
+from .guider import RUN, GuiderGuidance, is_plain_sum
+from .listener import RunListener
 
-Histories = dict[str, Clean]
-Kind = Literal["causal", "joint", "rolling"]  # how chunks see each other
+LEAD_NOISE = -1  # stands for a chunk's number where noise is drawn for given frames that fill none
 
 
 @dataclass
@@ -42,7 +34,7 @@ class ARSampler(host.ChunkSampler):
         chunk_frames: latent frames of a chunk.
         lag: ticks between the starts of two chunks; the number of steps, or more, is one chunk at a time.
         solver: a key of `SOLVERS`.
-        kind: "causal" goes chunk by chunk over a history; "joint" runs all chunks of a window together, "rolling" the
+        seeing: "causal" goes chunk by chunk over a history; "joint" runs all chunks of a window together, "rolling" the
             active ones, seeing each other both ways (SkyReels-V2 and Rolling Forcing as upstream runs them).
         first_levels: noise levels of the first chunk where it takes more steps than the others; for "causal".
         prefix: latent [B, C, T, H, W] in the host's space that comes before the generated frames.
@@ -51,27 +43,20 @@ class ARSampler(host.ChunkSampler):
         state: an earlier run's state to go on from; for "causal".
         chunks: how many to generate from a noise of a single chunk, each with its own noise of the run's seed; what is
             returned is then the last one. 0: as many as the noise holds, all of which are returned.
-        on_plan: told before the run, with the report that knows how large the history will be.
-        on_progress: told after every tick, with the report and the bytes of history in use and in all.
-        on_chunk: given each finished chunk in the network's latent space, oldest first, and a function that begins to
-            copy what the clean history has grown by since it was last called, or all of it.
-        on_done: given the report and what the run keeps, at the end.
+        listener: is told of the run.
     """
 
     chunk_frames: int
     lag: int
     solver: str
-    kind: Kind = "causal"
+    seeing: Seeing = "causal"
     first_levels: list[float] | None = None
     prefix: Tensor | None = None
     end: Tensor | None = None
     condition: float = 0.0
     state: State | None = None
     chunks: int = 0
-    on_plan: Callable[[Report], None] = lambda report: None
-    on_progress: Callable[[Progress, Report, int, int], None] = lambda told, report, used, total: None
-    on_chunk: Callable[[Chunk, Callable[[bool], Callable[[], Grown]]], None] = lambda chunk, save_new: None
-    on_done: Callable[[Report, Histories], None] = lambda report, histories: None
+    listener: RunListener = field(default_factory=RunListener)
 
     def sample(
         self, guider, sigmas, extra_args, callback, noise, latent_image=None, denoise_mask=None, disable_pbar=False
@@ -82,64 +67,52 @@ class ARSampler(host.ChunkSampler):
                 "A noise mask was given; FlowCache extends videos instead: give the frames to keep as a prefix."
             )
         options = comfy.model_patcher.create_model_options_clone(extra_args["model_options"])
-        notes = settle_with_others(options)
+        notes = leave_out_others(options)
         patch = host.patch_of(options)
         add_wrapper_with_key(WrappersMP.DIFFUSION_MODEL, host.KEY, host.diffusion_model, options, is_model_options=True)
-        seed = extra_args.get("seed") or 0
-        call = Call(self, guider, options, sigmas.tolist(), seed, noise, latent_image, callback)
-        course = call.causal() if self.kind == "causal" else call.joint()
-        course.report.notes += notes
-        for chunk in course.engine.run():
-            check_finite(chunk.latent, f"chunk {chunk.index}")
-            call.finish(chunk)
-            self.on_chunk(chunk, course.save_new)
-        course.report.settings = patch.label if patch else "FlowCache off"
+        call = SamplerCall(self, guider, options, sigmas.tolist(), extra_args.get("seed") or 0, noise, latent_image)
+        call.callback = callback
+        engine = call.engine(patch.settings if patch else OFF)
+        engine.report.settings = patch.label if patch else "FlowCache off"
+        engine.report.notes += notes
+        for chunk in engine.run():
+            check_finite(chunk.latent, f"chunk {chunk.number}")
+            call.samples = [chunk.latent] if self.chunks else [*call.samples, chunk.latent]
+            self.listener.chunk(chunk, engine)
         result = torch.cat(call.samples, dim=2)
         if patch and not self.chunks:
-            patch.remember(guider.inner_model.process_latent_out(result.to(torch.float32)), course.report)
-        self.on_done(course.report, course.save())
+            patch.remember(guider.inner_model.process_latent_out(result.to(torch.float32)), engine.report)
+        self.listener.done(engine, keeps_history=self.end is None)
         return result
 
     def schedule(self, chunks: int, steps: int) -> ChunkSchedule:
-        """Of a run of so many new chunks. Only a video's very first chunk takes more steps."""
+        """Makes the schedule of a run of so many new chunks. Only a video's very first chunk takes more steps."""
         done = self.chunks_before()
         first = None if done or self.first_levels is None else len(self.first_levels) - 1
         return ChunkSchedule(chunks, steps, min(self.lag, steps), done, first)
 
-    def frames(self, noise: Tensor) -> int:
-        """Latent frames of the whole video, as far as the history may hold them."""
-        return max(noise.shape[2], (self.chunks_before() + self.chunks) * self.chunk_frames)
+    def planned_bytes(self, guider, noise: Tensor, sigmas: Tensor, settings: Settings) -> int:
+        """Works out what its history takes of the device's memory."""
+        chunks = self.chunks or check_frames(noise, self.chunk_frames)
+        shape = (*noise.shape[:2], self.chunk_frames, *noise.shape[3:])
+        if self.seeing != "causal":
+            return 0
+        return host.planned_bytes(guider, self.schedule(chunks, len(sigmas) - 1), shape, settings, at_once=True)
 
     def chunks_before(self) -> int:
-        """Whole chunks that a causal run has behind it when it starts."""
-        return self.frames_before() // self.chunk_frames if self.kind == "causal" else 0
+        """Counts the whole chunks that a causal run has behind it when it starts."""
+        return self.frames_before() // self.chunk_frames if self.seeing == "causal" else 0
 
     def frames_before(self) -> int:
-        """Frames that are there already."""
+        """Counts the frames that are there already."""
         if self.state is not None:
             return self.state.frames
         return 0 if self.prefix is None else self.prefix.shape[2]
 
 
-@dataclass(frozen=True)
-class Course:
-    """A run that is ready to go.
-
-    Attributes:
-        engine, report: of the run.
-        save, save_new: copy the clean history of every branch, and what it has grown by since the last call; nothing
-            where none is kept.
-    """
-
-    engine: Engine | JointEngine
-    report: Report
-    save: Callable[[], Histories] = dict
-    save_new: Callable[[bool], Callable[[], Grown]] = lambda anew: partial(Grown, {}, True)
-
-
 @dataclass
-class Call:
-    """One call of an `ARSampler` by the host: the engine's questions, put to the guider.
+class SamplerCall:
+    """One call of an `ARSampler` by the host: its run, and what the host is shown of it.
 
     Attributes:
         sampler: that is called.
@@ -147,8 +120,7 @@ class Call:
         options: the model options of this run.
         levels: noise levels, [steps + 1].
         seed: of the run.
-        samples: finished chunks, where they are returned.
-        estimates: clean estimates of chunks that are not finished.
+        samples: finished chunks that are returned.
     """
 
     sampler: ARSampler
@@ -158,9 +130,8 @@ class Call:
     seed: int
     noise: Tensor
     latent_image: Tensor | None
-    callback: Callable | None
+    callback: Callable | None = None
     samples: list[Tensor] = field(default_factory=list)
-    estimates: dict[int, Tensor] = field(default_factory=dict)
 
     def __post_init__(self):
         sampler, noise = self.sampler, self.noise
@@ -170,128 +141,84 @@ class Call:
         self.schedule = sampler.schedule(chunks, len(self.levels) - 1)
         self.captions = ChunkCaptions(self.guider.conds)
 
-    def causal(self) -> Course:
-        """Chunk by chunk over a history; frames that are given have been run when it returns."""
-        sampler, patch = self.sampler, host.patch_of(self.options)
+    def engine(self, settings: Settings) -> Engine:
+        """Makes the run; frames that are given have been run when it returns."""
+        sampler, seeing, options = self.sampler, self.sampler.seeing, self.options["transformer_options"]
         prefix, end = self._inside(sampler.prefix), self._inside(sampler.end)
-        lead, after = sampler.frames_before() % sampler.chunk_frames, 0 if end is None else end.shape[2]
-        settings, transformer_options = patch.settings if patch else OFF, self.options["transformer_options"]
-        run = host.Run(self.model, settings, self.schedule, sampler.chunk_frames, transformer_options, lead, after)
-        runner = run.runner
-        if sampler.state:
-            runner.load(sampler.state.by_branch)
-        plain_sum = same_sum(self.guider, self.options, host.KEY)
-        engine = Engine(
-            runner,
-            partial(self._denoise, run, Shortcut(runner, plain_sum), plain_sum),
-            self.levels,
-            self._start,
-            self._fresh,
-            SOLVERS[sampler.solver],
-            sampler.first_levels if self.schedule.first_steps else None,
-            lambda told: self._progress(told, runner.report, runner.histories),
-        )
-        runner.plan_history(torch.empty(self.shape, device="meta"), self._branches())
-        sampler.on_plan(runner.report)
-        transformer_options[host.RUN] = run
+        if seeing != "causal":
+            self._check_window(prefix, end)
+            settings = OFF
+        one_sum = is_plain_sum(self.guider, self.options, host.KEY) and self.captions.alike
+        guidance = GuiderGuidance(
+            self.guider, self.model.diffusion_model, options, self.captions, self._ask,
+            at_once=one_sum or seeing != "causal", total_chunks=self.schedule.total_chunks,
+        )  # fmt: skip
+        first_levels = sampler.first_levels if self.schedule.first_steps else None
+        sampling = Sampling(self.levels, self._start, self._fresh, SOLVERS[sampler.solver], first_levels)
+        lead = sampler.frames_before() % sampler.chunk_frames if seeing == "causal" else 0
+        run = RunSettings(
+            guidance.backbone, guidance, self.schedule, settings, sampling, seeing, self.shape,
+            host.branches_of(self.guider), host.compute_dtype(self.model), self.noise.device,
+            texts=self.captions.texts,
+            lead=lead,
+            end=0 if end is None else end.shape[2],
+            attention=guidance.attention,
+            loaded=sampler.state.by_branch if sampler.state else None,
+            grain=None if prefix is None else partial(self._grain, prefix),
+            on_progress=lambda told: self._progress(told, engine),
+        )  # fmt: skip
+        engine = build_engine(run)
+        if not one_sum and seeing == "causal":
+            engine.report.notes.append(
+                "chunks of a tick are asked for one by one (the guider or a prompt changes over the steps), so every "
+                "layer holds active chunks too"
+            )
+        sampler.listener.plan(engine.report)
+        options[RUN] = guidance
         if prefix is not None:
-            engine.prefill(prefix, sampler.condition)
+            for chunk, latent in given_chunks(
+                prefix, lead, sampler.chunk_frames if seeing == "causal" else prefix.shape[2]
+            ):
+                engine.give(chunk, self._noised(chunk, latent), sampler.condition)
         if end is not None:
-            engine.prefill_end(end)
-        if end is not None:
-            return Course(engine, runner.report)
-        return Course(engine, runner.report, engine.save, engine.save_new)
+            engine.give(Given.END, end)
+        return engine
 
-    def joint(self) -> Course:
-        """All chunks of a window, or all active ones, in one forward."""
-        sampler, kind = self.sampler, self.sampler.kind
-        self.captions.refuse(f"attention '{kind}'")
-        if sampler.state is not None:
-            raise UserError(f"A run with attention '{kind}' keeps no history to go on from; connect a prefix instead.")
-        prefix, end = self._inside(sampler.prefix), self._inside(sampler.end)
-        if kind == "rolling" and (prefix is not None or end is not None):
+    def _check_window(self, prefix: Tensor | None, end: Tensor | None) -> None:
+        self.captions.refuse(f"attention '{self.sampler.seeing}'")
+        if self.sampler.state is not None:
+            raise UserError(
+                f"A run with attention '{self.sampler.seeing}' keeps no history to go on from; connect a prefix "
+                "instead."
+            )
+        if self.sampler.seeing == "rolling" and (prefix is not None or end is not None):
             raise UserError("Rolling Forcing takes no given frames; leave prefix and end unconnected.")
-        run = JointRun(self.model, self.options["transformer_options"], kind, sampler.chunk_frames)
-
-        def grain(tick: int) -> Tensor:
-            return chunk_noise(self.seed, -1, prefix.shape, tick).to(prefix)
-
-        condition = sampler.condition if prefix is not None else 0.0
-        engine = (RollingEngine if kind == "rolling" else JointEngine)(
-            self.schedule,
-            Window(run, self._guided),
-            self.levels,
-            self._start,
-            self._fresh,
-            SOLVERS[sampler.solver],
-            Given(prefix, end, condition, grain),
-            lambda told: self._progress(told, engine.report, {}),
-        )
-        if kind == "rolling":
-            a_branch = rolling_bytes(run.history_shape(self.shape, self.schedule.chunks), run.dtype.itemsize)
-            engine.report.history_bytes_planned = self._branches() * a_branch
-        sampler.on_plan(engine.report)
-        self.options["transformer_options"][host.RUN] = run
-        return Course(engine, engine.report)
-
-    def finish(self, chunk: Chunk) -> None:
-        self.estimates.pop(chunk.index, None)
-        if self.sampler.chunks:
-            self.samples.clear()
-        self.samples.append(chunk.latent)
 
     def _inside(self, given: Tensor | None) -> Tensor | None:
         """Given frames in the network's latent space."""
         return None if given is None else self.model.process_latent_in(given.to(self.noise))
 
-    def _branches(self) -> int:
-        """Branches of guidance that the guider will ask for."""
-        conds, scale = self.guider.conds, getattr(self.guider, "cfg", None)
-        return sum(len(conds[side] or []) for side in conds if side != "negative" or scale != 1.0)
+    def _noised(self, chunk: int | Given, latent: Tensor) -> Tensor:
+        """Given frames of a causal run, with as much noise as they are shown at; a window draws its own at every
+        tick."""
+        if not self.sampler.condition or self.sampler.seeing != "causal":
+            return latent
+        number = LEAD_NOISE if isinstance(chunk, Given) else chunk
+        noise = chunk_noise(self.seed, number, self.shape).to(self.noise)
+        return torch.lerp(latent, noise[:, :, : latent.shape[2]], self.sampler.condition)
 
-    def _guided(self, x: Tensor, sigma: float) -> Tensor:
+    def _grain(self, prefix: Tensor, tick: int) -> Tensor:
+        return chunk_noise(self.seed, LEAD_NOISE, prefix.shape, tick).to(prefix)
+
+    def _ask(self, x: Tensor, sigma: float) -> Tensor:
         """The guider's clean estimate at one noise level."""
-        return self.guider(x, row_levels(sigma, x), model_options=self.options, seed=self.seed)
-
-    def _denoise(self, run: host.Run, shortcut: Shortcut, together: bool, steps: Sequence[Step]) -> Iterator[Tensor]:
-        """Velocities of a tick's steps; `together`: the guider may be asked for several chunks at once."""
-        cleans = shortcut(steps, lambda asked: self._asked(run, together, asked))
-        for (x, sigma, place), clean in zip(steps, cleans, strict=True):
-            if place.step == CLEAN:
-                yield torch.zeros_like(x)
-            else:
-                self.estimates[place.chunk] = clean
-                yield (x - clean) / sigma
-
-    def _asked(self, run: host.Run, together: bool, steps: Sequence[Step]) -> Iterator[Tensor]:
-        """The guider's clean estimates, of neighbours with the same captions at once."""
-
-        def caption(step: Step) -> int:
-            return self._conditions(step)[1]
-
-        groups = [list(group) for _, group in groupby(steps, caption)] if together else [[step] for step in steps]
-        for run.steps in groups:
-            self.guider.conds, run.caption = self._conditions(run.steps[0])
-            if len(run.steps) == 1:
-                yield self._guided(run.steps[0].x, run.steps[0].sigma)
-            else:
-                yield from self._guided_at_once(run.steps)
-
-    def _guided_at_once(self, steps: Sequence[Step]) -> Iterator[Tensor]:
-        """Chunks with noise levels of their own, behind one another. The guider is told level 1, at which the clean
-        estimate is x minus the velocity."""
-        x = torch.cat([step.x for step in steps], dim=2)
-        velocities = (x - self._guided(x, 1.0)).chunk(len(steps), dim=2)
-        return (step.x - step.sigma * velocity for step, velocity in zip(steps, velocities, strict=True))
-
-    def _conditions(self, step: Step) -> tuple[Conditions, int]:
-        chunk = step.place.chunk
-        return self.captions.of({LEAD: 0, END: self.schedule.total_chunks - 1}.get(chunk, chunk))
+        level = torch.full((x.shape[0],), sigma, dtype=torch.float32, device=x.device)
+        return self.guider(x, level, model_options=self.options, seed=self.seed)
 
     def _start(self, chunk: int) -> Tensor:
         """A chunk at the first noise level."""
         if self.sampler.chunks:
-            return self._fresh(chunk, CLEAN) * self.levels[0]
+            return chunk_noise(self.seed, chunk, self.shape).to(self.noise) * self.levels[0]
         first = (chunk - self.schedule.prefix) * self.sampler.chunk_frames
         frames = slice(first, first + self.sampler.chunk_frames)
         x = self.noise[:, :, frames] * self.levels[0]
@@ -300,12 +227,10 @@ class Call:
     def _fresh(self, chunk: int, step: int) -> Tensor:
         return chunk_noise(self.seed, chunk, self.shape, step).to(self.noise)
 
-    def _progress(self, told: Progress, report: Report, histories: dict) -> None:
-        used, total = (sum(getattr(each, name) for each in histories.values()) for name in ("bytes_used", "bytes"))
-        self.sampler.on_progress(told, report, used, total)
+    def _progress(self, told: Progress, engine: Engine) -> None:
+        self.sampler.listener.progress(told, engine)
         if self.callback:
             # SamplerCustomAdvanced takes its clean estimate of the whole video from the last call.
             before = self.samples if told.tick == told.ticks else []
-            estimates = list(self.estimates.values())
-            shown = torch.cat([*before, *estimates], dim=2) if estimates else torch.zeros_like(self.noise)
+            shown = torch.cat([*before, *(chunk.estimate() for chunk in engine.advanced)], dim=2)
             self.callback(told.tick - 1, shown, shown, told.ticks)

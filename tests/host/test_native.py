@@ -61,8 +61,8 @@ def test_an_image_start_framewise_equals_the_plain_sampler(server, folder):
 
 
 @pytest.mark.parametrize("sampler", ["native", "ours"])
-def test_reused_steps_are_the_same_without_the_guider(server, folder, sampler):
-    """A patch that wants to see every step has the guider asked for all of them."""
+def test_the_guider_is_asked_for_recomputed_steps_alone(server, folder, sampler):
+    """Forecasts are of what it gives, so they need no call of it, whatever hangs on the model."""
     results, calls = [], []
     for seen in (False, True):
         graph = Graph()
@@ -76,9 +76,13 @@ def test_reused_steps_are_the_same_without_the_guider(server, folder, sampler):
         before = guider_calls(server)
         results.append(sample(server, graph, node))
         calls.append(guider_calls(server) - before)
-    foretold, asked = results
-    assert (foretold - asked).norm() / asked.norm() < 1e-3
-    assert 0 < calls[0] < calls[1] / 1.5, calls
+    usual, patched = results
+    assert (usual - patched).norm() / patched.norm() < 1e-3
+    chunks, recomputed = 4 if sampler == "ours" else 3, 3  # steps 0, 1 and 4 of 8, and a clean pass
+    if sampler == "native":
+        assert calls[0] == calls[1] == chunks * (recomputed + 1), calls
+    else:
+        assert 0 < calls[0] <= calls[1] <= chunks * (recomputed + 1), calls  # chunks of a tick share a call
 
 
 def test_reuse_is_close_and_reported(server, folder):
