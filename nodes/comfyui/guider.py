@@ -1,0 +1,191 @@
+"""The host's guider as guidance of our forwards: it combines branches, we run the network for them."""
+
+from collections.abc import Callable, Hashable, Sequence
+
+import comfy.samplers
+import torch
+from comfy.ldm.modules.attention import optimized_attention
+from comfy.patcher_extension import WrappersMP
+from torch import Tensor
+
+from ...flowcache_core.engine.forward import Step
+from ...flowcache_core.engine.guidance import Network
+from ...flowcache_core.errors import UserError
+from ...flowcache_core.models.families import family
+from ...flowcache_core.schedule import Given
+from ...flowcache_core.solvers.weights import joined
+from .captions import ChunkCaptions
+
+RUN = "flowcache_run"  # key of the guidance in transformer_options, while its run goes on
+FPS = "flowcache_fps"  # frames a second that SkyReels-V2 is told, in transformer_options
+FAMILY = "flowcache_family"  # the family that our loader found, in transformer_options
+
+METHODS = ("__call__", "outer_predict_noise", "predict_noise")  # of a guider, one calls the next
+FUNCTIONS = (  # of model options, which see or change what the guider gives at a step
+    "sampler_cfg_function",
+    "sampler_pre_cfg_function",
+    "sampler_post_cfg_function",
+    "sampler_calc_cond_batch_function",
+    "model_function_wrapper",
+)
+WRAPPERS = (
+    WrappersMP.PREDICT_NOISE,
+    WrappersMP.CALC_COND_BATCH,
+    WrappersMP.APPLY_MODEL,
+    WrappersMP.DIFFUSION_MODEL,
+)
+CHANGING = ("timestep_start", "timestep_end", "hooks", "control")  # of a condition: it is not the same at every step
+
+Ask = Callable[[Tensor, float], Tensor]  # x and noise level -> the guider's clean estimate
+
+
+def is_plain_sum(guider, options: dict, own: str) -> bool:
+    """Says whether a guider gives the same weighted sum of the branches at every step and for every chunk: then a
+    tick's chunks can be asked for in one call, each at its own noise level.
+
+    Args:
+        options: the model options of the run.
+        own: key of our wrappers, which change no result.
+    """
+    kinds = type(guider), comfy.samplers.CFGGuider
+    stock = all(len({getattr(kind, name, None) for kind in kinds}) == 1 for name in METHODS)
+    conditions = [one for side in guider.conds.values() for one in side or []]
+    wrappers = options.get("transformer_options", {}).get("wrappers", {})
+    return (
+        stock
+        and not any(options.get(name) for name in FUNCTIONS)
+        and not any(one.get(name) is not None for one in conditions for name in CHANGING)
+        and all(set(wrappers.get(kind, {})) <= {own} for kind in WRAPPERS)
+    )
+
+
+def host_attention(options: dict) -> Callable[[Tensor, Tensor, Tensor], Tensor]:
+    """Gives the host's attention, over q, k, v [B, heads, tokens, D]."""
+
+    def attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        return optimized_attention(
+            q, k, v, q.shape[1], skip_reshape=True, skip_output_reshape=True, transformer_options=options
+        )
+
+    return attention
+
+
+class GuiderGuidance:
+    """Puts a forward's steps to the guider, and answers for the network when the guider calls it.
+
+    Args:
+        guider: the host's.
+        network: the host's, of the Wan layout.
+        options: the transformer options of this run.
+        captions: of the run.
+        ask: calls the guider.
+        at_once: whether all of a tick's chunks may be asked for in one call.
+        total_chunks: of the video; a given end is shown what its last chunk is.
+    """
+
+    def __init__(
+        self,
+        guider,
+        network: torch.nn.Module,
+        options: dict,
+        captions: ChunkCaptions,
+        ask: Ask,
+        at_once: bool,
+        total_chunks: int,
+    ):
+        self.guider, self.captions, self.ask, self.at_once = guider, captions, ask, at_once
+        self.last_chunk = total_chunks - 1
+        self.attention = host_attention(options)
+        self.backbone = family(options.get(FAMILY, "wan")).backbone(network, options.get(FPS, 24), self.attention)
+        self._uuids: dict[int, list] = {}  # by side of guidance, in order of appearance
+        self._texts: dict[tuple, Tensor] = {}  # as the network takes them
+        # Of the call that goes on: what is asked for, who answers, and the branches that were seen.
+        self._steps: Sequence[Step] = []
+        self._network: Network | None = None
+        self._seen: dict[str, None] = {}
+
+    def mix(self, step: Step) -> Hashable:
+        """Names the conditions that hold at a step."""
+        conditions = self.captions.of(self._chunk(step.place.chunk))
+        return tuple(
+            (side, number)
+            for side, held in conditions.items()
+            for number, one in enumerate(held)
+            if _holds_at(one, step.sigma)
+        )
+
+    def velocities(self, steps: Sequence[Step], network: Network) -> tuple[list[Tensor], tuple[Hashable, ...]]:
+        """Asks the guider for steps, in one call where that is allowed."""
+        self._network, self._seen = network, {}
+        parts = [list(steps)] if self.at_once else [[step] for step in steps]
+        values = [velocity for part in parts for velocity in self._asked(part)]
+        self._network, self._steps = None, []
+        return values, tuple(self._seen)
+
+    def _asked(self, steps: list[Step]) -> Sequence[Tensor]:
+        self._steps = steps
+        self.guider.conds = self.captions.of(self._chunk(steps[0].place.chunk))
+        x = joined([step.x for step in steps], dim=2)
+        if self.at_once:
+            # The guider knows one noise level a call: at 1 the clean estimate is x minus the velocity.
+            return (x - self.ask(x, 1.0)).split([step.x.shape[2] for step in steps], dim=2)
+        (step,) = steps
+        clean = self.ask(x, step.sigma)
+        return [(x - clean) / step.sigma if step.sigma else torch.zeros_like(x)]
+
+    def answer(self, network: torch.nn.Module, x: Tensor, context: Tensor, options: dict) -> Tensor:
+        """Stands in for the network's own forward, for the branches of this call.
+
+        Args:
+            network: the host's; hooks and several GPUs swap it.
+            x: [branches * B, C, T, H, W], the steps' chunks behind one another.
+            context: embeddings of the first chunk's prompts.
+        """
+        if self._network is None:
+            raise RuntimeError("The network is asked for outside of a step.")
+        if context is None or context.shape[-1] != network.text_dim:
+            found = "missing" if context is None else f"{context.shape[-1]} wide"
+            raise UserError(
+                f"A prompt's embedding is {found}, and this model reads {network.text_dim}; use the text encoder of "
+                f"its family (Demo Prompt for the demo model)."
+            )
+        self.backbone.network = network
+        names, uuids = self._names(options), options["uuids"]
+        self._seen |= dict.fromkeys(names)
+        rows = x.shape[0] // len(names)
+
+        def texts(chunk: int | Given) -> list[Tensor]:
+            return [self._text(self._chunk(chunk), uuid, rows, x) for uuid in uuids]
+
+        parts = x.split([step.x.shape[2] for step in self._steps], dim=2)
+        steps = [step._replace(x=part) for step, part in zip(self._steps, parts, strict=True)]
+        return joined(self._network(steps, names, texts), dim=2)
+
+    def _text(self, chunk: int, uuid, rows: int, x: Tensor) -> Tensor:
+        text = self.captions.text(chunk, uuid)
+        key = (id(text), rows, x.dtype, x.device)
+        if key not in self._texts:
+            text = text.to(x.device, x.dtype)
+            self._texts[key] = text if text.shape[0] == rows else text[:1].expand(rows, -1, -1)
+        return self._texts[key]
+
+    def _names(self, options: dict) -> list[str]:
+        """A name for each branch of a call, which outlives the run: its side of guidance, and its number there."""
+        found = []
+        for side, uuid in zip(options["cond_or_uncond"], options["uuids"], strict=True):
+            known = self._uuids.setdefault(side, [])
+            if uuid not in known:
+                known.append(uuid)
+            found.append(f"{side}.{known.index(uuid)}")
+        return found
+
+    def _chunk(self, chunk: int | Given) -> int:
+        """The chunk whose prompts are shown to given frames too."""
+        if isinstance(chunk, Given):
+            return self.last_chunk if chunk is Given.END else 0
+        return chunk
+
+
+def _holds_at(condition: dict, sigma: float) -> bool:
+    start, end = condition.get("timestep_start"), condition.get("timestep_end")
+    return (start is None or sigma <= start) and (end is None or sigma >= end)

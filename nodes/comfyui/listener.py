@@ -1,0 +1,20 @@
+"""What a sampler of ours tells while its run goes on; who wants to know overrides the methods."""
+
+from ...flowcache_core.engine.loop import Chunk, Engine, Progress
+from ...flowcache_core.report import Report
+
+
+class RunListener:
+    """Hears nothing."""
+
+    def plan(self, report: Report) -> None:
+        """Hears of a run before it begins; the report knows how large the history will be."""
+
+    def progress(self, told: Progress, engine: Engine) -> None:
+        """Hears that a tick is done."""
+
+    def chunk(self, chunk: Chunk, engine: Engine) -> None:
+        """Takes a finished chunk in the network's latent space, oldest first."""
+
+    def done(self, engine: Engine, keeps_history: bool) -> None:
+        """Hears of the end of a run, and whether another can go on from its history."""
