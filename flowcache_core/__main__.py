@@ -10,31 +10,34 @@ import torch
 
 from . import checkpoints
 from .checkpoints import magi_files
-from .demo.captions import embed_caption
+from .demo import decode, embed_caption, load_network
 from .demo.clips import FPS
 from .demo.compare import CAPTION, compare, table
-from .demo.model import decode, load_network, weights_name
+from .demo.model import weights_name
 from .demo.train_network import FRAMES_PER_CHUNK
 from .engine.loop import Cancelled
 from .errors import UserError
 from .generate import generate
-from .history.settings import HistorySettings
+from .history.plan import MemoryPlan
 from .media.pictures import report_picture
 from .media.progress_bar import Bar
 from .media.video import FORMATS, enlarged, frames_of, save_video
-from .models.families import FAMILIES, magi_usual
+from .models.families import FAMILIES, family_preset, magi_usual
 from .models.magi.config import MagiConfig
-from .models.memory import plan_history, plan_magi_history
-from .models.presets import DEFAULT_PRESET, PRESETS, preset
+from .models.memory import magi_frames, plan_magi, plan_wan, rolling_history_bytes, wan_frames
+from .models.presets import DEFAULT_PRESET, PRESETS, preset, quality_settings
+from .models.wan import WanConfig
 from .report import megabytes
-from .reuse.calibration import QUALITIES, beside, load, settings_of
+from .reuse.calibration import QUALITIES
+from .settings import BY_FRAMES, HistorySettings
+from .storage.calibrations import calibration_path, load_calibration
 from .storage.files import check_writable, write_whole
 from .storage.state import load_state, save_state
 
 DTYPES = {"as it is": None, "float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 
 
-def quality_of(word: str) -> float | str:
+def number_or_name(word: str) -> float | str:
     """A number where it is one, or a name of `QUALITIES`."""
     try:
         return float(word)
@@ -50,9 +53,9 @@ def run_generate(options: argparse.Namespace) -> None:
         raise UserError(f"The output is called {options.out.name}; give a name that ends in {', '.join(FORMATS)}.")
     settings = preset(options.preset, options.budget)
     if options.quality is not None:
-        own = beside(options.network) if options.network else None
-        measured = load(own) if own and own.is_file() else None
-        settings = replace(settings_of(options.quality, measured), history=settings.history)
+        own = calibration_path(options.network) if options.network else None
+        measured = load_calibration(own) if own and own.is_file() else None
+        settings = replace(quality_settings(options.quality, measured), history=settings.history)
     settings = replace(settings, history=replace(settings.history, relative=options.relative))
     state = load_state(options.state) if options.state else None
     backbone = load_network(options.network) if options.network else load_network()
@@ -112,19 +115,45 @@ def run_info(options: argparse.Namespace) -> None:
     for warning in info.warnings:
         print(f"warning   {warning}")
     if info.family in FAMILIES:
-        usual, history = FAMILIES[info.family], HistorySettings(options.budget)
-        size = magi_usual(config)[1] if isinstance(config, MagiConfig) else usual.size
-        size = (options.width or size[0], options.height or size[1])
-        if isinstance(config, MagiConfig):
-            plan = plan_magi_history(config, size, options.seconds * usual.fps, history)
-            kept = "what MAGI-1 looks back on kept"
-        else:
-            plan = plan_history(config, usual, size, options.seconds * usual.fps + 1, history)
-            kept = "all of it kept"
-        kept = f"{options.budget} finished chunks kept" if options.budget else kept
-        length = f"{plan.frames} frames ({plan.frames / usual.fps:.1f} s), {plan.chunks} chunks"
-        print(f"video     {size[0]}x{size[1]}, {length}")
-        print(f"history   {megabytes(plan.planned)} in bfloat16, {kept}; {megabytes(plan.unbounded)} unbounded")
+        for line in memory_lines(options, info.family, config):
+            print(line)
+
+
+def memory_lines(options: argparse.Namespace, name: str, config: WanConfig | MagiConfig) -> list[str]:
+    """Says what a video of the asked size and length takes in memory, beside the weights."""
+    usual, magi = FAMILIES[name], isinstance(config, MagiConfig)
+    width, height = magi_usual(config)[1] if isinstance(config, MagiConfig) else usual.size
+    size = (options.width or width, options.height or height)
+    if options.seconds <= 0:
+        raise UserError(f"seconds is {options.seconds:g}, expected more than 0.")
+    asked = round(options.seconds * usual.fps) + (0 if magi else 1)
+    frames = magi_frames(asked) if magi else wan_frames(usual, asked)
+    video = f"video     {size[0]}x{size[1]}, {frames} frames ({frames / usual.fps:.1f} s)"
+    if usual.attention == "rolling" and isinstance(config, WanConfig):
+        history = rolling_history_bytes(config, usual, size, asked)
+        return [video, f"history   {megabytes(history)} in bfloat16, whatever the length"]
+    dim = config.width if isinstance(config, MagiConfig) else config.dim
+    settings = family_preset(options.preset, name, dim, HistorySettings(options.budget, BY_FRAMES, options.relative))
+    if isinstance(config, MagiConfig):
+        if options.lag is not None:
+            raise UserError("MAGI-1's lag is a quarter of its steps; leave --lag away.")
+        plan, all_kept = plan_magi(config, size, asked, settings), "what MAGI-1 looks back on kept"
+    else:
+        plan, all_kept = plan_wan(config, usual, size, asked, settings, options.lag), "all of it kept"
+    kept = f"{options.budget} finished chunks kept" if options.budget else all_kept
+    return [f"{video}, {plan.total_chunks} chunks", *plan_lines(plan, kept)]
+
+
+def plan_lines(plan: MemoryPlan, kept: str) -> list[str]:
+    """Writes a plan of a run's memory in lines."""
+    layers = plan.network.layers
+    return [
+        f"history   {megabytes(plan.history_bytes)} in bfloat16, {kept}; {megabytes(plan.unbounded_bytes)} unbounded",
+        f"          {megabytes(plan.stored_bytes // layers)} in each of {layers} layers, scratch "
+        f"{megabytes(plan.scratch_bytes)}, queries {megabytes(plan.query_bytes)}",
+        f"forward   about {megabytes(plan.activation_bytes)}, texts {megabytes(plan.context_bytes)}",
+        f"in all    {megabytes(plan.bytes)} beside the weights",
+    ]
 
 
 def run_convert(options: argparse.Namespace) -> None:
@@ -172,7 +201,7 @@ def parser() -> argparse.ArgumentParser:
     )
     part.add_argument(
         "--quality",
-        type=quality_of,
+        type=number_or_name,
         metavar="Q",
         help=f"instead of a preset: 0 to 1, or {', '.join(QUALITIES)}, as calibrated (1: every step is recomputed)",
     )
@@ -217,14 +246,17 @@ def parser() -> argparse.ArgumentParser:
     part.add_argument("--seed", type=int, default=0)
     part.add_argument("--network", type=Path, metavar="FILE", help="another network of the demo's family")
 
-    part = commands.add_parser("info", help="what a checkpoint is")
+    part = commands.add_parser("info", help="what a checkpoint is, and what memory its videos take")
     part.set_defaults(run=run_info)
     part.add_argument("file", type=Path)
     part.add_argument("--family", default="auto", help=f"auto or {', '.join(checkpoints.FAMILIES)}")
     part.add_argument("--width", type=int, help="of a video, for the memory of its history (default: the model's own)")
     part.add_argument("--height", type=int, help="likewise")
-    part.add_argument("--seconds", type=int, default=5, help="likewise (default: %(default)s)")
+    part.add_argument("--seconds", type=float, default=5.0, help="likewise (default: %(default)g)")
     part.add_argument("--budget", type=int, metavar="CHUNKS", help="clean chunks that are kept (default: all)")
+    part.add_argument("--relative", action="store_true", help="as for generate")
+    part.add_argument("--lag", type=int, help="steps that a chunk is ahead of the next (default: the model's own)")
+    part.add_argument("--preset", choices=PRESETS, default=DEFAULT_PRESET, help="(default: %(default)s)")
 
     part = commands.add_parser("convert", help="a checkpoint (or MAGI-1's VAE) of any layout to one file for ComfyUI")
     part.set_defaults(run=run_convert)

@@ -1,6 +1,12 @@
-"""The checkpoint that ships, and what trained it."""
+"""The model that ships, and what trained it.
 
-from pathlib import Path
+network = demo.load_network()
+text = demo.embed_caption("a red circle and a blue square")
+pixels = demo.decode(latents, chunk_frames=3)
+"""
 
-NETWORK_FILE = Path(__file__).with_name("network.safetensors")
-VAE_FILE = Path(__file__).with_name("vae.safetensors")
+from .captions import embed_caption
+from .model import decode, load_network
+from .shipped import NETWORK_FILE, VAE_FILE
+
+__all__ = ["NETWORK_FILE", "VAE_FILE", "decode", "embed_caption", "load_network"]

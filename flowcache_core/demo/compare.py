@@ -13,13 +13,13 @@ from torch import Tensor
 
 from ..errors import UserError
 from ..generate import Result, generate
-from ..history.compression import BY_FRAMES
 from ..media.metrics import psnr, ssim
 from ..media.pictures import Run, comparison_picture, side_by_side
 from ..media.progress_bar import Bar
 from ..media.video import enlarged, frames_of, save_animation, save_video
-from ..models.presets import DEFAULT_PRESET, Settings, preset
+from ..models.presets import DEFAULT_PRESET, preset
 from ..report import megabytes
+from ..settings import BY_FRAMES, Settings
 from ..storage.files import check_writable, write_whole
 from .captions import embed_caption
 from .clips import FPS

@@ -10,22 +10,19 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from ..engine.loop import Engine, guidance
-from ..engine.runner import Runner
+from ..generate import generate
 from ..media.video import enlarged, frames_of
 from ..models.presets import PRESETS, preset
-from ..schedule import ChunkSchedule
-from ..solvers.noise_levels import magi
-from ..solvers.one_step import chunk_noise
-from . import NETWORK_FILE
+from ..models.wan import WanBackbone
+from ..settings import Settings
 from .captions import embed_caption
 from .clips import sample_scenes
 from .codec import TIME
 from .detector import Detection, detect
 from .model import decode, load_network
+from .shipped import NETWORK_FILE
 from .train_network import FRAMES_PER_CHUNK
 
-STEPS, LAG = 64, 16
 BATCH = 8
 
 
@@ -33,16 +30,13 @@ def captions(count: int, seed: int) -> list[str]:
     return sample_scenes(count, np.random.default_rng(seed)).captions
 
 
-def generated(backbone, texts: list[str], chunks: int, settings, seed: int, scale: float = 1.0) -> torch.Tensor:
-    """Latents [clips, 16, T, 8, 8] of as many clips as there are captions, in one batch."""
-    runner = Runner(backbone, ChunkSchedule(chunks, STEPS, LAG), settings, FRAMES_PER_CHUNK)
+def generated(
+    backbone: WanBackbone, texts: list[str], chunks: int, settings: Settings, seed: int, scale: float = 1.0
+) -> torch.Tensor:
+    """Makes latents [clips, 16, T, 8, 8] of as many clips as there are captions, in one batch."""
     text = torch.cat([embed_caption(caption) for caption in texts])
     null = embed_caption("").expand(len(texts), -1, -1)
-    shape = (len(texts), 16, FRAMES_PER_CHUNK, 8, 8)
-    engine = Engine(
-        runner, guidance(runner, text, null, scale), magi(STEPS), lambda chunk: chunk_noise(seed, chunk, shape)
-    )
-    return torch.cat([chunk.latent for chunk in engine.run()], dim=2)
+    return generate(backbone, text, chunks, settings=settings, seed=seed, guidance_scale=scale, negative=null).latents
 
 
 def by_part(found: list[Detection], parts: int) -> list[float]:

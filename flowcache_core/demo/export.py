@@ -12,7 +12,7 @@ from .. import checkpoints
 from ..checkpoints.weight_files import write_safetensors
 from ..errors import UserError
 from ..storage.files import write_whole
-from . import NETWORK_FILE
+from .shipped import NETWORK_FILE
 from .train_network import CONFIG
 
 

@@ -9,7 +9,7 @@ from torch import Tensor
 from .. import checkpoints
 from ..errors import UserError
 from ..models.wan import WanBackbone
-from . import NETWORK_FILE
+from .shipped import NETWORK_FILE
 from .vae import Memory, load_vae
 
 

@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from safetensors.torch import load_file
 from torch import Tensor
 
-from ..models.rotary import rotate
+from ..history.positions import rotate
 from ..models.wan import WanBackbone, WanConfig, WanNetwork
 from .captions import TEXT_DIM, embed_caption
 from .clips import render, sample_scenes

@@ -25,7 +25,7 @@ class Bar:
     def __call__(self, told: Progress) -> None:
         share, seconds = told.tick / told.ticks, time.monotonic() - self.begun
         last = told.tick == told.ticks
-        line = f"{self.label} {share:4.0%}, chunk {told.clean} of {self.chunks}, "
+        line = f"{self.label} {share:4.0%}, chunk {told.finished} of {self.chunks}, "
         line += f"{seconds:.1f} s" if last else f"{seconds / share - seconds:.0f} s left"
         if self.stream.isatty():
             if last or seconds - self.shown > 0.1:

@@ -1,90 +1,116 @@
-"""How much memory the history of a run takes, from the sizes of the network and of the video alone."""
+"""How much memory a run takes, from the sizes of a network and of a video alone: `history.plan` for each family."""
 
-from dataclasses import dataclass, replace
+from math import ceil
+
+import torch
 
 from ..engine.rolling import rolling_bytes
-from ..history.settings import HistorySettings, HistoryShape
+from ..errors import UserError
+from ..history.plan import MemoryPlan, plan_memory
 from ..schedule import ChunkSchedule
+from ..settings import Settings
 from .families import Family, magi_usual
 from .magi.config import MagiConfig
-from .magi.engine import MagiSampling, history_plan, magi_schedule
+from .magi.forward import MagiSampling, magi_plan, magi_schedule, magi_settings
 from .magi.sampling import CHUNK_FRAMES
-from .presets import OFF
-from .wan import WanConfig
+from .wan import WanBackbone, WanConfig, WanNetwork
 
 VAE_STRIDE = 8  # pixels of a latent pixel, across and down
-FRAME_STRIDE = 4  # pixel frames of a latent frame; a video's first one has 1
+FRAME_STRIDE = 4  # pixel frames of a latent frame; a video's first one has 1, but for MAGI-1
 
 
-@dataclass(frozen=True)
-class HistoryPlan:
-    """Bytes of history of a run.
-
-    Attributes:
-        chunks: of the video.
-        frames: pixel frames of the video, in whole chunks.
-        planned: what the run allocates.
-        unbounded: the same without a budget.
-    """
-
-    chunks: int
-    frames: int
-    planned: int
-    unbounded: int
-
-
-def plan_history(
-    config: WanConfig,
-    family: Family,
-    size: tuple[int, int],
-    frames: int,
-    history: HistorySettings = HistorySettings(),
-    itemsize: int = 2,
-) -> HistoryPlan:
-    """The plan of a run with a family's recommended schedule and guidance.
+def plan_wan(
+    config: WanConfig, family: Family, size: tuple[int, int], frames: int, settings: Settings, lag: int | None = None
+) -> MemoryPlan:
+    """Plans a run in bfloat16 over a history, with a family's steps, chunks and branches of guidance.
 
     Args:
         size: width and height in pixels.
         frames: pixel frames that the video shall have at least.
-        itemsize: bytes of a number; 2 in bfloat16.
+        settings: of the run.
+        lag: ticks between the starts of two chunks; None takes the family's.
+
+    Raises:
+        UserError: a lag that does not fit, a size or length of nothing.
     """
-    latent_frames = -(-(frames - 1) // FRAME_STRIDE) + 1
-    chunks = -(-latent_frames // family.chunk_frames)
-    schedule = ChunkSchedule(chunks, family.steps, family.lag)
+    schedule = _wan_schedule(family, frames, lag)
+    width, height = _latent_size(size)
     _, patch_height, patch_width = config.patch_size
-    shape = HistoryShape(
-        layers=config.num_layers,
-        batch=1,
-        heads=config.num_heads,
-        head_dim=config.dim // config.num_heads,
-        grid=(-(-size[1] // (VAE_STRIDE * patch_height)), -(-size[0] // (VAE_STRIDE * patch_width))),
+    return plan_memory(
+        config.sizes(),
+        schedule,
+        settings,
+        settings.reuse.policy(schedule),
+        grid=(ceil(height / patch_height), ceil(width / patch_width)),
         chunk_frames=family.chunk_frames,
-        capacity=history.capacity(schedule),
+        branches=_branches(family),
     )
-    branches = 1 if family.guidance == 1.0 else 2
-    unbounded = replace(shape, capacity=chunks).bytes(itemsize)
-    if family.attention == "rolling":
-        planned = rolling_bytes(replace(shape, capacity=chunks), itemsize)
-    else:
-        planned = shape.planned_bytes(history, itemsize)
-    made = FRAME_STRIDE * chunks * family.chunk_frames - (FRAME_STRIDE - 1)
-    return HistoryPlan(chunks, made, branches * planned, branches * unbounded)
 
 
-def plan_magi_history(
-    config: MagiConfig,
-    size: tuple[int, int],
-    frames: int,
-    history: HistorySettings = HistorySettings(),
-    itemsize: int = 2,
-) -> HistoryPlan:
-    """The plan of a MAGI-1 run with its published steps; without a budget, of its own range of visible chunks.
+def rolling_history_bytes(config: WanConfig, family: Family, size: tuple[int, int], frames: int) -> int:
+    """Works out what the history of a Rolling Forcing run in bfloat16 grows to; it has no budget and no plan.
 
     Args:
-        size, frames, itemsize: as for `plan_history`.
+        size, frames: as for `plan_wan`.
     """
-    schedule = magi_schedule(-(-frames // FRAME_STRIDE), magi_usual(config)[0])
-    latent = (1, config.channels, CHUNK_FRAMES, size[1] // VAE_STRIDE, size[0] // VAE_STRIDE)
-    shape, _ = history_plan(config, schedule, replace(OFF, history=history), MagiSampling(), latent)
-    unbounded = replace(shape, capacity=schedule.total_chunks).bytes(itemsize)
-    return HistoryPlan(schedule.chunks, schedule.chunks * CHUNK_FRAMES * FRAME_STRIDE, shape.bytes(itemsize), unbounded)
+    with torch.device("meta"):
+        backbone = WanBackbone(WanNetwork(config))
+    width, height = _latent_size(size)
+    chunk = (1, config.in_dim, family.chunk_frames, height, width)
+    return _branches(family) * rolling_bytes(backbone, _wan_schedule(family, frames, None), chunk, itemsize=2)
+
+
+def plan_magi(config: MagiConfig, size: tuple[int, int], frames: int, settings: Settings) -> MemoryPlan:
+    """Plans a MAGI-1 run in bfloat16 with its published steps; without a budget, of the chunks that it looks back on.
+
+    Args:
+        size, frames, settings: as for `plan_wan`.
+
+    Raises:
+        UserError: settings that MAGI-1 cannot be run with, a size or length of nothing.
+    """
+    if frames < 1:
+        raise UserError(f"The video has {frames} frames, expected at least 1.")
+    sampling = MagiSampling()
+    schedule = magi_schedule(ceil(frames / FRAME_STRIDE), magi_usual(config)[0])
+    width, height = _latent_size(size)
+    chunk = (1, config.channels, CHUNK_FRAMES, height, width)
+    return magi_plan(config, schedule, magi_settings(settings, sampling, schedule), sampling, chunk)
+
+
+def wan_frames(family: Family, frames: int) -> int:
+    """Rounds pixel frames up to whole chunks of a family."""
+    return FRAME_STRIDE * _wan_chunks(family, frames) * family.chunk_frames - (FRAME_STRIDE - 1)
+
+
+def magi_frames(frames: int) -> int:
+    """Rounds pixel frames up to whole chunks of MAGI-1."""
+    return ceil(frames / (FRAME_STRIDE * CHUNK_FRAMES)) * FRAME_STRIDE * CHUNK_FRAMES
+
+
+def _wan_schedule(family: Family, frames: int, lag: int | None) -> ChunkSchedule:
+    first = family.first_levels(family.steps)
+    return ChunkSchedule(
+        _wan_chunks(family, frames),
+        family.steps,
+        family.lag if lag is None else lag,
+        first_steps=len(first) - 1 if first else None,
+    )
+
+
+def _wan_chunks(family: Family, frames: int) -> int:
+    if frames < 1:
+        raise UserError(f"The video has {frames} frames, expected at least 1.")
+    return ceil((ceil((frames - 1) / FRAME_STRIDE) + 1) / family.chunk_frames)
+
+
+def _branches(family: Family) -> int:
+    return 1 if family.guidance == 1.0 else 2
+
+
+def _latent_size(size: tuple[int, int]) -> tuple[int, int]:
+    """Width and height of the latent."""
+    width, height = size
+    if min(size) < VAE_STRIDE:
+        raise UserError(f"The video is {width} x {height} pixels, expected at least {VAE_STRIDE} x {VAE_STRIDE}.")
+    return width // VAE_STRIDE, height // VAE_STRIDE
