@@ -243,10 +243,10 @@ class History:
 
     def close_layer(self, layer: int) -> None:
         """Takes what becomes clean with this forward out of the shared scratch, and cuts a layer that is full."""
-        if self.plan.kind == "stored" or not self.storing or self.captured is not None:
+        chunks = [chunk for chunk in self.storing if chunk is not Given.END]
+        if self.plan.kind == "stored" or not chunks or self.captured is not None:
             return
         assert self._open is not None
-        chunks = [chunk for chunk in self.storing if chunk is not Given.END]
         end = self.clean + sum(self.plan.tokens_of(chunk) for chunk in chunks)
         keys, values = (part.here[:, :, self.clean : end] for part in self._open)
         if self.positions.relative:

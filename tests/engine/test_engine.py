@@ -9,17 +9,19 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from flowcache_core.engine.loop import Cancelled, Engine, guidance
-from flowcache_core.engine.runner import Runner, Step, Text
-from flowcache_core.history.compression import Compression
-from flowcache_core.history.settings import HistorySettings
-from flowcache_core.models.presets import OFF, PRESETS, ReuseSettings, Settings
-from flowcache_core.models.rotary import rotate
-from flowcache_core.reuse.policies import Forecast
+from flowcache_core.engine.guidance import WeightedGuidance, classifier_free
+from flowcache_core.engine.loop import Cancelled, Engine
+from flowcache_core.history.positions import rotate
+from flowcache_core.models.presets import PRESETS
+from flowcache_core.models.wan import WanBackbone
+from flowcache_core.reuse.forecast import Forecast
 from flowcache_core.schedule import ChunkSchedule
+from flowcache_core.settings import HELD, OFF, Between, Compression, Every, Fixed, HistorySettings, Settings
 from flowcache_core.solvers.one_step import Euler, Renoise
 from flowcache_core.storage.state import State, load_state, make_state, save_state
-from tests.helpers.tiny import TINY, ask, one_by_one, watch_positions
+from tests.helpers import runs
+from tests.helpers.runs import give, video
+from tests.helpers.tiny import TINY, tiny_network, watch_positions
 
 SIZE = (6, 4)  # latent height and width
 
@@ -41,16 +43,17 @@ def text(seed: int = 0) -> torch.Tensor:
     return draw(seed + 50, 1, 5, TINY.text_dim)
 
 
-def build(backbone, schedule, settings=OFF, frames=2, scale=1.0, state: State | None = None, **kwargs):
-    runner = Runner(backbone, schedule, settings, frames)
-    if state:
-        runner.load(state.by_branch)
-    denoise = guidance(runner, kwargs.pop("positive", text(0)), text(1), scale)
-    return Engine(runner, denoise, sigmas_of(schedule.steps), start_noise(frames), **kwargs)
+def build(
+    backbone, schedule, settings=OFF, frames=2, scale=1.0, state: State | None = None, positive=None, **more
+) -> Engine:
+    guidance = more.pop("guidance", None) or classifier_free(text(0) if positive is None else positive, text(1), scale)
+    loaded = None if state is None else state.by_branch
+    sigmas = more.pop("sigmas", None) or sigmas_of(schedule.steps)
+    return runs.build(backbone, schedule, guidance, sigmas, start_noise(frames), settings, loaded=loaded, **more)
 
 
 def run(*args, **kwargs) -> torch.Tensor:
-    return torch.cat([chunk.latent for chunk in build(*args, **kwargs).run()], dim=2)
+    return video(build(*args, **kwargs))
 
 
 def reference(backbone, schedule, frames, prefix=None, scale=1.0) -> torch.Tensor:
@@ -97,30 +100,49 @@ def test_equals_one_masked_forward_a_tick_over_many_schedules(backbone):
         prefix = draw(case, 1, TINY.in_dim, schedule.prefix * frames, *SIZE) if schedule.prefix else None
         engine = build(backbone, schedule, frames=frames, scale=scale)
         if prefix is not None:
-            engine.prefill(prefix)
-        ours = torch.cat([chunk.latent for chunk in engine.run()], dim=2)
+            give(engine, prefix, frames)
+        ours = video(engine)
         error = (ours - reference(backbone, schedule, frames, prefix, scale)).abs().max()
         assert error < 1e-4, (schedule, frames, scale, error)
 
 
 def forwards(engine: Engine) -> list[int]:
-    """Runs an engine; how many frames each forward of its network had."""
-    trunk, frames = engine.runner.backbone.trunk, []
-    engine.runner.backbone.trunk = lambda x, *rest: frames.append(x.shape[2]) or trunk(x, *rest)
+    """Runs an engine; how many frames went through the network's first block together, each time."""
+    backbone, frames = engine.forward.backbone, []
+    block = backbone.block
+
+    def watched(layer, x, *rest):
+        if layer == 0:
+            frames.append(x.shape[1])
+        return block(layer, x, *rest)
+
+    backbone.block = watched
     assert list(engine.run())
-    engine.runner.backbone.trunk = trunk
+    engine.save()
+    backbone.block = block
     return frames
 
 
 def test_chunks_that_are_recomputed_in_a_tick_share_a_forward(backbone):
-    """Clean passes join the next tick's, where there is one."""
+    """Clean passes join the next tick's, where there is one; the last is made when the history is asked for."""
     schedule = ChunkSchedule(3, 4, 2)
     assert forwards(build(backbone, schedule)) == [2, 2, 4, 4, 6, 4, 4, 2, 2]
-    assert forwards(build(backbone, schedule, Settings(ReuseSettings("fixed", steps=(0, 2))))) == [2, 4, 6, 4, 2]
-    captions = [text(chunk) for chunk in range(3)]
-    assert max(forwards(build(backbone, schedule, positive=lambda chunk: captions[chunk]))) == 2
+    assert forwards(build(backbone, schedule, Settings(Fixed((0, 2))))) == [2, 4, 6, 4, 2]
     one_after_another = ChunkSchedule(2, 4, 4)
-    assert forwards(build(backbone, one_after_another)) == [2] * 10
+    assert forwards(build(backbone, one_after_another)) == [2, 2, 2, 2, 4, 2, 2, 2, 2]
+
+
+def test_chunks_with_prompts_of_their_own_share_a_forward_too(backbone, monkeypatch):
+    schedule, captions = ChunkSchedule(3, 4, 2), [text(chunk) for chunk in range(3)]
+
+    def made() -> Engine:
+        return build(backbone, schedule, positive=captions.__getitem__, scale=2.0)
+
+    assert forwards(made()) == [2, 2, 4, 4, 6, 4, 4, 2, 2]
+    together = video(made())
+    monkeypatch.setattr("flowcache_core.history.plan.FORWARD_TOKENS", 1)
+    assert set(forwards(made())) == {2}
+    assert (video(made()) - together).abs().max() < 1e-4
 
 
 @pytest.mark.parametrize("name", ["off", "high", "balanced", "paper fast"])
@@ -133,11 +155,11 @@ def test_sharing_a_forward_changes_nothing(backbone, monkeypatch, name, budget, 
         most = max(forwards(shared))
         together = run(backbone, schedule, settings, scale=scale)
         with monkeypatch.context() as patch:
-            patch.setattr("flowcache_core.engine.runner.FORWARD_TOKENS", 1)
+            patch.setattr("flowcache_core.history.plan.FORWARD_TOKENS", 1)
             apart = build(backbone, schedule, settings, scale=scale)
             assert max(forwards(apart)) == 2 < most
             assert (run(backbone, schedule, settings, scale=scale) - together).abs().max() < 1e-3
-        assert shared.runner.report.decisions == apart.runner.report.decisions
+        assert shared.report.decisions == apart.report.decisions
 
 
 def test_a_wrong_position_would_be_noticed(backbone):
@@ -163,40 +185,50 @@ def test_two_engines_in_turns_do_not_know_of_each_other(backbone):
     assert torch.equal(torch.cat([a.latent for a, _ in pairs], dim=2), alone)
 
 
-def test_branches_in_one_batch_equal_branches_alone(backbone):
+class OneByOne(WeightedGuidance):
+    """Asks for the branches of guidance one after another, as a host may; of one chunk at a time where told so."""
+
+    def velocities(self, steps, network):
+        if not self.at_once:
+            answers = [self._apart([step], network) for step in steps]
+            return [value for (value,) in answers], tuple(self.texts)
+        return self._apart(steps, network), tuple(self.texts)
+
+    def _apart(self, steps, network):
+        parts = [network(steps, [name], lambda chunk, name=name: [self.texts[name]]) for name in self.texts]
+        return [self._sum(step.sigma, torch.cat(values)) for step, *values in zip(steps, *parts, strict=True)]
+
+
+@pytest.mark.parametrize("at_once", [True, False])
+@pytest.mark.parametrize("budget", [None, 1])
+def test_branches_in_one_batch_equal_branches_alone(backbone, at_once, budget):
     """A host may batch both sides of guidance or not; the histories never mix."""
-    schedule = ChunkSchedule(3, 4, 2)
-    runner = Runner(backbone, schedule, OFF, 2)
-
-    def apart(x, sigma, place):
-        (positive,) = runner.forward([Step(x, sigma, place)], ["cond"], [Text(text(0), "p")])
-        (negative,) = runner.forward([Step(x, sigma, place)], ["uncond"], [Text(text(1), "n")])
-        return 2.0 * positive - negative
-
-    split = Engine(runner, one_by_one(apart), sigmas_of(4), start_noise(2))
-    split = torch.cat([chunk.latent for chunk in split.run()], dim=2)
-    assert (split - run(backbone, schedule, scale=2.0)).abs().max() < 1e-4
+    settings = replace(OFF, history=HistorySettings(budget, Compression("window")))
+    guidance = OneByOne({"cond": text(0), "uncond": text(1)}, {"cond": 2.0, "uncond": -1.0})
+    guidance.at_once = at_once
+    schedule = ChunkSchedule(4, 4, 2 if budget is None else 4)
+    split = run(backbone, schedule, settings, guidance=guidance)
+    assert (split - run(backbone, schedule, settings, scale=2.0)).abs().max() < 1e-4
 
 
 def test_extension_from_a_state_recomputes_nothing_and_goes_on_exactly(backbone):
     """With one chunk at a time, two runs joined by a state are one run."""
     settings = replace(OFF, history=HistorySettings(2, Compression()))
-    whole_schedule = ChunkSchedule(6, 3, 3)
-    whole = run(backbone, whole_schedule, settings)
+    whole = run(backbone, ChunkSchedule(6, 3, 3), settings)
     first = build(backbone, ChunkSchedule(3, 3, 3), settings)
-    begun = torch.cat([chunk.latent for chunk in first.run()], dim=2)
-    state = make_state(begun, first.runner.save(), 2)
+    begun = video(first)
+    state = make_state(begun, first.save(), 2)
     second = build(backbone, ChunkSchedule(3, 3, 3, prefix=3), settings, state=state)
-    rest = torch.cat([chunk.latent for chunk in second.run()], dim=2)
-    assert second.runner.report.forwards_executed == 3 * 4
+    rest = video(second)
+    assert second.report.forwards_executed == 3 * 4
     assert (torch.cat([begun, rest], dim=2) - whole).abs().max() < 1e-5
 
 
 def test_a_state_survives_the_disk_bit_for_bit(backbone, tmp_path):
     settings = replace(OFF, history=HistorySettings(2, Compression(), relative=True))
     engine = build(backbone, ChunkSchedule(4, 4, 2), settings, scale=2.0)
-    latents = torch.cat([chunk.latent for chunk in engine.run()], dim=2)
-    state = make_state(latents, engine.runner.save(), 2, "tiny")
+    latents = video(engine)
+    state = make_state(latents, engine.save(), 2, "tiny")
     save_state(state, tmp_path / "a.safetensors")
     again = load_state(tmp_path / "a.safetensors")
     assert again.branches == state.branches and again.model == "tiny" and again.chunk_frames == 2
@@ -211,7 +243,7 @@ def test_a_state_survives_the_disk_bit_for_bit(backbone, tmp_path):
 
 def test_one_state_serves_two_extensions(backbone):
     first = build(backbone, ChunkSchedule(2, 3, 3))
-    state = make_state(torch.cat([c.latent for c in first.run()], dim=2), first.runner.save(), 2)
+    state = make_state(video(first), first.save(), 2)
     before = [tensor.clone() for history in state.histories for tensor in history]
     schedule = ChunkSchedule(2, 3, 3, prefix=2)
     one = run(backbone, schedule, state=state)
@@ -241,50 +273,56 @@ def test_relative_positions_never_leave_the_window(backbone):
     assert (absolute - relative).abs().max() < 1e-3
 
 
-def test_history_never_grows_and_stays_in_order(backbone):
-    settings = replace(OFF, history=HistorySettings(2, Compression()))
-    engine = build(backbone, ChunkSchedule(10, 4, 2), settings)
+@pytest.mark.parametrize("name", ["off", "paper fast"])
+def test_history_never_grows_and_stays_in_order(backbone, name):
+    settings = replace(PRESETS[name], history=HistorySettings(2, Compression()))
+    engine = build(backbone, ChunkSchedule(12, 4, 2), settings)
     sizes = set()
     for _ in engine.run():
-        (history,) = engine.runner.histories.values()
-        sizes.add(history.bytes)
-        filled = history.clean + len(history.active) * history.shape.chunk_tokens
-        assert filled <= history.shape.tokens == (2 + 2) * history.shape.chunk_tokens
+        (history,) = engine.forward.histories.values()
+        sizes.add(engine.forward.history_bytes[1])
+        plan = history.plan
+        active = len(history.slots) if plan.kind == "stored" else 0
+        room = 2 + (0 if plan.kind == "shared" else 2)
+        assert history.clean + active * plan.chunk_tokens <= plan.layer_tokens == room * plan.chunk_tokens
         tokens = history.tokens[:, :, :, : history.clean]
         assert (tokens.diff(dim=-1) > 0).all(), "clean tokens stay in time order"
-    assert len(sizes) == 1
-    report = engine.runner.report
-    assert report.history_bytes_allocated < report.history_bytes_unbounded
+    assert sizes == {engine.report.history_bytes_planned}
+    assert engine.report.history_bytes_allocated < engine.report.history_bytes_unbounded
 
 
 def test_a_chunk_that_waits_keeps_its_velocity(backbone):
-    """Holding the velocity (order 0) over k steps is one Euler step of their joint length."""
-    schedule = ChunkSchedule(1, 8, 8)
-    held = run(backbone, schedule, Settings(ReuseSettings("fixed", steps=(0, 4), order=0, correct=False)))
+    """Holding the velocity over k steps is one Euler step of their joint length."""
+    held = run(backbone, ChunkSchedule(1, 8, 8), Settings(Fixed((0, 4)), HELD))
     sigmas = sigmas_of(8)
-    runner = Runner(backbone, ChunkSchedule(1, 2, 2), OFF, 2)
-    coarse = Engine(runner, guidance(runner, text(0)), [sigmas[0], sigmas[4], sigmas[8]], start_noise(2))
-    assert (held - next(coarse.run()).latent).abs().max() < 1e-4
+    coarse = run(backbone, ChunkSchedule(1, 2, 2), sigmas=[sigmas[0], sigmas[4], sigmas[8]])
+    assert (held - coarse).abs().max() < 1e-4
 
 
 def test_a_corrected_run_takes_the_line_between_recomputed_velocities(backbone):
     """Its latent at step 4 is where steps 0 to 3 lead along the line between the velocities of steps 0 and 4."""
-    sigmas, seen = sigmas_of(8), {}
-    runner = Runner(backbone, ChunkSchedule(1, 8, 8), Settings(ReuseSettings("fixed", steps=(0, 4))), 2)
-    guided = guidance(runner, text(0))
+    sigmas, seen, after = sigmas_of(8), {}, {}
+    engine = build(
+        backbone,
+        ChunkSchedule(1, 8, 8),
+        Settings(Fixed((0, 4))),
+        on_progress=lambda told: after.update({told.tick: [chunk.latent for chunk in engine.active]}),
+    )
+    ask = engine.forward.velocities
 
-    def denoise(x, sigma, place):
-        velocity = ask(guided, x, sigma, place)
-        seen[place.step] = (x, velocity)
-        return velocity
+    def watched(steps):
+        answers = ask(steps)
+        seen.update({step.place.step: (step.x, answer.value) for step, answer in zip(steps, answers, strict=True)})
+        return answers
 
-    for _ in Engine(runner, one_by_one(denoise), sigmas, start_noise(2)).run():
-        pass
+    engine.forward.velocities = watched
+    list(engine.run())
+    assert list(seen) == [0, 4]
     x, (_, first), (_, second) = seen[0][0], seen[0], seen[4]
     for step in range(4):
         x = x + torch.lerp(first, second, step / 4) * (sigmas[step + 1] - sigmas[step])
     assert (seen[4][0] - x).abs().max() > 1e-3  # the forecast had led elsewhere
-    corrected = seen[5][0] - second * (sigmas[5] - sigmas[4])
+    corrected = after[5][0] - second * (sigmas[5] - sigmas[4])
     assert (corrected - x).abs().max() < 1e-5
 
 
@@ -311,45 +349,53 @@ def test_reuse_between_fresh_noises(backbone):
     def noise(chunk: int, step: int) -> torch.Tensor:
         return draw(chunk * 9 + step, 1, 4, 2, *SIZE)
 
-    settings = Settings(ReuseSettings("fixed", steps=(0, 3, 5), order=1))
+    settings = Settings(Fixed((0, 3, 5)), Between(order=1))
     held = run(backbone, ChunkSchedule(2, 8, 8), settings, solver=Renoise, noise=noise)
-    schedule = ChunkSchedule(2, 3, 3)
-    runner = Runner(backbone, schedule, OFF, 2)
-    levels = [sigmas[0], sigmas[3], sigmas[5], 0.0]
     last = {0: 2, 1: 4}  # step of the short run -> the noise that its next level is made with
-    coarse = Engine(
-        runner, guidance(runner, text(0)), levels, start_noise(2), lambda chunk, step: noise(chunk, last[step]), Renoise
+    coarse = run(
+        backbone,
+        ChunkSchedule(2, 3, 3),
+        sigmas=[sigmas[0], sigmas[3], sigmas[5], 0.0],
+        solver=Renoise,
+        noise=lambda chunk, step: noise(chunk, last[step]),
     )
-    assert (held - torch.cat([chunk.latent for chunk in coarse.run()], dim=2)).abs().max() < 1e-4
+    assert (held - coarse).abs().max() < 1e-4
 
 
-def test_cancel_at_every_moment(backbone):
-    schedule = ChunkSchedule(3, 3, 2)
-    for moment in range(12):
-        calls = iter(range(100))
-        engine = build(backbone, schedule, cancelled=lambda calls=calls, moment=moment: next(calls) == moment)
+@pytest.mark.parametrize("budget", [None, 1])
+def test_cancel_at_every_moment(backbone, budget):
+    """It is asked at every tick, and before every layer."""
+    schedule, settings = ChunkSchedule(3, 3, 2), replace(OFF, history=HistorySettings(budget))
+    asked: list[int] = []
+
+    def made(moment: int) -> Engine:
+        asked.clear()
+        return build(backbone, schedule, settings, cancelled=lambda: asked.append(0) or len(asked) == moment)
+
+    whole = video(made(0))
+    moments = len(asked)
+    assert moments >= schedule.ticks * (1 + TINY.num_layers)
+    for moment in range(1, moments + 1):
         with pytest.raises(Cancelled, match="of 3 chunks"):
-            list(engine.run())
-            raise Cancelled("of 3 chunks: it ended before")  # the schedule has fewer steps than this moment
+            list(made(moment).run())
+        assert len(asked) == moment
+    assert torch.equal(video(made(moments + 1)), whole)
 
 
-def test_a_cancelled_run_leaves_no_memory_behind(backbone):
-    settings = Settings(ReuseSettings("even", every=2, least=1), HistorySettings(2))
+@pytest.mark.parametrize("budget", [None, 2])
+def test_a_cancelled_run_leaves_no_memory_behind(backbone, budget):
+    settings = Settings(Every(2), history=HistorySettings(budget))
     calls = iter(range(100))
-
-    def later() -> bool:
-        return bool(engine.runner.histories) and next(calls) > 9  # noqa: F821, it is deleted later
-
-    engine = build(backbone, ChunkSchedule(4, 4, 2), settings, scale=2.0, cancelled=later)
-
+    engine = build(backbone, ChunkSchedule(4, 4, 2), settings, scale=2.0, cancelled=lambda: next(calls) > 9)
     generator = engine.run()
     with pytest.raises(Cancelled):
         list(generator)
-    layers = [layer for history in engine.runner.histories.values() for layer in history.layers]
-    held = [weakref.ref(part.here) for layer in layers for part in layer.parts]
-    held += [weakref.ref(result) for forecast in engine.runner._forecasts.values() for result in forecast.results]
+    histories = list(engine.forward.histories.values())
+    layers = [layer for history in histories for layer in (*history.layers, *([history.scratch] * (budget or 0)))]
+    held = [weakref.ref(part.here) for layer in layers for part in layer]
+    held += [weakref.ref(result) for chunk in engine.active for result in chunk.forecast.results]
     assert len(held) > 4
-    del engine, generator, layers
+    del engine, generator, layers, histories
     gc.collect()
     assert not any(reference() is not None for reference in held)
 
@@ -359,7 +405,7 @@ def test_progress_is_told_every_tick(backbone):
     schedule = ChunkSchedule(3, 4, 2)
     list(build(backbone, schedule, on_progress=told.append).run())
     assert [progress.tick for progress in told] == list(range(1, schedule.ticks + 1))
-    assert told[-1].clean == 3
+    assert told[-1].finished == 3
 
 
 def test_prompts_by_chunk(backbone):
@@ -372,54 +418,90 @@ def test_prompts_by_chunk(backbone):
 
 
 def test_bfloat16_follows_its_input():
-    from flowcache_core.models.wan import WanBackbone
-    from tests.helpers.tiny import tiny_network
-
     network = tiny_network().bfloat16()
     network.patch_embedding.float()
     schedule = ChunkSchedule(2, 4, 2)
     exact = run(WanBackbone(tiny_network()), schedule)
-    runner = Runner(WanBackbone(network), schedule, OFF, 2)
-    engine = Engine(
-        runner,
-        guidance(runner, text(0).bfloat16()),
-        sigmas_of(4),
-        lambda chunk: start_noise(2)(chunk).bfloat16(),
-        solver=Euler,
+    ours = video(
+        runs.build(
+            WanBackbone(network),
+            schedule,
+            classifier_free(text(0).bfloat16()),
+            sigmas_of(4),
+            lambda chunk: start_noise(2)(chunk).bfloat16(),
+        )
     )
-    ours = torch.cat([chunk.latent for chunk in engine.run()], dim=2)
     assert ours.dtype == torch.bfloat16
     assert (ours.float() - exact).norm() / exact.norm() < 5e-2
 
 
+class ForecastByBranch(WeightedGuidance):
+    """Lets a forecast stand in for each branch by itself, at steps that are not listed."""
+
+    at_once = False  # not all chunks of a tick reach the network, so their keys must stay
+
+    def __init__(self, texts, weights, listed, order: int, holds_clean: bool):
+        super().__init__(texts, weights)
+        self.listed, self.order, self.holds_clean = listed, order, holds_clean
+        self.kept: dict = {}
+        self.asked = 0
+
+    def velocities(self, steps, network):
+        names = tuple(self.texts)
+        due = [step for step in steps if step.place.is_clean_pass or step.place.step in self.listed]
+        self.asked += len(due)
+        asked = [step._replace(x=torch.cat([step.x] * len(names))) for step in due]
+        answers = iter(network(asked, names, self._of) if asked else [])
+        return [self._sum(step.sigma, self._one(step, answers)) for step in steps], names
+
+    def _one(self, step, answers):
+        place, both = step.place, torch.cat([step.x] * len(self.texts))
+        if place.is_clean_pass:
+            return next(answers)
+        kept = self.kept.setdefault(place.chunk, Forecast(self.order))
+        if place.step in self.listed:
+            velocity = next(answers)
+            kept.add(place.step, both - step.sigma * velocity if self.holds_clean else velocity)
+            return velocity
+        return (both - kept.at(place.step)) / step.sigma if self.holds_clean else kept.at(place.step)
+
+
 @pytest.mark.parametrize("solver", [Euler, Renoise])
 def test_what_stands_in_for_a_sum_is_the_sum_of_what_stands_in(backbone, solver):
-    """Guided steps that are reused for sure can be foretold without asking for their branches.
-
-    The nodes' Shortcut rests on that; a stand-in for it is used here. The class itself needs the host: see
-    `test_reused_steps_are_the_same_without_the_guider` in tests/host/test_native.py.
-    """
-    schedule, settings = ChunkSchedule(3, 8, 4), Settings(ReuseSettings("fixed", steps=(0, 1, 4, 7), order=1))
+    """So a reused step asks for no branch, whatever the guidance is."""
+    schedule, listed = ChunkSchedule(3, 8, 4), (0, 1, 4, 7)
     noise = {"noise": lambda chunk, step: draw(100 * chunk + step, 1, TINY.in_dim, 2, *SIZE), "solver": solver}
-    expected = build(backbone, schedule, settings, scale=3.0, **noise)
-    plain = torch.cat([chunk.latent for chunk in expected.run()], dim=2)
-    engine = build(backbone, schedule, settings, scale=3.0, **noise)
-    runner, guided, sums, asked = engine.runner, engine.denoise, {}, []
+    engine = build(backbone, schedule, Settings(Fixed(listed), Between(1, correct=False)), scale=3.0, **noise)
+    ours, count = video(engine), engine.report.forwards_executed
+    by_branch = ForecastByBranch(
+        {"cond": text(0), "uncond": text(1)}, {"cond": 3.0, "uncond": -2.0}, listed,
+        order=0 if solver is Renoise else 1, holds_clean=solver is Renoise,
+    )  # fmt: skip
+    theirs = video(build(backbone, schedule, guidance=by_branch, **noise))
+    assert torch.allclose(ours, theirs, atol=1e-4)
+    assert by_branch.asked == count / 2 < 3 * 8  # of two branches
 
-    def denoise(x, sigma, place):
-        held = runner.held == "clean"
-        if runner.reuses(place):
-            result = sums[place.chunk].at(place.step)
-            return (x - result) / sigma if held else result
-        asked.append(place)
-        velocity = ask(guided, x, sigma, place)
-        if place.step >= 0:
-            sums.setdefault(place.chunk, Forecast(runner.order)).add(
-                place.step, x - sigma * velocity if held else velocity
-            )
-        return velocity
 
-    engine.denoise = one_by_one(denoise)
-    assert torch.allclose(torch.cat([chunk.latent for chunk in engine.run()], dim=2), plain, atol=1e-4)
-    assert runner.report.decisions == expected.runner.report.decisions
-    assert len(asked) == expected.runner.report.forwards_executed / 2 < 3 * 8  # of two branches
+@pytest.mark.parametrize("lag", [8, 4])
+def test_another_mix_of_branches_is_recomputed_and_starts_a_new_forecast(backbone, lag):
+    """No line leads from one sum of branches to another: what comes after the change does not know what was before."""
+    schedule, sigmas = ChunkSchedule(2, 8, lag), sigmas_of(8)
+
+    def weights(sigma: float) -> dict[str, float]:
+        return {"cond": 3.0, "uncond": -2.0} if sigma > sigmas[5] else {"cond": 1.0, "uncond": 0.0}
+
+    def made(settings: Settings) -> Engine:
+        return build(
+            backbone, schedule, settings, guidance=WeightedGuidance({"cond": text(0), "uncond": text(1)}, weights)
+        )
+
+    changing = made(Settings(Fixed((0,)), Between(order=1)))
+    ours = video(changing)
+    expected = [step in (0, 5) for step in range(8)]
+    assert all(taken == expected for chunks in changing.report.decisions.values() for taken in chunks.values())
+    assert torch.equal(ours, video(made(Settings(Fixed((0, 5)), HELD))))
+    later = made(Settings(Fixed((0, 3, 5)), Between(order=1)))
+    assert (video(later) - ours).abs().max() > 1e-3
+    line = made(Settings(Fixed((0, 3, 5, 6)), Between(order=1)))
+    held = made(Settings(Fixed((0, 3, 5, 6)), HELD))
+    assert (video(line) - video(held)).abs().max() > 1e-3  # from its second result on the new forecast is a line

@@ -8,11 +8,10 @@ import torch.nn.functional as F
 
 from flowcache_core.errors import UserError
 from flowcache_core.generate import generate
-from flowcache_core.history.compression import Compression
-from flowcache_core.history.settings import HistorySettings
-from flowcache_core.models.presets import OFF, PRESETS, Settings
-from flowcache_core.models.rotary import rotate
+from flowcache_core.history.positions import rotate
+from flowcache_core.models.presets import PRESETS
 from flowcache_core.schedule import ChunkSchedule
+from flowcache_core.settings import OFF, Compression, HistorySettings, Settings
 from flowcache_core.solvers.one_step import chunk_noise
 from tests.helpers.tiny import TINY, watch_positions
 

@@ -7,20 +7,19 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from flowcache_core.engine.loop import Engine, guidance
-from flowcache_core.engine.runner import Runner
-from flowcache_core.history.compression import Compression
-from flowcache_core.history.settings import HistorySettings
-from flowcache_core.models.presets import Settings
+from flowcache_core.engine.forward import Step
+from flowcache_core.engine.guidance import classifier_free
+from flowcache_core.engine.loop import Engine
 from flowcache_core.models.rotary import Rotary
 from flowcache_core.models.wan import WanBackbone
-from flowcache_core.schedule import CLEAN, ChunkSchedule, Place
+from flowcache_core.schedule import ChunkSchedule, Place
+from flowcache_core.settings import Compression, HistorySettings, Settings
 from flowcache_core.solvers import noise_levels as levels
 from flowcache_core.solvers.one_step import Renoise
 from tests.helpers import golden_weights
 from tests.helpers.golden_runs import StretchedRotary, frames_of, latents_seen, relative_error
 from tests.helpers.paths import GOLDEN_FOLDER
-from tests.helpers.tiny import ask
+from tests.helpers.runs import build, give
 
 GOLDEN = load_file(GOLDEN_FOLDER / "causal.safetensors")
 SELF_FORCING = levels.warped(levels.SELF_FORCING)
@@ -71,19 +70,20 @@ def make(run: Run, dtype=torch.float32, rotary=Rotary, history=None) -> Engine:
     backbone.rotary = rotary(backbone.head_dim)
     steps, prefix = len(run.sigmas) - 1, int(run.image)
     schedule = ChunkSchedule(run.chunks, steps, steps, prefix, None if run.first is None else len(run.first) - 1)
-    runner = Runner(backbone, schedule, Settings(history=history or run.history), run.frames)
     noise = frames_of("noise", run.chunks * run.frames).split(run.frames, dim=2)
-    engine = Engine(
-        runner,
-        guidance(runner, golden_weights.text("cond").to(dtype)),
+    engine = build(
+        backbone,
+        schedule,
+        classifier_free(golden_weights.text("cond").to(dtype)),
         run.sigmas,
         start=lambda chunk: noise[chunk - prefix].to(dtype),
+        settings=Settings(history=history or run.history),
         noise=lambda chunk, step: frames_of(f"renoise.{chunk}.{step}", run.frames).to(dtype),
         solver=run.solver,
         first_sigmas=run.first,
     )
     if run.image:
-        engine.prefill(frames_of("image", 1).to(dtype))
+        give(engine, frames_of("image", 1).to(dtype), run.frames)
     return engine
 
 
@@ -93,6 +93,7 @@ def test_whole_run(name):
     engine = make(run)
     seen = latents_seen(engine)
     found = torch.cat([chunk.latent for chunk in engine.run()], dim=2)
+    engine.save()  # the last chunk's clean pass
     golden = GOLDEN[f"{name}.latents"][int(run.image) :]
     for x, expected in zip(seen, golden, strict=True):
         assert relative_error(x[0], expected) < 1e-4
@@ -106,13 +107,14 @@ def one_forward(name: str, **wrong) -> torch.Tensor:
     call, offset = int(GOLDEN[f"{name}.velocity.call"]), int(run.image)
     times, inputs = GOLDEN[f"{name}.timesteps"][: call + 1], GOLDEN[f"{name}.latents"]
     engine = make(run, **wrong)
-    runner, dtype = engine.runner, next(engine.runner.backbone.network.blocks.parameters()).dtype
+    forward, dtype = engine.forward, engine.forward.dtype
     clean = [at for at in range(offset, call) if times[at] == 0]
     for chunk, at in enumerate(clean, start=offset):
-        ask(engine.denoise, inputs[at][None].to(dtype), 0.0, Place(chunk, CLEAN, 0))
-        runner.commit(chunk)
-    place = Place(len(clean) + offset, 0, 0)
-    return ask(engine.denoise, inputs[call][None].to(dtype), times[call].item() / 1000, place)
+        latent = inputs[at][None].to(dtype)
+        forward.velocities([Step(latent, 1.0, Place(chunk, 0, 0))])  # it has its place in the history
+        forward.finish(chunk, latent)
+    step = Step(inputs[call][None].to(dtype), times[call].item() / 1000, Place(len(clean) + offset, 0, 0))
+    return forward.velocities([step])[0].value
 
 
 @pytest.mark.parametrize("name", RUNS)

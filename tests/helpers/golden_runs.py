@@ -25,7 +25,11 @@ def frames_of(name: str, frames: int) -> torch.Tensor:
 
 
 def latents_seen(engine: Engine) -> list[torch.Tensor]:
-    """What every forward of a run is given, in order."""
-    seen, denoise = [], engine.denoise
-    engine.denoise = lambda steps: seen.extend(step.x for step in steps) or denoise(steps)
+    """What every forward of a run is given, chunk by chunk, in order; clean passes are told apart by nothing.
+
+    Where a clean pass goes along with the next forward, it comes before that one's steps.
+    """
+    seen, guidance = [], engine.forward.guidance
+    ask = guidance.velocities
+    guidance.velocities = lambda steps, network: seen.extend(step.x for step in steps) or ask(steps, network)
     return seen

@@ -30,7 +30,7 @@ def watch_positions(backbone) -> list[int]:
             return super().table(frames, rows, columns)
 
         def angles(self, positions, width):
-            seen.extend([positions.min().item(), positions.max().item()])
+            seen.extend(positions.unique().tolist())
             return super().angles(positions, width)
 
     backbone.rotary = Watched(backbone.rotary.head_dim)
