@@ -16,7 +16,8 @@ from flowcache_core.demo import compare as comparison
 from flowcache_core.engine.loop import Progress
 from flowcache_core.media.progress_bar import Bar
 from flowcache_core.models.wan import WanConfig, WanNetwork
-from flowcache_core.reuse.calibration import Calibration, Measured, beside, save
+from flowcache_core.reuse.calibration import Calibration, Measured
+from flowcache_core.storage.calibrations import calibration_path, save_calibration
 
 SMALL = WanConfig(dim=48, ffn_dim=64, num_heads=2, num_layers=2, text_dim=64)
 FAST = ["--chunks", "2", "--steps", "4", "--enlarge", "1"]
@@ -58,7 +59,7 @@ def quick_decode(latents: torch.Tensor, chunk_frames: int) -> torch.Tensor:
 
 def test_quality_goes_by_the_networks_own_calibration(network, tmp_path, capsys):
     made = Calibration(4, 1, 2, 1, (Measured((0, 2), 40.0),))
-    save(made, beside(network))
+    save_calibration(made, calibration_path(network))
     arguments = ["generate", "a red circle", "--out", str(tmp_path / "a.webp"), "--network", str(network), *FAST]
     assert cli.main([*arguments, "--quality", "balanced"]) == 0
     assert "forwards: 6 of 10" in capsys.readouterr().out  # two steps and a clean pass, of two chunks

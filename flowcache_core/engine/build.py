@@ -3,7 +3,7 @@
 from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
@@ -47,7 +47,7 @@ class RunSettings:
         label: of the settings, for the report.
     """
 
-    backbone: object
+    backbone: Any
     guidance: Guidance
     schedule: ChunkSchedule
     settings: Settings

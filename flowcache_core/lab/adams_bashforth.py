@@ -8,7 +8,7 @@ from ..solvers.one_step import Linear
 class AdamsBashforth2(Linear):
     """x moves along the velocity extrapolated, through the last two, to the middle of the step."""
 
-    def weights(self, step: int, held: int, coasting: bool = False) -> np.ndarray:
+    def weights(self, step: int, held: int, provisional: bool = False) -> np.ndarray:
         x, *last, velocity = np.eye(held + 2)
         stride = self.sigmas[step + 1] - self.sigmas[step]
         middle = velocity

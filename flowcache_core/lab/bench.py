@@ -14,11 +14,11 @@ from collections.abc import Iterable
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 
-from ..demo import NETWORK_FILE
-from ..demo.model import load_network
-from ..history.compression import BY_FRAMES
-from ..history.settings import HistorySettings
-from ..reuse.calibration import QUALITIES, SHIPPED, load, settings_of
+from ..demo import NETWORK_FILE, load_network
+from ..models.presets import quality_settings
+from ..reuse.calibration import QUALITIES
+from ..settings import BY_FRAMES, HistorySettings
+from ..storage.calibrations import SHIPPED, load_calibration
 from ..storage.files import check_writable, write_whole
 from . import charts, compression_cost, process
 from .aims import SPEED_AIMS
@@ -210,7 +210,7 @@ class Bench:
     def balanced(self) -> dict | None:
         """What the shipped calibration says of `balanced`, and what held-out captions give; None where it reaches that
         with every step alone."""
-        shipped = load(SHIPPED)
+        shipped = load_calibration(SHIPPED)
         predicted = shipped.choose(QUALITIES["balanced"])
         if predicted is None:
             return None
@@ -218,7 +218,7 @@ class Bench:
         ours_so_far = [p for p in self.points if (p.schedule, p.method) == ("magi", OURS)]
         point = next((p for p in ours_so_far if p.setting == setting), None)
         if point is None:
-            method = Method(OURS, setting, settings_of("balanced"))
+            method = Method(OURS, setting, quality_settings("balanced"))
             point = self.point(SETUPS["magi"], method, run(method, SETUPS["magi"], self.clips))
         error = (point.psnr_deviation or 0.0) / math.sqrt(self.size.clips)
         found = {"setting": setting, "chunks": shipped.chunks, "predicted_psnr": predicted.psnr, "psnr": point.psnr}

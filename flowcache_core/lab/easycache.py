@@ -9,72 +9,152 @@ levels and looks at every 8th row and column; here it starts as soon as it can, 
 sees every value.
 """
 
-from collections.abc import Hashable, Iterator, Sequence
+from collections.abc import Callable, Hashable, Sequence
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from ..engine.runner import Runner, Step, Text
-from ..schedule import CLEAN, Place
+from ..engine.build import RunSettings
+from ..engine.causal import CausalForward
+from ..engine.forward import Forward, Step, Velocity
+from ..engine.loop import Engine
+from ..history.plan import plan_memory
+from ..history.snapshot import Snapshot, SnapshotDelta
+from ..report import Report
+from ..reuse.policies import Deciding
+from ..schedule import Given
+from ..settings import HELD
 
 
-class EasyCacheRunner(Runner):
-    """A runner under EasyCache's rule; the window is the latent of all active chunks. For one branch of guidance."""
+class Seen(NamedTuple):
+    """Input and guided velocity of a chunk's last recomputed step, [B, C, T, H, W]."""
 
-    threshold = 0.2
+    x: Tensor
+    answer: Velocity
 
-    def __init__(self, *arguments, **options):
-        super().__init__(*arguments, **options)
-        self.inputs: dict[int, Tensor] = {}  # of each chunk, when it was last recomputed
-        self.outputs: dict[int, Tensor] = {}
-        self.before: tuple[dict[int, Tensor], dict[int, Tensor]] = ({}, {})  # both, as they were a tick ago
+
+class ForwardDecides:
+    """A policy that leaves the decision to the forward, which sees the latents."""
+
+    watches = whole_window = False
+
+    def decide(self, chunks: Sequence[Deciding]) -> list[bool]:
+        """Asks the forward every time."""
+        return [True for _ in chunks]
+
+    def recomputed(self, steps: int) -> None:
+        """Depends on what is seen."""
+        return None
+
+
+class EasyCacheForward:
+    """Another forward under EasyCache's rule; the window is the latent of all active chunks.
+
+    Args:
+        inner: runs the network.
+        threshold: predicted change of the output, added up, at which to recompute.
+    """
+
+    holds_residual = False
+
+    def __init__(self, inner: Forward, threshold: float):
+        self.inner, self.threshold, self.report = inner, threshold, inner.report
+        self.seen: dict[int | Given, Seen] = {}
         self.rate: float | None = None  # change of the output over change of the input
         self.drift = 0.0
-        self.again = True
 
-    def plan(self, steps: Sequence[Step]) -> None:
-        super().plan(steps)
-        self._learn()
-        self.before = (dict(self.inputs), dict(self.outputs))
-        known = [(step.x, step.place.chunk) for step in steps if step.place.chunk in self.outputs]
-        self.again = self.rate is None or not known
-        if self.rate is not None and not self.again:
-            moved = _distance([x for x, _ in known], [self.inputs[chunk] for _, chunk in known])
-            size = _size([self.outputs[chunk] for _, chunk in known])
-            self.drift += self.rate * moved / size
-            self.again = self.drift >= self.threshold
-        if self.again:
+    def velocities(self, steps: Sequence[Step]) -> list[Velocity]:
+        """Runs the network for all steps, or for those of chunks that begin; the others take their last answer again,
+        moved as far as their latent has."""
+        again = self._decide(steps)
+        asked = [step for step in steps if again or step.place.chunk not in self.seen]
+        fresh = dict(
+            zip((step.place.chunk for step in asked), self.inner.velocities(asked) if asked else [], strict=True)
+        )
+        answers = [fresh.get(step.place.chunk) or self._moved(step) for step in steps]
+        self._learn([(step, fresh[step.place.chunk]) for step in asked])
+        return answers
+
+    def _decide(self, steps: Sequence[Step]) -> bool:
+        known = [(step.x, self.seen[step.place.chunk]) for step in steps if step.place.chunk in self.seen]
+        if self.rate is None or not known:
             self.drift = 0.0
+            return True
+        moved = _distance([x for x, _ in known], [seen.x for _, seen in known])
+        self.drift += self.rate * moved / _size([seen.answer.value for _, seen in known])
+        again = self.drift >= self.threshold
+        self.drift = 0.0 if again else self.drift
+        return again
 
-    def _learn(self) -> None:
-        """The rate, from the chunks that were recomputed in the tick before and had been so earlier."""
-        inputs, outputs = self.before
-        known = [chunk for chunk in outputs if chunk in self.outputs and self.outputs[chunk] is not outputs[chunk]]
+    def _learn(self, told: Sequence[tuple[Step, Velocity]]) -> None:
+        """Keeps what was recomputed, and the rate from those chunks that had been recomputed earlier."""
+        pairs = [(Seen(step.x, answer), self.seen.get(step.place.chunk)) for step, answer in told]
+        known = [(now, before) for now, before in pairs if before is not None]
         if known:
-            moved = _distance([self.inputs[chunk] for chunk in known], [inputs[chunk] for chunk in known])
-            self.rate = _distance([self.outputs[chunk] for chunk in known], [outputs[chunk] for chunk in known]) / moved
+            moved = _distance([now.x for now, _ in known], [before.x for _, before in known])
+            changed = _distance([now.answer.value for now, _ in known], [before.answer.value for _, before in known])
+            self.rate = changed / moved
+        self.seen |= {step.place.chunk: now for (step, _), (now, _) in zip(told, pairs, strict=True)}
 
-    def _recompute(self, place: Place, branch: Hashable) -> bool:
-        return self.again or place.step == CLEAN or place.chunk not in self.outputs
+    def _moved(self, step: Step) -> Velocity:
+        x, answer = self.seen[step.place.chunk]
+        return Velocity(answer.value + (step.x - x), answer.branches, recomputed=False)
 
-    def forward(self, steps: Sequence[Step], branches: Sequence[Hashable], texts: Sequence[Text]) -> Iterator[Tensor]:
-        for (x, _, place), velocity in zip(steps, super().forward(steps, branches, texts), strict=True):
-            if not self.recomputed[place.chunk]:
-                yield velocity + (x - self.inputs[place.chunk])
-                continue
-            if place.step != CLEAN:
-                self.inputs[place.chunk], self.outputs[place.chunk] = x, velocity
-            yield velocity
+    def finish(self, chunk: int, latent: Tensor) -> None:
+        """Takes a finished chunk, whose last answer is not needed any more."""
+        self.seen.pop(chunk, None)
+        self.inner.finish(chunk, latent)
 
-    def commit(self, chunk: int) -> None:
-        super().commit(chunk)
-        self.inputs.pop(chunk, None)
-        self.outputs.pop(chunk, None)
+    def mix(self, step: Step, oldest: bool) -> Hashable:
+        """Names the sum of branches that a step's velocity will be."""
+        return self.inner.mix(step, oldest)
+
+    def signals(self, steps: Sequence[Step]) -> list[Tensor]:
+        """What a policy watches for change."""
+        return self.inner.signals(steps)
+
+    def give(self, chunk: int | Given, latent: Tensor, condition: float) -> None:
+        """Runs given frames."""
+        self.inner.give(chunk, latent, condition)
+
+    def settle(self) -> None:
+        """Stores what was left for the next forward."""
+        self.inner.settle()
+
+    def save(self) -> dict[Hashable, Snapshot]:
+        """Copies the clean history to the CPU."""
+        return self.inner.save()
+
+    def begin_delta(self, full: bool) -> Callable[[], SnapshotDelta]:
+        """Begins to copy what the clean history has grown by."""
+        return self.inner.begin_delta(full)
+
+    @property
+    def history_bytes(self) -> tuple[int, int]:
+        """Bytes of history in use, and of its buffers."""
+        return self.inner.history_bytes
 
 
-def easycache(threshold: float) -> type[EasyCacheRunner]:
-    """A runner that recomputes when the predicted change of the output has added up to the threshold."""
-    return type("EasyCacheRunner", (EasyCacheRunner,), {"threshold": threshold})
+def easycache_engine(run: RunSettings, threshold: float) -> Engine:
+    """Makes a run over a history that recomputes when the predicted change of the output has added up to the
+    threshold."""
+    policy, report = ForwardDecides(), Report(run.schedule, run.label)
+    plan = plan_memory(
+        run.backbone.sizes,
+        run.schedule,
+        run.settings,
+        policy,
+        grid=run.backbone.grid(*run.shape[3:]),
+        chunk_frames=run.shape[2],
+        batch=run.shape[0],
+        branches=run.branches,
+        itemsize=run.dtype.itemsize,
+    )
+    inner = CausalForward(
+        run.backbone, run.guidance, plan, run.settings, report, aligned=False, dtype=run.dtype, device=run.device
+    )
+    return Engine(EasyCacheForward(inner, threshold), run.schedule, policy, HELD, run.sampling)
 
 
 def _distance(now: Sequence[Tensor], before: Sequence[Tensor]) -> float:

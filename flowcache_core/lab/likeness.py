@@ -11,9 +11,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from ..demo import decode
 from ..demo.codec import TIME, LinearCodec
 from ..demo.detector import detect
-from ..demo.model import decode
 from ..demo.train_network import FRAMES_PER_CHUNK
 from ..media.metrics import psnr, ssim
 

@@ -3,20 +3,13 @@
 import gc
 import statistics
 import time
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
-from ..demo.captions import embed_caption
 from ..demo.compare import CAPTION
-from ..demo.train_network import FRAMES_PER_CHUNK
-from ..engine.loop import Engine, guidance
-from ..engine.runner import Runner
-from ..history.compression import BY_FRAMES
-from ..history.settings import HistorySettings
-from ..models.presets import Settings
-from ..schedule import ChunkSchedule
-from ..solvers.one_step import chunk_noise
+from ..models.wan import WanBackbone
+from ..settings import BY_FRAMES, HistorySettings, Settings
 from . import process
-from .runs import LATENT
+from .runs import Clips, Method, engine_of
 from .setups import Setup
 
 EARLY = (49, 150)  # chunks 50 to 150
@@ -60,23 +53,18 @@ class LongRun:
         }
 
 
-def long_run(backbone, setup: Setup, settings: Settings, chunks: int, budget: int = 3) -> LongRun:
-    """One clip of so many chunks, whose latents are dropped as they come, with positions relative to the window."""
-    history = HistorySettings(budget, BY_FRAMES, relative=True)
-    settings = Settings(settings.reuse, history, settings.clean_pass)
-    runner = Runner(backbone, ChunkSchedule(chunks, setup.steps, setup.lag), settings, FRAMES_PER_CHUNK)
-    shape = (1, backbone.channels, FRAMES_PER_CHUNK, *LATENT)
-    noise = lambda chunk, *step: chunk_noise(0, chunk, shape, *step)  # noqa: E731
-    engine = Engine(
-        runner, guidance(runner, embed_caption(CAPTION)), setup.levels(setup.steps), noise, noise, setup.solver
-    )
+def long_run(backbone: WanBackbone, setup: Setup, settings: Settings, chunks: int, budget: int = 3) -> LongRun:
+    """Makes one clip of so many chunks, whose latents are dropped as they come, with positions relative to the
+    window."""
+    settings = replace(settings, history=HistorySettings(budget, BY_FRAMES, relative=True))
+    engine = engine_of(Method("long run", settings=settings), setup, Clips(backbone, [CAPTION], chunks, seed=0))
     made = LongRun(f"{setup.name}, history of {budget} clean chunks, relative positions")
     gc.collect()
     last = time.perf_counter()
     for _ in engine.run():
         now = time.perf_counter()
         made.seconds.append(now - last)
-        made.history.append(runner.history_bytes_used)
+        made.history.append(engine.forward.history_bytes[0])
         made.resident.append(process.resident())
         last = time.perf_counter()
     return made

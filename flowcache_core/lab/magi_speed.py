@@ -8,20 +8,23 @@ import argparse
 import statistics
 import time
 from collections.abc import Callable
+from functools import partial
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ..engine.forward import Step
+from ..engine.layers import groups_of, run_layer
 from ..history.cache import History
-from ..history.settings import HistorySettings, HistoryShape
+from ..history.positions import rotate
 from ..models.magi.config import MagiConfig
-from ..models.magi.engine import MagiEngine, magi_schedule
+from ..models.magi.forward import MagiSampling, magi_engine, magi_plan, magi_schedule
 from ..models.magi.network import MagiBackbone, MagiContext, MagiNetwork, grouped_attention
 from ..models.magi.sampling import CHUNK_FRAMES
 from ..models.magi.text import null_text
-from ..models.presets import OFF
-from ..models.rotary import rotate
+from ..schedule import Place
+from ..settings import OFF
 
 CONFIG = MagiConfig(layers=4, width=768, ffn_width=3072, heads=6, kv_heads=2)
 SHAPE = (1, 16, CHUNK_FRAMES, 24, 24)
@@ -93,32 +96,41 @@ def seconds(function: Callable[[], object]) -> float:
     return time.perf_counter() - begun
 
 
+def forward(backbone: MagiBackbone, history: History, step: Step, context: MagiContext) -> Tensor:
+    """Runs one chunk over a history, as the engine does."""
+    chunk = step.place.chunk
+    history.arrange([chunk], [chunk] if step.place.is_clean_pass else [])
+    groups = groups_of(backbone, [step], [[context]], together=0)
+
+    def attend(layer: int, _: Step, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        return history.attend(layer, chunk, q, k, v, grouped_attention)
+
+    for layer in range(backbone.layers):
+        history.open_layer(layer)
+        run_layer(backbone, layer, groups, attend, [history], lambda: None)
+        history.close_layer(layer)
+    (group,) = groups
+    return backbone.head(step.x, group.levels, backbone.residual(step.x, group.hidden))
+
+
 @torch.inference_mode()
 def forward_ratio(repeats: int) -> tuple[float, float]:
     """Our forward's time over the bare one's (median of neighbouring pairs), and how far the results lie apart."""
     backbone = random_backbone()
     text = null_text(0.1 * torch.randn(CONFIG.caption_tokens, CONFIG.caption_width))
-    context, x, sigma = backbone.context(text), torch.randn(SHAPE), torch.tensor([0.4])
-    grid = backbone.grid(*SHAPE[3:])
-    shape = HistoryShape(CONFIG.layers, 1, CONFIG.kv_heads, CONFIG.head_dim, grid, CHUNK_FRAMES, PAST + 1)
-    history = History(shape, backbone.rotary, HistorySettings(), torch.float32, x.device)
+    context, x = backbone.context(text), torch.randn(SHAPE)
+    schedule = magi_schedule(CHUNK_FRAMES, steps=8, given_frames=PAST * CHUNK_FRAMES)
+    plan = magi_plan(CONFIG, schedule, OFF, MagiSampling(visible=()), SHAPE, itemsize=4)
+    history = History(plan, backbone.rotary, OFF.history, torch.float32, x.device)
     for chunk in range(PAST):
-        view = history.view(chunk)
-        backbone.trunk(
-            torch.randn(SHAPE), sigma, context, lambda *part, view=view: view.attend(*part, grouped_attention)
-        )
-        history.commit(chunk)
-    view = history.view(PAST)
+        forward(backbone, history, Step(torch.randn(SHAPE), 0.4, Place(chunk, None, 0)), context)
+        history.commit()
+    step = Step(x, 0.4, Place(PAST, 0, 0))
+    ours = partial(forward, backbone, history, step, context)
+    ours()
     past = [(layer.keys.here.clone(), layer.values.here.clone()) for layer in history.layers]
     frames = torch.arange(PAST * CHUNK_FRAMES, (PAST + 1) * CHUNK_FRAMES)
-    table = backbone.rotary.table(frames, *grid)
-
-    def attend(layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        return view.attend(layer, q, k, v, grouped_attention)
-
-    def ours() -> Tensor:
-        residual = backbone.trunk(x, sigma, context, attend)
-        return backbone.head(x, sigma, residual)
+    table = backbone.rotary.table(frames, *plan.grid)
 
     def bare() -> Tensor:
         return bare_forward(backbone, x, 1.0 - 0.4, context, past, table)
@@ -132,7 +144,10 @@ def run_ratio(chunks: int, steps: int) -> float:
     backbone = random_backbone()
     null = null_text(0.1 * torch.randn(CONFIG.caption_tokens, CONFIG.caption_width))
     schedule = magi_schedule(chunks * CHUNK_FRAMES, steps)
-    engine = MagiEngine(backbone, schedule, OFF, lambda chunk: null, null, lambda chunk: torch.randn(SHAPE))
+    engine = magi_engine(
+        backbone, schedule, OFF, lambda chunk: null, null, lambda chunk: torch.randn(SHAPE),
+        shape=SHAPE, device=torch.device("cpu"),
+    )  # fmt: skip
     for _ in engine.run():
         pass
     return engine.report.seconds / engine.report.forward_seconds

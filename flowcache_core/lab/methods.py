@@ -1,13 +1,14 @@
 """What is compared: every method over a sweep of its setting, so that each is a curve."""
 
 from collections.abc import Iterator
+from functools import partial
 
-from ..models.presets import DEFAULT_PRESET, PRESETS, PolicyName, ReuseSettings, Settings
-from ..reuse.calibration import recomputing
+from ..models.presets import DEFAULT_PRESET, PRESETS, recomputing
+from ..settings import HELD, Between, Drift, Every, Fixed, Reuse, Settings
 from ..solvers.multistep import DPM2M, UniPC
 from ..solvers.one_step import Euler, SolverFactory
 from .adams_bashforth import AdamsBashforth2
-from .easycache import easycache
+from .easycache import easycache_engine
 from .runs import Method
 from .setups import Setup
 
@@ -56,12 +57,12 @@ def ours(setup: Setup) -> list[Method]:
     ]
 
 
-def _recomputing(count: int, setup: Setup) -> ReuseSettings:
+def _recomputing(count: int, setup: Setup) -> Reuse:
     """Where every step adds fresh noise, the first ones and the last: no line can be put through such steps, and what
     the last one makes is not improved by any other."""
     if setup.converges:
         return recomputing(count, setup.steps, setup.lag)
-    return ReuseSettings("fixed", steps=(*range(count - 1), setup.steps - 1))
+    return Fixed((*range(count - 1), setup.steps - 1))
 
 
 def default(setup: Setup) -> Method:
@@ -108,16 +109,16 @@ def _rules(setup: Setup) -> list[list[Method]]:
         for threshold in thresholds[setup.name]:
             setting = f"threshold {threshold:g}"
             if name.startswith("EasyCache"):
-                sweep.append(
-                    Method(name, setting, Settings(ReuseSettings(order=0, correct=False)), runner=easycache(threshold))
-                )
+                sweep.append(Method(name, setting, build=partial(easycache_engine, threshold=threshold)))
                 continue
-            policy: PolicyName = "flowcache" if name.startswith("FlowCache") else "teacache"
-            reuse = ReuseSettings(
-                policy, threshold=threshold, warmup=warmup, last=as_skyreels, order=0, correct=False,
-                held="residual" if as_skyreels else "velocity",
-            )  # fmt: skip
-            sweep.append(Method(name, setting, Settings(reuse)))
+            reuse = Drift(
+                threshold,
+                warmup,
+                last=as_skyreels,
+                whole_window=name.startswith("TeaCache"),
+                holds="residual" if as_skyreels else "velocity",
+            )
+            sweep.append(Method(name, setting, Settings(reuse, HELD)))
         sweeps.append(sweep)
     return sweeps
 
@@ -128,7 +129,7 @@ def _periodic(setup: Setup) -> list[list[Method]]:
             Method(
                 f"periodic, {name}",
                 f"every {every}th",
-                Settings(ReuseSettings("even", every=every, least=1, order=order, correct=False)),
+                Settings(Every(every), Between(order, correct=False)),
             )
             for every in DISTANCES[setup.name]
         ]

@@ -111,7 +111,7 @@ def measure(method: Method, setup: Setup, clips: Clips, outcome: Outcome, refere
         jerk=good.jerk,
         forwards_executed=outcome.forwards,
         forwards_total=references.forwards,
-        flops=flops(method, setup, clips, outcome),
+        flops=flops(method, clips, outcome),
         seconds=outcome.seconds,
         history_bytes_peak=outcome.history_bytes,
         rss_bytes=resident(),
@@ -119,8 +119,8 @@ def measure(method: Method, setup: Setup, clips: Clips, outcome: Outcome, refere
     )
 
 
-def flops(method: Method, setup: Setup, clips: Clips, outcome: Outcome) -> int:
-    """Of one clip's run."""
+def flops(method: Method, clips: Clips, outcome: Outcome) -> int:
+    """Counts those of one clip's run."""
     tokens = chunk_tokens(clips.backbone)
     return counted.run_flops(clips.backbone, outcome.report, tokens, TOKENS, method.settings.clean_pass)
 

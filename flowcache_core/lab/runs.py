@@ -2,23 +2,23 @@
 
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..demo.captions import embed_caption
+from ..demo import embed_caption
 from ..demo.evaluate import captions
 from ..demo.train_network import FRAMES_PER_CHUNK
-from ..engine.joint import JointEngine, JointGuidance
-from ..engine.loop import Engine, guidance
-from ..engine.runner import Runner
-from ..models.presets import OFF, Settings
+from ..engine.build import RunSettings, build_engine
+from ..engine.guidance import classifier_free
+from ..engine.loop import Engine, Sampling
 from ..models.wan import Attention, WanBackbone
 from ..report import Report
 from ..schedule import ChunkSchedule
-from ..solvers.one_step import SolverFactory, chunk_noise
+from ..settings import OFF, Settings
+from ..solvers.one_step import START, SolverFactory, chunk_noise
 from .setups import Setup
 
 LATENT = (8, 8)  # height and width
@@ -34,7 +34,7 @@ class Method:
         settings: of FlowCache.
         steps: fewer (or more) than the setup's, or None for as many.
         solver: another than the setup's, or None.
-        runner: another class that decides on reuse, or FlowCache's.
+        build: makes the run, where another forward than FlowCache's decides on reuse.
         window: every frame of the window in every forward, and no history.
         timed: also run in alternation with the plain run, for its time.
     """
@@ -44,7 +44,7 @@ class Method:
     settings: Settings = OFF
     steps: int | None = None
     solver: SolverFactory | None = None
-    runner: type[Runner] = Runner
+    build: Callable[[RunSettings], Engine] = build_engine
     window: bool = False
     timed: bool = False
 
@@ -74,10 +74,15 @@ class Clips:
     def text(self) -> Tensor:
         return torch.cat([embed_caption(caption) for caption in self.captions])
 
-    def noise(self, chunk: int, *step: int) -> Tensor:
-        """[clips, 16, T, h, w], fresh for a step where one is given."""
-        shape = (1, self.backbone.channels, FRAMES_PER_CHUNK, *LATENT)
-        rows = [chunk_noise(self.seed + 7919 * row, chunk, shape, *step) for row in range(len(self.captions))]
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Of a chunk of all clips."""
+        return (len(self.captions), self.backbone.channels, FRAMES_PER_CHUNK, *LATENT)
+
+    def noise(self, chunk: int, step: int = START) -> Tensor:
+        """Draws [clips, 16, T, h, w], fresh for a step where one is given."""
+        shape = (1, *self.shape[1:])
+        rows = [chunk_noise(self.seed + 7919 * row, chunk, shape, step) for row in range(len(self.captions))]
         return torch.cat(rows)
 
 
@@ -91,7 +96,6 @@ class Outcome:
         seconds: wall time, from the first tick to the last.
         forwards: of one clip, over one chunk each.
         history_bytes: of one clip, at the peak.
-        chunk_seconds: when each chunk was handed out, since the run began.
     """
 
     latents: Tensor
@@ -99,41 +103,39 @@ class Outcome:
     seconds: float
     forwards: int
     history_bytes: int
-    chunk_seconds: list[float] = field(default_factory=list)
 
 
-def run(
-    method: Method,
-    setup: Setup,
-    clips: Clips,
-    on_chunk: Callable[[int, Runner | None], None] = lambda chunk, runner: None,
-) -> Outcome:
-    """Runs a method on clips; `on_chunk` is told of each finished chunk."""
-    steps = method.steps or setup.steps
-    schedule = ChunkSchedule(clips.chunks, steps, setup.lag_of(steps))
-    levels, solver = setup.levels(steps), method.solver or setup.solver
-    if method.window:
-        runner: Runner | None = None
-        denoise = JointGuidance(
-            clips.backbone, {"cond": clips.text}, {"cond": 1.0}, block_causal(chunk_tokens(clips.backbone))
-        )
-        window = JointEngine(schedule, denoise, levels, clips.noise, clips.noise, solver)
-        engine: JointEngine | Engine = window
-        report = window.report
-    else:
-        runner = method.runner(clips.backbone, schedule, method.settings, FRAMES_PER_CHUNK)
-        engine = Engine(runner, guidance(runner, clips.text), levels, clips.noise, clips.noise, solver)
-        report = runner.report
-    latents, marks = [], []
+def run(method: Method, setup: Setup, clips: Clips) -> Outcome:
+    """Runs a method on clips, until it could go on."""
+    engine = engine_of(method, setup, clips)
     begun = time.perf_counter()
-    for chunk in engine.run():
-        latents.append(chunk.latent)
-        marks.append(time.perf_counter() - begun)
-        on_chunk(chunk.index, runner)
+    latents = [chunk.latent for chunk in engine.run()]
+    engine.save()  # ready to go on from, with the last chunk's clean pass
     seconds = time.perf_counter() - begun
+    report, schedule = engine.report, engine.schedule
     forwards = schedule.ticks * schedule.chunks if method.window else report.forwards_executed
     peak = report.history_bytes_peak // len(clips.captions)
-    return Outcome(torch.cat(latents, dim=2), report, seconds, forwards, peak, marks)
+    return Outcome(torch.cat(latents, dim=2), report, seconds, forwards, peak)
+
+
+def engine_of(method: Method, setup: Setup, clips: Clips) -> Engine:
+    """Makes a run of a method on clips."""
+    steps, attention = method.steps or setup.steps, F.scaled_dot_product_attention
+    return method.build(
+        RunSettings(
+            clips.backbone,
+            classifier_free(clips.text),
+            ChunkSchedule(clips.chunks, steps, setup.lag_of(steps)),
+            method.settings,
+            Sampling(setup.levels(steps), clips.noise, clips.noise, method.solver or setup.solver),
+            "joint" if method.window else "causal",
+            clips.shape,
+            branches=1,
+            dtype=torch.float32,
+            device=torch.device("cpu"),
+            attention=block_causal(chunk_tokens(clips.backbone)) if method.window else attention,
+        )
+    )
 
 
 def plain_forwards(setup: Setup, chunks: int) -> int:

@@ -2,9 +2,7 @@
 
 from dataclasses import dataclass, replace
 
-from ..history.compression import BY_FRAMES, Compression
-from ..history.settings import HistorySettings
-from ..models.presets import Settings
+from ..settings import BY_FRAMES, Compression, HistorySettings, Settings
 from .likeness import Likeness, Quality, likeness, pixels, quality
 from .runs import Clips, Method, Outcome, run
 from .setups import Setup

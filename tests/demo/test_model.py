@@ -7,15 +7,13 @@ import torch
 from safetensors import safe_open
 
 from flowcache_core.checkpoints import convert, inspect
-from flowcache_core.demo import NETWORK_FILE, VAE_FILE
-from flowcache_core.demo.captions import embed_caption
+from flowcache_core.demo import NETWORK_FILE, VAE_FILE, decode, embed_caption, load_network
 from flowcache_core.demo.export import export
-from flowcache_core.demo.model import decode, load_network
 from flowcache_core.demo.train_network import CONFIG
 from flowcache_core.errors import UserError
 from flowcache_core.generate import generate
-from flowcache_core.models.presets import ReuseSettings, Settings
 from flowcache_core.models.wan import WanNetwork
+from flowcache_core.settings import OFF, Between, Every, Settings
 from flowcache_core.solvers.multistep import DPM2M, UniPC
 from flowcache_core.solvers.one_step import Euler
 
@@ -78,12 +76,12 @@ def test_correction_leads_nearer_to_the_plain_run(solver):
     """Whatever takes the steps: on a trained network, whose flow is smooth."""
     network, caption = load_network(), embed_caption("a red circle and a blue square")
 
-    def latents(reuse: ReuseSettings) -> torch.Tensor:
-        return generate(network, caption, 2, steps=24, lag=6, settings=Settings(reuse), solver=solver).latents
+    def latents(settings: Settings) -> torch.Tensor:
+        return generate(network, caption, 2, steps=24, lag=6, settings=settings, solver=solver).latents
 
-    plain = latents(ReuseSettings())
+    plain = latents(OFF)
 
     def error(correct: bool) -> float:
-        return (latents(ReuseSettings("even", every=3, correct=correct)) - plain).square().mean().item()
+        return (latents(Settings(Every(3, least=6), Between(correct=correct))) - plain).square().mean().item()
 
     assert error(correct=True) < 0.9 * error(correct=False)

@@ -4,14 +4,13 @@ import pytest
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
+from flowcache_core.demo import load_network
 from flowcache_core.demo.captions import TOKENS
-from flowcache_core.demo.model import load_network
-from flowcache_core.history.settings import HistorySettings
 from flowcache_core.lab.compression_cost import Stopwatch, cut_cost
 from flowcache_core.lab.flops import run_flops, window_flops
 from flowcache_core.lab.runs import Clips, Method, chunk_tokens, run
 from flowcache_core.lab.setups import Setup
-from flowcache_core.models.presets import ReuseSettings, Settings
+from flowcache_core.settings import Fixed, HistorySettings, Settings
 from flowcache_core.solvers.noise_levels import magi
 from flowcache_core.solvers.one_step import Euler
 
@@ -23,7 +22,7 @@ def clips():
     return Clips.held_out(load_network(), 1, 3)
 
 
-@pytest.mark.parametrize("settings", [Settings(), Settings(ReuseSettings("fixed", steps=(0, 2)), clean_pass=False)])
+@pytest.mark.parametrize("settings", [Settings(), Settings(Fixed((0, 2)), clean_pass=False)])
 def test_flops_are_torchs(clips, settings):
     # The counter does not know attention's fused kernel for the CPU.
     with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:

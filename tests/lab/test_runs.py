@@ -1,15 +1,17 @@
 """The lab's runs are what they are called: batches equal single clips, the plain window equals the history."""
 
+from functools import partial
+
 import pytest
 import torch
 
-from flowcache_core.demo.model import load_network
+from flowcache_core.demo import load_network
 from flowcache_core.lab.adams_bashforth import AdamsBashforth2
-from flowcache_core.lab.easycache import easycache
+from flowcache_core.lab.easycache import easycache_engine
 from flowcache_core.lab.methods import peers
 from flowcache_core.lab.runs import Clips, Method, plain_forwards, run
 from flowcache_core.lab.setups import SETUPS, Setup
-from flowcache_core.models.presets import ReuseSettings, Settings
+from flowcache_core.settings import Every, Settings
 from flowcache_core.solvers.noise_levels import magi
 from flowcache_core.solvers.one_step import Euler
 
@@ -22,7 +24,7 @@ def clips():
 
 
 def test_a_batch_of_clips_is_its_clips(clips):
-    settings = Settings(ReuseSettings("even", every=2, least=1, correct=True))
+    settings = Settings(Every(2))
     both = run(Method("ours", settings=settings), QUICK, clips)
     alone = run(Method("ours", settings=settings), QUICK, Clips(clips.backbone, clips.captions[:1], clips.chunks))
     assert (both.latents[:1] - alone.latents).abs().max() < 1e-4
@@ -37,10 +39,9 @@ def test_a_window_recomputed_at_every_tick_is_the_history(clips):
 
 
 def test_easycache_recomputes_everything_at_zero_and_little_at_a_high_threshold(clips):
-    held = Settings(ReuseSettings(order=0))
     plain = run(Method("plain"), QUICK, clips)
     never, often = (
-        run(Method("EasyCache's rule", settings=held, runner=easycache(threshold)), QUICK, clips)
+        run(Method("EasyCache's rule", build=partial(easycache_engine, threshold=threshold)), QUICK, clips)
         for threshold in (0.0, 10.0)
     )
     assert torch.equal(never.latents, plain.latents)

@@ -1,0 +1,143 @@
+"""Finds out, once for a model, which steps to recompute for which likeness to its plain run.
+
+calibration = calibrate(loaded.backbone, texts, decode=decode, family_name=loaded.family, chunks=8, minutes=30.0)
+save_calibration(calibration, calibration_path("model.safetensors"))  # of storage.calibrations
+
+On a few clips, lists of recomputed steps are improved by small moves; then every list is measured on other clips.
+"""
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .errors import UserError
+from .generate import generate
+from .media.metrics import psnr
+from .models.families import family
+from .models.presets import measured_steps
+from .reuse.calibration import Calibration
+from .reuse.search import COUNTS, Score, Steps, search_calibration
+from .schedule import ChunkSchedule
+from .settings import OFF, Settings
+
+# Settings, and 0 for the clips that are searched on or 1 for those that are measured on -> their pixels [clips, ...]
+Make = Callable[[Settings, int], Tensor]
+
+SEARCHED = 4  # texts, at most, that are searched on
+MOST = 100.0  # dB; equal clips, which would be infinite, count as this
+
+
+def calibrate(
+    backbone,
+    texts: Sequence[Tensor],
+    *,
+    decode: Callable[[Tensor], Tensor],
+    family_name: str = "demo",
+    steps: int | None = None,
+    lag: int | None = None,
+    chunks: int = 4,
+    minutes: float = 10.0,
+    span: float = 2.0,
+    seed: int = 0,
+    counts: Sequence[int] = COUNTS,
+    told: Callable[[str], None] = lambda line: None,
+    known: Calibration | None = None,
+    **how: Any,
+) -> Calibration:
+    """Calibrates a model with clips of `generate`: searched on the first half of the texts, at most four, and measured
+    on the others; on all of them, with other noise, where there is one.
+
+    Args:
+        backbone: runs the network, as for `generate`.
+        texts: embeddings [1, tokens, width] of what is typical, one for each clip.
+        decode: turns latents [1, C, T, H, W] into pixels, of any shape.
+        family_name, steps, lag: as for `generate`; the calibration holds for these steps and this lag.
+        chunks: of each clip.
+        minutes: of searching; measuring comes on top. 0 only measures steps that are spread by rule.
+        span: largest minus smallest possible value of a pixel.
+        seed: of the noise.
+        counts: how many steps of a chunk are recomputed, one list each.
+        told: gets a line on what was found.
+        known: an earlier calibration, to begin with where it is better.
+        how: further options of `generate`, such as `latent_size` or `negative`.
+
+    Returns:
+        The calibration; `storage.calibrations` writes it beside a model.
+
+    Raises:
+        UserError: no text, too few steps to leave any out, or what `generate` refuses.
+    """
+    if not texts:
+        raise UserError("There is no text to calibrate with; give at least one embedding [1, tokens, width].")
+    usual = family(family_name)
+    steps = usual.steps if steps is None else steps
+    lag = max(1, round(steps * usual.lag / usual.steps)) if lag is None else lag
+    searched = min(SEARCHED, -(-len(texts) // 2))
+    parts = (texts[:searched], texts[searched:] or texts)
+
+    def make(settings: Settings, part: int) -> Tensor:
+        clips = []
+        for number, text in enumerate(parts[part]):
+            noise_seed = seed + searched * part + number
+            made = generate(
+                backbone,
+                text,
+                chunks,
+                family_name=family_name,
+                steps=steps,
+                lag=lag,
+                settings=settings,
+                seed=noise_seed,
+                **how,
+            )
+            clips.append(decode(made.latents))
+        return torch.stack(clips)
+
+    return calibrate_clips(ChunkSchedule(chunks, steps, lag), make, minutes, span, counts, told, known)
+
+
+def calibrate_clips(
+    schedule: ChunkSchedule,
+    make: Make,
+    minutes: float,
+    span: float = 1.0,
+    counts: Sequence[int] = COUNTS,
+    told: Callable[[str], None] = lambda line: None,
+    known: Calibration | None = None,
+) -> Calibration:
+    """Calibrates a model with clips that the caller makes, which go by the number alone: the same captions and noise
+    for all settings.
+
+    Args:
+        schedule: of the clips that are measured on.
+        make: gives the pixels [clips, ...] of some settings; of number 0 for the search, of number 1 for the measures.
+        minutes, span, counts, told, known: as for `calibrate`.
+
+    Raises:
+        UserError: too few steps for any of them to be left out.
+    """
+    sizes: list[int] = []
+
+    def score_of(number: int) -> Score:
+        plain: list[Tensor] = []
+
+        def score(chosen: Steps) -> float:
+            if not plain:
+                plain.append(make(OFF, number))
+                sizes.append(len(plain[0]))
+            settings = Settings(measured_steps(chosen, schedule.steps, schedule.lag))
+            return likeness(make(settings, number), plain[0], span)
+
+        return score
+
+    searching, measuring = score_of(0), score_of(1)
+    found = search_calibration(schedule, 0, searching, measuring, 60.0 * minutes, counts=counts, told=told, known=known)
+    return Calibration(found.steps, found.lag, found.chunks, sizes[-1], found.curve)
+
+
+def likeness(clips: Tensor, plain: Tensor, span: float = 1.0) -> float:
+    """Measures the PSNR of pixels [clips, ...] to others, dB: the mean over the clips, each at most 100."""
+    levels = [min(psnr(one, other, span=span), MOST) for one, other in zip(clips, plain, strict=True)]
+    return sum(levels) / len(levels)
