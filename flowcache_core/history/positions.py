@@ -87,10 +87,10 @@ class Positions:
             tokens: [B, heads, N] their numbers in the video.
             front: so many at the beginning are of a given end.
         """
-        frames = (self.frames(tokens) - self.shift).clamp(min=0)
+        frames = self.frames(tokens) - self.shift
         if front:
             frames[:, :, :front] -= self._beyond()
-        return self._turned(keys, frames)
+        return self._turned(keys, frames.clamp(min=0))
 
     def turn_absolute(self, keys: Tensor, tokens: Tensor) -> Tensor:
         """Turns stored keys in time, to where they stand in the video."""

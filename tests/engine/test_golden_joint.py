@@ -1,19 +1,23 @@
 """Joint windows of SkyReels-V2 and Rolling Forcing against upstream's own runs (tests/golden/README.md)."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import pytest
 import torch
 from safetensors.torch import load_file
+from torch.nn.functional import scaled_dot_product_attention
 
-from flowcache_core.engine.joint import Given, JointEngine, JointGuidance
-from flowcache_core.engine.rolling import RollingDenoise, RollingEngine, RollingHistory
+from flowcache_core.engine.forward import Step
+from flowcache_core.engine.guidance import WeightedGuidance, classifier_free
+from flowcache_core.engine.loop import Engine
+from flowcache_core.engine.rolling import SPAN, RollingHistory
 from flowcache_core.engine.windows import window_sizes
 from flowcache_core.errors import UserError
-from flowcache_core.models.rotary import Rotary, rotate
+from flowcache_core.history.positions import rotate
+from flowcache_core.models.rotary import Rotary
 from flowcache_core.models.skyreels import SkyReelsBackbone
 from flowcache_core.models.wan import WanBackbone, WanConfig
-from flowcache_core.schedule import ChunkSchedule
+from flowcache_core.schedule import ChunkSchedule, Given, Place
 from flowcache_core.solvers import noise_levels as levels
 from flowcache_core.solvers.multistep import SkyReelsUniPC
 from flowcache_core.solvers.one_step import Renoise
@@ -22,6 +26,7 @@ from tests.helpers.golden_runs import StretchedRotary, frames_of, relative_error
 from tests.helpers.golden_weights import SMALL, SMALL_FPS
 from tests.helpers.magi_weights import normal
 from tests.helpers.paths import GOLDEN_FOLDER
+from tests.helpers.runs import build, video
 
 SKYREELS = load_file(GOLDEN_FOLDER / "skyreels.safetensors")
 ROLLING = load_file(GOLDEN_FOLDER / "rolling_forcing.safetensors")
@@ -29,7 +34,11 @@ ROLLING = load_file(GOLDEN_FOLDER / "rolling_forcing.safetensors")
 
 @dataclass
 class Window:
-    """One of upstream's windows; `given` are frames of the noise tensor that are not generated."""
+    """One of upstream's windows; its lead and end are frames of the noise tensor that are not generated.
+
+    Attributes:
+        condition: noise level that the lead is shown at.
+    """
 
     chunks: int
     frames: int
@@ -37,11 +46,13 @@ class Window:
     config: WanConfig = SMALL
     fps: int = 24
     noise: str = "noise.0"
-    given: Given = Given()
+    lead: torch.Tensor | None = None
+    end: torch.Tensor | None = None
+    condition: float = 0.0
 
     @property
     def before(self) -> int:
-        return 0 if self.given.start is None else self.given.start.shape[2]
+        return 0 if self.lead is None else self.lead.shape[2]
 
     def backbone(self, dtype=torch.float32, rotary=Rotary) -> SkyReelsBackbone:
         network = golden_weights.network(self.config).to(dtype)
@@ -50,17 +61,23 @@ class Window:
         backbone.rotary = rotary(backbone.head_dim)
         return backbone
 
-    def engine(self) -> JointEngine:
+    def engine(self) -> Engine:
         noise = normal(self.noise, (16, self.before + self.chunks * self.frames, 4, 6))[None, :, self.before :]
-        texts = {branch: golden_weights.text(branch, self.config) for branch in ("cond", "uncond")}
-        return JointEngine(
+        engine = build(
+            self.backbone(),
             ChunkSchedule(self.chunks, 8, self.lag),
-            JointGuidance(self.backbone(), texts, {"cond": 3.0, "uncond": -2.0}),
+            classifier_free(*(golden_weights.text(branch, self.config) for branch in ("cond", "uncond")), 3.0),
             levels.skyreels(8),
-            start=noise.split(self.frames, dim=2).__getitem__,
+            noise.split(self.frames, dim=2).__getitem__,
             solver=SkyReelsUniPC,
-            given=self.given,
+            seeing="joint",
+            grain=grain,
         )
+        if self.lead is not None:
+            engine.give(Given.LEAD, self.lead, self.condition)
+        if self.end is not None:
+            engine.give(Given.END, self.end)
+        return engine
 
 
 def image(name: str) -> torch.Tensor:
@@ -74,26 +91,34 @@ def grain(tick: int) -> torch.Tensor:
 WINDOWS = {
     "sync": Window(6, 1, 0),
     "sync_fps": Window(6, 1, 0, SMALL_FPS, 16),
-    "images": Window(4, 1, 0, given=Given(image("image"), image("end_image"))),
+    "images": Window(4, 1, 0, lead=image("image"), end=image("end_image")),
     "joint": Window(4, 2, 2),
     "joint_fps": Window(4, 2, 2, SMALL_FPS),
     "windows.0": Window(4, 2, 2),
-    "windows.1": Window(
-        2, 2, 2, noise="noise.1", given=Given(SKYREELS["windows.0.final"][:, :, -2:], condition=0.02, grain=grain)
-    ),
+    "windows.1": Window(2, 2, 2, noise="noise.1", lead=SKYREELS["windows.0.final"][:, :, -2:], condition=0.02),
 }
 
 
-def video(engine: JointEngine) -> torch.Tensor:
-    return torch.cat([chunk.latent for chunk in engine.run()], dim=2)
+def watched(engine: Engine) -> list[tuple[torch.Tensor, torch.Tensor]]:
+    """Frames and their noise levels [T] of every forward of a run, clean passes aside."""
+    seen, guidance = [], engine.forward.guidance
+    ask = guidance.velocities
+
+    def velocities(steps, network):
+        level = [step.sigma for step in steps for _ in range(step.x.shape[2])]
+        if not all(step.place.is_clean_pass for step in steps):
+            seen.append((torch.cat([step.x for step in steps], dim=2), torch.tensor(level)))
+        return ask(steps, network)
+
+    guidance.velocities = velocities
+    return seen
 
 
 @pytest.mark.parametrize("name", WINDOWS)
 def test_whole_window(name):
     window = WINDOWS[name]
     engine = window.engine()
-    seen, denoise = [], engine.denoise
-    engine.denoise = lambda x, per_frame, first: seen.append((x, per_frame)) or denoise(x, per_frame, first)
+    seen = watched(engine)
     found = video(engine)
     for (x, per_frame), latents, told in zip(
         seen, SKYREELS[f"{name}.latents"], SKYREELS[f"{name}.timesteps"], strict=True
@@ -112,10 +137,17 @@ def test_one_forward(name):
     for branch in ("cond", "uncond"):
         text, golden = golden_weights.text(branch, window.config), SKYREELS[f"{name}.velocity.{branch}"]
 
-        def error(text=text, golden=golden, attention=None, dtype=torch.float32, **options):
-            guidance = JointGuidance(window.backbone(dtype, **options), {"": text.to(dtype)}, {"": 1.0})
-            guidance.attention = attention or guidance.attention
-            return relative_error(guidance(x.to(dtype), per_frame, 0), golden)
+        def error(text=text, golden=golden, dtype=torch.float32, attention=scaled_dot_product_attention, **options):
+            """Of one forward over all frames, each a chunk of its own."""
+            count, frames = x.shape[2], x.to(dtype).split(1, dim=2)
+            guidance = WeightedGuidance({"": text.to(dtype)}, {"": 1.0})
+            engine = build(
+                window.backbone(dtype, **options), ChunkSchedule(count, 8, 0), guidance, levels.skyreels(8),
+                frames.__getitem__, seeing="joint", attention=attention,
+            )  # fmt: skip
+            steps = [Step(frames[at], per_frame[at].item(), Place(at, 0, 0)) for at in range(count)]
+            found = [velocity.value for velocity in engine.forward.velocities(steps)]
+            return relative_error(torch.cat(found, dim=2), golden)
 
         assert error() < 1e-4
         assert error(dtype=torch.bfloat16) < 2e-2
@@ -125,23 +157,25 @@ def test_one_forward(name):
 
 def causal_attention(q, k, v):
     """Wrong on purpose: a joint window looks both ways."""
-    return torch.nn.functional.scaled_dot_product_attention(q, k, v, is_causal=True)
+    return scaled_dot_product_attention(q, k, v, is_causal=True)
 
 
 def test_images_work_asynchronously():
     """Upstream's asynchronous mode loses both; here one image and chunks of two frames go together."""
-    both = Window(2, 2, 2, given=Given(image("image"), image("end_image")))
+    both = Window(2, 2, 2, lead=image("image"), end=image("end_image"))
     found = video(both.engine())
     assert found.shape == (1, 16, 4, 4, 6)
-    for given in (Given(image("other"), image("end_image")), Given(image("image"), image("other"))):
-        assert relative_error(video(Window(2, 2, 2, given=given).engine()), found) > 1e-2
+    for other in (replace(both, lead=image("other")), replace(both, end=image("other"))):
+        assert relative_error(video(other.engine()), found) > 1e-2
 
 
-def test_condition_noise_needs_start_frames():
-    with pytest.raises(UserError, match="no start frames"):
-        Given(condition=0.02)
+def test_a_window_takes_no_prefix_chunks():
     with pytest.raises(UserError, match="not as prefix chunks"):
-        JointEngine(ChunkSchedule(2, 8, 2, prefix=1), None, levels.skyreels(8), None)
+        build(
+            Window(2, 2, 2).backbone(), ChunkSchedule(2, 8, 2, prefix=1),
+            classifier_free(golden_weights.text("cond")), levels.skyreels(8), lambda chunk: image("image"),
+            seeing="joint",
+        )  # fmt: skip
 
 
 def test_window_sizes():
@@ -154,35 +188,41 @@ def test_window_sizes():
         window_sizes(45, 25, 25)
 
 
-def rolling(chunks: int = 11, rotary=Rotary, span: int = 21, dtype=torch.float32) -> RollingEngine:
+def rolling(chunks: int = 11, rotary=Rotary, span: int = SPAN, dtype=torch.float32) -> Engine:
     network = golden_weights.network().to(dtype)
     network.patch_embedding.float()
     backbone = WanBackbone(network)
     backbone.rotary = rotary(backbone.head_dim)
     noise = frames_of("noise", 3 * chunks).to(dtype).split(3, dim=2)
-    return RollingEngine(
+    engine = build(
+        backbone,
         ChunkSchedule(chunks, 5, 1),
-        RollingDenoise(backbone, golden_weights.text("cond").to(dtype), RollingHistory(3, span)),
+        classifier_free(golden_weights.text("cond").to(dtype)),
         levels.warped(levels.ROLLING_FORCING),
-        start=noise.__getitem__,
+        noise.__getitem__,
         noise=lambda chunk, step: frames_of(f"renoise.{chunk}.{step}", 3).to(dtype),
         solver=Renoise,
+        seeing="rolling",
     )
+    engine.forward.histories["cond"] = RollingHistory(3, 3, span)
+    return engine
+
+
+def rolled(engine: Engine, x: torch.Tensor, sigmas, first: int) -> torch.Tensor:
+    """The velocity of one window [1, C, T, H, W] of chunks, each at its level, from a chunk on."""
+    steps = [
+        Step(part, sigma, Place(first + at, 0, 0))
+        for at, (part, sigma) in enumerate(zip(x.split(3, dim=2), sigmas, strict=True))
+    ]
+    return torch.cat([velocity.value for velocity in engine.forward.velocities(steps)], dim=2)
 
 
 def test_rolling_forcing():
     """11 chunks: more than upstream's cache holds, so its oldest chunks are dropped and the sink moves along."""
     engine = rolling()
-    seen = []
-
-    class Seen(RollingDenoise):
-        def __call__(self, x, per_frame, first):
-            seen.append(x)
-            return super().__call__(x, per_frame, first)
-
-    engine.denoise = Seen(engine.denoise.backbone, golden_weights.text("cond"), engine.denoise.history)
+    seen = watched(engine)
     found = video(engine)
-    for number, x in enumerate(seen):
+    for number, (x, _) in enumerate(seen):
         assert relative_error(x, ROLLING[f"rolling_forcing.latents.{number}"]) < 1e-4
     assert relative_error(found, ROLLING["rolling_forcing.final"]) < 1e-4
 
@@ -193,31 +233,32 @@ def test_rolling_golden_would_notice():
     assert relative_error(video(rolling(span=18)), golden) > 1e-2
 
 
+@torch.inference_mode()
 def test_rolling_forward_in_bfloat16():
     """The window of the golden's stored call, over the clean chunks before it."""
     tick = int(ROLLING["rolling_forcing.velocity.call"]) // 2
     for dtype, limit in ((torch.float32, 1e-4), (torch.bfloat16, 2e-2)):
-        engine = rolling(dtype=dtype)
-        denoise, clean = engine.denoise, ROLLING["rolling_forcing.final"].to(dtype).split(3, dim=2)
-        chunks = [place.chunk for place in list(engine.schedule)[tick]]
-        for chunk in range(chunks[0]):
-            denoise.clean(clean[chunk], 3 * chunk)
-        per_frame = torch.tensor(levels.warped(levels.ROLLING_FORCING)[:5][::-1]).repeat_interleave(3)
+        engine, clean = rolling(dtype=dtype), ROLLING["rolling_forcing.final"].to(dtype).split(3, dim=2)
+        first = list(engine.schedule)[tick][0].chunk
+        for chunk in range(first):
+            engine.forward.finish(chunk, clean[chunk])
         x = ROLLING[f"rolling_forcing.latents.{tick}"].to(dtype)
-        found = denoise(x, per_frame, 3 * chunks[0])
+        found = rolled(engine, x, levels.warped(levels.ROLLING_FORCING)[:5][::-1], first)
         assert relative_error(found, ROLLING["rolling_forcing.velocity"]) < limit
 
 
+@torch.inference_mode()
 def test_rolling_memory_is_bounded_and_places_are_relative():
     engine = rolling(chunks=14)
-    sizes = [engine.denoise.history.bytes for _ in engine.run()]
+    sizes = [engine.forward.history_bytes[0] for _ in engine.run()]
     assert len(sizes) == 14 and len(set(sizes[6:])) == 1
-    x, per_frame = frames_of("x", 15), torch.linspace(0.2, 1, 15)
-    here = engine.denoise(x, per_frame, 42)
-    rotary = engine.denoise.backbone.rotary
+    assert sizes[-1] == engine.report.history_bytes_planned
+    x, sigmas = frames_of("x", 15), torch.linspace(0.2, 1, 5).tolist()
+    here = rolled(engine, x, sigmas, 14)
+    rotary = engine.forward.backbone.rotary
     angles = torch.zeros(rotary.head_dim // 2, dtype=torch.float64)
     angles[: rotary.parts[0] // 2] = rotary.angles(torch.tensor(3000), rotary.parts[0])
     later = torch.stack([angles.cos(), angles.sin()]).float()  # turns keys on by 3,000 frames
-    for kept in engine.denoise.history.recent.values():
+    for kept in engine.forward.histories["cond"].recent:
         kept[:] = [(rotate(keys, later), values) for keys, values in kept]
-    assert relative_error(engine.denoise(x, per_frame, 42 + 3000), here) < 1e-4
+    assert relative_error(rolled(engine, x, sigmas, 14 + 1000), here) < 1e-4

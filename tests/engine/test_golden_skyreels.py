@@ -4,14 +4,15 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from flowcache_core.engine.loop import Engine, guidance
-from flowcache_core.engine.runner import Runner
-from flowcache_core.models.presets import ReuseSettings, Settings
+from flowcache_core.engine.guidance import classifier_free
+from flowcache_core.engine.loop import Engine
+from flowcache_core.models.families import family
 from flowcache_core.models.rotary import Rotary
 from flowcache_core.models.skyreels import POLYNOMIAL_1_3B, POLYNOMIAL_14B, SkyReelsBackbone
 from flowcache_core.models.wan import WanConfig
 from flowcache_core.reuse.policies import relative_change
 from flowcache_core.schedule import ChunkSchedule
+from flowcache_core.settings import HELD, Drift, Off, Reuse, Settings
 from flowcache_core.solvers.multistep import SkyReelsUniPC, UniPC
 from flowcache_core.solvers.noise_levels import skyreels
 from tests.helpers import golden_weights
@@ -19,6 +20,7 @@ from tests.helpers.golden_runs import StretchedRotary, latents_seen, relative_er
 from tests.helpers.golden_weights import SMALL, SMALL_FPS
 from tests.helpers.magi_weights import normal
 from tests.helpers.paths import GOLDEN_FOLDER
+from tests.helpers.runs import build, give, video
 
 GOLDEN = load_file(GOLDEN_FOLDER / "skyreels_flowcache.safetensors")
 CONDITION = 0.02  # noise level of a window's given frames
@@ -34,7 +36,7 @@ def window(
     steps: int,
     lag: int,
     given: torch.Tensor | None = None,
-    reuse: ReuseSettings | None = None,
+    reuse: Reuse = Off(),
     rotary=Rotary,
     solver=SkyReelsUniPC,
 ) -> Engine:
@@ -43,18 +45,14 @@ def window(
     backbone.rotary = rotary(backbone.head_dim)
     prefix = 0 if given is None else 1
     schedule = ChunkSchedule(chunks - prefix, steps, lag, prefix)
-    runner = Runner(backbone, schedule, Settings(reuse or ReuseSettings(), clean_pass=False), frames)
     noise = normal(f"noise.{number}", (16, chunks * frames, 4, 6))[None].split(frames, dim=2)
-    texts = (golden_weights.text(branch, config) for branch in ("cond", "uncond"))
-    engine = Engine(runner, guidance(runner, *texts, 3.0), skyreels(steps), noise.__getitem__, solver=solver)
+    guidance = classifier_free(*(golden_weights.text(branch, config) for branch in ("cond", "uncond")), 3.0)
+    settings = Settings(reuse, HELD, clean_pass=False)
+    engine = build(backbone, schedule, guidance, skyreels(steps), noise.__getitem__, settings, solver=solver)
     if given is not None:
-        engine.noise = lambda chunk, step: normal("condition.0", tuple(given.shape[1:]))[None]
-        engine.prefill(given, CONDITION)
+        grain = normal("condition.0", tuple(given.shape[1:]))[None]
+        give(engine, torch.lerp(given, grain, CONDITION), frames, CONDITION)
     return engine
-
-
-def video(engine: Engine) -> torch.Tensor:
-    return torch.cat([chunk.latent for chunk in engine.run()], dim=2)
 
 
 @pytest.mark.parametrize(("name", "config"), [("off", SMALL), ("off_fps", SMALL_FPS)])
@@ -77,15 +75,19 @@ def test_the_golden_would_notice():
     assert relative_error(video(window(0, SMALL, 4, 2, 8, 3)), golden) > 1e-3  # another mask: chunks see other chunks
     assert relative_error(video(window(0, SMALL, 4, 2, 8, 2, solver=UniPC)), golden) > 1e-3
     with_fps = window(0, SMALL_FPS, 4, 2, 8, 2)
-    with_fps.runner.backbone.fps = 16
+    with_fps.forward.backbone.fps = 16
     assert relative_error(video(with_fps), GOLDEN["off_fps.0.final"]) > 1e-3
 
 
-def published(preset: str, size: str) -> ReuseSettings:
-    threshold, rescale = THRESHOLDS[preset], POLYNOMIALS[size]
-    return ReuseSettings(
-        "flowcache", threshold=threshold, rescale=rescale, warmup=5, last=True, order=0, held="residual", correct=False
-    )
+def published(preset: str, size: str) -> Drift:
+    return Drift(THRESHOLDS[preset], warmup=5, last=True, rescale=POLYNOMIALS[size], holds="residual")
+
+
+@pytest.mark.parametrize(("size", "dim"), [("1.3B", 1536), ("14B", 5120)])
+@pytest.mark.parametrize("preset", THRESHOLDS)
+def test_the_familys_presets_are_the_published_ones(preset, size, dim):
+    theirs = Settings(published(preset, size), HELD, clean_pass=False)
+    assert family("skyreels").published(f"paper {preset}", dim) == theirs
 
 
 @pytest.mark.parametrize("size", POLYNOMIALS)
@@ -98,7 +100,7 @@ def test_published_presets(preset, size):
         found = video(engine)
         golden = GOLDEN[f"{preset}_{size}.{number}.recomputed"].bool()
         assert 0.3 < golden[1].float().mean() < 0.9  # some steps are reused, not all
-        for decisions in engine.runner.report.decisions.values():
+        for decisions in engine.report.decisions.values():
             assert {chunk: golden[chunk].tolist() for chunk in engine.schedule.indices} == decisions
         assert relative_error(found, GOLDEN[f"{preset}_{size}.{number}.final"][:, :, 5 * number :]) < 1e-4
         given = found[:, :, -5:]
