@@ -8,10 +8,12 @@ import torch
 from flowcache_core.errors import UserError
 from flowcache_core.history import compression
 from flowcache_core.history.cache import History
-from flowcache_core.history.compression import Compression, choose, importance, keep_best, redundancy
-from flowcache_core.history.settings import HistorySettings, HistoryShape
+from flowcache_core.history.compression import asking_queries, choose, importance, keep_best, redundancy
+from flowcache_core.history.plan import NetworkSizes, plan_memory
 from flowcache_core.lab.allocation import Peak
 from flowcache_core.models.rotary import Rotary
+from flowcache_core.schedule import ChunkSchedule
+from flowcache_core.settings import Compression, HistorySettings, Settings
 
 FRAME, CHUNK = 4, 12
 
@@ -82,18 +84,36 @@ def test_a_budget_must_hold_what_is_protected():
         HistorySettings(1, Compression(protect_first=True, protect_newest=True))
 
 
+@pytest.mark.parametrize("lag, kind", [(4, "stored"), (2, "shared")])
 @pytest.mark.parametrize("chunks, heads, frame", [(6, 8, (20, 26)), (40, 2, (30, 52))])
-def test_a_cut_takes_little_memory_whatever_the_length(chunks, heads, frame):
-    shape = HistoryShape(1, 1, heads, 64, frame, 1, capacity=chunks + 2)
-    history = History(shape, Rotary(64), HistorySettings(chunks), torch.bfloat16, torch.device("cpu"))
+def test_a_cut_takes_little_memory_whatever_the_length(chunks, heads, frame, lag, kind):
+    """Of a layer whose clean tokens are `chunks` chunks, and one more comes."""
+    schedule, settings = ChunkSchedule(chunks + 2, 4, lag), Settings(history=HistorySettings(chunks))
+    sizes = NetworkSizes(1, heads, heads, 64, heads * 64, 4 * heads * 64, Rotary(64).parts[0])
+    policy = settings.reuse.policy(schedule)
+    plan = plan_memory(sizes, schedule, settings, policy, grid=frame, chunk_frames=1)
+    assert plan.kind == kind
+    history = History(plan, Rotary(64), settings.history, torch.bfloat16, torch.device("cpu"), keeps_slots=False)
     history.layers[0].keys.here.normal_(generator=torch.Generator().manual_seed(0))
     history.layers[0].values.here.zero_()
-    history.clean = (chunks + 1) * shape.chunk_tokens
-    history.queries = [draw(1, heads, 128, 64).bfloat16()]
+    q, k, v = (draw(1, heads, plan.chunk_tokens, 64, seed=seed).bfloat16() for seed in range(3))
     with Peak() as peak:
-        history.open(chunks + 1)
-    assert history.clean == chunks * shape.chunk_tokens
+        for chunk in (chunks, chunks + 1):
+            history.clean = min(chunk, chunks if kind == "shared" else chunk) * plan.chunk_tokens
+            history.arrange([chunk], [chunk] if chunk == chunks else [])
+            history.open_layer(0)
+            history.attend(0, chunk, q, k, v, lambda q, k, v: q, asks=True)
+            history.close_layer(0)
+            history.commit()
+    assert history.clean == chunks * plan.chunk_tokens
     assert peak.peak <= 64 * 2**20, peak.peak / 2**20
+
+
+def test_queries_that_ask_lie_spread_or_last():
+    assert list(range(12))[asking_queries(Compression(queries=4), 12)] == [1, 4, 7, 10]
+    assert list(range(12))[asking_queries(Compression(queries=4, asked_from="last"), 12)] == [8, 9, 10, 11]
+    for everything in (Compression(queries=0), Compression(queries=12), Compression(queries=50)):
+        assert list(range(12))[asking_queries(everything, 12)] == list(range(12))
 
 
 def test_half_precision_chooses_the_same():

@@ -7,7 +7,8 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from flowcache_core.history.compression import Compression, choose
+from flowcache_core.history.compression import choose
+from flowcache_core.settings import Compression
 from tests.helpers.magi_weights import normal
 from tests.helpers.paths import GOLDEN_FOLDER
 
@@ -31,7 +32,7 @@ def magi(settings: Compression) -> torch.Tensor:
 
 @pytest.mark.parametrize(("granularity", "asked"), list(product(STRATEGIES, ASKED)))
 def test_magi(granularity, asked):
-    kept = magi(Compression(granularity=granularity, queries=ASKED[asked]))
+    kept = magi(Compression(granularity=granularity, queries=ASKED[asked], asked_from="last"))
     assert kept.tolist() == GOLDEN[f"magi.{granularity}.{asked}"].tolist()
 
 
@@ -42,6 +43,8 @@ def test_skyreels(chunks, budget):
     assert kept.tolist() == GOLDEN[f"skyreels.{chunks}.{budget}"].tolist()
 
 
-@pytest.mark.parametrize("change", [{"weight": 0.0}, {"weight": 1.0}, {"pool": 1}, {"queries": 6}])
+@pytest.mark.parametrize(
+    "change", [{"weight": 0.0}, {"weight": 1.0}, {"pool": 1}, {"queries": 6}, {"queries": 6, "asked_from": "last"}]
+)
 def test_the_golden_would_notice(change):
     assert magi(replace(Compression(), **change)).tolist() != GOLDEN["magi.token.chunk"].tolist()

@@ -4,7 +4,7 @@ import pytest
 
 from flowcache_core.errors import UserError
 from flowcache_core.models.families import FAMILIES, POLYNOMIAL_1_3B, POLYNOMIAL_14B, family, fitted
-from flowcache_core.models.presets import ReuseSettings
+from flowcache_core.settings import Drift, Every
 from flowcache_core.solvers import noise_levels as levels
 
 
@@ -38,8 +38,8 @@ def test_an_unknown_family_is_told():
 
 
 def test_a_rule_that_watches_takes_the_familys_polynomial():
-    teacache, even = ReuseSettings("teacache", threshold=0.2, order=0), ReuseSettings("even")
+    teacache, even = Drift(0.2, whole_window=True), Every(2)
     small, large = (fitted(teacache, "skyreels", dim) for dim in (1536, 5120))
     assert small.rescale == POLYNOMIAL_1_3B and large.rescale == POLYNOMIAL_14B
-    assert (small.policy, small.threshold, small.held) == ("teacache", 0.2, "residual")
+    assert (small.whole_window, small.threshold, small.holds) == (True, 0.2, "residual")
     assert fitted(teacache, "demo", 256) == teacache and fitted(even, "skyreels", 1536) == even

@@ -7,58 +7,45 @@ import time
 import pytest
 
 from flowcache_core.errors import UserError
-from flowcache_core.lab.placement import calibrate, improved, moved
-from flowcache_core.models.presets import OFF
-from flowcache_core.reuse.calibration import (  # fmt: skip
-    SHIPPED,
-    Calibration,
-    Measured,
-    beside,
-    decibels,
-    load,
-    recomputing,
-    reuse,
-    save,
-    settings_of,
-)
-from flowcache_core.reuse.placement import spread
+from flowcache_core.models.presets import measured_steps, quality_settings, recomputing
+from flowcache_core.reuse.calibration import Calibration, Measured, decibels
+from flowcache_core.reuse.placement import place_steps
+from flowcache_core.reuse.search import improved, moved, search_calibration
 from flowcache_core.schedule import ChunkSchedule
+from flowcache_core.settings import OFF
+from flowcache_core.storage.calibrations import SHIPPED, calibration_path, load_calibration, save_calibration
 
 MADE = Calibration(8, 4, 3, 2, (Measured((0, 4), 30.0), Measured((0, 4, 6), 37.5), Measured((0, 2, 4, 6), 46.0)))
 
 
 def chosen(quality, schedule=ChunkSchedule(2, 8, 4)):
-    policy = settings_of(quality, MADE).reuse.make(schedule)
-    return [
-        step for step in range(schedule.steps) if policy.recompute(schedule.active(step)[0], schedule.steps, "", None)
-    ]
+    return sorted(quality_settings(quality, MADE).reuse.policy(schedule).recomputed(schedule.steps))
 
 
 def test_the_fewest_steps_that_reach_the_quality():
     assert chosen(0.0) == [0, 4]
     assert chosen(0.2) == [0, 4, 6]  # 30.8 dB
     assert chosen("balanced") == [0, 2, 4, 6]  # 38 dB
-    assert settings_of("lossless", MADE) == OFF
-    assert settings_of(0.9, MADE) == OFF  # more than any list reaches
+    assert quality_settings("lossless", MADE) == OFF
+    assert quality_settings(0.9, MADE) == OFF  # more than any list reaches
 
 
 def test_on_another_schedule_as_large_a_share():
-    settings = reuse(tuple(range(0, 64, 4)), 64, 16)
-    policy = settings.make(ChunkSchedule(2, 32, 8))
-    assert len(policy.steps) == 8
+    policy = measured_steps(tuple(range(0, 64, 4)), 64, 16).policy(ChunkSchedule(2, 32, 8))
+    assert len(policy.recomputed(32)) == 8
 
 
 @pytest.mark.parametrize("wrong", [-0.1, 1.5, "best"])
 def test_impossible_qualities_are_refused(wrong):
     with pytest.raises(UserError, match="expected 0 to 1"):
-        settings_of(wrong, MADE)
+        quality_settings(wrong, MADE)
 
 
 def test_saved_and_read_again(tmp_path):
-    path = beside(tmp_path / "model.safetensors")
+    path = calibration_path(tmp_path / "model.safetensors")
     assert path.name == "model.flowcache.json"
-    save(MADE, path)
-    assert load(path) == MADE
+    save_calibration(MADE, path)
+    assert load_calibration(path) == MADE
 
 
 @pytest.mark.parametrize(
@@ -75,16 +62,16 @@ def test_saved_and_read_again(tmp_path):
 )
 def test_damaged_files_are_refused(tmp_path, spoil):
     path = tmp_path / "model.flowcache.json"
-    save(MADE, path)
+    save_calibration(MADE, path)
     told = json.loads(path.read_text())
     spoil(told)
     path.write_text(json.dumps(told))
     with pytest.raises(UserError, match="calibrate the model again"):
-        load(path)
+        load_calibration(path)
 
 
 def test_what_ships_is_sound_and_more_steps_are_more_alike():
-    shipped = load(SHIPPED)
+    shipped = load_calibration(SHIPPED)
     assert (shipped.steps, shipped.lag) == (64, 16)
     counts = [len(one.steps) for one in shipped.curve]
     assert counts == sorted(set(counts))
@@ -99,7 +86,7 @@ def test_the_search_finds_a_better_list():
     def score(steps):
         return -sum(min(abs(step - other) for other in steps) for step in best)
 
-    start = spread(schedule, 5)
+    start = place_steps(schedule, 5)
     found = improved(start, schedule, score, time.monotonic() + 1.0, random.Random(0))
     assert score(found) > score(start) and len(found) == 5 and found[0] == 0
     assert all(len(moved(best, schedule, random.Random(seed))) == 5 for seed in range(50))
@@ -107,7 +94,7 @@ def test_the_search_finds_a_better_list():
 
 def test_a_calibration_measures_what_it_found():
     schedule = ChunkSchedule(2, 8, 4)
-    made = calibrate(
+    made = search_calibration(
         schedule, 3, lambda steps: float(len(steps)), lambda steps: 10.0 * len(steps), 0.0, counts=(2, 4, 30)
     )
     assert [(len(one.steps), one.psnr) for one in made.curve] == [(2, 20.0), (4, 40.0)]
@@ -124,10 +111,10 @@ def test_an_earlier_calibration_is_begun_with_where_it_is_better():
     def score(steps):
         return 40.0 if steps == best else 20.0
 
-    begun = calibrate(schedule, 1, score, score, 0.0, counts=(3,), known=MADE)
+    begun = search_calibration(schedule, 1, score, score, 0.0, counts=(3,), known=MADE)
     assert begun.curve == (Measured(best, 40.0),)
-    elsewhere = calibrate(ChunkSchedule(3, 8, 8), 1, score, score, 0.0, counts=(3,), known=MADE)
-    assert elsewhere.curve[0].steps == spread(ChunkSchedule(3, 8, 8), 3)
+    elsewhere = search_calibration(ChunkSchedule(3, 8, 8), 1, score, score, 0.0, counts=(3,), known=MADE)
+    assert elsewhere.curve[0].steps == place_steps(ChunkSchedule(3, 8, 8), 3)
 
 
 def test_a_search_ends_when_its_time_is_over():
@@ -138,5 +125,5 @@ def test_a_search_ends_when_its_time_is_over():
         time.sleep(0.01)
         return 1.0
 
-    calibrate(ChunkSchedule(4, 64, 16), 1, score, lambda steps: 0.0, 0.5, counts=(5, 8))
+    search_calibration(ChunkSchedule(4, 64, 16), 1, score, lambda steps: 0.0, 0.5, counts=(5, 8))
     assert len(tried) < 60  # half a second's worth, and the lists that it begins with
