@@ -120,15 +120,15 @@ def generate(
     against = _checked_texts(negative, "negative text", backbone) if negative is not None else None
     given = _given(state, prefix, (batch, backbone.channels, chunk_frames, *latent_size), model)
     frames = 0 if given is None else given.shape[2] if state is None else state.frames
-    done, lead = divmod(frames, chunk_frames)
+    way = seeing or usual.attention
+    done, lead = divmod(frames, chunk_frames) if way == "causal" else (0, 0)
     size = latent_size if given is None and end is None else (end if given is None else given).shape[3:]
     shape = (batch, backbone.channels, chunk_frames, *size)
     if end is not None:
         _check_latents(end, "end", shape)
     _check_size(shape)
-    way = seeing or usual.attention
     first_steps = None if done or first_levels is None else len(first_levels) - 1
-    schedule = ChunkSchedule(chunks, steps, lag, prefix=0 if way != "causal" else done, first_steps=first_steps)
+    schedule = ChunkSchedule(chunks, steps, lag, prefix=done, first_steps=first_steps)
     negative_text = None if against is None else _by_chunk(against, done)
     guidance = classifier_free(_by_chunk(texts, done), negative_text, scale)
     sampling = Sampling(
@@ -146,7 +146,8 @@ def generate(
         label=describe(settings),
     )  # fmt: skip
     engine = build_engine(run)
-    for chunk, latent in given_chunks(prefix, lead, chunk_frames) if prefix is not None else []:
+    together = chunk_frames if way == "causal" or prefix is None else prefix.shape[2]  # a window takes them as one
+    for chunk, latent in given_chunks(prefix, lead, together) if prefix is not None else []:
         engine.give(chunk, latent.to(device, dtype))
     if end is not None:
         engine.give(Given.END, end.to(device, dtype))

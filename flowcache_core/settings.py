@@ -77,6 +77,8 @@ class Spread:
         if self.made_for == (schedule.steps, schedule.lag):
             return Fixed(self.steps).policy(schedule)
         count = max(self.least, round(self.share * schedule.steps))
+        if count + 1 == schedule.max_active:  # a step more, and every chunk begins beside recomputed ones
+            count += 1
         # A longer first chunk has steps that a list of all steps of the others does not name.
         return (
             Off().policy(schedule) if count >= schedule.steps else Fixed(place_steps(schedule, count)).policy(schedule)

@@ -95,13 +95,14 @@ class CausalForward:
         self._run([Step(latent, condition, Place(chunk, None, 0))])
 
     def finish(self, chunk: int, latent: Tensor) -> None:
-        """Takes a finished chunk. Its clean pass goes along with the next forward, but where the history is bounded it is
-        made now: the history may be cut before that."""
+        """Takes a finished chunk. Its clean pass goes along with the next forward, but is made now where the history is
+        bounded, for it may be cut before that, and where it is the only chunk: then a run that goes on from it has the
+        same bits."""
         if not self.settings.clean_pass:
             self._commit([chunk])
             return
         self.waiting.append(Step(latent, 0.0, Place(chunk, None, 0)))
-        if self.settings.history.budget is not None:
+        if self.settings.history.budget is not None or self.plan.max_active == 1:
             self.settle()
 
     def settle(self) -> None:
@@ -156,11 +157,17 @@ class CausalForward:
         rows = steps[0].x.shape[0] // len(branches)
         histories = [self._history_of(name) for name in branches]
         chunks = [step.place.chunk for step in steps]
+        every = self.histories.values()
+        storing = [step.place.chunk for step in steps if step.place.is_clean_pass]
         for history in histories:
-            history.arrange(chunks, [step.place.chunk for step in steps if step.place.is_clean_pass])
+            retry_on_oom(partial(history.arrange, chunks, storing), every)
         asking = self._asking(steps)
-        contexts = [[self.contexts.of(text) for text in texts(chunk)] for chunk in chunks]
-        groups = groups_of(self.backbone, steps, contexts, self.plan.together)
+
+        def begun() -> list[Group]:
+            contexts = [[self.contexts.of(text) for text in texts(chunk)] for chunk in chunks]
+            return groups_of(self.backbone, steps, contexts, self.plan.together)
+
+        groups = retry_on_oom(begun, every)
 
         def attend(layer: int, step: Step, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
             parts = zip(histories, q.split(rows), k.split(rows), v.split(rows), strict=True)
@@ -170,20 +177,21 @@ class CausalForward:
 
         for layer in range(self.backbone.layers):
             for history in histories:
-                history.open_layer(layer)
-            run_layer(self.backbone, layer, groups, attend, self.histories.values(), self.check)
+                retry_on_oom(partial(history.open_layer, layer), every)
+            run_layer(self.backbone, layer, groups, attend, every, self.check)
             for history in histories:
-                history.close_layer(layer)
+                retry_on_oom(partial(history.close_layer, layer), every)
         return [velocity for group in groups for velocity in self._headed(group, branches)]
 
     def _headed(self, group: Group, branches: Sequence[Hashable]) -> Sequence[Tensor]:
         """Velocities of a group's chunks, from what its blocks gave."""
-        count, residual = len(group.steps), self.backbone.residual(group.x, group.hidden)
+        count, every = len(group.steps), self.histories.values()
+        residual = retry_on_oom(partial(self.backbone.residual, group.x, group.hidden), every)
         if self.holds_residual:
             for step, part in zip(group.steps, residual.chunk(count, dim=1), strict=True):
                 self._hold(step.place, branches, part)
         head = partial(self.backbone.head, group.x, group.levels, residual)
-        return retry_on_oom(head, self.histories.values()).chunk(count, dim=2)
+        return retry_on_oom(head, every).chunk(count, dim=2)
 
     def _hold(self, place: Place, branches: Sequence[Hashable], residual: Tensor) -> None:
         if place.step is not None:

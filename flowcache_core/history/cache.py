@@ -96,7 +96,9 @@ class History:
         self.slots: list[Chunk] = []  # chunks behind the clean tokens, oldest first
         self.storing: list[Chunk] = []  # those of them that become clean with the forward that goes on
         self.saved = 0  # tokens at the front that are loaded or that `begin_delta` gave out; 0 once one is dropped
-        self.captured: list[tuple[Tensor, Tensor]] | None = None  # see `capture`
+        # Where it is a dictionary: keys and values of what is attended to, by layer, turned by their place in the video,
+        # on the CPU.
+        self.captured: dict[int, tuple[Tensor, Tensor]] | None = None
         self._open: Layer | None = None  # the layer that is attended to
         self._unturned: dict[Chunk, Tensor] = {}  # keys of chunks that become clean, without their turn in time
         self._saving: Pending = Pending(None)  # a copy of clean tokens that may not be finished
@@ -166,8 +168,10 @@ class History:
         if self.scratch is None and not stored.keys.moved:
             self._open = stored
             return
+        # A layer that has moved since it was opened holds what the same forward has written there.
+        written = self.keeps_slots or self._open is stored
         self.scratch = self.scratch or self._scratch()
-        filled = self.clean + (self._slot_tokens if self.plan.kind == "stored" and self.keeps_slots else 0)
+        filled = self.clean + (self._slot_tokens if self.plan.kind == "stored" and written else 0)
         keys, values = (part.here[:, :, :filled] for part in self.scratch)
         if self.positions.relative:
             turned = self.positions.turn(
@@ -202,6 +206,8 @@ class History:
         Returns:
             Attended values of q's shape.
         """
+        if self._open is self.layers[layer] and self._open.keys.moved:
+            self.open_layer(layer)
         assert self._open is not None
         keys, values = (part.here for part in self._open)
         start, end = self.slot(chunk)
@@ -212,8 +218,8 @@ class History:
         self._store(layer, chunk, k, v, start)
         if asks and self.queries is not None:
             self._keep_queries(layer, q)
-        if self.captured is not None:
-            self.captured.append((rotate(k, self.positions.absolute_table(chunk)).cpu(), v.cpu()))
+        if self.captured is not None and chunk == self.slots[0]:
+            self.captured[layer] = rotate(k, self.positions.absolute_table(chunk)).cpu(), v.cpu()
         if chunk is Given.END:
             first, end = 0, self.clean
         else:
@@ -224,8 +230,7 @@ class History:
 
     def _store(self, layer: int, chunk: Chunk, k: Tensor, v: Tensor, start: int) -> None:
         """Keeps what a later forward needs, where the slot lies in the scratch."""
-        stays = chunk in self.storing or (self.keeps_slots and self.captured is None)
-        if self._open is self.layers[layer] or not stays:
+        if self._open is self.layers[layer] or not (chunk in self.storing or self.keeps_slots):
             return
         keys = rotate(k, self.positions.still_table(chunk) if self.positions.relative else self.positions.table(chunk))
         if self.plan.kind == "stored" or chunk is Given.END:
@@ -244,7 +249,7 @@ class History:
     def close_layer(self, layer: int) -> None:
         """Takes what becomes clean with this forward out of the shared scratch, and cuts a layer that is full."""
         chunks = [chunk for chunk in self.storing if chunk is not Given.END]
-        if self.plan.kind == "stored" or not chunks or self.captured is not None:
+        if self.plan.kind == "stored" or not chunks:
             return
         assert self._open is not None
         end = self.clean + sum(self.plan.tokens_of(chunk) for chunk in chunks)
@@ -481,7 +486,7 @@ def moved_note(histories: Collection[History]) -> str:
     most = max(histories, key=lambda history: history.chunks_moved, default=None)
     if most is None or not most.chunks_moved:
         return ""
-    chunks = most.plan.layer_tokens // most.plan.chunk_tokens
+    chunks = (most.plan.layer_tokens - most.plan.given_tokens) // most.plan.chunk_tokens
     return (
         f"{OUT_OF_MEMORY}: {most.chunks_moved} of {chunks} chunks of history were moved to system memory, "
         "oldest first, which is slower; a history budget makes it smaller"

@@ -175,8 +175,8 @@ class MemoryPlan:
 
     @property
     def activation_bytes(self) -> int:
-        """About what a tick's activations take at their peak: the hidden states of all its chunks, and what one product's
-        tokens need inside a block."""
+        """About what a tick's activations take at their peak: the hidden states of all its chunks, and what the tokens
+        of one product need inside a block."""
         network, rows = self.network, self.branches * self.batch
         at_once = max(self.chunk_tokens, self.together // max(1, rows))
         hidden = self.max_active * self.chunk_tokens * network.dim

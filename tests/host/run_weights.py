@@ -24,7 +24,7 @@ import torch.nn.functional as F  # noqa: E402
 from safetensors.torch import load_file, save_file  # noqa: E402
 
 from flowcache_core.checkpoints import load_state_dict  # noqa: E402
-from flowcache_core.models.rotary import rotate  # noqa: E402
+from flowcache_core.history.positions import rotate  # noqa: E402
 from flowcache_core.models.skyreels import SkyReelsBackbone, add_frame_rate  # noqa: E402
 from flowcache_core.models.wan import WanBackbone  # noqa: E402
 

@@ -8,14 +8,10 @@ import torch
 from safetensors.torch import save_file
 
 from flowcache_core.demo.captions import embed_caption
-from flowcache_core.engine.joint import Given, JointEngine, JointGuidance
-from flowcache_core.engine.rolling import RollingDenoise, RollingEngine, RollingHistory
 from flowcache_core.generate import generate
-from flowcache_core.history.settings import HistorySettings
 from flowcache_core.models.families import FAMILIES, SOLVERS, family_preset
 from flowcache_core.models.wan import WanNetwork
-from flowcache_core.schedule import ChunkSchedule
-from flowcache_core.solvers.one_step import chunk_noise
+from flowcache_core.settings import OFF, HistorySettings
 from tests.helpers.host.graph import SMALL, Graph, random_network, sample, write_network
 
 UNTOLD = json.dumps({"transformer": {"num_heads": SMALL.num_heads, "text_dim": SMALL.text_dim}})
@@ -116,21 +112,13 @@ def test_the_frame_rate_reaches_the_network(server):
     assert not torch.allclose(*results, atol=1e-3)
 
 
-def joint_alone(
-    family: str, steps: int, lag: int, chunks: int, guidance: float, given: Given = Given()
-) -> torch.Tensor:
-    backbone, usual = network_of(family), FAMILIES[family]
-    texts = {"cond": embed_caption("a red circle"), "uncond": embed_caption("")}
-    kind, denoise = JointEngine, JointGuidance(backbone, texts, {"cond": guidance, "uncond": 1 - guidance})
-    if family == "rolling":
-        kind, denoise = RollingEngine, RollingDenoise(backbone, texts["cond"], RollingHistory(2))
-    shape = (1, 16, 2, 8, 8)
-    engine = kind(
-        ChunkSchedule(chunks, steps, lag), denoise, usual.levels(steps), lambda chunk: chunk_noise(4, chunk, shape),
-        lambda chunk, step: chunk_noise(4, chunk, shape, step), SOLVERS[usual.solver(steps)], given,
-    )  # fmt: skip
-    with torch.inference_mode():
-        return torch.cat([chunk.latent for chunk in engine.run()], dim=2)
+def joint_alone(family: str, steps: int, lag: int, chunks: int, guidance: float) -> torch.Tensor:
+    usual = FAMILIES[family]
+    return generate(
+        network_of(family), embed_caption("a red circle"), chunks, family_name=family, steps=steps, lag=lag,
+        frames_per_chunk=2, settings=OFF, seed=4, guidance_scale=guidance, negative=embed_caption(""),
+        sigmas=usual.levels(steps), seeing="rolling" if family == "rolling" else "joint",
+    ).latents  # fmt: skip
 
 
 @pytest.mark.parametrize("lag", [0, 4])

@@ -9,12 +9,12 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
-from flowcache_core.history.settings import HistorySettings
 from flowcache_core.models.families import family_preset
-from flowcache_core.models.magi.engine import PUBLISHED_FLOWCACHE, MagiEngine, MagiSampling, magi_schedule
+from flowcache_core.models.magi.forward import PUBLISHED_FLOWCACHE, MagiSampling, magi_engine, magi_schedule
 from flowcache_core.models.magi.network import MagiBackbone
 from flowcache_core.models.magi.text import caption_text, null_text
 from flowcache_core.models.magi.vae import LATENT_SCALE
+from flowcache_core.settings import HistorySettings
 from flowcache_core.solvers.one_step import chunk_noise
 from tests.helpers.host.graph import Graph, fails, sample
 from tests.helpers.host.magi_models import CONFIGS, network_of, tokens, vae_alone, write_network, write_vae
@@ -61,15 +61,17 @@ def alone(
     embedding = torch.randn(1, 256, 4096, generator=torch.Generator().manual_seed(0))
     mask, special = (torch.arange(256) < 9)[None], tokens()
     settings = family_preset(preset, "magi", 0, HistorySettings())
-    engine = MagiEngine(
+    engine = magi_engine(
         MagiBackbone(network),
         schedule,
         settings,
         lambda chunk: caption_text(embedding, mask, special, schedule.total_chunks - 1 - chunk),
         null_text(network.y_embedder.null_caption_embedding),
         lambda chunk: chunk_noise(4, chunk, (1, 16, FRAMES, 4, 6)),
-        MagiSampling() if settings.clean_pass else PUBLISHED_FLOWCACHE,
-        None if given is None else given * LATENT_SCALE,
+        shape=(1, 16, FRAMES, 4, 6),
+        device=torch.device("cpu"),
+        sampling=MagiSampling() if settings.clean_pass else PUBLISHED_FLOWCACHE,
+        given=None if given is None else given * LATENT_SCALE,
     )
     return torch.cat([chunk.latent for chunk in engine.run()], dim=2) / LATENT_SCALE
 

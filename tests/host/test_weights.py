@@ -12,7 +12,7 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 
 from flowcache_core.checkpoints import convert
-from flowcache_core.models.rotary import rotate
+from flowcache_core.history.positions import rotate
 from flowcache_core.models.skyreels import SkyReelsBackbone
 from flowcache_core.models.wan import WanBackbone, WanNetwork
 from tests.checkpoints.test_checkpoints import sharded, to_diffusers

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from ...engine.forward import Step, Velocity
-from ...engine.layers import groups_of, row_levels, run_layer
+from ...engine.layers import Group, groups_of, row_levels, run_layer
 from ...engine.loop import Engine, Progress, Sampling, check_cancelled
 from ...errors import UserError
 from ...history.cache import History, begin_delta, moved_note
@@ -51,6 +51,7 @@ from .sampling import (
 )
 
 SHARED = "past"  # the name that the one history has in a state
+Captured = tuple[Tensor, Tensor, Tensor]  # keys, values and token numbers, as in a `Snapshot`
 
 
 @dataclass(frozen=True)
@@ -235,6 +236,10 @@ class MagiForward:
             self.history.load(loaded)
         self.contexts: OrderedDict[Hashable, MagiContext] = OrderedDict()
         self.waiting: list[Step] = []  # the clean pass that goes along with the next forward
+        self.seen_by_next = max(sampling.visible, default=1) - 1  # chunks that a run which goes on from here looks at
+        self.tail: list[Captured] = []  # the last chunks of the run, where the history has no room for all of those
+        if loaded is not None and self._captures(schedule.total_chunks - 1):
+            self.tail.append(loaded[:3])
         report.history_bytes_planned = plan.history_bytes
         report.history_bytes_allocated = self.history.bytes
         report.history_bytes_unbounded = plan.unbounded_bytes
@@ -287,13 +292,17 @@ class MagiForward:
             self._sweep(self.branches[-1], [])
 
     def save(self) -> dict[Hashable, Snapshot]:
-        """Copies the clean history to the CPU."""
-        return {SHARED: self.history.save()}
+        """Copies the clean history to the CPU: as much of it as a run that goes on from there sees."""
+        if not self.tail:
+            return {SHARED: self.history.save()}
+        most = self.seen_by_next * self.plan.chunk_tokens
+        parts = (torch.cat(parts, dim=3)[:, :, :, -most:] for parts in zip(*self.tail, strict=True))
+        return {SHARED: Snapshot(*parts, torch.empty(0))}
 
     def begin_delta(self, full: bool) -> Callable[[], SnapshotDelta]:
         """Begins to copy what the clean history has grown by, up to the newest chunk that was handed out.
 
-        A chunk that waits for its clean pass gets one more, which the next forward repeats: the run goes on as it would.
+        A chunk that waits for its clean pass gets one more, which the next forward repeats: the run is not changed.
         """
         captured = self._captured()
         copies = begin_delta({SHARED: self.history}, full)
@@ -309,17 +318,28 @@ class MagiForward:
 
         return joined
 
-    def _captured(self) -> tuple[Tensor, Tensor, Tensor] | None:
+    def _captured(self) -> Captured | None:
         """Keys, values and token numbers of the chunk that waits, on the CPU."""
         if not self.waiting:
             return None
-        waiting, self.history.captured = self.waiting, []
-        self._sweep(self.branches[-1], [])
-        pairs, self.history.captured, self.waiting = self.history.captured, None, waiting
-        keys, values = (torch.stack(parts) for parts in zip(*pairs, strict=True))
-        first = self.plan.first_frame(waiting[0].place.chunk) * self.plan.frame_tokens
+        waiting, self.history.captured = self.waiting, {}
+        self._sweep(self.branches[-1], [], store=False)
+        self.waiting = waiting
+        return self._taken(waiting[0].place.chunk)
+
+    def _taken(self, chunk: int | Given) -> Captured:
+        """What the history has captured of a chunk."""
+        pairs, self.history.captured = self.history.captured or {}, None
+        keys, values = (torch.stack(parts) for parts in zip(*pairs.values(), strict=True))
+        first = self.plan.first_frame(chunk) * self.plan.frame_tokens
         numbers = torch.arange(first, first + self.plan.chunk_tokens, dtype=torch.int32)
         return keys, values, numbers.expand(*keys.shape[:3], -1)
+
+    def _captures(self, chunk: int | Given) -> bool:
+        """Whether a chunk is one that a run which goes on from here sees, and may be dropped before this one ends."""
+        if self.plan.kind == "stored" or self.seen_by_next <= self.plan.clean_chunks or not isinstance(chunk, int):
+            return False
+        return chunk >= self.schedule.total_chunks - self.seen_by_next
 
     @property
     def history_bytes(self) -> tuple[int, int]:
@@ -333,13 +353,25 @@ class MagiForward:
     def _clean_pass(self, chunk: int | Given, latent: Tensor) -> Step:
         return Step(latent, 1.0 - CLEAN_TIME, Place(chunk, None, 0))
 
-    def _sweep(self, branch: str, steps: Sequence[Step]) -> list[Callable[[], Tensor]]:
-        """Runs one branch of steps, behind the clean pass that waits; gives what makes the velocities."""
-        last = branch == self.branches[-1]
-        passes, chunks = list(self.waiting), [step.place.chunk for step in [*self.waiting, *steps]]
-        self.history.arrange(chunks, [step.place.chunk for step in passes] if last else [])
-        contexts = [[self._context(step.place, branch)] for step in [*passes, *steps]]
-        groups = groups_of(self.backbone, [*passes, *steps], contexts, together=0)
+    def _sweep(self, branch: str, steps: Sequence[Step], store: bool = True) -> list[Callable[[], Tensor]]:
+        """Runs one branch of steps, behind the clean pass that waits; gives what makes the velocities.
+
+        Args:
+            store: the last branch's clean pass becomes part of the history.
+        """
+        passes, stored = list(self.waiting), []
+        if store and branch == self.branches[-1]:
+            stored = [step.place.chunk for step in passes]
+        if stored and self._captures(stored[0]):
+            self.history.captured = {}
+        chunks = [step.place.chunk for step in [*passes, *steps]]
+        retry_on_oom(partial(self.history.arrange, chunks, stored), [self.history])
+
+        def begun() -> list[Group]:
+            contexts = [[self._context(step.place, branch)] for step in [*passes, *steps]]
+            return groups_of(self.backbone, [*passes, *steps], contexts, together=0)
+
+        groups = retry_on_oom(begun, [self.history])
         asking = steps[-1].place.chunk if steps and self.plan.asking else None
 
         def attend(layer: int, step: Step, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
@@ -349,13 +381,15 @@ class MagiForward:
             )
 
         for layer in range(self.backbone.layers):
-            self.history.open_layer(layer)
+            retry_on_oom(partial(self.history.open_layer, layer), [self.history])
             run_layer(self.backbone, layer, groups, attend, [self.history], self.check)
-            self.history.close_layer(layer)
+            retry_on_oom(partial(self.history.close_layer, layer), [self.history])
         self.report.clean_passes += len(passes)
-        if last and self.history.captured is None:
+        if stored:
+            if self.history.captured is not None:
+                self.tail.append(self._taken(stored[0]))
             self.waiting = []
-            self._commit([step.place.chunk for step in passes])
+            self._commit(stored)
         return [partial(self._headed, group.x, group.levels, group.hidden) for group in groups[len(passes) :]]
 
     def _commit(self, chunks: Sequence[int | Given]) -> None:
@@ -364,7 +398,9 @@ class MagiForward:
         self.report.note(moved_note([self.history]), OUT_OF_MEMORY)
 
     def _headed(self, x: Tensor, level: Tensor, hidden: Tensor) -> Tensor:
-        head = partial(self.backbone.head, x, level, self.backbone.residual(x, hidden))
+        def head() -> Tensor:
+            return self.backbone.head(x, level, self.backbone.residual(x, hidden))
+
         return retry_on_oom(head, [self.history])
 
     def _alone(self, step: Step) -> Tensor:

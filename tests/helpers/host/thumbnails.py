@@ -7,10 +7,10 @@ The host looks for <workflow>.jpg beside <workflow>.json and shows it as a squar
 from pathlib import Path
 
 import numpy as np
+from flowcache_core.settings import HistorySettings
 from PIL import Image, ImageDraw, ImageFont
 
 from flowcache_core import checkpoints
-from flowcache_core.history.settings import HistorySettings
 from flowcache_core.media.pictures import RECOMPUTED, REUSED
 from flowcache_core.models.families import family, family_preset
 from flowcache_core.models.presets import DEFAULT_PRESET
@@ -49,7 +49,8 @@ def of_family(name: str, title: str) -> Image.Image:
     """
     usual = family(name)
     schedule = ChunkSchedule(CHUNKS, usual.steps, min(usual.lag, usual.steps))
-    policy = family_preset(DEFAULT_PRESET, name, 0, HistorySettings()).reuse.make(schedule)
+    policy = family_preset(DEFAULT_PRESET, name, 0, HistorySettings()).reuse.policy(schedule)
+    recomputed = policy.recomputed(schedule.steps) or frozenset()
     side = SIDE * FINE
     sheet = Image.new("RGB", (side, side), NIGHT)
     draw = ImageDraw.Draw(sheet)
@@ -60,9 +61,10 @@ def of_family(name: str, title: str) -> Image.Image:
     for places in schedule:
         for place in places:
             x, y = left + place.tick * tick_width, top + place.chunk * row
-            again = policy.recompute(place, schedule.steps, "cond", None)
             seam = FINE if tick_width > 6 * FINE else 0
-            draw.rectangle((x, y, x + tick_width - seam, y + row - 3 * FINE), RECOMPUTED if again else REUSED)
+            draw.rectangle(
+                (x, y, x + tick_width - seam, y + row - 3 * FINE), RECOMPUTED if place.step in recomputed else REUSED
+            )
     words = f"{usual.steps} steps a chunk: blue ones are computed" + ("" if usual.steps < 10 else ", pale ones reused")
     draw.text((side / 2, side - 28 * FINE), words, FAINT, fitting(words, 18, side - 48 * FINE), "ms")
     return sheet.resize((SIDE, SIDE), Image.Resampling.LANCZOS)
