@@ -13,12 +13,15 @@ from torch import Tensor
 
 from ..errors import UserError
 from ..generate import Result, generate
+from ..history.plan import plan_memory
 from ..media.metrics import psnr, ssim
 from ..media.pictures import Run, comparison_picture, side_by_side
 from ..media.progress_bar import Bar
 from ..media.video import enlarged, frames_of, save_animation, save_video
 from ..models.presets import DEFAULT_PRESET, preset
+from ..models.wan import WanBackbone
 from ..report import megabytes
+from ..schedule import ChunkSchedule
 from ..settings import BY_FRAMES, Settings
 from ..storage.files import check_writable, write_whole
 from .captions import embed_caption
@@ -29,6 +32,7 @@ from .model import decode, load_network
 from .train_network import FRAMES_PER_CHUNK
 
 STEPS, WINDOW = 64, 4  # MAGI-1's schedule
+LATENT = (8, 8)  # height and width
 CAPTION = "a magenta triangle"
 FRAME_TOKENS = 16  # the newest frame asks what stays: whole chunks of queries would take half a chunk of memory
 HISTORY_SHARE = 0.45  # of the whole history, the most that the third run may take
@@ -53,10 +57,6 @@ def compare(out: Path, caption: str = CAPTION, chunks: int = 16, seed: int = 0, 
     Raises:
         UserError: a caption that the demo cannot check, too few chunks, a folder that cannot be written to.
     """
-    budget = int(HISTORY_SHARE * chunks) - WINDOW
-    if budget < 1:
-        least = next(n for n in range(1, 99) if int(HISTORY_SHARE * n) > WINDOW)
-        raise UserError(f"{chunks} chunks are too few to cut the history of; the demo needs at least {least}.")
     try:
         parse_caption(caption)
     except ValueError as error:
@@ -64,6 +64,10 @@ def compare(out: Path, caption: str = CAPTION, chunks: int = 16, seed: int = 0, 
     check_writable(out / "report.json")
     backbone = load_network() if network is None else load_network(network)
     text = embed_caption(caption)
+    budget = budget_of(backbone, chunks)
+    if budget < 1:
+        least = next(count for count in range(1, 99) if budget_of(backbone, count))
+        raise UserError(f"{chunks} chunks are too few to cut the history of; the demo needs at least {least}.")
 
     def run(name: str, settings: Settings) -> Made:
         begun = time.perf_counter()
@@ -86,12 +90,36 @@ def compare(out: Path, caption: str = CAPTION, chunks: int = 16, seed: int = 0, 
     made = [
         run("plain", preset("off")),
         run("FlowCache", preset(DEFAULT_PRESET)),
-        run("short history", preset(DEFAULT_PRESET, budget, replace(BY_FRAMES, queries=FRAME_TOKENS))),
+        run("short history", short_settings(budget)),
     ]
     numbers = figures(*made) | {"caption": caption, "seed": seed, "budget": budget}
     numbers["runs"] = {one.name: one.result.report.as_dict() for one in made}
     _write(out, made, numbers)
     return numbers
+
+
+def short_settings(budget: int) -> Settings:
+    """Makes the third run's settings."""
+    return preset(DEFAULT_PRESET, budget, replace(BY_FRAMES, queries=FRAME_TOKENS))
+
+
+def budget_of(backbone: WanBackbone, chunks: int) -> int:
+    """Finds the most clean chunks that take no more than `HISTORY_SHARE` of the whole history; 0 if none do."""
+    schedule = ChunkSchedule(chunks, STEPS, STEPS // WINDOW)
+    for budget in range(chunks - 1, 0, -1):
+        settings = short_settings(budget)
+        plan = plan_memory(
+            backbone.sizes,
+            schedule,
+            settings,
+            settings.reuse.policy(schedule),
+            grid=backbone.grid(*LATENT),
+            chunk_frames=FRAMES_PER_CHUNK,
+            itemsize=4,
+        )
+        if plan.history_bytes <= HISTORY_SHARE * plan.unbounded_bytes:
+            return budget
+    return 0
 
 
 def figures(plain: Made, fast: Made, short: Made) -> dict:
