@@ -103,8 +103,19 @@ def test_info_tells_the_memory_of_a_video(network, capsys):
     assert cli.main(["info", str(network), "--width", "128", "--height", "64", "--seconds", "9"]) == 0
     whole = capsys.readouterr().out
     assert "128x64, 153 frames (9.6 s), 13 chunks" in whole and "all of it kept" in whole
-    assert cli.main(["info", str(network), "--seconds", "9", "--budget", "2"]) == 0
+    assert cli.main(["info", str(network), "--seconds", "9", "--budget", "2", "--relative", "--preset", "fast"]) == 0
     assert "2 finished chunks kept" in capsys.readouterr().out
+    assert cli.main(["info", str(network), "--seconds", "0.4", "--lag", "64"]) == 0
+    assert "9 frames (0.6 s), 1 chunks" in capsys.readouterr().out
+
+
+def test_info_of_rolling_forcing_tells_what_its_history_grows_to(network, tmp_path, capsys):
+    out = tmp_path / "rolling.safetensors"
+    assert cli.main(["convert", str(network), str(out), "--family", "rolling"]) == 0
+    capsys.readouterr()
+    assert cli.main(["info", str(out), "--width", "64", "--height", "64", "--seconds", "30"]) == 0
+    # Keys and values of 7 chunks of 48 tokens in 2 layers, 48 wide, in bfloat16.
+    assert f"history   {7 * 48 * 2 * 2 * 48 * 2 / 2**20:.1f} MB in bfloat16, whatever" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("chosen", ["generator", "generator_ema"])
@@ -136,10 +147,14 @@ def test_convert_takes_the_weights_that_are_asked_for(tmp_path, chosen):
         (["demo", "--chunks", "4"], "too few"),
         (["demo", "--caption", "circle"], "is no shape"),
         (["info", "nowhere.safetensors"], "does not exist"),
+        (["info", "NETWORK", "--seconds", "0"], "seconds is 0"),
+        (["info", "NETWORK", "--lag", "99"], "lag is 99"),
+        (["info", "NETWORK", "--relative"], "need a history budget"),
     ],
 )
 def test_mistakes_are_one_line_and_write_nothing(network, tmp_path, capsys, monkeypatch, arguments, words):
     monkeypatch.chdir(tmp_path)
+    arguments = [str(network) if word == "NETWORK" else word for word in arguments]
     if "--network" not in arguments and arguments[0] != "info":
         arguments = [*arguments, "--network", str(network)]
     assert cli.main(arguments) == 2
