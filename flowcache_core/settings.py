@@ -236,7 +236,7 @@ class HistorySettings:
             )
 
     @property
-    def asks(self) -> bool:
+    def keeps_queries(self) -> bool:
         """Whether queries are kept for the next cut."""
         return self.budget is not None and self.compression.rule == "flowcache"
 

@@ -136,8 +136,7 @@ class CausalForward:
 
     def _commit(self, chunks: Sequence[int | Given]) -> None:
         for history in self.histories.values():
-            history.storing = list(chunks)
-            history.commit()
+            history.commit(chunks)
         for key in [key for key in self.held if key[0] in chunks]:
             del self.held[key]
         if chunks:
@@ -172,7 +171,7 @@ class CausalForward:
         def attend(layer: int, step: Step, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
             parts = zip(histories, q.split(rows), k.split(rows), v.split(rows), strict=True)
             asks, chunk = step.place.chunk == asking, step.place.chunk
-            answers = [history.attend(layer, chunk, *qkv, self.attention, asks=asks) for history, *qkv in parts]
+            answers = [history.attend(layer, chunk, *qkv, self.attention, keep_queries=asks) for history, *qkv in parts]
             return joined(answers)
 
         for layer in range(self.backbone.layers):

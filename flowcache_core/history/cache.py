@@ -193,7 +193,7 @@ class History:
         v: Tensor,
         attention: Attention,
         visible: int | None = None,
-        asks: bool = False,
+        keep_queries: bool = False,
     ) -> Tensor:
         """Stores a chunk's keys and values in the open layer and attends.
 
@@ -201,7 +201,7 @@ class History:
             chunk: one that `arrange` gave a slot.
             q, k, v: [B, heads, tokens, D], not rotated.
             visible: how many of the chunks before it may be seen; None for all. Needs an uncut history.
-            asks: whether its queries are kept for the next cut.
+            keep_queries: whether its queries are kept for the next cut.
 
         Returns:
             Attended values of q's shape.
@@ -216,7 +216,7 @@ class History:
         keys[:, :, start:end] = rotate(k, table)
         values[:, :, start:end] = v
         self._store(layer, chunk, k, v, start)
-        if asks and self.queries is not None:
+        if keep_queries and self.queries is not None:
             self._keep_queries(layer, q)
         if self.captured is not None and chunk == self.slots[0]:
             self.captured[layer] = rotate(k, self.positions.absolute_table(chunk)).cpu(), v.cpu()
@@ -268,18 +268,19 @@ class History:
         tokens = torch.cat([self.tokens[layer, :, :, given : self.clean], numbers], dim=2)
         self._write(layer, given, *self._evicted(layer, seen, [old, whole, tokens]))
 
-    def commit(self) -> None:
-        """Ends a forward: what it was told to store is clean from now on."""
-        chunks, self.storing = self.storing, []
+    def commit(self, chunks: Sequence[Chunk]) -> None:
+        """Ends a forward: these chunks are clean from now on. One that this branch was never run for has no slot, and
+        is not missed."""
+        self.storing = []
         self._unturned.clear()
-        if Given.END in chunks:
-            self.has_end = True
-            chunks.remove(Given.END)
         for chunk in chunks:
-            if not self.slots or self.slots[0] != chunk:
-                raise RuntimeError(f"Chunk {chunk} cannot become clean: the slots are those of {self.slots}.")
-            self.slots.pop(0)
-            self.clean += self.plan.tokens_of(chunk)
+            if chunk is Given.END:
+                self.has_end = True
+            elif chunk in self.slots:
+                if self.slots[0] != chunk:
+                    raise RuntimeError(f"Chunk {chunk} cannot become clean: the slots are those of {self.slots}.")
+                self.slots.pop(0)
+                self.clean += self.plan.tokens_of(chunk)
         if self.plan.kind == "shared":
             if self.clean > self.plan.clean_tokens:
                 self.clean, self.saved = self.plan.clean_tokens, 0

@@ -239,7 +239,7 @@ def plan_memory(
     kind: Slots = "shared" if bounded and passing and not alone else "stored"
     slots = min(total, schedule.max_active + int(waiting)) if bounded else 0
     asking = 0
-    if settings.history.asks and bounded:
+    if settings.history.keeps_queries and bounded:
         asked = asking_queries(settings.history.compression, grid[0] * grid[1] * chunk_frames)
         asking = len(range(grid[0] * grid[1] * chunk_frames)[asked])
     return MemoryPlan(

@@ -124,7 +124,7 @@ def forward_ratio(repeats: int) -> tuple[float, float]:
     history = History(plan, backbone.rotary, OFF.history, torch.float32, x.device)
     for chunk in range(PAST):
         forward(backbone, history, Step(torch.randn(SHAPE), 0.4, Place(chunk, None, 0)), context)
-        history.commit()
+        history.commit([chunk])
     step = Step(x, 0.4, Place(PAST, 0, 0))
     ours = partial(forward, backbone, history, step, context)
     ours()

@@ -377,7 +377,7 @@ class MagiForward:
         def attend(layer: int, step: Step, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
             chunk = step.place.chunk
             return self.history.attend(
-                layer, chunk, q, k, v, self.attention, self._visible(step.place), asks=chunk == asking
+                layer, chunk, q, k, v, self.attention, self._visible(step.place), keep_queries=chunk == asking
             )
 
         for layer in range(self.backbone.layers):
@@ -393,8 +393,7 @@ class MagiForward:
         return [partial(self._headed, group.x, group.levels, group.hidden) for group in groups[len(passes) :]]
 
     def _commit(self, chunks: Sequence[int | Given]) -> None:
-        self.history.storing = list(chunks)
-        self.history.commit()
+        self.history.commit(chunks)
         self.report.note(moved_note([self.history]), OUT_OF_MEMORY)
 
     def _headed(self, x: Tensor, level: Tensor, hidden: Tensor) -> Tensor:
