@@ -7,15 +7,13 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from flowcache_core.engine.loop import Engine, guidance
-from flowcache_core.engine.runner import Runner
-from flowcache_core.history.cache import History
-from flowcache_core.history.chunk_view import AttentionFunction
-from flowcache_core.history.compression import Compression
-from flowcache_core.history.settings import HistorySettings
-from flowcache_core.models.presets import OFF
-from flowcache_core.schedule import ChunkSchedule
+from flowcache_core.engine.guidance import classifier_free
+from flowcache_core.engine.loop import Engine
+from flowcache_core.history.cache import Attention, History
+from flowcache_core.schedule import ChunkSchedule, Given
+from flowcache_core.settings import OFF, Compression, Fixed, HistorySettings, Off, Reuse
 from flowcache_core.solvers.one_step import chunk_noise
+from tests.helpers.runs import build
 from tests.helpers.tiny import TINY
 
 FRAMES = 2
@@ -23,12 +21,14 @@ FRAMES = 2
 
 @dataclass(frozen=True)
 class Case:
-    """Of a run: what it keeps, how it is guided, and frames that are given before and after it."""
+    """Of a run: what it keeps, how it is guided and reused, and frames that are given before and after it."""
 
     kept: HistorySettings = HistorySettings()
     scale: float = 2.0
     lead: int = 0
     end: int = 0
+    lag: int = 2
+    reuse: Reuse = Off()
 
 
 CASES = {
@@ -36,6 +36,10 @@ CASES = {
     "one branch": Case(scale=1.0),
     "budget": Case(HistorySettings(2)),
     "relative": Case(HistorySettings(2, relative=True)),
+    "one at a time": Case(HistorySettings(2), lag=4),
+    "one at a time, relative": Case(HistorySettings(2, relative=True), lag=4),
+    "slots stay": Case(HistorySettings(2), reuse=Fixed((0, 1))),
+    "slots stay, relative": Case(HistorySettings(2, relative=True), reuse=Fixed((0, 1))),
     "lead and end": Case(lead=1, end=1),
     "lead and end, relative": Case(HistorySettings(2, Compression("window"), relative=True), lead=1, end=1),
 }
@@ -51,52 +55,60 @@ def noise(chunk: int, frames: int = FRAMES) -> torch.Tensor:
 
 
 def engine(
-    backbone, case: Case, attention: AttentionFunction = F.scaled_dot_product_attention, overlap: bool = True
+    backbone,
+    case: Case,
+    attention: Attention = F.scaled_dot_product_attention,
+    overlap: bool = True,
+    loaded=None,
 ) -> Engine:
-    settings = replace(OFF, history=case.kept, overlap=overlap)
-    run = Runner(backbone, ChunkSchedule(6, 4, 2), settings, FRAMES, attention, lead=case.lead, end=case.end)
-    return Engine(run, guidance(run, text(0), text(1), case.scale), [1.0, 0.8, 0.5, 0.2, 0.0], noise)
+    settings = replace(OFF, history=case.kept, reuse=case.reuse, overlap=overlap)
+    return build(
+        backbone, ChunkSchedule(6, 4, case.lag), classifier_free(text(0), text(1), case.scale),
+        [1.0, 0.8, 0.5, 0.2, 0.0], noise, settings,
+        lead=case.lead, end=case.end, attention=attention, loaded=loaded,
+    )  # fmt: skip
 
 
 def latents(made: Engine) -> torch.Tensor:
-    given = made.runner.given
+    given = made.forward.plan.given
     if given.lead:
-        made.prefill(noise(100, given.lead))
+        made.give(Given.LEAD, noise(100, given.lead))
     if given.end:
-        made.prefill_end(noise(200, given.end))
+        made.give(Given.END, noise(200, given.end))
     return torch.cat([chunk.latent for chunk in made.run()], dim=2)
 
 
 def histories(made: Engine) -> list[History]:
-    return list(made.runner.histories.values())
+    return [*made.forward.histories.values(), *made.forward.spare]
 
 
 def on_device(each: History) -> int:
-    """Bytes of a history that the device holds."""
-    return sum(part.here.nbytes for layer in each.layers for part in layer.parts)
+    """Bytes of a history that the device holds, the scratch aside."""
+    return sum(part.here.nbytes for layer in each.layers for part in layer)
 
 
 def a_chunk(each: History) -> int:
     """Bytes of a chunk's keys and values."""
-    return each.shape.chunk_tokens * sum(part.here[:, :, :1].nbytes for layer in each.layers for part in layer.parts)
+    return each.plan.chunk_tokens * sum(part.here[:, :, :1].nbytes for layer in each.layers for part in layer)
 
 
-def cramped(backbone, case: Case, chunks: int) -> Engine:
+def room(each: History) -> int:
+    """Chunks that a history has room for."""
+    return (each.plan.layer_tokens - each.plan.given_tokens) // each.plan.chunk_tokens
+
+
+def cramped(backbone, case: Case, chunks: int, loaded=None) -> Engine:
     """A run whose attention needs what the histories' oldest chunks, so many, take up on the device."""
 
     def attention(q, k, v):
-        kept = histories(made)
-        if len(kept) == branches and any(on_device(each) > room for each in kept):
+        if any(on_device(each) > left for each in histories(made)):
             raise torch.cuda.OutOfMemoryError("CUDA out of memory.")
         return F.scaled_dot_product_attention(q, k, v)
 
-    branches = 2 if case.scale != 1.0 else 1
-    plain = engine(backbone, case)
-    latents(plain)
-    (each, *_) = histories(plain)
-    given = each.shape.given_tokens * a_chunk(each) // each.shape.chunk_tokens
-    room = on_device(each) - given - chunks * a_chunk(each)
-    made = engine(backbone, case, attention)
+    made = engine(backbone, case, attention, loaded=loaded)
+    (each, *_) = histories(made)
+    given = each.plan.given_tokens * a_chunk(each) // each.plan.chunk_tokens
+    left = on_device(each) - given - chunks * a_chunk(each)
     return made
 
 

@@ -96,15 +96,15 @@ def test_a_cut_takes_little_memory_whatever_the_length(chunks, heads, frame, lag
     history = History(plan, Rotary(64), settings.history, torch.bfloat16, torch.device("cpu"), keeps_slots=False)
     history.layers[0].keys.here.normal_(generator=torch.Generator().manual_seed(0))
     history.layers[0].values.here.zero_()
+    history.clean = chunks * plan.chunk_tokens
     q, k, v = (draw(1, heads, plan.chunk_tokens, 64, seed=seed).bfloat16() for seed in range(3))
     with Peak() as peak:
         for chunk in (chunks, chunks + 1):
-            history.clean = min(chunk, chunks if kind == "shared" else chunk) * plan.chunk_tokens
             history.arrange([chunk], [chunk] if chunk == chunks else [])
             history.open_layer(0)
-            history.attend(0, chunk, q, k, v, lambda q, k, v: q, asks=True)
+            history.attend(0, chunk, q, k, v, lambda q, k, v: q, keep_queries=True)
             history.close_layer(0)
-            history.commit()
+            history.commit([chunk] if chunk == chunks else [])
     assert history.clean == chunks * plan.chunk_tokens
     assert peak.peak <= 64 * 2**20, peak.peak / 2**20
 

@@ -9,14 +9,15 @@ from dataclasses import dataclass, field, replace
 
 import pytest
 import torch
-from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 
 from flowcache_core.generate import generate
-from flowcache_core.history import streams as side_stream
-from flowcache_core.history.offload import Stretch
+from flowcache_core.history import streams
+from flowcache_core.history.offload import OffloadableBuffer
 from flowcache_core.history.streams import AT_ONCE, SideStream
-from flowcache_core.models.presets import OFF, describe, preset
+from flowcache_core.models.presets import describe, preset
 from flowcache_core.models.wan import WanBackbone
+from flowcache_core.settings import OFF
 from flowcache_core.storage.state import State
 from tests.helpers import tiny
 from tests.helpers.histories import CASES, OF_CASES, cramped, engine, histories, latents
@@ -83,9 +84,10 @@ class Stream:
 
     @torch.inference_mode()  # a device knows of no modes
     def catch_up(self) -> None:
-        while self.waiting:
-            target, source = self.waiting.pop(0)
-            target.copy_(source)
+        with _disable_current_modes():  # it may be waited for on the side stream itself
+            while self.waiting:
+                target, source = self.waiting.pop(0)
+                target.copy_(source)
 
     def synchronize(self) -> None:
         self.device.told.append("host waits")
@@ -104,8 +106,8 @@ class Event:
 def device(monkeypatch) -> Device:
     """The CPU, with streams."""
     made = Device()
-    monkeypatch.setattr(side_stream, "_has_streams", lambda device: True)
-    monkeypatch.setattr(side_stream, "_record", lambda tensors, stream: made.told.append(f"kept {len([*tensors])}"))
+    monkeypatch.setattr(streams, "_has_streams", lambda device: True)
+    monkeypatch.setattr(streams, "_record", lambda tensors, stream: made.told.append(f"kept {len([*tensors])}"))
     monkeypatch.setattr(torch.cuda, "Stream", lambda device: Stream(made))
     monkeypatch.setattr(torch.cuda, "current_stream", made.current_stream)
     monkeypatch.setattr(torch.cuda, "stream", made.stream)
@@ -121,8 +123,8 @@ def test_work_waits_for_what_came_before_and_is_waited_for(device):
 
 
 def test_the_host_waits_for_a_copy(device):
-    pending = SideStream(CPU).to_host(torch.ones(3))
-    assert torch.equal(pending.on_host(), torch.ones(3)) and device.told[-1] == "host waits"
+    pending = SideStream(CPU).to_cpu(torch.ones(3))
+    assert torch.equal(pending.on_cpu(), torch.ones(3)) and device.told[-1] == "host waits"
 
 
 def test_host_work_is_left_for_later_and_done_in_order(device):
@@ -152,8 +154,8 @@ def test_without_a_switch_or_without_streams_there_is_none(device, monkeypatch):
         copy = side.run(lambda: torch.zeros(3).copy_(given), [given])
         with side.instead():
             assert not side.overlaps and done == [1]
-        assert torch.equal(copy.on_host(), given) and torch.equal(copy.on_device(), given)
-        assert side.to_host(given).on_host() is given
+        assert torch.equal(copy.on_cpu(), given) and torch.equal(copy.on_device(), given)
+        assert side.to_cpu(given).on_cpu() is given
     assert not device.told and not device.streams
 
 
@@ -170,24 +172,27 @@ def test_moved_history_comes_back_a_layer_ahead_to_the_same_bits(device, monkeyp
         made = cramped(backbone, case, chunks)
     device.told.clear()
     assert torch.equal(latents(made), expected)
-    assert device.told.count("current waits") >= device.told.count("event") > 20
+    if chunks == "system" or all(each.on_device for each in histories(made)):
+        assert device.told.count("current waits") >= device.told.count("event") > 20
+    else:  # where a lack of memory has moved everything, there is none to spare
+        assert not device.told.count("event")
     off = engine(backbone, replace(case, kept=replace(case.kept, memory="system")), overlap=False)
     assert torch.equal(latents(off), expected)
 
 
-def moved(*pieces: int) -> tuple[Stretch, torch.Tensor]:
+def moved(*pieces: int) -> tuple[OffloadableBuffer, torch.Tensor]:
     whole = torch.rand(2, 3, 12, 4)
-    stretch = Stretch(whole.clone(), side=SideStream(CPU))
+    buffer = OffloadableBuffer(whole.clone(), side=SideStream(CPU))
     for count in pieces:
-        stretch.move(count)
-    return stretch, whole
+        buffer.move(count)
+    return buffer, whole
 
 
-def test_a_fetched_stretch_is_not_read_before_it_is_there(device):
-    (stretch, whole), (before, _) = moved(3, 4), moved(3, 4)
-    stretch.fetch(7, before)
-    assert torch.equal(stretch.read(8, 12), whole[:, :, 8:]) and "current waits" not in device.told  # none of it
-    assert torch.equal(stretch.read(2, 12), whole[:, :, 2:]) and "current waits" in device.told
+def test_a_fetched_buffer_is_not_read_before_it_is_there(device):
+    (buffer, whole), (before, _) = moved(3, 4), moved(3, 4)
+    buffer.fetch(7, before)
+    assert torch.equal(buffer.read(8, 12), whole[:, :, 8:]) and "current waits" not in device.told  # none of it
+    assert torch.equal(buffer.read(2, 12), whole[:, :, 2:]) and "current waits" in device.told
 
 
 def test_room_on_the_device_goes_on_to_the_layer_after_the_next(device):
@@ -200,21 +205,21 @@ def test_room_on_the_device_goes_on_to_the_layer_after_the_next(device):
 
 
 def test_what_may_change_is_not_fetched(device):
-    stretch, whole = moved(3, 4)
-    stretch.fetch(6, moved()[0])
-    assert stretch._ahead_tokens == 3
-    stretch.write(3, whole[:, :, 8:])  # beside the fetched piece
-    assert stretch._ahead_tokens == 3
-    assert torch.equal(stretch.read(0, 7), torch.cat([whole[:, :, :3], whole[:, :, 8:]], dim=2))
+    buffer, whole = moved(3, 4)
+    buffer.fetch(6, moved()[0])
+    assert buffer._ahead_tokens == 3
+    buffer.write(3, whole[:, :, 8:])  # beside the fetched piece
+    assert buffer._ahead_tokens == 3
+    assert torch.equal(buffer.read(0, 7), torch.cat([whole[:, :, :3], whole[:, :, 8:]], dim=2))
 
 
-@pytest.mark.parametrize("change", [lambda stretch: stretch.write(2, -torch.ones(2, 3, 4, 4)), lambda s: s.move(2)])
+@pytest.mark.parametrize("change", [lambda buffer: buffer.write(2, -torch.ones(2, 3, 4, 4)), lambda s: s.move(2)])
 def test_what_changed_since_is_not_taken_from_the_fetched_copy(device, change):
-    stretch, before = moved(3, 4)[0], moved()[0]
-    stretch.fetch(7, before)
-    change(stretch)
-    expected = torch.cat([*stretch.moved, stretch.here], dim=2)
-    assert torch.equal(stretch.read(0, 12), expected)
+    buffer, before = moved(3, 4)[0], moved()[0]
+    buffer.fetch(7, before)
+    change(buffer)
+    expected = torch.cat([*buffer.moved, buffer.here], dim=2)
+    assert torch.equal(buffer.read(0, 12), expected)
 
 
 @pytest.mark.parametrize("case", ["whole", "budget", "relative"])
@@ -247,7 +252,7 @@ def video(backbone, overlap: bool) -> tuple[torch.Tensor, State, list]:
         settings=replace(OFF, overlap=overlap),
         latent_size=(6, 4),
         on_progress=lambda progress: told.append(progress.tick),
-        on_chunk=lambda chunk: told.append(f"chunk {chunk.index}"),
+        on_chunk=lambda chunk: told.append(f"chunk {chunk.number}"),
     )
     return result.latents, result.state, told
 

@@ -6,16 +6,18 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from flowcache_core.engine.loop import Chunk, Engine, guidance
-from flowcache_core.engine.runner import Runner
+from flowcache_core.engine.guidance import classifier_free
+from flowcache_core.engine.loop import Chunk, Engine
 from flowcache_core.errors import UserError
 from flowcache_core.generate import generate
-from flowcache_core.history.snapshot import Clean, Grown
-from flowcache_core.models.presets import OFF, preset
+from flowcache_core.history.snapshot import Snapshot, SnapshotDelta
+from flowcache_core.models.presets import preset
 from flowcache_core.schedule import ChunkSchedule
+from flowcache_core.settings import OFF
 from flowcache_core.solvers.noise_levels import magi
 from flowcache_core.solvers.one_step import chunk_noise
 from flowcache_core.storage.run_folder import RunFolder
+from tests.helpers.runs import build
 from tests.helpers.tiny import TINY
 
 NAME = "0123456789abcdef" * 2
@@ -35,23 +37,27 @@ def run(backbone, chunks, **kwargs):
     return generate(backbone, text(), chunks, latent_size=(6, 4), **given | kwargs)
 
 
-def one(size: int = 4, index: int = 0) -> tuple[Chunk, Grown]:
+def one(size: int = 4, index: int = 0) -> tuple[Chunk, SnapshotDelta]:
     keys = torch.zeros(1, 1, 1, size, 4)
-    clean = Clean(keys, keys.clone(), torch.zeros(1, 1, 1, size, dtype=torch.int32), keys.new_empty(0))
-    return Chunk(index, torch.zeros(1, 4, 2, 6, 4)), Grown({"0.0": clean}, whole=index == 0)
+    clean = Snapshot(keys, keys.clone(), torch.zeros(1, 1, 1, size, dtype=torch.int32), keys.new_empty(0))
+    return Chunk(index, torch.zeros(1, 4, 2, 6, 4)), SnapshotDelta({"0.0": clean}, full=index == 0)
 
 
-def kept_run(backbone, path, chunks: int, settings) -> tuple[list[int], Runner]:
+def engine_of(backbone, schedule: ChunkSchedule, settings=OFF, **more) -> Engine:
+    start = lambda chunk: chunk_noise(4, chunk, (1, 4, 2, 6, 4))  # noqa: E731
+    return build(backbone, schedule, classifier_free(text()), magi(schedule.steps), start, settings, **more)
+
+
+def kept_run(backbone, path, chunks: int, settings) -> tuple[list[int], Engine]:
     """Bytes that each chunk of a run wrote to its folder."""
-    runner = Runner(backbone, ChunkSchedule(chunks, 6, 6), settings, 2)
-    engine = Engine(runner, guidance(runner, text()), magi(6), lambda chunk: chunk_noise(4, chunk, (1, 4, 2, 6, 4)))
+    engine = engine_of(backbone, ChunkSchedule(chunks, 6, 6), settings)
     kept, written, seen = folder(path), [], set()
     for chunk in engine.run():
-        kept.add(chunk, engine.save_new(anew=not kept.begun)())
+        kept.add(chunk, engine.begin_delta(full=not kept.begun)())
         files = {(file, file.stat().st_mtime_ns): file.stat().st_size for file in kept.path.iterdir()}
         written.append(sum(size for file, size in files.items() if file not in seen))
         seen |= set(files)
-    return written, runner
+    return written, engine
 
 
 @pytest.mark.parametrize("budget", [None, 2])
@@ -69,11 +75,11 @@ def test_interrupted_run_goes_on_to_the_same_bits(backbone, tmp_path, budget):
 
 @pytest.mark.parametrize("budget", [None, 2])
 def test_a_chunk_writes_no_more_than_the_budget_however_long_the_run(backbone, tmp_path, budget):
-    written, runner = kept_run(backbone, tmp_path, 8, preset("high", budget=budget))
-    (history,) = runner.histories.values()
-    a_chunk = history.shape.bytes(history.dtype.itemsize) // history.shape.capacity
+    written, engine = kept_run(backbone, tmp_path, 8, preset("high", budget=budget))
+    (history,) = engine.forward.histories.values()
+    a_chunk = history.plan.stored_bytes * history.plan.chunk_tokens // history.plan.layer_tokens
     latents, files = 2 * 4 * 4 * 2 * 6 * 4, 4096  # of a chunk, twice; of the files' heads
-    asked = sum(query.nbytes for query in history.queries)
+    asked = history.plan.query_bytes
     assert max(written) <= (1 if budget is None else budget + 1) * a_chunk + latents + asked + files
     assert max(written[4:]) - min(written[4:]) < 256
     (state,) = folder(tmp_path).load().histories
@@ -86,16 +92,14 @@ def test_a_run_that_goes_on_adds_to_what_is_there(backbone, tmp_path):
     kept_run(backbone, tmp_path, 6, OFF)
     limit = 3 * sum(file.stat().st_size for file in (tmp_path / NAME).iterdir()) // 2
     again = folder(tmp_path, limit=limit)
-    runner = Runner(backbone, ChunkSchedule(1, 6, 6, prefix=6), OFF, 2)
-    runner.load(again.load().by_branch)
-    engine = Engine(runner, guidance(runner, text()), magi(6), lambda chunk: chunk_noise(4, chunk, (1, 4, 2, 6, 4)))
+    engine = engine_of(backbone, ChunkSchedule(1, 6, 6, prefix=6), loaded=again.load().by_branch)
     (chunk,) = engine.run()
-    again.add(chunk, engine.save_new(anew=not again.begun)())
+    again.add(chunk, engine.begin_delta(full=not again.begun)())
     assert not again.full and again.load().chunks == 7
     (ours,), (saved,) = again.load().histories, engine.save().values()
     assert all(torch.equal(part, its) for part, its in zip(ours, saved, strict=True))
     other = folder(tmp_path, "f" * 32)  # of another run, which begins with that state
-    other.add(chunk, engine.save_new(anew=not other.begun)())
+    other.add(chunk, engine.begin_delta(full=not other.begun)())
     assert {file.name[:5] for file in other.path.iterdir()} == {"chunk", "histo"}
 
 
@@ -116,7 +120,7 @@ def test_what_a_whole_history_replaces_is_removed(tmp_path):
         kept.add(*one(index=index))
     assert kept.load().histories[0].keys.shape[3] == 3 * 4
     chunk, grown = one(index=3)
-    kept.add(chunk, grown._replace(whole=True))
+    kept.add(chunk, grown._replace(full=True))
     names = {file.name for file in kept.path.iterdir() if not file.name.startswith("chunk")}
     assert names == {"history-00003.safetensors"} and kept.load().chunks == 4
 
@@ -137,11 +141,9 @@ def test_a_damaged_addition_ends_the_run_before_it(tmp_path):
 
 def test_state_in_the_middle_is_that_of_a_shorter_run(backbone):
     """Where several chunks are active, a resumed run is one that goes on from a state: the seam of two extensions."""
-    runner = Runner(backbone, ChunkSchedule(5, 6, 2), OFF, 2)
-    levels = magi(6)
-    engine = Engine(runner, guidance(runner, text()), levels, lambda chunk: chunk_noise(4, chunk, (1, 4, 2, 6, 4)))
+    engine = engine_of(backbone, ChunkSchedule(5, 6, 2))
     chunks = engine.run()
-    assert [next(chunks).index for _ in range(3)] == [0, 1, 2]
+    assert [next(chunks).number for _ in range(3)] == [0, 1, 2]
     (middle,) = engine.save().values()
     (shorter,) = run(backbone, 3, lag=2, settings=OFF).state.histories
     assert middle.keys.shape[3] == 3 * 2 * 6
