@@ -17,7 +17,7 @@ from .demo.model import weights_name
 from .demo.train_network import FRAMES_PER_CHUNK
 from .engine.loop import Cancelled
 from .errors import UserError
-from .generate import generate
+from .generation import generate
 from .history.plan import MemoryPlan
 from .media.pictures import report_picture
 from .media.progress_bar import Bar

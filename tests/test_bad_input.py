@@ -5,9 +5,9 @@ import itertools
 import pytest
 import torch
 
+from flowcache_core import generate
 from flowcache_core.engine.loop import Cancelled
 from flowcache_core.errors import UserError
-from flowcache_core.generate import generate
 from flowcache_core.models.presets import preset
 from flowcache_core.settings import OFF, HistorySettings, Settings
 from tests.helpers.tiny import TINY

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from flowcache_core.calibrate import calibrate, calibrate_clips, likeness
+from flowcache_core.calibration import calibrate, calibrate_clips, likeness
 from flowcache_core.demo import embed_caption
 from flowcache_core.errors import UserError
 from flowcache_core.models.presets import quality_settings

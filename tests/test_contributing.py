@@ -8,8 +8,7 @@ import torch
 import torch.nn.functional as F
 from safetensors.torch import save_file
 
-from flowcache_core import checkpoints
-from flowcache_core.generate import generate
+from flowcache_core import checkpoints, generate
 from flowcache_core.models import families
 from flowcache_core.models.families import family, family_preset
 from flowcache_core.models.wan import WanBackbone

@@ -3,8 +3,8 @@
 import pytest
 import torch
 
+from flowcache_core import generate
 from flowcache_core.engine.loop import Cancelled
-from flowcache_core.generate import generate
 from flowcache_core.models.presets import preset
 from flowcache_core.settings import OFF, HistorySettings, Settings
 from flowcache_core.solvers.one_step import chunk_noise

@@ -12,7 +12,7 @@ import numpy as np
 from torch import Tensor
 
 from ..errors import UserError
-from ..generate import Result, generate
+from ..generation import Result, generate
 from ..history.plan import plan_memory
 from ..media.metrics import psnr, ssim
 from ..media.pictures import Run, comparison_picture, side_by_side

@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from ..generate import generate
+from ..generation import generate
 from ..media.video import enlarged, frames_of
 from ..models.presets import PRESETS, preset
 from ..models.wan import WanBackbone

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from torch import Tensor
 
-from ..calibrate import calibrate_clips
+from ..calibration import calibrate_clips
 from ..demo import NETWORK_FILE, load_network
 from ..schedule import ChunkSchedule
 from ..settings import Settings

@@ -9,9 +9,9 @@ from collections.abc import Callable, Sequence
 from functools import cache
 
 from ..errors import UserError
+from ..schedule import ChunkSchedule
 from .calibration import Calibration, Measured
 from .placement import neighbours, place_steps
-from ..schedule import ChunkSchedule
 
 COUNTS = (5, 6, 7, 8, 9, 12, 15, 20, 30)  # recomputed steps of a chunk
 

@@ -13,8 +13,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-START = -1  # step number of the noise that a chunk begins with
 from .weights import lagrange, weighted
+
+START = -1  # step number of the noise that a chunk begins with
 
 Noise = Callable[[int], Tensor]  # step -> fresh unit noise of the chunk's shape
 

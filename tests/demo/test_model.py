@@ -6,12 +6,12 @@ import pytest
 import torch
 from safetensors import safe_open
 
+from flowcache_core import generate
 from flowcache_core.checkpoints import convert, inspect
 from flowcache_core.demo import NETWORK_FILE, VAE_FILE, decode, embed_caption, load_network
 from flowcache_core.demo.export import export
 from flowcache_core.demo.train_network import CONFIG
 from flowcache_core.errors import UserError
-from flowcache_core.generate import generate
 from flowcache_core.models.wan import WanNetwork
 from flowcache_core.settings import OFF, Between, Every, Settings
 from flowcache_core.solvers.multistep import DPM2M, UniPC

@@ -6,8 +6,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from flowcache_core import generate
 from flowcache_core.errors import UserError
-from flowcache_core.generate import generate
 from flowcache_core.history.positions import rotate
 from flowcache_core.models.presets import PRESETS
 from flowcache_core.schedule import ChunkSchedule

@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 
-from flowcache_core.generate import generate
+from flowcache_core import generate
 from flowcache_core.history import streams
 from flowcache_core.history.offload import OffloadableBuffer
 from flowcache_core.history.streams import AT_ONCE, SideStream

@@ -7,8 +7,8 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
+from flowcache_core import generate
 from flowcache_core.demo.captions import embed_caption
-from flowcache_core.generate import generate
 from flowcache_core.models.families import FAMILIES, SOLVERS, family_preset
 from flowcache_core.models.wan import WanNetwork
 from flowcache_core.settings import OFF, HistorySettings

@@ -3,9 +3,9 @@
 import numpy as np
 import pytest
 import torch
-
-from flowcache_core.generate import generate
 from flowcache_core.history.settings import HistorySettings
+
+from flowcache_core import generate
 from flowcache_core.media import pictures
 from flowcache_core.models.presets import PRESETS, Settings
 from flowcache_core.report import Report

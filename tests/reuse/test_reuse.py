@@ -7,8 +7,8 @@ from dataclasses import dataclass
 import pytest
 import torch
 
+from flowcache_core import generate
 from flowcache_core.errors import UserError
-from flowcache_core.generate import generate
 from flowcache_core.lab.adams_bashforth import AdamsBashforth2
 from flowcache_core.models.presets import PRESETS
 from flowcache_core.reuse.forecast import Corrector, Forecast

@@ -6,10 +6,10 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
+from flowcache_core import generate
 from flowcache_core.engine.guidance import classifier_free
 from flowcache_core.engine.loop import Chunk, Engine
 from flowcache_core.errors import UserError
-from flowcache_core.generate import generate
 from flowcache_core.history.snapshot import Snapshot, SnapshotDelta
 from flowcache_core.models.presets import preset
 from flowcache_core.schedule import ChunkSchedule

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from .errors import UserError
-from .generate import generate
+from .generation import generate
 from .media.metrics import psnr
 from .models.families import family
 from .models.presets import measured_steps
