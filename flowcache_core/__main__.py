@@ -22,9 +22,10 @@ from .history.plan import MemoryPlan
 from .media.pictures import report_picture
 from .media.progress_bar import Bar
 from .media.video import FORMATS, enlarged, frames_of, save_video
-from .models.families import FAMILIES, family_preset, magi_usual
-from .models.magi.config import MagiConfig
-from .models.memory import magi_frames, plan_magi, plan_wan, rolling_history_bytes, wan_frames
+from .models.families import FAMILIES, family_preset
+from .models.magi.config import MagiConfig, magi_usual
+from .models.magi.memory import magi_frames, plan_magi
+from .models.memory import plan_wan, rolling_history_bytes, wan_frames
 from .models.presets import DEFAULT_PRESET, PRESETS, preset, quality_settings
 from .models.wan import WanConfig
 from .report import megabytes

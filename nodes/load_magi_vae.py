@@ -1,8 +1,8 @@
 """Load MAGI-1 VAE (FlowCache)."""
 
-import folder_paths
 from comfy_api.latest import io
 
+from .comfyui.folders import file_names, file_path
 from .comfyui.magi_model import magi_vae
 from .comfyui.widgets import found_by
 
@@ -19,7 +19,7 @@ class LoadMagiVAE(io.ComfyNode):
             inputs=[
                 io.Combo.Input(
                     "vae_name",
-                    options=folder_paths.get_filename_list("vae"),
+                    options=file_names("vae"),
                     tooltip="Put SandAI's ckpt/vae folder (weights and config.json) into models/vae, or a file that "
                     "`python -m flowcache_core convert` made of it.",
                 )
@@ -29,4 +29,4 @@ class LoadMagiVAE(io.ComfyNode):
 
     @classmethod
     def execute(cls, vae_name: str) -> io.NodeOutput:
-        return io.NodeOutput(magi_vae(folder_paths.get_full_path_or_raise("vae", vae_name)))
+        return io.NodeOutput(magi_vae(file_path("vae", vae_name)))

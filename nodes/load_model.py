@@ -1,11 +1,11 @@
 """Load AR Video Model (FlowCache)."""
 
-import folder_paths
 import torch
 from comfy_api.latest import io
 
 from ..flowcache_core.demo import NETWORK_FILE
 from ..flowcache_core.models.families import FAMILIES
+from .comfyui.folders import file_names, file_path
 from .comfyui.models import load_model
 from .comfyui.progress import progress_text
 from .comfyui.widgets import advanced, found_by
@@ -37,7 +37,7 @@ class LoadARVideoModel(io.ComfyNode):
             inputs=[
                 io.Combo.Input(
                     "model_name",
-                    options=[DEMO, *folder_paths.get_filename_list("diffusion_models")],
+                    options=[DEMO, *file_names("diffusion_models")],
                     tooltip="A file of ComfyUI's diffusion_models folder, or the demo model, which needs no download.",
                 ),
                 io.Combo.Input(
@@ -70,9 +70,7 @@ class LoadARVideoModel(io.ComfyNode):
 
     @classmethod
     def execute(cls, model_name: str, family: str, weight_type: str, fps: int = 24) -> io.NodeOutput:
-        path = (
-            NETWORK_FILE if model_name == DEMO else folder_paths.get_full_path_or_raise("diffusion_models", model_name)
-        )
+        path = NETWORK_FILE if model_name == DEMO else file_path("diffusion_models", model_name)
 
         def warn(warning: str) -> None:
             progress_text(warning, cls.hidden.unique_id)

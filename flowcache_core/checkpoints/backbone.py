@@ -13,8 +13,9 @@ from torch import Tensor
 
 from ..errors import UserError
 from ..models import families
-from ..models.families import Family, magi_usual
+from ..models.families import Family
 from ..models.fit import fit
+from ..models.magi.config import magi_usual
 from ..models.magi.network import MagiBackbone, load_network
 from ..models.magi.text import SpecialTokens
 from ..models.wan import WanBackbone, WanConfig, WanNetwork

@@ -11,7 +11,6 @@ from ..settings import HELD, Drift, HistorySettings, Reuse, Settings
 from ..solvers import noise_levels
 from ..solvers.multistep import SkyReelsUniPC, UniPC
 from ..solvers.one_step import Euler, Noise, Renoise, SolverFactory
-from .magi.config import MagiConfig
 from .presets import PRESETS
 from .skyreels import POLYNOMIAL_1_3B, POLYNOMIAL_14B, SkyReelsBackbone
 from .wan import Attention, WanBackbone
@@ -135,17 +134,10 @@ FAMILIES: dict[str, Family] = {
     ),
     **dict.fromkeys(("magi", "magi distilled"), Family(
         64, 16, 6, always("euler"), noise_levels.magi, 7.5, (720, 720), 3.0,
-        "MAGI-1, example/4.5B/*_config.json; see magi_usual",
+        "MAGI-1, example/4.5B/*_config.json; see magi.config.magi_usual",
         fps=24,
     )),
 }  # fmt: skip
-
-
-def magi_usual(config: MagiConfig) -> tuple[int, tuple[int, int]]:
-    """Steps, and width and height in pixels, that a MAGI-1 network is published with (example/*/*_config.json)."""
-    if config.gated:  # 24B
-        return 16 if config.distilled else 32, (1280, 720)
-    return 64, (720, 720)
 
 
 def family(name: str) -> Family:

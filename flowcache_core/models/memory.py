@@ -9,10 +9,7 @@ from ..errors import UserError
 from ..history.plan import MemoryPlan, plan_memory
 from ..schedule import ChunkSchedule
 from ..settings import Settings
-from .families import Family, magi_usual
-from .magi.config import MagiConfig
-from .magi.forward import MagiSampling, magi_plan, magi_schedule, magi_settings
-from .magi.sampling import CHUNK_FRAMES
+from .families import Family
 from .wan import WanBackbone, WanConfig, WanNetwork
 
 VAE_STRIDE = 8  # pixels of a latent pixel, across and down
@@ -34,7 +31,7 @@ def plan_wan(
         UserError: a lag that does not fit, a size or length of nothing.
     """
     schedule = _wan_schedule(family, frames, lag)
-    width, height = _latent_size(size)
+    width, height = latent_size(size)
     _, patch_height, patch_width = config.patch_size
     return plan_memory(
         config.sizes(),
@@ -55,37 +52,14 @@ def rolling_history_bytes(config: WanConfig, family: Family, size: tuple[int, in
     """
     with torch.device("meta"):
         backbone = WanBackbone(WanNetwork(config))
-    width, height = _latent_size(size)
+    width, height = latent_size(size)
     chunk = (1, config.in_dim, family.chunk_frames, height, width)
     return _branches(family) * rolling_bytes(backbone, _wan_schedule(family, frames, None), chunk, itemsize=2)
-
-
-def plan_magi(config: MagiConfig, size: tuple[int, int], frames: int, settings: Settings) -> MemoryPlan:
-    """Plans a MAGI-1 run in bfloat16 with its published steps; without a budget, of the chunks that it looks back on.
-
-    Args:
-        size, frames, settings: as for `plan_wan`.
-
-    Raises:
-        UserError: settings that MAGI-1 cannot be run with, a size or length of nothing.
-    """
-    if frames < 1:
-        raise UserError(f"The video has {frames} frames, expected at least 1.")
-    sampling = MagiSampling()
-    schedule = magi_schedule(ceil(frames / FRAME_STRIDE), magi_usual(config)[0])
-    width, height = _latent_size(size)
-    chunk = (1, config.channels, CHUNK_FRAMES, height, width)
-    return magi_plan(config, schedule, magi_settings(settings, sampling, schedule), sampling, chunk)
 
 
 def wan_frames(family: Family, frames: int) -> int:
     """Rounds pixel frames up to whole chunks of a family."""
     return FRAME_STRIDE * _wan_chunks(family, frames) * family.chunk_frames - (FRAME_STRIDE - 1)
-
-
-def magi_frames(frames: int) -> int:
-    """Rounds pixel frames up to whole chunks of MAGI-1."""
-    return ceil(frames / (FRAME_STRIDE * CHUNK_FRAMES)) * FRAME_STRIDE * CHUNK_FRAMES
 
 
 def _wan_schedule(family: Family, frames: int, lag: int | None) -> ChunkSchedule:
@@ -108,8 +82,12 @@ def _branches(family: Family) -> int:
     return 1 if family.guidance == 1.0 else 2
 
 
-def _latent_size(size: tuple[int, int]) -> tuple[int, int]:
-    """Width and height of the latent."""
+def latent_size(size: tuple[int, int]) -> tuple[int, int]:
+    """Gives width and height of the latent of a video of so many pixels.
+
+    Raises:
+        UserError: a size of nothing.
+    """
     width, height = size
     if min(size) < VAE_STRIDE:
         raise UserError(f"The video is {width} x {height} pixels, expected at least {VAE_STRIDE} x {VAE_STRIDE}.")

@@ -16,7 +16,7 @@ from torch import Tensor
 from ...flowcache_core.engine.loop import Progress
 from ...flowcache_core.errors import UserError
 from ...flowcache_core.history.snapshot import Snapshot
-from ...flowcache_core.models.families import magi_usual
+from ...flowcache_core.models.magi.config import magi_usual
 from ...flowcache_core.models.magi.forward import (
     PUBLISHED_FLOWCACHE,
     SHARED,

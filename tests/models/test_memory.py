@@ -18,7 +18,8 @@ from flowcache_core.errors import UserError
 from flowcache_core.history.plan import MemoryPlan
 from flowcache_core.models.families import FAMILIES, Family, family_preset
 from flowcache_core.models.magi.config import MAGI_4_5B
-from flowcache_core.models.memory import plan_magi, plan_wan, rolling_history_bytes, wan_frames
+from flowcache_core.models.magi.memory import plan_magi
+from flowcache_core.models.memory import plan_wan, rolling_history_bytes, wan_frames
 from flowcache_core.models.wan import WanBackbone, WanConfig, WanNetwork
 from flowcache_core.report import megabytes
 from flowcache_core.schedule import ChunkSchedule

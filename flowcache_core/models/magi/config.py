@@ -148,3 +148,10 @@ class MagiConfig:
 
 MAGI_4_5B = MagiConfig(layers=34, width=3072, ffn_width=12288, heads=24)
 MAGI_24B = MagiConfig(layers=48, width=6144, ffn_width=16384, heads=48, doubled=True, input_scale=0.1, gated=True)
+
+
+def magi_usual(config: MagiConfig) -> tuple[int, tuple[int, int]]:
+    """Gives the steps and the size in pixels that a MAGI-1 network is published with (example/*/*_config.json)."""
+    if config.gated:  # 24B
+        return 16 if config.distilled else 32, (1280, 720)
+    return 64, (720, 720)
