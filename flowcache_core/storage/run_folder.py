@@ -9,6 +9,9 @@ One folder holds all runs, each in a folder named by what determines it:
 As long as nothing is dropped from the history, each chunk adds as much to it. Where a budget has it cut, it is written
 anew, as large as the budget, and what was written before is removed. A chunk is written before the state that counts
 it, and each file appears whole or not at all.
+
+A state's file says which format the run is of. Runs of another one are not gone on from, for a version with another
+format computes other bits; they are removed like all others when there is no room.
 """
 
 import os
@@ -27,9 +30,10 @@ from torch import Tensor
 from ..engine.loop import Chunk
 from ..errors import UserError
 from ..history.snapshot import Snapshot, SnapshotDelta
-from .files import write_whole
-from .state import State, load_state, make_state, save_state
+from .files import parse_json, write_whole
+from .state import State, load_state, make_state, save_state, state_metadata
 
+FORMAT = "flowcache-run-2"  # runs of version 0.1.0 say none
 NAME = re.compile(r"[0-9a-f]{32}")  # of a run; nothing else in the root is ever touched
 Kind = Literal["chunk", "history", "added"]
 
@@ -75,6 +79,10 @@ class RunFolder:
         self._shape, self.begun = last.latents.shape, True
         return last._replace(histories=_joined(parts))
 
+    def outdated(self) -> bool:
+        """Says whether runs of this model are there that an earlier version of FlowCache kept."""
+        return any(self._is_outdated(file) for file in self.root.glob("*/history-*"))
+
     def latent(self, chunk: int) -> Tensor:
         """A finished chunk's latent [B, C, T, H, W], after `load`.
 
@@ -116,7 +124,7 @@ class RunFolder:
         write_whole(self._file("chunk", chunk.number), lambda partial: save_file({"latent": latent}, partial))
         # What follows an addition that could not be read is of the run before the interrupt.
         replaced = [*self.path.glob("history-*"), *added] if delta.full else [file for file in added if file > written]
-        save_state(state, written)
+        save_state(state, written, run=FORMAT)
         for file in replaced:
             if file != written:
                 file.unlink(missing_ok=True)  # by another server that does the same run
@@ -127,7 +135,7 @@ class RunFolder:
 
     def _read(self, file: Path) -> State | None:
         """A state of this run; None where it is not there, of another, or damaged by a failing disk or by hand."""
-        if not file.exists():
+        if not file.exists() or state_metadata(file).get("run") != FORMAT:
             return None
         try:
             state = load_state(file)
@@ -135,6 +143,14 @@ class RunFolder:
             return None
         mine = (state.chunk_frames, state.model) == (self.chunk_frames, self.model)
         return state if mine and file.stem.endswith(f"-{state.chunks - 1:05}") else None
+
+    def _is_outdated(self, file: Path) -> bool:
+        told = state_metadata(file) if NAME.fullmatch(file.parent.name) else {}
+        with suppress(ValueError, TypeError, AttributeError):
+            return (
+                "state" in told and told.get("run") != FORMAT and parse_json(told["state"]).get("model") == self.model
+            )
+        return False
 
     def _make_room(self, needed: int) -> None:
         """Removes other runs, the one that was not used for longest first."""

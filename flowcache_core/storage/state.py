@@ -6,6 +6,7 @@ it is one safetensors file.
 
 import json
 from collections.abc import Hashable, Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import NamedTuple
 
@@ -81,8 +82,11 @@ def make_state(
     return State(latents.to("cpu"), tuple(histories.values()), branches, chunk_frames, model, dropped)
 
 
-def save_state(state: State, path: Path | str) -> None:
+def save_state(state: State, path: Path | str, **more: str) -> None:
     """Writes a state to a safetensors file; the file appears whole or not at all.
+
+    Args:
+        more: is put beside what the file says of itself, see `state_metadata`.
 
     Raises:
         UserError: the folder or file cannot be written.
@@ -97,8 +101,15 @@ def save_state(state: State, path: Path | str) -> None:
         "model": state.model,
         "dropped": state.dropped,
     }
-    metadata = {"format": FORMAT, "state": json.dumps(info)}
+    metadata = {"format": FORMAT, "state": json.dumps(info), **more}
     write_whole(path, lambda partial: save_file(tensors, partial, metadata=metadata))
+
+
+def state_metadata(path: Path | str) -> dict[str, str]:
+    """Reads what a state's file says of itself; nothing where it cannot be read."""
+    with suppress(SafetensorError, OSError), safe_open(path, "pt") as file:
+        return file.metadata() or {}
+    return {}
 
 
 def load_state(path: Path | str) -> State:

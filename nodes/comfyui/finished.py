@@ -18,6 +18,11 @@ from .listener import RunListener
 from .progress import describe, describe_plan, progress_text
 from .stream import VideoOutlet, show
 
+OUTDATED = (
+    "interrupted runs of an earlier version of FlowCache cannot be resumed: this one starts anew; they are removed when"
+    " space is needed, or delete flowcache/runs in ComfyUI's user folder"
+)
+
 
 @dataclass
 class FinishedChunks(RunListener):
@@ -52,12 +57,15 @@ class FinishedChunks(RunListener):
     def __post_init__(self):
         self.begun = time.perf_counter()
         self.earlier = range(0)
+        self.outdated = False
         self.tick = self.ticks = 1  # of the run, for the preview
 
     @property
     def notes(self) -> list[str]:
         """For the report."""
         notes = [f"{len(self.earlier)} chunks were there from an interrupted run"] if self.earlier else []
+        if self.outdated:
+            notes.append(OUTDATED)
         if self.folder is not None and self.folder.full:
             notes.append("the limit for interrupted runs is reached: newer chunks were not kept to resume from")
         return notes
@@ -65,6 +73,7 @@ class FinishedChunks(RunListener):
     def begin(self, before: Tensor | None, earlier: range) -> None:
         """Takes the frames [B, C, T, H, W] that came before, and the chunks that an interrupted run left."""
         self.earlier = earlier
+        self.outdated = self.folder is not None and not earlier and self.folder.outdated()
         for part in [] if before is None else before.split(8, dim=2):
             self._take(part)
         for chunk in earlier:
