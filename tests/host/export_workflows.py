@@ -31,8 +31,9 @@ def export(page: ComfyPage, name: str) -> None:
     else:
         (family,) = {node["inputs"]["family"] for node in prompt.values() if "family" in node["inputs"]}
         family = name.split("_")[0] if family == "auto" else family
+        presets = [node["inputs"]["preset"] for node in prompt.values() if node["class_type"] == "FlowCache"]
         title = name.replace("_", " ").capitalize()
-        thumbnails.write(thumbnails.of_family(family, title), workflow)
+        thumbnails.write(thumbnails.of_family(family, title, *presets), workflow)
 
 
 def main() -> None:

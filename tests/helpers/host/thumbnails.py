@@ -7,14 +7,15 @@ The host looks for <workflow>.jpg beside <workflow>.json and shows it as a squar
 from pathlib import Path
 
 import numpy as np
-from flowcache_core.settings import HistorySettings
 from PIL import Image, ImageDraw, ImageFont
 
 from flowcache_core import checkpoints
 from flowcache_core.media.pictures import RECOMPUTED, REUSED
 from flowcache_core.models.families import family, family_preset
 from flowcache_core.models.presets import DEFAULT_PRESET
+from flowcache_core.reuse.policies import DriftPolicy
 from flowcache_core.schedule import ChunkSchedule
+from flowcache_core.settings import HistorySettings
 
 SIDE, GRID, SEAM = 512, 4, 4
 NIGHT, INK, FAINT = "#14181f", "#f3f4f6", "#9aa4b2"
@@ -40,17 +41,24 @@ def of_videos(videos: list[np.ndarray]) -> Image.Image:
     return sheet
 
 
-def of_family(name: str, title: str) -> Image.Image:
-    """The schedule of a family's recommended settings: a row a chunk, a column a tick, pale where a step is reused.
+def of_family(name: str, title: str, preset: str = DEFAULT_PRESET) -> Image.Image:
+    """The schedule of a family's recommended settings: a row a chunk, a column a tick, pale where a step is reused, or
+    may be.
 
     Args:
         name: a key of `checkpoints.FAMILIES`.
         title: of the workflow.
+        preset: of its FlowCache node.
     """
     usual = family(name)
     schedule = ChunkSchedule(CHUNKS, usual.steps, min(usual.lag, usual.steps))
-    policy = family_preset(DEFAULT_PRESET, name, 0, HistorySettings()).reuse.policy(schedule)
-    recomputed = policy.recomputed(schedule.steps) or frozenset()
+    policy = family_preset(preset, name, 0, HistorySettings()).reuse.policy(schedule)
+    recomputed, rest = policy.recomputed(schedule.steps) or frozenset(), ", pale ones reused"
+    if isinstance(policy, DriftPolicy):
+        recomputed, rest = (
+            {*range(policy.warmup), *([schedule.steps - 1] if policy.last else [])},
+            ", pale ones by drift",
+        )
     side = SIDE * FINE
     sheet = Image.new("RGB", (side, side), NIGHT)
     draw = ImageDraw.Draw(sheet)
@@ -65,7 +73,7 @@ def of_family(name: str, title: str) -> Image.Image:
             draw.rectangle(
                 (x, y, x + tick_width - seam, y + row - 3 * FINE), RECOMPUTED if place.step in recomputed else REUSED
             )
-    words = f"{usual.steps} steps a chunk: blue ones are computed" + ("" if usual.steps < 10 else ", pale ones reused")
+    words = f"{usual.steps} steps a chunk: blue ones are computed" + ("" if usual.steps < 10 else rest)
     draw.text((side / 2, side - 28 * FINE), words, FAINT, fitting(words, 18, side - 48 * FINE), "ms")
     return sheet.resize((SIDE, SIDE), Image.Resampling.LANCZOS)
 
