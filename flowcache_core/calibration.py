@@ -52,7 +52,7 @@ def calibrate(
     Args:
         backbone: runs the network, as for `generate`.
         texts: embeddings [1, tokens, width] of what is typical, one for each clip.
-        decode: turns latents [1, C, T, H, W] into pixels, of any shape.
+        decode: gives the pixels of latents [1, C, T, H, W], in any shape.
         family_name, steps, lag: as for `generate`; the calibration holds for these steps and this lag.
         chunks: of each clip.
         minutes: of searching; measuring comes on top. 0 only measures steps that are spread by rule.

@@ -39,7 +39,7 @@ class Span:
 
 
 def parse(text: str) -> list[Span]:
-    """The spans of all chunks, in order and without a gap.
+    """Reads the spans of all chunks, in order and without a gap.
 
     Raises:
         UserError: names the line that cannot be read, or that overlaps the one before it.
@@ -61,12 +61,12 @@ def parse(text: str) -> list[Span]:
 
 
 def captions(spans: list[Span]) -> list[str]:
-    """Every caption once, in order of appearance."""
+    """Lists every caption once, in order of appearance."""
     return list(dict.fromkeys(caption for span in spans for caption in span.weights))
 
 
 def mix(embeddings: Mapping[str, Tensor], weights: Mapping[str, float]) -> Tensor:
-    """The weighted sum of captions' embeddings [B, tokens, width]; shorter ones are filled up with zeros."""
+    """Gives the weighted sum of captions' embeddings [B, tokens, width]; shorter ones are filled up with zeros."""
     if len(weights) == 1:
         return embeddings[next(iter(weights))]
     longest = max(embeddings[caption].shape[1] for caption in weights)

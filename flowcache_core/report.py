@@ -108,7 +108,7 @@ class Report:
         }
 
     def text(self) -> str:
-        """A few lines for people."""
+        """Writes a few lines for people."""
         fewer = self.forwards_total / self.forwards_executed if self.forwards_executed else 1.0
         lines = [
             self.settings,
@@ -130,13 +130,13 @@ def megabytes(count: int) -> str:
 
 
 def share_of(used: int, total: int) -> str:
-    """Of two sizes in bytes, with the larger one's unit: 1.2 of 2.0 GB."""
+    """Writes two sizes in bytes with the larger one's unit: 1.2 of 2.0 GB."""
     size, unit = (2**30, "GB") if total >= 2**30 else (2**20, "MB")
     return f"{used / size:.1f} of {total / size:.1f} {unit}"
 
 
 def clock(seconds: float) -> str:
-    """A time that is left, as people say it."""
+    """Writes a time that is left as people say it."""
     whole = round(seconds)
     if whole < 60:
         return f"{whole} s"

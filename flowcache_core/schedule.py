@@ -87,13 +87,13 @@ class ChunkSchedule:
         return self.first_steps if self.first_steps is not None and chunk == self.prefix else self.steps
 
     def start(self, chunk: int) -> int:
-        """The tick of a chunk's first step."""
+        """Gives the tick of a chunk's first step."""
         order = chunk - self.prefix
         delay = 0 if self.first_steps is None or order == 0 else self.first_steps - self.steps
         return order * self.lag + delay
 
     def active(self, tick: int) -> list[Place]:
-        """What happens in a tick, oldest chunk first."""
+        """Lists what happens in a tick, oldest chunk first."""
         places = []
         # Chunks older than this one have finished: no start lies further back than a chunk's own steps.
         oldest = 0 if self.lag == 0 else max(0, (tick - (self.first_steps or self.steps)) // self.lag)

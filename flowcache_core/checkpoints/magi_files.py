@@ -17,12 +17,12 @@ TOKENS_FILE = "special_tokens.npz"
 
 
 def is_vae(path: str | Path) -> bool:
-    """Whether a file or folder holds MAGI-1's autoencoder."""
+    """Tells whether a file or folder holds MAGI-1's autoencoder."""
     return {"encoder.cls_token", "decoder.cls_token"} <= open_weights(Path(path)).tensors.keys()
 
 
 def read_vae(path: str | Path) -> MagiVae:
-    """The autoencoder of a file or folder; its sizes come from the file's stamp, or from the config.json beside it.
+    """Reads the autoencoder of a file or folder; its sizes are in the file's stamp, or in the config.json beside it.
 
     Raises:
         UserError: not MAGI-1's autoencoder, or nothing says its sizes.
@@ -43,7 +43,7 @@ def convert_vae(path: str | Path, out: str | Path, progress: Progress | None = N
 
 
 def find_tokens(path: str | Path, tensors: Mapping[str, Tensor]) -> SpecialTokens | None:
-    """The special tokens of a network: in its own file, or in the special_tokens.npz beside it; None if in neither."""
+    """Finds a network's special tokens: in its own file, or in the special_tokens.npz beside it; None if in neither."""
     path = Path(path)
     beside = (path if path.is_dir() else path.parent) / TOKENS_FILE
     inside = SpecialTokens.from_tensors(tensors)

@@ -145,7 +145,7 @@ def _first_bytes(path: Path) -> bytes:
 
 
 def folder_settings(folder: Path) -> dict:
-    """What the config.json in a folder says, or {}."""
+    """Reads what the config.json in a folder says; {} without one."""
     file = folder / "config.json"
     if not file.is_file():
         return {}

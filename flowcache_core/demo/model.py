@@ -1,4 +1,4 @@
-"""Loads the network that ships, and turns its latents into pixels."""
+"""Loads the network that ships, and decodes its latents."""
 
 from pathlib import Path
 from typing import cast

@@ -37,7 +37,7 @@ class Likeness:
 
 
 def common(first: Tensor, second: Tensor) -> tuple[Tensor, Tensor]:
-    """The frames that both videos [T, H, W, 3] have.
+    """Cuts out the frames that both videos [T, H, W, 3] have.
 
     Raises:
         UserError: frames of different size.
@@ -50,7 +50,7 @@ def common(first: Tensor, second: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def likeness(first: Tensor, second: Tensor) -> Likeness:
-    """Of videos [T, H, W, 3] in [0, 1] of the same shape, at least 11 x 11 pixels."""
+    """Measures videos [T, H, W, 3] in [0, 1] of the same shape, at least 11 x 11 pixels."""
     pairs = [(a.movedim(-1, 0)[:, None], b.movedim(-1, 0)[:, None]) for a, b in zip(first, second, strict=True)]
     return Likeness([psnr(a, b) for a, b in pairs], [ssim(a, b) for a, b in pairs])
 

@@ -11,7 +11,7 @@ K1, K2 = 0.01, 0.03
 
 
 def psnr(a: Tensor, b: Tensor, span: float = 1.0) -> float:
-    """Peak signal-to-noise ratio in dB over all pixels; infinite for equal videos.
+    """Measures the peak signal-to-noise ratio in dB over all pixels; infinite for equal videos.
 
     Args:
         a, b: pixels of the same shape.
@@ -26,7 +26,7 @@ def psnr(a: Tensor, b: Tensor, span: float = 1.0) -> float:
 
 
 def ssim(a: Tensor, b: Tensor, span: float = 1.0) -> float:
-    """Structural similarity, at most 1: mean over the frames' colour channels and all windows that lie inside a frame.
+    """Measures structural similarity, at most 1: the mean over colour channels and all windows that lie inside a frame.
 
     Source: Wang, Bovik, Sheikh and Simoncelli 2004, Gaussian window of 11 x 11 with sigma 1.5, K1 0.01, K2 0.03.
 

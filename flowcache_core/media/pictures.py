@@ -69,7 +69,7 @@ class Canvas:
                 )
 
     def shape(self, points: Sequence[tuple[float, float]], colour: str) -> None:
-        """A filled polygon."""
+        """Draws a filled polygon."""
         self.draw.polygon([(x * FINE, y * FINE) for x, y in points], colour)
 
     def ring(self, x: float, y: float, radius: float, colour: str) -> None:
@@ -77,7 +77,7 @@ class Canvas:
         self.draw.ellipse(edges, outline=colour, width=2 * FINE)
 
     def paste(self, x: float, y: float, frame: np.ndarray, side: float) -> None:
-        """A frame [H, W, 3], `side` wide, with its pixels kept square and sharp."""
+        """Pastes a frame [H, W, 3], `side` wide, with its pixels kept square and sharp."""
         height, width = frame.shape[:2]
         size = (int(side * FINE), int(side * FINE * height / width))
         self.image.paste(Image.fromarray(frame).resize(size, Image.Resampling.NEAREST), (int(x * FINE), int(y * FINE)))
@@ -88,7 +88,7 @@ class Canvas:
         self.y += 28
 
     def sideways(self, x: float, middle: float, words: str) -> None:
-        """A line that runs upwards, centred on `middle`."""
+        """Writes a line that runs upwards, centred on `middle`."""
         font = ImageFont.load_default(12 * FINE)
         strip = Image.new("RGB", (int(font.getlength(words)) + 4, 18 * FINE), PAPER)
         ImageDraw.Draw(strip).text((2, 0), words, FAINT, font)
@@ -101,7 +101,7 @@ class Canvas:
 
 
 def report_picture(report: Report) -> Image.Image:
-    """One run: its figures, a chunk x step map for each branch, and the history over time. RGB, 800 pixels wide."""
+    """Draws a run: its figures, a chunk x step map for each branch, the history over time. RGB, 800 pixels wide."""
     canvas = Canvas(1000 + 520 * max(1, len(report.decisions)))
     canvas.text(MARGIN, canvas.y, "FlowCache report", 22)
     canvas.y += 34
@@ -117,7 +117,7 @@ def report_picture(report: Report) -> Image.Image:
 
 
 def comparison_picture(title: str, subtitle: str, runs: Sequence[Run], tiles: Sequence[tuple[str, str]]) -> Image.Image:
-    """Several runs of the same video: figures, frames, the map of the run that saved most, histories. 800 pixels wide.
+    """Draws runs of the same video: figures, frames, the map of the run that saved most, histories. 800 pixels wide.
 
     Args:
         tiles: the figures on top, each a large value and what it is.
@@ -137,7 +137,7 @@ def comparison_picture(title: str, subtitle: str, runs: Sequence[Run], tiles: Se
 
 
 def side_by_side(clips: Sequence[tuple[str, np.ndarray]], chunk_frames: int, times: int = 4) -> list[Image.Image]:
-    """Clips, uint8 [T, H, W, 3] of one size, next to each other: one picture a frame, with names and a clock.
+    """Puts clips, uint8 [T, H, W, 3] of one size, next to each other: one picture a frame, with names and a clock.
 
     Args:
         chunk_frames: pixel frames of a chunk, for the clock.
@@ -171,7 +171,7 @@ def filmstrip(frames: np.ndarray, count: int = 3) -> Image.Image:
 
 
 def likeness_picture(found: Likeness) -> Image.Image:
-    """PSNR and SSIM of each frame of two videos. RGB, 800 pixels wide."""
+    """Draws PSNR and SSIM of each frame of two videos. RGB, 800 pixels wide."""
     canvas = Canvas(800)
     canvas.text(MARGIN, canvas.y, "How alike the videos are", 22)
     canvas.y += 44
@@ -326,7 +326,7 @@ def _ticks(count: int, most: int, last: bool = False) -> list[int]:
 
 
 def axis_marks(peak: float) -> tuple[float, list[float]]:
-    """The top of an axis that holds `peak`, and its marks."""
+    """Finds the top of an axis that holds `peak`, and its marks."""
     step = 10.0 ** np.floor(np.log10(peak / 2))
     step = float(next(step * times for times in (1, 2, 5, 10) if peak / (step * times) <= 4.5))
     count = int(np.ceil(peak * 1.02 / step))

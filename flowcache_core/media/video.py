@@ -16,7 +16,7 @@ FORMATS = (".mp4", ".webp", ".gif")
 
 
 def frames_of(pixels: Tensor) -> np.ndarray:
-    """A clip [3, T, H, W] or [1, 3, T, H, W] in [-1, 1] to images, uint8 [T, H, W, 3].
+    """Makes images, uint8 [T, H, W, 3], of a clip [3, T, H, W] or [1, 3, T, H, W] in [-1, 1].
 
     Raises:
         UserError: another shape, or pixels that are not finite.

@@ -74,7 +74,7 @@ class Family:
     published: Callable[[str, int], Settings | None] = lambda preset, dim: None
 
     def shifted_levels(self, steps: int, shift: float) -> list[float]:
-        """Noise levels with another shift than the family's: shifts multiply."""
+        """Gives noise levels with another shift than the family's: shifts multiply."""
         return [noise_levels.shifted(level, shift / self.shift) for level in self.levels(steps)]
 
 
@@ -91,12 +91,12 @@ def few_steps(steps: int) -> list[float]:
 
 
 def causvid_steps(steps: int) -> list[float]:
-    """CausVid's levels: its 3 steps are taken as they are, those of its other variant are warped."""
+    """Gives CausVid's levels: its 3 steps are taken as they are, those of its other variant are warped."""
     return noise_levels.unwarped(noise_levels.CAUSVID_3_STEPS) if steps == 3 else noise_levels.linear(steps, 8.0)
 
 
 def skyreels_published(preset: str, dim: int) -> Settings | None:
-    """FlowCache for SkyReels-V2; the 1.3B and the 14B have polynomials of their own."""
+    """Gives FlowCache as published for SkyReels-V2; the 1.3B and the 14B have polynomials of their own."""
     if preset not in PAPER_PRESETS:
         return None
     reuse = Drift(
@@ -141,7 +141,7 @@ FAMILIES: dict[str, Family] = {
 
 
 def family(name: str) -> Family:
-    """A family's settings.
+    """Looks a family's settings up.
 
     Raises:
         UserError: it cannot be run here.
@@ -152,7 +152,7 @@ def family(name: str) -> Family:
 
 
 def family_preset(preset: str, name: str, dim: int, history: HistorySettings) -> Settings:
-    """A preset as a family takes it: the paper's presets are the published settings for that family.
+    """Gives a preset as a family takes it: the paper's presets are the published settings for that family.
 
     Args:
         preset: a key of `presets.PRESETS`.

@@ -32,11 +32,11 @@ class SkyReelsBackbone(WanBackbone):
         self.fps = fps
 
     def reuse_signal(self, x: Tensor, sigma: Tensor) -> Tensor:
-        """What FlowCache watches here: the modulation of the blocks, [B, T or 1, 6, dim]. The latent plays no part."""
+        """Gives what FlowCache watches here: the blocks' modulation, [B, T or 1, 6, dim]. The latent plays no part."""
         return self._time(sigma, x.dtype)[1]
 
     def timestep(self, sigma: Tensor) -> Tensor:
-        """Cut to whole numbers, as upstream hands them over."""
+        """Cuts to whole numbers, as upstream hands them over."""
         return super().timestep(sigma).floor()
 
     def _time(self, sigma: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:

@@ -134,7 +134,7 @@ class WanNetwork(nn.Module):
 
 
 def sinusoid(timestep: Tensor, width: int) -> Tensor:
-    """Time-steps [...] to float32 cosines then sines [..., width]."""
+    """Makes float32 cosines, then sines, [..., width] of time-steps [...]."""
     half = width // 2
     frequencies = 10000.0 ** (-torch.arange(half, dtype=torch.float32, device=timestep.device) / half)
     angles = timestep.float()[..., None] * frequencies
@@ -142,7 +142,7 @@ def sinusoid(timestep: Tensor, width: int) -> Tensor:
 
 
 def modulate(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
-    """x [B, T, S, C] scaled and shifted by [B, T or 1, 1, C]."""
+    """Scales and shifts x [B, T, S, C] by [B, T or 1, 1, C]."""
     return torch.addcmul(shift, x, 1 + scale)
 
 
@@ -231,7 +231,7 @@ class WanBackbone:
         return hidden - self.embed(x)
 
     def head(self, x: Tensor, sigma: Tensor, residual: Tensor) -> Tensor:
-        """Velocity [B, C, T, H, W] from the latent, today's noise level and a residual that `trunk` gave."""
+        """Gives the velocity [B, C, T, H, W] from the latent, its noise level and a residual that `trunk` gave."""
         head = self.network.head
         embedding, _ = self._time(sigma, x.dtype)  # [B, T or 1, dim]
         shift, scale = (head.modulation.to(x) + embedding[:, :, None]).split(1, dim=2)
@@ -239,11 +239,11 @@ class WanBackbone:
         return self._unpatch(patches, x.shape)
 
     def reuse_signal(self, x: Tensor, sigma: Tensor) -> Tensor:
-        """What FlowCache watches for change: the patch embedding (MAGI-1's choice), [B, T, rows * columns, dim]."""
+        """Gives what FlowCache watches: the patch embedding (MAGI-1's choice), [B, T, rows * columns, dim]."""
         return self.embed(x)
 
     def embed(self, x: Tensor) -> Tensor:
-        """Latent [B, C, T, H, W] to tokens [B, T, rows * columns, dim]."""
+        """Makes tokens [B, T, rows * columns, dim] of a latent [B, C, T, H, W]."""
         _, _, _, height, width = x.shape
         rows, columns = self.grid(height, width)
         _, patch_height, patch_width = self.network.patch_size
@@ -252,7 +252,7 @@ class WanBackbone:
         return self.network.patch_embedding(x.float()).to(x.dtype).flatten(3).permute(0, 2, 3, 1)
 
     def timestep(self, sigma: Tensor) -> Tensor:
-        """What the network is told of a noise level."""
+        """Gives what the network is told of a noise level."""
         return 1000.0 * sigma
 
     def _time(self, sigma: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:

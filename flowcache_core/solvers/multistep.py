@@ -28,15 +28,15 @@ class DPM2M(Linear):
         return np.stack([self.predict(x, cleans, step), *cleans])
 
     def order(self, step: int) -> int:
-        """1 at the first step, which has no past, and at the last, where lambda may be infinite."""
+        """Gives 1 at the first step, which has no past, and at the last, where lambda may be infinite."""
         return 1 if step == 0 or step == len(self.sigmas) - 2 else 2
 
     def gap(self, step: int) -> float:
-        """How far lambda rises in a step; infinite from noise and to clean."""
+        """Gives how far lambda rises in a step; infinite from noise and to clean."""
         return self.lambdas[step + 1] - self.lambdas[step]
 
     def predict(self, x: np.ndarray, cleans: Sequence[np.ndarray], step: int) -> np.ndarray:
-        """The latent after a step, from the one before it and the clean estimates there, the newest last."""
+        """Predicts the latent after a step from the one before it and the clean estimates there, the newest last."""
         now, after, h = self.sigmas[step], self.sigmas[step + 1], self.gap(step)
         target = cleans[-1]
         if self.order(step) == 2:
@@ -61,11 +61,11 @@ class UniPC(DPM2M):
         return np.stack([self.predict(x, cleans, step), *cleans, x])
 
     def first(self, predicted: np.ndarray, memory: Sequence[np.ndarray]) -> np.ndarray:
-        """The latent that the first correction starts from."""
+        """Gives the latent that the first correction starts from."""
         return memory[-1]
 
     def correct(self, start: np.ndarray, cleans: Sequence[np.ndarray], step: int) -> np.ndarray:
-        """The latent at `step` again, from the one before it and the clean estimates on both sides, newest last."""
+        """Gives the latent at `step` again, from the one before and the clean estimates on both sides, newest last."""
         before, now, h = self.sigmas[step - 1], self.sigmas[step], self.gap(step - 1)
         shrink = math.expm1(-h)
         last, clean = cleans[-2:]
@@ -95,7 +95,7 @@ class SkyReelsUniPC(UniPC):
 
 
 def log_ratio(sigma: float) -> float:
-    """lambda of a noise level."""
+    """Gives the lambda of a noise level."""
     if sigma in (0.0, 1.0):
         return math.inf if sigma == 0.0 else -math.inf
     return math.log1p(-sigma) - math.log(sigma)

@@ -20,31 +20,31 @@ CAUSVID_4_STEPS = (1000, 750, 500, 250)  # configs/wan_causal_dmd_warp_4step_cfg
 
 
 def row_levels(sigma: float, x: Tensor) -> Tensor:
-    """One noise level for each row of x [B, ...], made on its device."""
+    """Gives one noise level for each row of x [B, ...], made on its device."""
     return torch.full((x.shape[0],), sigma, dtype=torch.float32, device=x.device)
 
 
 def shifted(sigma: float, shift: float) -> float:
-    """A noise level moved towards noise: s sigma / (1 + (s - 1) sigma). SD3, arXiv 2403.03206, equation 23."""
+    """Moves a noise level towards noise: s sigma / (1 + (s - 1) sigma). SD3, arXiv 2403.03206, equation 23."""
     return shift * sigma / (1.0 + (shift - 1.0) * sigma)
 
 
 def linear(steps: int, shift: float = 1.0, first: float = 1.0) -> list[float]:
-    """Evenly spaced levels from `first` to 0, then shifted."""
+    """Gives evenly spaced levels from `first` to 0, then shifted."""
     return [shifted(first * (steps - step) / steps, shift) for step in range(steps + 1)]
 
 
 def skyreels(steps: int = 50, shift: float = 8.0) -> list[float]:
-    """SkyReels-V2's levels: its scheduler begins at 0.999, the noisiest level that it was trained on.
+    """Gives SkyReels-V2's levels: its scheduler begins at 0.999, the noisiest level that it was trained on.
 
-    The network is told the time-step cut to an integer (`backbones.wan`); the solver uses the level itself.
+    The network is told the time-step cut to an integer (`models.wan`); the solver uses the level itself.
     Source: skyreels_v2_infer/scheduler/fm_solvers_unipc.py, set_timesteps.
     """
     return linear(steps, shift, first=1.0 - 1.0 / TRAINED_LEVELS)
 
 
 def warped(timesteps: Sequence[int], shift: float = 5.0) -> list[float]:
-    """The levels of a denoising list of a few-step model.
+    """Gives the levels of a denoising list of a few-step model.
 
     Self-Forcing and its kin at shift 5: time-steps 1000, 937.5, 833.33, 625. CausVid's 4-step variant at shift 8.
     Source: warp_denoising_step in Self-Forcing's pipeline/causal_inference.py.
@@ -53,12 +53,12 @@ def warped(timesteps: Sequence[int], shift: float = 5.0) -> list[float]:
 
 
 def unwarped(timesteps: Sequence[int]) -> list[float]:
-    """The levels of a denoising list that is taken as it is: CausVid's 3 steps."""
+    """Gives the levels of a denoising list that is taken as it is: CausVid's 3 steps."""
     return [timestep / TRAINED_LEVELS for timestep in timesteps] + [0.0]
 
 
 def nearest_trained(sigmas: Sequence[float], shift: float = 8.0) -> list[float]:
-    """Each level replaced by the nearest of the 1,000 shifted ones of training, 0 kept.
+    """Replaces each level by the nearest of the 1,000 shifted ones of training, 0 kept.
 
     CausVid's solver looks its levels up so, while its network is told the time-step itself: 0.757 becomes 0.7567,
     0.522 becomes 0.5219. Source: add_noise and _convert_flow_pred_to_x0 in its wan_wrapper.py and scheduler.py.
@@ -68,7 +68,7 @@ def nearest_trained(sigmas: Sequence[float], shift: float = 8.0) -> list[float]:
 
 
 def magi(steps: int = 64, shift: float = 3.0) -> list[float]:
-    """MAGI-1's levels: its time is spaced as a square, t = (i / steps)^2 with 0 = noise, then shifted.
+    """Gives MAGI-1's levels: its time is spaced as a square, t = (i / steps)^2 with 0 = noise, then shifted.
 
     Source: MAGI-1, inference/pipeline/video_generate.py (square, sd3 transform); a level is 1 - t.
     """

@@ -27,7 +27,7 @@ def no_noise(chunk: int, step: int) -> Tensor:
 
 class Solver(Protocol):
     def step(self, x: Tensor, velocity: Tensor, step: int) -> Tensor:
-        """The latent after `step`, from the latent before it and the velocity there; shapes [B, C, T, H, W]."""
+        """Gives the latent after `step`, from the latent before it and the velocity there; shapes [B, C, T, H, W]."""
         ...
 
 
@@ -52,21 +52,21 @@ class Linear(ABC):
 
     @abstractmethod
     def weights(self, step: int, held: int, provisional: bool = False) -> np.ndarray:
-        """A step as a matrix [1 + tensors remembered after, 1 + held + 1]: the latent and the memory after it, from the
-        latent, `held` remembered tensors and the velocity.
+        """Gives a step as a matrix [1 + tensors remembered after, 1 + held + 1]: the latent and the memory after it,
+        from the latent, `held` remembered tensors and the velocity.
 
         Args:
-            provisional: the velocity is a forecast, and the step will be taken again once more is known (but for the last
-                such steps): what costs more than it tells may be left out.
+            provisional: the velocity is a forecast, and the step will be taken again once more is known (but for the
+                last such steps): what costs more than it tells may be left out.
         """
 
     def step(self, x: Tensor, velocity: Tensor, step: int, provisional: bool = False) -> Tensor:
-        """The latent after `step`, from the latent before it and the velocity there; shapes [B, C, T, H, W]."""
+        """Gives the latent after `step`, from the latent before it and the velocity there; shapes [B, C, T, H, W]."""
         return self._to(_step_weights(type(self), self.sigmas, step, len(self.memory), provisional), x, [velocity])
 
     def along(self, x: Tensor, velocities: Sequence[Tensor], steps: tuple[int, ...]) -> Tensor:
-        """The latent at the last of some steps, from the latent at the one before it in the list, with velocities from
-        the line or parabola, over the step number, through those at the steps."""
+        """Gives the latent at the last of some steps, from the latent at the one before it in the list, with velocities
+        from the line or parabola, over the step number, through those at the steps."""
         return self._to(_weights_along(type(self), self.sigmas, len(self.memory), steps), x, velocities)
 
     def _to(self, weights: Sequence[Sequence[float]], x: Tensor, velocities: Sequence[Tensor]) -> Tensor:
@@ -118,7 +118,7 @@ class Renoise:
 
 
 def chunk_noise(seed: int, chunk: int, shape: Sequence[int], step: int = START) -> Tensor:
-    """Unit noise of a chunk, on the CPU: its start, or fresh noise for a step.
+    """Draws the unit noise of a chunk, on the CPU: its start, or fresh noise for a step.
 
     It depends on nothing but the seed and the place, so a longer video begins like a shorter one, and an extension goes
     on like an unbroken run. A step's noise is the one that ComfyUI's own sampler draws (sample_ar_video).

@@ -10,17 +10,17 @@ from torch import Tensor
 
 @lru_cache(4096)
 def lagrange(steps: tuple[int, ...], at: float) -> tuple[float, ...]:
-    """Weights of values at some steps in the polynomial through them, at another step; they add up to 1."""
+    """Gives the weights of values at some steps in the polynomial through them, at another step; they add up to 1."""
     return tuple(math.prod((at - other) / (mine - other) for other in steps if other != mine) for mine in steps)
 
 
 def joined(parts: list[Tensor], dim: int = 0) -> Tensor:
-    """The parts behind one another; a single one is given back as it is."""
+    """Puts the parts behind one another; a single one is given back as it is."""
     return parts[0] if len(parts) == 1 else torch.cat(parts, dim)
 
 
 def weighted(tensors: Sequence[Tensor], weights: Sequence[float]) -> Tensor:
-    """The weighted sum. What has weight 0 is left out, and what alone has weight 1 is given back as it is."""
+    """Gives the weighted sum. What has weight 0 is left out, and what alone has weight 1 is given back as it is."""
     (total, first), *rest = [pair for pair in zip(tensors, weights, strict=True) if pair[1]]
     if first == 1.0:
         if not rest:

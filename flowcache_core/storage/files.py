@@ -43,7 +43,7 @@ def write_whole(path: Path | str, write: Callable[[Path], object]) -> Path:
 
 
 def parse_json(text: str | bytes):
-    """What a JSON text says.
+    """Reads what a JSON text says.
 
     Raises:
         ValueError: it is no JSON, or is nested too deeply.

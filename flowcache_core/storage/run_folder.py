@@ -63,7 +63,7 @@ class RunFolder:
         self.full = False  # this run alone is larger than the limit: no more chunks are kept
 
     def load(self) -> State | None:
-        """History after the newest finished chunk, with that chunk's latent alone; None to start anew."""
+        """Reads the history after the newest finished chunk, with that chunk's latent alone; None to start anew."""
         newest = max(self.path.glob("history-*"), default=None)
         last = None if newest is None else self._read(newest)
         if newest is None or last is None:
@@ -84,7 +84,7 @@ class RunFolder:
         return any(self._is_outdated(file) for file in self.root.glob("*/history-*"))
 
     def latent(self, chunk: int) -> Tensor:
-        """A finished chunk's latent [B, C, T, H, W], after `load`.
+        """Reads a finished chunk's latent [B, C, T, H, W], after `load`.
 
         Raises:
             UserError: its file is missing or damaged.

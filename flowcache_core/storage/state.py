@@ -40,7 +40,7 @@ class State(NamedTuple):
     dropped: int = 0
 
     def __str__(self) -> str:
-        """One line: ComfyUI writes a failed node's inputs into its history, and keeps them there."""
+        """Gives one line: ComfyUI writes a failed node's inputs into its history, and keeps them there."""
         return f"State of {self.frames} frames, {self.chunk_frames} a chunk, latents {list(self.latents.shape)}"
 
     @property
@@ -77,7 +77,7 @@ class State(NamedTuple):
 def make_state(
     latents: Tensor, histories: Mapping[Hashable, Snapshot], chunk_frames: int, model: str = "", dropped: int = 0
 ) -> State:
-    """Latents [B, C, T, H, W] and what `Runner.save` gave to a state; `dropped` frames came before the latents."""
+    """Makes a state of latents [B, C, T, H, W] and what `Engine.save` gave; `dropped` frames came before them."""
     branches = tuple(str(name) for name in histories)
     return State(latents.to("cpu"), tuple(histories.values()), branches, chunk_frames, model, dropped)
 

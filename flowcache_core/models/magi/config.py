@@ -66,7 +66,7 @@ class MagiConfig:
 
     @classmethod
     def from_upstream(cls, settings: Mapping[str, Any]) -> "MagiConfig":
-        """From the contents of one of upstream's config files (`model_config` and `engine_config`).
+        """Reads the contents of one of upstream's config files (`model_config` and `engine_config`).
 
         Raises:
             UserError: the file asks for a layout that no published MAGI-1 has.
@@ -97,7 +97,7 @@ class MagiConfig:
 
     @classmethod
     def from_tensors(cls, tensors: Mapping[str, Tensor], distilled: bool) -> "MagiConfig":
-        """From a checkpoint's tensors under upstream's names.
+        """Reads the sizes off a checkpoint's tensors under upstream's names.
 
         Args:
             distilled: whether the network is told the step size; base and distilled files have the same tensors.

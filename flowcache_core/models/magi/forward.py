@@ -249,7 +249,7 @@ class MagiForward:
         return tuple(self._weights(step, oldest).items())
 
     def signals(self, steps: Sequence[Step]) -> list[Tensor]:
-        """What a policy watches for change, for each step."""
+        """Gives what a policy watches for change, for each step."""
         return [self.backbone.reuse_signal(step.x, row_levels(step.sigma, step.x)) for step in steps]
 
     def velocities(self, steps: Sequence[Step]) -> list[Velocity]:

@@ -33,7 +33,7 @@ class Fp8Linear(nn.Module):
         return self.product(x, self.weight.to(x.device, x.dtype))
 
     def product(self, x: Tensor, weight: Tensor) -> Tensor:
-        """The layer's output from its own weight [1, outputs, inputs], brought to x's precision."""
+        """Gives the layer's output from its own weight [1, outputs, inputs], brought to x's precision."""
         rounded = to_fp8(x, self.scale.to(x.device)).to(x.dtype)
         factor = (self.input_scale[0] * self.weight_scale[0]).to(x.device)
         return (F.linear(rounded, weight[0]).float() * factor).to(x.dtype)
@@ -53,7 +53,7 @@ class SmoothFp8Linear(Fp8Linear):
 
 
 def to_fp8(x: Tensor, scale: Tensor) -> Tensor:
-    """x [..., inputs] over its scale [inputs], cut to fp8's range and rounded, through bfloat16 as upstream."""
+    """Divides x [..., inputs] by its scale [inputs], cuts to fp8's range and rounds, through bfloat16 as upstream."""
     most = torch.finfo(FP8).max
     return (x.float() / scale).clamp(-most, most).bfloat16().to(FP8)
 

@@ -149,7 +149,7 @@ class MagiGates(nn.Module):
         self.proj = nn.Sequential(operations.Linear(config.condition_width, 2 * config.width, **where))
 
     def forward(self, condition: Tensor) -> tuple[Tensor, Tensor]:
-        """Condition [B, condition_width] to the gates of attention and feed-forward, [B, 1, width] in float32."""
+        """Makes the gates of attention and feed-forward, [B, 1, width] in float32, of a condition [B, its width]."""
         gates = self.proj(F.silu(condition))
         attention, feed_forward = torch.tanh(gates.float()).to(gates.dtype).float()[:, None].chunk(2, dim=-1)
         return attention, feed_forward
@@ -210,7 +210,7 @@ class MagiNetwork(nn.Module):
 def load_network(
     tensors: Mapping[str, Tensor], distilled: bool, dtype: torch.dtype | None = None, operations=Casting
 ) -> MagiNetwork:
-    """A network over a checkpoint's tensors, which are neither copied nor converted: mapped files stay mapped.
+    """Makes a network over a checkpoint's tensors, which are neither copied nor converted: mapped files stay mapped.
 
     Args:
         tensors: under upstream's names; special tokens beside them (magi_text.py) are passed over.
@@ -332,7 +332,7 @@ class MagiConditioning(NamedTuple):
 
 
 def grouped_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    """Torch's attention, where several query heads share a key and value head."""
+    """Runs torch's attention where several query heads share a key and value head."""
     return F.scaled_dot_product_attention(q, k, v, enable_gqa=True)
 
 
@@ -376,7 +376,7 @@ class MagiBackbone:
         return height // patch, width // patch
 
     def context(self, text: MagiText) -> MagiContext:
-        """Conditioning of a chunk, computed once for each chunk (its text tells how much is left) and branch.
+        """Makes the conditioning of a chunk, computed once for each chunk (its text tells how much is left) and branch.
 
         Raises:
             UserError: the network is distilled and the text has no step size.
@@ -426,17 +426,17 @@ class MagiBackbone:
         return hidden.float() - self.embed(x).float()
 
     def head(self, x: Tensor, sigma: Tensor, residual: Tensor) -> Tensor:
-        """Velocity [B, C, T, H, W] from the latent and a residual that `trunk` gave; the noise level plays no part."""
+        """Gives the velocity [B, C, T, H, W] from the latent and a residual; the noise level plays no part."""
         hidden = self.network.videodit_blocks.final_layernorm(self.embed(x).float() + residual)
         velocity = self._unpatch(self.network.final_linear.linear(hidden), x.shape)
         return -(velocity[:, : self.config.channels] / self.config.input_scale).to(x.dtype)
 
     def reuse_signal(self, x: Tensor, sigma: Tensor) -> Tensor:
-        """What FlowCache watches for change: the patch embedding, [B, T, rows * columns, width]."""
+        """Gives what FlowCache watches for change: the patch embedding, [B, T, rows * columns, width]."""
         return self.embed(x)
 
     def embed(self, x: Tensor) -> Tensor:
-        """Latent [B, C, T, H, W] to tokens [B, T, rows * columns, width]."""
+        """Makes tokens [B, T, rows * columns, width] of a latent [B, C, T, H, W]."""
         self.grid(*x.shape[-2:])
         x = x.float() * self.config.input_scale
         if self.config.doubled:
@@ -444,7 +444,7 @@ class MagiBackbone:
         return self.network.x_embedder(x).flatten(3).permute(0, 2, 3, 1).to(self.network.dtype)
 
     def condition(self, sigma: Tensor, context: MagiContext) -> Tensor:
-        """Noise level [B] and context to what the gates are made of, [B, condition_width]."""
+        """Makes what the gates come from, [B, condition_width], of noise level [B] and context."""
         embedding = self._time((1.0 - sigma.double()).float())
         return (embedding + context.kind).to(self.network.dtype)
 

@@ -48,12 +48,12 @@ def times(steps: int, order: ShortOrder = "8,16,16") -> list[float]:
 
 
 def sigmas(steps: int, order: ShortOrder = "8,16,16") -> list[float]:
-    """Noise levels of a chunk's steps, [steps + 1], falling from 1 to 0."""
+    """Gives the noise levels of a chunk's steps, [steps + 1], falling from 1 to 0."""
     return [1.0 - t for t in times(steps, order)[:-1]] + [0.0]  # float32 overshoots the last time a little
 
 
 def step_size(steps: int, step: int, order: ShortOrder = "8,16,16") -> float:
-    """What a distilled network is told at a chunk's step: half the number of steps of this length in a run."""
+    """Gives what a distilled network is told at a chunk's step: half the number of steps of this length in a run."""
     if steps != 12:
         return steps / 2
     doubled = 2 if order == "16,16,8" else 0
@@ -61,7 +61,7 @@ def step_size(steps: int, step: int, order: ShortOrder = "8,16,16") -> float:
 
 
 def visible_before(step: int, steps: int, ranges: Sequence[int] = VISIBLE_CHUNKS) -> int | None:
-    """How many chunks before its own a chunk sees at a step; None for all of them (no ranges)."""
+    """Tells how many chunks before its own a chunk sees at a step; None for all of them (no ranges)."""
     if not ranges:
         return None
     if steps % len(ranges):
@@ -102,7 +102,7 @@ class GuidanceScales:
 
 
 def near_clean(t: float) -> bool:
-    """Whether the oldest active chunk of a distilled network is also run alone, and the two mixed."""
+    """Tells whether the oldest active chunk of a distilled network is also run alone, and the two mixed."""
     return t > NEAR_CLEAN_TIME
 
 

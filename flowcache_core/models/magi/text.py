@@ -50,7 +50,7 @@ class SpecialTokens:
 
     @classmethod
     def from_file(cls, path: str | Path) -> "SpecialTokens":
-        """From upstream's special_tokens.npz; nothing in it is unpickled.
+        """Reads upstream's special_tokens.npz; nothing in it is unpickled.
 
         Raises:
             UserError: not that file.
@@ -66,7 +66,7 @@ class SpecialTokens:
 
     @classmethod
     def from_tensors(cls, tensors: Mapping[str, Tensor]) -> "SpecialTokens | None":
-        """From a checkpoint that our conversion has put them in; None if it has none."""
+        """Reads a checkpoint that our conversion has put them in; None if it has none."""
         if TOKEN_PREFIX + ARRAYS[0] not in tensors:
             return None
         missing = [name for name in ARRAYS if TOKEN_PREFIX + name not in tensors]
@@ -75,7 +75,7 @@ class SpecialTokens:
         return cls._checked({name: tensors[TOKEN_PREFIX + name] for name in ARRAYS}, "the checkpoint")
 
     def tensors(self) -> dict[str, Tensor]:
-        """Under the names that a converted checkpoint has them by."""
+        """Gives them under the names that a converted checkpoint has them by."""
         return {
             TOKEN_PREFIX + name: token
             for name, token in zip(ARRAYS, (self.caption, self.logo, self.other), strict=True)
@@ -103,7 +103,7 @@ class SpecialTokens:
 def caption_text(
     embedding: Tensor, mask: Tensor, tokens: SpecialTokens | None, remaining: int, names: Sequence[str] = ("hq",)
 ) -> MagiText:
-    """The text of a chunk: duration, other special tokens, caption; 800 tokens at most.
+    """Makes the text of a chunk: duration, other special tokens, caption; 800 tokens at most.
 
     Args:
         embedding: the text encoder's output, [B, n, width].
@@ -134,7 +134,7 @@ def caption_text(
 
 
 def null_text(null_embedding: Tensor, tokens: SpecialTokens | None = None, captioned: bool = False) -> MagiText:
-    """The empty caption: the first 50 tokens of the checkpoint's null embedding.
+    """Makes the empty caption: the first 50 tokens of the checkpoint's null embedding.
 
     Args:
         null_embedding: [800, width], the checkpoint's `y_embedder.null_caption_embedding`.
@@ -212,7 +212,7 @@ AFTER_MENDING = (
 
 
 def clean_prompt(prompt: str) -> str:
-    """A prompt as the training captions were cleaned: lower case, without links, markup, numbers of articles, signs of
+    """Cleans a prompt as the training captions were: lower case, without links, markup, numbers of articles, signs of
     Chinese, Japanese and Korean, and so on; twice over, as upstream does.
 
     Upstream also repairs text that was decoded with the wrong encoding, which needs a library; that is left out.

@@ -64,7 +64,7 @@ class MagiVaeConfig:
 
     @classmethod
     def from_upstream(cls, settings: Mapping[str, Any]) -> "MagiVaeConfig":
-        """From the contents of the autoencoder folder's config.json.
+        """Reads the contents of the autoencoder folder's config.json.
 
         Raises:
             UserError: another class of autoencoder, or a layout that upstream cannot run either.
@@ -110,7 +110,7 @@ class MagiVaeConfig:
 
 
 def head_norm(x: Tensor) -> Tensor:
-    """Mean 0 and deviation 1 along the last axis; unlike a layer norm, the small number is added to the deviation."""
+    """Brings the last axis to mean 0 and deviation 1; unlike in a layer norm, eps is added to the deviation."""
     return (x - x.mean(dim=-1, keepdim=True)) / (x.std(dim=-1, keepdim=True, unbiased=False) + 1e-5)
 
 
@@ -166,7 +166,7 @@ class VaeTransformer(nn.Module):
         self.norm = nn.LayerNorm(config.width)
 
     def transform(self, patches: Tensor) -> Tensor:
-        """Embedded patches [B, T, h, w, width] through the blocks, same shape."""
+        """Runs embedded patches [B, T, h, w, width] through the blocks; same shape."""
         table = self.pos_embed[:, 1:].unflatten(1, self.places).movedim(-1, 1)
         places = F.interpolate(table.float(), size=patches.shape[1:4], mode="trilinear").movedim(1, -1).to(patches)
         first = (self.cls_token + self.pos_embed[:, :1]).expand(patches.shape[0], -1, -1)
@@ -215,7 +215,7 @@ class VaeDecoder(VaeTransformer):
         self.last_layer = nn.Conv3d(config.width // (config.patch_length * config.patch**2), 3, 3, padding=1)
 
     def forward(self, latent: Tensor) -> Tensor:
-        """Latent [B, C, T, h, w] to pixels [B, 3, 4 T, 8 h, 8 w]."""
+        """Decodes a latent [B, C, T, h, w] to pixels [B, 3, 4 T, 8 h, 8 w]."""
         x = self.transform(self.proj_in(latent.movedim(1, -1))).unflatten(-1, (*self.patch, -1))
         # [B, T, h, w, 4, 8, 8, C] -> [B, C, T, 4, h, 8, w, 8]
         x = x.permute(0, 7, 1, 4, 2, 5, 3, 6).flatten(6).flatten(4, 5).flatten(2, 3)
@@ -248,7 +248,7 @@ class MagiVae(nn.Module):
 
     @torch.inference_mode()
     def encode(self, video: Tensor) -> Tensor:
-        """The posterior's mean, not yet times `LATENT_SCALE`.
+        """Gives the posterior's mean, not yet times `LATENT_SCALE`.
 
         Args:
             video: [B, 3, F, H, W] from -1 to 1. One frame gives one latent frame.
@@ -331,7 +331,7 @@ class MagiVae(nn.Module):
 def load_vae(
     tensors: Mapping[str, Tensor], config: MagiVaeConfig, attention: Attention = F.scaled_dot_product_attention
 ) -> MagiVae:
-    """The autoencoder over a checkpoint's tensors under upstream's names, neither copied nor converted.
+    """Makes the autoencoder over a checkpoint's tensors under upstream's names, neither copied nor converted.
 
     Raises:
         UserError: tensors are missing, left over or of the wrong shape.
