@@ -3,7 +3,7 @@
 from flowcache_core import demo, generate, preset
 
 result = generate(demo.load_network(), demo.embed_caption("a red circle"), chunks=16, settings=preset("balanced"))
-longer = generate(demo.load_network(), demo.embed_caption("a red circle"), chunks=8, state=result.state)
+longer = generate(demo.load_network(), demo.embed_caption("a blue square"), chunks=8, state=result.state)
 """
 
 from collections.abc import Callable, Sequence
