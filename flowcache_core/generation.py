@@ -122,7 +122,8 @@ def generate(
     frames = 0 if given is None else given.shape[2] if state is None else state.frames
     way = seeing or usual.attention
     done, lead = divmod(frames, chunk_frames) if way == "causal" else (0, 0)
-    size = latent_size if given is None and end is None else (end if given is None else given).shape[3:]
+    known = end if given is None else given
+    size = latent_size if known is None else known.shape[3:]
     shape = (batch, backbone.channels, chunk_frames, *size)
     if end is not None:
         _check_latents(end, "end", shape)
@@ -131,9 +132,8 @@ def generate(
     schedule = ChunkSchedule(chunks, steps, lag, prefix=done, first_steps=first_steps)
     negative_text = None if against is None else _by_chunk(against, done)
     guidance = classifier_free(_by_chunk(texts, done), negative_text, scale)
-    sampling = Sampling(
-        levels, *_noises(noise, seed, shape, texts[0]), solver or SOLVERS[usual.solver(steps)], first_levels
-    )
+    start, fresh = _noises(noise, seed, shape, texts[0])
+    sampling = Sampling(levels, start, fresh, solver or SOLVERS[usual.solver(steps)], first_levels)
     output = _Output(device, dtype, settings, given, on_progress, on_chunk)
     run = RunSettings(
         backbone, guidance, schedule, settings, sampling, way, shape, len(guidance.texts), dtype, device,

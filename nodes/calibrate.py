@@ -2,12 +2,10 @@
 
 from comfy_api.latest import io
 
-from ..flowcache_core.media.metrics import psnr
+from ..flowcache_core.calibration import calibrate_clips
 from ..flowcache_core.models.families import family
-from ..flowcache_core.models.presets import measured_steps
-from ..flowcache_core.reuse.search import search_calibration
 from ..flowcache_core.schedule import ChunkSchedule
-from ..flowcache_core.settings import OFF, Settings
+from ..flowcache_core.settings import Settings
 from ..flowcache_core.storage.calibrations import calibration_path, save_calibration
 from .comfyui import inputs
 from .comfyui import patch as host
@@ -75,20 +73,11 @@ class Calibrate(io.ComfyNode):
         )
         size = (width or usual.size[0], height or usual.size[1])
 
-        def clip(settings: Settings, seed: int):
-            asked = Extension(positive, negative, seed, chunks, size, node_id=cls.hidden.unique_id)
-            return vae.decode(extend(host.patched(model, settings, "calibration"), asked, how).latent)
-
-        def score_of(seed: int):
-            plain: list = []
-
-            def score(chosen: tuple[int, ...]) -> float:
-                if not plain:
-                    plain.append(clip(OFF, seed))
-                reuse = measured_steps(chosen, steps, schedule.lag)
-                return min(100.0, psnr(clip(Settings(reuse), seed), plain[0]))
-
-            return score
+        def clip(settings: Settings, number: int):
+            """One clip for the search, and one with the next seed to be measured."""
+            clip_seed = (seed + number) % 2**64
+            asked = Extension(positive, negative, clip_seed, chunks, size, node_id=cls.hidden.unique_id)
+            return vae.decode(extend(host.patched(model, settings, "calibration"), asked, how).latent)[None]
 
         lines: list[str] = []
 
@@ -96,7 +85,6 @@ class Calibrate(io.ComfyNode):
             lines.append(line)
             progress_text(line, cls.hidden.unique_id)
 
-        made = search_calibration(schedule, 1, score_of(seed), score_of((seed + 1) % 2**64), 60.0 * minutes, told=told)
-        save_calibration(made, path)
+        save_calibration(calibrate_clips(schedule, clip, minutes, told=told), path)
         text = "\n".join([*lines, f"written to {path.name}"])
         return io.NodeOutput(text, ui={"text": [text]})

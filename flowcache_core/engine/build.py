@@ -72,7 +72,7 @@ def build_engine(run: RunSettings) -> Engine:
     """Makes a run ready to go, with its memory allocated; given frames are to be run next, see `Engine.give`."""
     settings, schedule, report = run.settings, run.schedule, Report(run.schedule, run.label)
     policy = settings.reuse.policy(schedule)
-    more = {"attention": run.attention, "check": partial(check_cancelled, run.cancelled, report)}
+    more: dict[str, Any] = {"attention": run.attention, "check": partial(check_cancelled, run.cancelled, report)}
     forward: Forward
     if run.seeing == "joint":
         first, start = run.sampling.sigmas[0], run.sampling.start

@@ -169,9 +169,11 @@ class CausalForward:
         groups = retry_on_oom(begun, every)
 
         def attend(layer: int, step: Step, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-            parts = zip(histories, q.split(rows), k.split(rows), v.split(rows), strict=True)
-            asks, chunk = step.place.chunk == asking, step.place.chunk
-            answers = [history.attend(layer, chunk, *qkv, self.attention, keep_queries=asks) for history, *qkv in parts]
+            chunk, parts = step.place.chunk, zip(histories, q.split(rows), k.split(rows), v.split(rows), strict=True)
+            answers = [
+                history.attend(layer, chunk, q, k, v, self.attention, keep_queries=chunk == asking)
+                for history, q, k, v in parts
+            ]
             return joined(answers)
 
         for layer in range(self.backbone.layers):

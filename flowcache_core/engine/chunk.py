@@ -46,7 +46,8 @@ class ActiveChunk:
         self.order, self.held = order, held
         self.corrects = corrects and held == "velocity" and isinstance(solver, Linear)
         self.step = 0
-        self.drift, self.change = 0.0, None
+        self.drift = 0.0
+        self.change: float | None = None
         self.signal: Tensor | None = None
         self.mix: Hashable = None
         self.branches: tuple[Hashable, ...] = ()

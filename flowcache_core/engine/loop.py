@@ -156,9 +156,7 @@ class Engine:
     @torch.inference_mode()
     def _tick(self, tick: int, places: Sequence[Place]) -> list[Chunk]:
         check_cancelled(self.cancelled, self.report)
-        self.active += [
-            self.begin(place.chunk) for place in places if place.step == 0 and isinstance(place.chunk, int)
-        ]
+        self.active += [self.begin(place.chunk) for place in places if place.step == 0 and isinstance(place.chunk, int)]
         for chunk in self.active:
             chunk.latent = self.sampling.pinned(chunk.index, chunk.latent)
         steps = [Step(chunk.latent, chunk.sigma, place) for chunk, place in zip(self.active, places, strict=True)]

@@ -138,7 +138,7 @@ class History:
         self._saving.on_device()
         self._saving = Pending(None)
         self.storing = list(storing)
-        numbered = [chunk for chunk in chunks if chunk is not Given.END]
+        numbered: list[Chunk] = [chunk for chunk in chunks if chunk is not Given.END]
         new = [chunk for chunk in numbered if chunk not in self.slots]
         if not self.keeps_slots:
             self.slots = [chunk for chunk in numbered if chunk not in new]
@@ -404,11 +404,11 @@ class History:
         start, end = max(first, self.plan.end_tokens), self.clean
         keys, values = zip(*self.layers, strict=True)
         tokens = [OffloadableBuffer(each) for each in self.tokens]
-        stacked = [_stacked(parts, start, end, stream) for parts in (keys, values, tokens)]
+        whole, copied, numbers = (_stacked(parts, start, end, stream) for parts in (keys, values, tokens))
         if self.queries is None or not self.asked:
-            return Snapshot(*stacked, stacked[0].new_empty(0))
+            return Snapshot(whole, copied, numbers, whole.new_empty(0))
         queries = stream.cpu_like(self.queries, self.queries.shape)
-        return Snapshot(*stacked, queries.copy_(self.queries, non_blocking=stream.overlaps))
+        return Snapshot(whole, copied, numbers, queries.copy_(self.queries, non_blocking=stream.overlaps))
 
     @torch.inference_mode()
     def _turned(self, copied: Pending[Snapshot]) -> Snapshot:

@@ -20,9 +20,11 @@ class Deciding(Protocol):
     """
 
     step: int
-    steps: int
     drift: float
     change: float | None
+
+    @property
+    def steps(self) -> int: ...
 
 
 class Policy(Protocol):
@@ -33,8 +35,11 @@ class Policy(Protocol):
         whole_window: whether that is to be one change for all active chunks.
     """
 
-    watches: bool
-    whole_window: bool
+    @property
+    def watches(self) -> bool: ...
+
+    @property
+    def whole_window(self) -> bool: ...
 
     def decide(self, chunks: Sequence[Deciding]) -> list[bool]:
         """Says for each chunk whether to run the network."""

@@ -164,7 +164,7 @@ def carry_out(
         folder: of the run, or None.
         sample: samples the chunks that are missing, behind the state that it is given if it is given one.
     """
-    patch, chunk_frames, prefix = host.patch_of(model.model_options), layout.shape[2], layout.schedule.prefix
+    patch, chunk_frames, prefix = host.patch_on(model.model_options), layout.shape[2], layout.schedule.prefix
     earlier = None if folder is None else folder.load()
     side = SideStream(model.load_device, patch.settings.overlap)
     outlet = None if asked.stream is None else VideoOutlet(asked.stream, model, layout.shape, asked.metadata, side)
@@ -247,4 +247,5 @@ def kept_run(model, name: str, asked: Extension, shape, first: int, chunk_frames
     """
     before = (asked.prefix, asked.state and (asked.state.latents, asked.state.histories))
     what = (asked.positive, asked.negative, asked.seed, asked.chunks, shape, before, *how)
+    assert asked.resume is not None
     return run_folder(asked.resume, model, name, first, chunk_frames, lead, *what)

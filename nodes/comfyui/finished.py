@@ -80,6 +80,7 @@ class FinishedChunks(RunListener):
             throw_exception_if_processing_interrupted()
             self.count += 1
             progress_text(f"taking chunk {self.count} of {len(earlier)} from the interrupted run", self.node_id)
+            assert self.folder is not None  # it holds the earlier chunks
             self._take(self._generated(Chunk(chunk, self.folder.latent(chunk))))
 
     def plan(self, report: Report) -> None:

@@ -175,7 +175,7 @@ def extend(model: comfy.model_patcher.ModelPatcher, asked: Extension, steps: int
         guidance: scale of the caption, or 0 for the published one; a distilled network takes none.
     """
     model = host.patched_or_off(model)
-    patch, network = host.patch_of(model.model_options), model.model.diffusion_model
+    patch, network = host.patch_on(model.model_options), model.model.diffusion_model
     config, settings, state = network.config, patch.settings, asked.state
     check_negative(asked.negative)
     usual_steps, usual_size = magi_usual(config)

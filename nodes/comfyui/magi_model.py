@@ -14,7 +14,7 @@ from torch import Tensor
 
 from ...flowcache_core.checkpoints import CheckpointInfo, magi_files
 from ...flowcache_core.errors import UserError
-from ...flowcache_core.models.magi.fp8 import Fp8Linear, SmoothFp8Linear
+from ...flowcache_core.models.magi import fp8
 from ...flowcache_core.models.magi.network import MagiNetwork, load_network
 from ...flowcache_core.models.magi.sampling import SHIFT
 from ...flowcache_core.models.magi.text import SpecialTokens
@@ -42,10 +42,10 @@ class CastFp8(comfy.ops.CastWeightBiasOp):
 class Operations(comfy.ops.manual_cast):
     """The host's layers, and MAGI-1's quantised ones."""
 
-    class Fp8Linear(CastFp8, Fp8Linear):
+    class Fp8Linear(CastFp8, fp8.Fp8Linear):
         pass
 
-    class SmoothFp8Linear(CastFp8, SmoothFp8Linear):
+    class SmoothFp8Linear(CastFp8, fp8.SmoothFp8Linear):
         pass
 
 
@@ -58,7 +58,7 @@ class MagiLatents(comfy.latent_formats.LatentFormat):
 
 
 class MagiSettings(comfy.supported_models_base.BASE):
-    unet_extra_config = {}
+    unet_extra_config: dict = {}
     sampling_settings = {"shift": SHIFT}
     latent_format = MagiLatents
     supported_inference_dtypes = [torch.bfloat16, torch.float32]

@@ -46,4 +46,5 @@ def _links(node: dict) -> dict[str, str]:
 
 
 def _is_output(node: dict) -> bool:
-    return getattr(host_nodes.NODE_CLASS_MAPPINGS.get(str(node.get("class_type"))), "OUTPUT_NODE", False)
+    known: dict = vars(host_nodes)["NODE_CLASS_MAPPINGS"]  # of the host; our own package has the same name
+    return getattr(known.get(str(node.get("class_type"))), "OUTPUT_NODE", False)

@@ -84,7 +84,13 @@ def patched_or_off(model: comfy.model_patcher.ModelPatcher) -> comfy.model_patch
 
 
 def patch_of(model_options: dict) -> Patch | None:
+    """Finds what FlowCache hung on a model, if it did."""
     return model_options.get("transformer_options", {}).get(KEY)
+
+
+def patch_on(model_options: dict) -> Patch:
+    """Finds what FlowCache hung on a model that it patched."""
+    return model_options["transformer_options"][KEY]
 
 
 def family_of(model: comfy.model_patcher.ModelPatcher) -> str:
@@ -144,7 +150,7 @@ class ChunkSampler(comfy.samplers.Sampler):
 
 def _outer_sample(executor, noise, latent_image, sampler, sigmas, *args, **kwargs):
     guider = executor.class_obj
-    patch = patch_of(guider.model_options)
+    patch = patch_on(guider.model_options)
     options = guider.model_options.setdefault("transformer_options", {})
     if isinstance(sampler, ChunkSampler):
         options[CHUNK] = sampler.chunk_frames

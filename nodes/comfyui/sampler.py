@@ -3,6 +3,7 @@
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import partial
+from typing import Any
 
 import comfy.model_patcher
 import torch
@@ -124,7 +125,7 @@ class SamplerCall:
     """
 
     sampler: ARSampler
-    guider: object
+    guider: Any
     options: dict
     levels: list[float]
     seed: int
@@ -167,7 +168,7 @@ class SamplerCall:
             grain=None if prefix is None else partial(self._grain, prefix),
             on_progress=lambda told: self._progress(told, engine),
         )  # fmt: skip
-        engine = build_engine(run)
+        engine: Engine = build_engine(run)
         if not one_sum and seeing == "causal":
             engine.report.notes.append(
                 "chunks of a tick are asked for one by one (the guider or a prompt changes over the steps), so every "

@@ -3,6 +3,7 @@
 from contextlib import nullcontext, suppress
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import comfy.model_management
 import comfy.utils
@@ -35,7 +36,7 @@ class StreamSettings:
         node_id: of the node that shows the finished video.
     """
 
-    vae: object
+    vae: Any
     prefix: str
     fps: float
     keep_latents: bool

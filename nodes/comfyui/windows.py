@@ -48,10 +48,10 @@ def extend_in_windows(
         raise UserError(
             f"The start is {start.shape[2]}x{start.shape[1]}, the video {video.width}x{video.height}; scale the start."
         )
-    images = start
+    images = torch.empty(0, video.height, video.width, 3) if start is None else start
     sizes = window_sizes(*(latent_frames(count) for count in (video.frames, video.window, video.overlap)))
     for number, size in enumerate(sizes):
-        taken = 0 if images is None else latent_frames(min(video.overlap, images.shape[0]))
+        taken = latent_frames(min(video.overlap, len(images))) if len(images) else 0
         given = FRAME_STRIDE * taken - (FRAME_STRIDE - 1) if taken else 0
         prefix = vae.encode(images[-given:, :, :, :3]) if given else None
         new = size - taken
@@ -66,7 +66,7 @@ def extend_in_windows(
         )  # fmt: skip
         window = replace(asked, seed=(asked.seed + number) % 2**64, chunks=new // each, prefix=prefix)
         made = vae.decode(extend(model, window, sampling).latent).flatten(0, -4)[given:]
-        images = made if images is None else torch.cat([images, made.to(images)])
+        images = torch.cat([images, made.to(images)]) if len(images) else made
     return images
 
 

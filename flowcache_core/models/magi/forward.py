@@ -296,8 +296,8 @@ class MagiForward:
         if not self.tail:
             return {SHARED: self.history.save()}
         most = self.seen_by_next * self.plan.chunk_tokens
-        parts = (torch.cat(parts, dim=3)[:, :, :, -most:] for parts in zip(*self.tail, strict=True))
-        return {SHARED: Snapshot(*parts, torch.empty(0))}
+        keys, values, tokens = (torch.cat(parts, dim=3)[:, :, :, -most:] for parts in zip(*self.tail, strict=True))
+        return {SHARED: Snapshot(keys, values, tokens, torch.empty(0))}
 
     def begin_delta(self, full: bool) -> Callable[[], SnapshotDelta]:
         """Begins to copy what the clean history has grown by, up to the newest chunk that was handed out.
@@ -313,8 +313,8 @@ class MagiForward:
         def joined() -> SnapshotDelta:
             delta = copies()
             saved = delta.histories[SHARED]
-            parts = (torch.cat([old, new], dim=3) for old, new in zip(saved[:3], captured, strict=True))
-            return SnapshotDelta({SHARED: Snapshot(*parts, saved.queries)}, delta.full)
+            keys, values, tokens = (torch.cat([old, new], dim=3) for old, new in zip(saved[:3], captured, strict=True))
+            return SnapshotDelta({SHARED: Snapshot(keys, values, tokens, saved.queries)}, delta.full)
 
         return joined
 
@@ -487,6 +487,7 @@ def magi_engine(
     )  # fmt: skip
     denoising = magi_sampling(schedule, sampling, start, given)
     engine = Engine(forward, schedule, policy, settings.between, denoising, on_progress, cancelled)
-    for chunk in range(schedule.prefix if loaded is None and given is not None else 0):
-        engine.give(chunk, given[:, :, chunk * CHUNK_FRAMES : (chunk + 1) * CHUNK_FRAMES])
+    if loaded is None and given is not None:
+        for chunk in range(schedule.prefix):
+            engine.give(chunk, given[:, :, chunk * CHUNK_FRAMES : (chunk + 1) * CHUNK_FRAMES])
     return engine
