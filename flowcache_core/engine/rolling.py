@@ -45,7 +45,7 @@ class RollingHistory:
 
     def __init__(self, layers: int, chunk_frames: int, span: int = SPAN):
         self.chunk_frames, self.span = chunk_frames, span
-        # By layer: keys that are not rotated and values of the sink; rotated keys and values of the others, oldest first.
+        # By layer: unrotated keys and values of the sink; rotated keys and values of the others, oldest first.
         self.sink: list[tuple[Tensor, Tensor] | None] = [None] * layers
         self.recent: list[list[tuple[Tensor, Tensor]]] = [[] for _ in range(layers)]
 
@@ -73,8 +73,8 @@ class RollingHistory:
 
 
 class RollingForward(WindowForward):
-    """The forwards of one run. Lag 1: at every tick the oldest active chunk becomes clean. Memory does not grow with the
-    length of the video.
+    """The forwards of one run. Lag 1: at every tick the oldest active chunk becomes clean. Memory does not grow with
+    the length of the video.
 
     Args:
         backbone, guidance, report, attention, check: as for `CausalForward`.

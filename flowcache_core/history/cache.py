@@ -96,8 +96,8 @@ class History:
         self.slots: list[Chunk] = []  # chunks behind the clean tokens, oldest first
         self.storing: list[Chunk] = []  # those of them that become clean with the forward that goes on
         self.saved = 0  # tokens at the front that are loaded or that `begin_delta` gave out; 0 once one is dropped
-        # Where it is a dictionary: keys and values of what is attended to, by layer, turned by their place in the video,
-        # on the CPU.
+        # Where it is a dictionary: keys and values of what is attended to, by layer, on the CPU, turned by their place
+        # in the video.
         self.captured: dict[int, tuple[Tensor, Tensor]] | None = None
         self._open: Layer | None = None  # the layer that is attended to
         self._unturned: dict[Chunk, Tensor] = {}  # keys of chunks that become clean, without their turn in time

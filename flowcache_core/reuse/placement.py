@@ -27,10 +27,10 @@ def place_steps(schedule: ChunkSchedule, count: int) -> tuple[int, ...]:
     """Chooses so many steps to recompute, the same for every chunk: aligned, and with little error by
     `expected_error`.
 
-    A new chunk begins when the older ones come to a multiple of the lag: as many of these as can be are in the list, the
-    later ones first, for a new chunk sees only chunks that are recomputed with it. With SkyReels-V2's schedule on the
-    demo model all of them gave 31.7 dB at 16 steps, against 23.4 with steps placed elsewhere. Where not even half of them
-    fit, alignment is to a multiple of the lag, so that neighbours take turns.
+    A new chunk begins when the older ones come to a multiple of the lag: as many of these as can be are in the list,
+    the later ones first, for a new chunk sees only chunks that are recomputed with it. With SkyReels-V2's schedule on
+    the demo model all of them gave 31.7 dB at 16 steps, against 23.4 with steps placed elsewhere. Where not even half
+    of them fit, alignment is to a multiple of the lag, so that every other chunk recomputes on the same ticks.
     """
     return _spread(schedule.steps, schedule.lag or schedule.steps, count)
 
@@ -55,8 +55,8 @@ def expected_error(chosen: Set[int], steps: int) -> float:
     """How far a run with these recomputed steps, 0 among them, is expected to end from the plain one; in no unit.
 
     Over a gap the velocity errs by the gap's square, and the latent by that times the fall of the noise level, for
-    which MAGI-1's stands. The last gap is not corrected (`forecast.Corrector`). On the demo model single gaps of MAGI-1's
-    schedule erred as that says, within 20% but for one.
+    which MAGI-1's stands. The last gap is not corrected (`forecast.Corrector`). On the demo model single gaps of
+    MAGI-1's schedule erred as that says, within 20% but for one.
     """
     return sum(_gap_error(before, after, steps) for before, after in pairwise([*sorted(chosen), steps]))
 
