@@ -72,6 +72,7 @@ class MemoryPlan:
         relative: positions count from the start of the window.
         together: tokens that go through a product at once, at most.
         texts: different ones that are kept at once, for each branch.
+        away: all of it lives in system memory.
     """
 
     network: NetworkSizes
@@ -90,6 +91,7 @@ class MemoryPlan:
     relative: bool
     together: int
     texts: int = 1
+    away: bool = False
 
     @property
     def frame_tokens(self) -> int:
@@ -124,13 +126,15 @@ class MemoryPlan:
     @property
     def needs_scratch(self) -> bool:
         """Whether a layer is read into a scratch before it is attended to."""
-        return self.kind == "shared" or self.relative
+        return self.kind == "shared" or self.relative or self.away
 
     def tokens_of(self, chunk: int | Given) -> int:
         return self.frame_tokens * self.frames_of(chunk)
 
     def frames_of(self, chunk: int | Given) -> int:
-        return {Given.LEAD: self.given.lead, Given.END: self.given.end}.get(chunk, self.chunk_frames)
+        if isinstance(chunk, Given):
+            return {Given.LEAD: self.given.lead, Given.END: self.given.end}[chunk]
+        return self.chunk_frames
 
     def first_frame(self, chunk: int | Given) -> int:
         """Number in the video of a chunk's first frame."""
@@ -170,8 +174,8 @@ class MemoryPlan:
     @property
     def unbounded_bytes(self) -> int:
         """Of the history of the same run without a budget."""
-        whole = replace(self, clean_chunks=self.total_chunks, slots=0, kind="stored", asking=0, relative=False)
-        return whole.history_bytes
+        whole = replace(self, clean_chunks=self.total_chunks, slots=0, kind="stored", asking=0)
+        return replace(whole, relative=False, away=False).history_bytes
 
     @property
     def activation_bytes(self) -> int:
@@ -259,4 +263,5 @@ def plan_memory(
         relative=settings.history.relative,
         together=FORWARD_TOKENS,
         texts=texts,
+        away=settings.history.memory == "system",
     )

@@ -7,26 +7,27 @@ import pytest
 import torch
 from torch import Tensor
 
-from flowcache_core.engine.joint import JointEngine, JointGuidance
-from flowcache_core.engine.loop import Engine, guidance
-from flowcache_core.engine.rolling import RollingDenoise, RollingEngine, RollingHistory
-from flowcache_core.engine.runner import Runner
+from flowcache_core.engine.guidance import classifier_free
+from flowcache_core.engine.loop import Engine
 from flowcache_core.history.cache import History
-from flowcache_core.history.settings import HistorySettings
+from flowcache_core.history.offload import OffloadableBuffer
+from flowcache_core.models.magi import forward as magi_forward
 from flowcache_core.models.magi import sampling as magi_sampling
-from flowcache_core.models.magi.engine import MagiEngine, MagiSampling, magi_schedule
+from flowcache_core.models.magi.forward import MagiSampling, magi_engine, magi_schedule
 from flowcache_core.models.magi.network import MagiBackbone, MagiNetwork, MagiText
 from flowcache_core.models.magi.sampling import VISIBLE_CHUNKS, sigmas
-from flowcache_core.models.presets import OFF, PRESETS, ReuseSettings, Settings
+from flowcache_core.models.presets import PRESETS
 from flowcache_core.models.skyreels import SkyReelsBackbone
 from flowcache_core.models.wan import WanBackbone, WanNetwork
 from flowcache_core.schedule import ChunkSchedule
+from flowcache_core.settings import OFF, Between, Drift, Fixed, HistorySettings, Settings
 from flowcache_core.solvers.multistep import UniPC
 from flowcache_core.solvers.noise_levels import linear
 from flowcache_core.solvers.one_step import Renoise
 from tests.helpers.device_log import GPU, Log, on_gpu, pretended_gpu
 from tests.helpers.histories import fails_at
 from tests.helpers.magi_weights import SMALL
+from tests.helpers.runs import build
 from tests.helpers.tiny import TINY
 
 WAN = replace(TINY, num_layers=1)
@@ -37,18 +38,19 @@ MAGI_SIGMAS = sigmas(4)  # worked out by torch, which would make them up in the 
 SCHEDULE = ChunkSchedule(4, 4, 2)
 WATCHING = {
     "flowcache": PRESETS["paper fast"],
-    "teacache": Settings(ReuseSettings("teacache", threshold=0.1)),
+    "teacache": Settings(Drift(0.1, whole_window=True)),
 }
 NOT_WATCHING = {
     "off": OFF,
-    "even": PRESETS["fast"],
-    "fixed": Settings(ReuseSettings("fixed", steps=(0, 2, 3), align=2, order=2)),
+    "spread": PRESETS["fast"],
+    "fixed": Settings(Fixed((0, 2, 3)), Between(order=2)),
 }
 
 
 @pytest.fixture(autouse=True)
 def real_guidance_times(monkeypatch):
     monkeypatch.setattr(magi_sampling, "_float32", list)
+    monkeypatch.setattr(magi_forward, "sigmas", lambda steps, order="": MAGI_SIGMAS)
 
 
 def attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
@@ -60,44 +62,38 @@ def empty(*shape: int) -> Tensor:
     return torch.empty(shape, device=GPU)
 
 
-def wan_engine(settings: Settings, schedule=SCHEDULE, config=WAN, scale=3.0, **options) -> Engine:
+def wan_engine(settings: Settings, schedule=SCHEDULE, config=WAN, scale=3.0, attention=attention, **options) -> Engine:
     backbone = (SkyReelsBackbone if config.fps else WanBackbone)(on_gpu(meta(WanNetwork, config)), attention=attention)
-    runner = Runner(backbone, schedule, settings, 2, attention)
-    denoise = guidance(runner, empty(1, 5, config.text_dim), empty(1, 5, config.text_dim), scale)
-    return Engine(runner, denoise, linear(schedule.steps), lambda chunk: empty(1, config.in_dim, 2, 6, 4), **options)
+    guidance = classifier_free(empty(1, 5, config.text_dim), empty(1, 5, config.text_dim), scale)
+    start = lambda chunk: empty(1, config.in_dim, 2, 6, 4)  # noqa: E731
+    return build(backbone, schedule, guidance, linear(schedule.steps), start, settings, attention=attention, **options)
 
 
-def magi_engine(settings: Settings, config=MAGI, chunks=2, visible=VISIBLE_CHUNKS) -> MagiEngine:
+def magi(settings: Settings, config=MAGI, chunks=2, visible=VISIBLE_CHUNKS, attention=attention) -> Engine:
     backbone = MagiBackbone(on_gpu(meta(MagiNetwork, config)), attention)
     mask = torch.ones(1, config.caption_tokens, dtype=torch.bool)
     text = MagiText(empty(1, config.caption_tokens, config.caption_width), mask)
-    engine = MagiEngine(
+    return magi_engine(
         backbone,
         magi_schedule(6 * chunks, 4),
         settings,
         text=lambda chunk: text,
         null=text._replace(captioned=False),
         start=lambda chunk: empty(1, config.channels, 6, 4, 4),
+        shape=(1, config.channels, 6, 4, 4),
+        device=GPU,
         sampling=MagiSampling(visible=visible),
         attention=attention,
     )
-    engine.sigmas = MAGI_SIGMAS
-    return engine
 
 
-def joint_engine() -> JointEngine:
-    backbone = SkyReelsBackbone(on_gpu(meta(WanNetwork, SKYREELS)), attention=attention)
-    texts = {branch: empty(1, 5, SKYREELS.text_dim) for branch in ("cond", "uncond")}
-    denoise = JointGuidance(backbone, texts, {"cond": 3.0, "uncond": -2.0}, attention)
-    start = lambda chunk: empty(1, SKYREELS.in_dim, 2, 6, 4)  # noqa: E731
-    return JointEngine(ChunkSchedule(3, 6, 2), denoise, linear(6), start, solver=UniPC)
+def joint_engine() -> Engine:
+    return wan_engine(OFF, ChunkSchedule(3, 6, 2), SKYREELS, solver=UniPC, seeing="joint")
 
 
-def rolling_engine(chunks: int = 9) -> RollingEngine:
-    backbone = WanBackbone(on_gpu(meta(WanNetwork, WAN)), attention)
-    denoise = RollingDenoise(backbone, empty(1, 5, WAN.text_dim), RollingHistory(1, 7), attention)
-    noise = lambda chunk, step=0: empty(1, WAN.in_dim, 1, 6, 4)  # noqa: E731
-    return RollingEngine(ChunkSchedule(chunks, 4, 1), denoise, linear(4), noise, noise, Renoise)
+def rolling_engine(chunks: int = 9) -> Engine:
+    noise = lambda chunk, step: empty(1, WAN.in_dim, 2, 6, 4)  # noqa: E731
+    return wan_engine(OFF, ChunkSchedule(chunks, 4, 1), scale=1.0, noise=noise, solver=Renoise, seeing="rolling")
 
 
 def meta(network: type, config):
@@ -130,31 +126,50 @@ def ticks(log: Log, engine) -> list[Tick]:
 
 ENGINES: dict[str, Callable] = {
     "wan": wan_engine,
-    "skyreels": lambda settings: wan_engine(settings, config=SKYREELS),
+    "skyreels": lambda settings, **more: wan_engine(settings, config=SKYREELS, **more),
     "skyreels residual": lambda settings: wan_engine(
-        replace(settings, reuse=replace(settings.reuse, held="residual")), config=SKYREELS
+        replace(settings, reuse=replace(settings.reuse, holds="residual")), config=SKYREELS
     ),
-    "wan budget": lambda settings: wan_engine(
-        replace(settings, history=HistorySettings(1, relative=True)), ChunkSchedule(4, 4, 4), scale=1.0
+    "wan budget": lambda settings, **more: wan_engine(
+        replace(settings, history=HistorySettings(1, relative=True)), ChunkSchedule(4, 4, 4), scale=1.0, **more
+    ),
+    "wan shared": lambda settings, **more: wan_engine(
+        replace(settings, history=HistorySettings(1)), ChunkSchedule(6, 4, 2), **more
+    ),
+    "wan one by one": lambda settings, **more: wan_engine(
+        replace(settings, history=HistorySettings(1)), ChunkSchedule(6, 4, 4), **more
     ),
     "renoise": lambda settings: wan_engine(
         settings, scale=1.0, solver=Renoise, noise=lambda chunk, step: empty(1, WAN.in_dim, 2, 6, 4)
     ),
-    "magi": magi_engine,
-    "magi distilled": lambda settings: magi_engine(settings, MAGI_DISTILLED),
+    "magi": magi,
+    "magi distilled": lambda settings, **more: magi(settings, MAGI_DISTILLED, **more),
 }
+RESIDUAL = "skyreels residual"
 
 
 @pytest.mark.parametrize(
     ("name", "policy"),
-    [(name, policy) for name in ENGINES for policy in ("even", "flowcache")] + [("wan", "fixed"), ("wan", "teacache")],
+    [(name, policy) for name in ENGINES for policy in ("spread", "flowcache") if (name, policy) != (RESIDUAL, "spread")]
+    + [("wan", "fixed"), ("wan", "teacache")],
 )
 def test_the_host_waits_at_most_once_a_tick_and_never_without_a_watching_policy(name, policy, monkeypatch):
+    few = {"visible": ()} if "magi" in name else {}  # with fewer, the last chunks are copied for a run that goes on
     with pretended_gpu(monkeypatch) as log:
-        run = ticks(log, ENGINES[name]((WATCHING | NOT_WATCHING)[policy]))
+        run = ticks(log, ENGINES[name]((WATCHING | NOT_WATCHING)[policy], **few))
     most = 1 if policy in WATCHING else 0
     assert max(tick.read_backs for tick in run) == most
     assert sum(tick.sent for tick in run) == 0
+
+
+def test_magi_waits_only_for_the_copies_of_its_last_chunks(monkeypatch):
+    """Those that a run which goes on from there sees, as they become clean."""
+    with pretended_gpu(monkeypatch) as log:
+        engine = magi(OFF, chunks=7)
+        run = ticks(log, engine)
+    first = engine.schedule.chunks - (max(VISIBLE_CHUNKS) - 1)
+    before = engine.schedule.start(first) + engine.schedule.steps  # its clean pass goes along with this tick
+    assert [tick.read_backs for tick in run[:before]] == [0] * before
 
 
 @pytest.mark.parametrize("engine", [joint_engine, rolling_engine])
@@ -180,7 +195,8 @@ def test_a_wait_would_be_noticed(monkeypatch):
         lambda: wan_engine(OFF, ChunkSchedule(6, 2, 2), scale=1.0),
         lambda: wan_engine(OFF, ChunkSchedule(6, 2, 2), scale=3.0),
         lambda: wan_engine(replace(OFF, clean_pass=False), ChunkSchedule(7, 4, 2), scale=1.0),
-        lambda: magi_engine(OFF, chunks=9, visible=()),
+        lambda: wan_engine(replace(OFF, history=HistorySettings(8)), ChunkSchedule(9, 2, 2), scale=3.0),
+        lambda: magi(OFF, chunks=9, visible=()),
     ],
 )
 def test_no_step_copies_the_history(engine, monkeypatch):
@@ -193,44 +209,80 @@ def test_no_step_copies_the_history(engine, monkeypatch):
     assert len(middle) >= 3 * lag and len(rounds) == 1
 
 
-@pytest.mark.parametrize("name", ["wan", "wan budget", "skyreels", "magi", "magi distilled"])
+def watch_histories(monkeypatch) -> list[History]:
+    kept: list[History] = []
+    make = History.__init__
+    monkeypatch.setattr(
+        History, "__init__", lambda self, *args, **more: (make(self, *args, **more), kept.append(self))[0]
+    )
+    return kept
+
+
+OVER_HISTORY = ["wan", "wan budget", "wan shared", "wan one by one", "skyreels", "magi", "magi distilled"]
+
+
+@pytest.mark.parametrize("name", OVER_HISTORY)
 def test_attention_gets_one_stretch_of_history_and_no_mask(name, monkeypatch):
     """What flash kernels take: three tensors, of which keys and values are pieces of the history as it lies there."""
-    kept: list[History] = []
+    kept = watch_histories(monkeypatch)
     over_history = 0
 
     def watched(q: Tensor, k: Tensor, v: Tensor) -> Tensor:  # a mask, or anything else besides, would be an error here
         nonlocal over_history
         for part, kind in ((k, "keys"), (v, "values")):
             memory = part.untyped_storage()._cdata
-            buffers = (getattr(layer, kind).here for history in kept for layer in history.layers)
+            layers = [layer for history in kept for layer in (*history.layers, history.scratch) if layer]
+            buffers = (getattr(layer, kind).here for layer in layers)
             if any(buffer.untyped_storage()._cdata == memory for buffer in buffers):
                 assert part.stride()[-2:] == (part.shape[-1], 1)
                 over_history += 1
         return torch.empty_like(q)
 
-    make = History.__init__
-    monkeypatch.setattr(History, "__init__", lambda self, *args: (make(self, *args), kept.append(self))[0])
     with pretended_gpu(monkeypatch):
-        engine = ENGINES[name](OFF)
-        (engine if "magi" in name else engine.runner).attention = watched
+        engine = ENGINES[name](OFF, attention=watched)
         list(engine.run())
-        report = engine.report if "magi" in name else engine.runner.report
+        report = engine.report
     alone = 0 if "magi" not in name else engine.schedule.steps * engine.schedule.chunks  # forwards that see no history
     assert over_history >= 2 * (report.forwards_executed - alone) > 0
 
 
-@pytest.mark.parametrize("name", ["wan", "wan budget", "skyreels", "magi", "magi distilled"])
-def test_what_has_moved_is_back_on_the_gpu_for_attention(name, monkeypatch):
-    """The pretended GPU refuses to compute with a tensor that is in system memory."""
-    kept: list[History] = []
-    made = History.__init__
-    monkeypatch.setattr(History, "__init__", lambda self, *args: (made(self, *args), kept.append(self))[0])
+@pytest.mark.parametrize("name", ["wan", "wan one by one", "skyreels", "wan shared", "wan budget"])
+def test_clean_history_is_read_at_most_once_a_layer_and_tick(name, monkeypatch):
+    """Not once a chunk; and not at all without a budget, and with one chunk at a time."""
+    reads: list[str] = []
+    for way in ("read", "copy_to"):
+        work = getattr(OffloadableBuffer, way)
+        monkeypatch.setattr(
+            OffloadableBuffer, way, lambda self, *args, work=work, **more: reads.append("") or work(self, *args, **more)
+        )
+    cut = History._cut_stored
+    monkeypatch.setattr(History, "_cut_stored", lambda self: (cut(self), reads.clear())[0])
+    forwards: list[int] = []
     with pretended_gpu(monkeypatch):
         engine = ENGINES[name](OFF)
-        (engine if "magi" in name else engine.runner).attention = fails_at({3, 12}, attention)
+        ask = engine.forward.network
+
+        def counted(steps, branches, texts):
+            reads.clear()
+            answer = ask(steps, branches, texts)
+            forwards.append(len(reads) / (len(engine.forward.histories) * engine.forward.backbone.layers))
+            return answer
+
+        engine.forward.network = counted
         list(engine.run())
-        report = engine.report if "magi" in name else engine.runner.report
+    most = {"wan shared": 2, "wan budget": 2}.get(name, 0)  # keys and values
+    stored = 2 * (name == "wan budget")
+    assert set(forwards) <= {most, most + 1, most + stored} and len(forwards) > 8
+
+
+@pytest.mark.parametrize("name", OVER_HISTORY)
+def test_what_has_moved_is_back_on_the_gpu_for_attention(name, monkeypatch):
+    """The pretended GPU refuses to compute with a tensor that is in system memory."""
+    kept = watch_histories(monkeypatch)
+    with pretended_gpu(monkeypatch):
+        engine = ENGINES[name](OFF, attention=fails_at({3, 12}, attention))
+        list(engine.run())
+        report = engine.report
         saved = [history.save() for history in kept]
     assert all(part.device.type == "cpu" for clean in saved for part in clean) and len(report.notes) == 1
     assert all(history.layers[0].keys.tokens_moved for history in kept)
@@ -242,16 +294,20 @@ DEVICES += ["cuda"] * torch.cuda.is_available() + ["mps"] * torch.backends.mps.i
 
 @pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("settings", [NOT_WATCHING["even"], replace(OFF, history=HistorySettings(1))])
+@pytest.mark.parametrize(
+    "settings",
+    [NOT_WATCHING["spread"], replace(OFF, history=HistorySettings(1)), Settings(Fixed((0, 1)))],
+    ids=["spread", "budget", "slots stay"],
+)
 def test_every_tensor_follows_its_inputs_device_and_type(settings, dtype, device):
     network = WanNetwork(WAN).to(dtype).to(device).requires_grad_(False)
     network.patch_embedding.float()
-    runner = Runner(WanBackbone(network), SCHEDULE, settings, 2)
     like = {"dtype": dtype, "device": device}
-    denoise = guidance(runner, torch.zeros(1, 5, WAN.text_dim, **like), torch.ones(1, 5, WAN.text_dim, **like), 3.0)
+    guidance = classifier_free(torch.zeros(1, 5, WAN.text_dim, **like), torch.ones(1, 5, WAN.text_dim, **like), 3.0)
     start = lambda chunk: torch.ones(1, WAN.in_dim, 2, 6, 4, **like)  # noqa: E731
-    for chunk in Engine(runner, denoise, linear(4), start).run():
+    engine = build(WanBackbone(network), SCHEDULE, guidance, linear(4), start, settings)
+    for chunk in engine.run():
         assert (chunk.latent.dtype, chunk.latent.device.type) == (dtype, device)
-    for history in runner.histories.values():
-        keys = history.layers[0].keys.here
-        assert (keys.dtype, keys.device.type) == (dtype, device)
+    for history in engine.forward.histories.values():
+        for keys in (history.layers[0].keys.here, *([history.scratch.keys.here] if history.scratch else [])):
+            assert (keys.dtype, keys.device.type) == (dtype, device)

@@ -4,10 +4,11 @@ from dataclasses import replace
 
 import torch
 
-from flowcache_core.models.magi.engine import MagiEngine, MagiSampling, magi_schedule
+from flowcache_core.engine.loop import Engine
+from flowcache_core.models.magi.forward import MagiSampling, magi_engine, magi_schedule
 from flowcache_core.models.magi.network import MagiBackbone, MagiNetwork
 from flowcache_core.models.magi.text import SpecialTokens, caption_text, null_text
-from flowcache_core.models.presets import OFF
+from flowcache_core.settings import OFF
 from tests.helpers.magi_weights import SMALL, SMALL_GATED, fill, normal
 
 HEIGHT, WIDTH, FRAMES = 4, 6, 6
@@ -36,25 +37,60 @@ def tokens(width: int) -> SpecialTokens:
     return SpecialTokens(*(normal(name, shape).half() for name, shape in shapes.items()))
 
 
-def engine(name: str, settings=OFF, sampling: MagiSampling | None = None, dtype=torch.float32, **options) -> MagiEngine:
-    config, chunks, steps, given_frames, order = RUNS[name]
+def given_of(name: str, frames: int | None = None) -> torch.Tensor | None:
+    """Frames that come before a run's."""
+    config, frames = RUNS[name][0], RUNS[name][3] if frames is None else frames
+    return normal("prefix", (1, config.channels, frames, HEIGHT, WIDTH)) if frames else None
+
+
+def magi_run(
+    name: str,
+    settings=OFF,
+    sampling: MagiSampling | None = None,
+    dtype=torch.float32,
+    *,
+    chunks: int | None = None,
+    steps: int | None = None,
+    given_frames: int | None = None,
+    schedule=None,
+    rows: int = 1,
+    change=lambda latent: latent,
+    **options,
+) -> Engine:
+    """A run of upstream's by its name.
+
+    Args:
+        chunks, steps, given_frames: other ones than that run's.
+        schedule: in place of that run's, whose noise and captions are taken nevertheless.
+        rows: videos in a batch, all alike but for their noise.
+        change: makes the noise of the second video, or of the only one, from a chunk's.
+        options: for `magi_engine`.
+    """
+    config, usual_chunks, usual_steps, usual_given, order = RUNS[name]
+    given_frames = usual_given if given_frames is None else given_frames
     network = MagiNetwork(config, dtype)
     fill(network, velocity=config.input_scale / 3)
     backbone = MagiBackbone(network.requires_grad_(False).eval())
-    schedule = magi_schedule(chunks * FRAMES, steps, given_frames)
-    given = normal("prefix", (1, config.channels, given_frames, HEIGHT, WIDTH)) if given_frames else None
-    noise = normal("noise", (1, config.channels, schedule.total_chunks * FRAMES, HEIGHT, WIDTH)).split(FRAMES, dim=2)
-    caption = normal("caption", (1, 1, config.caption_tokens, config.caption_width))[0]
-    mask = (torch.arange(config.caption_tokens) < 9)[None]
-    special = tokens(config.caption_width)
-    return MagiEngine(
+    usual = magi_schedule((chunks or usual_chunks) * FRAMES, steps or usual_steps, given_frames)
+    total = usual.total_chunks
+    noise = normal("noise", (1, config.channels, total * FRAMES, HEIGHT, WIDTH)).split(FRAMES, dim=2)
+    caption = normal("caption", (1, 1, config.caption_tokens, config.caption_width))[0].expand(rows, -1, -1)
+    mask = (torch.arange(config.caption_tokens) < 9).expand(rows, -1)
+    special, null = tokens(config.caption_width), null_text(network.y_embedder.null_caption_embedding)
+
+    def start(chunk: int) -> torch.Tensor:
+        return torch.cat([*[noise[chunk]] * (rows - 1), change(noise[chunk])])
+
+    return magi_engine(
         backbone,
-        schedule,
+        schedule or usual,
         settings,
-        text=options.pop("text", lambda chunk: caption_text(caption, mask, special, schedule.total_chunks - 1 - chunk)),
-        null=null_text(network.y_embedder.null_caption_embedding),
-        start=lambda chunk: noise[chunk],
+        options.pop("text", lambda chunk: caption_text(caption, mask, special, total - 1 - chunk)),
+        null._replace(embedding=null.embedding.expand(rows, -1, -1), mask=null.mask.expand(rows, -1)),
+        options.pop("start", start),
+        shape=(rows, config.channels, FRAMES, HEIGHT, WIDTH),
+        device=torch.device("cpu"),
         sampling=sampling or MagiSampling(order=order),
-        given=given,
+        given=options.pop("given", given_of(name, given_frames)),
         **options,
     )

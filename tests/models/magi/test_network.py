@@ -10,7 +10,7 @@ from safetensors.torch import load_file, save_file
 from flowcache_core import checkpoints
 from flowcache_core.errors import UserError
 from flowcache_core.history.cache import History
-from flowcache_core.history.settings import HistorySettings, HistoryShape
+from flowcache_core.history.plan import plan_memory
 from flowcache_core.models.magi.config import MAGI_4_5B, MAGI_24B, MagiConfig
 from flowcache_core.models.magi.fp8 import Fp8Linear, SmoothFp8Linear
 from flowcache_core.models.magi.network import (
@@ -21,6 +21,8 @@ from flowcache_core.models.magi.network import (
     grouped_attention,
     load_network,
 )
+from flowcache_core.schedule import ChunkSchedule
+from flowcache_core.settings import OFF
 from tests.helpers.golden_runs import relative_error
 from tests.helpers.magi_weights import SMALL, SMALL_FP8, SMALL_GATED, fill, normal
 from tests.helpers.paths import GOLDEN_FOLDER
@@ -61,9 +63,24 @@ class StretchedRotary(MagiRotary):
 
 
 def history(model: MagiBackbone, rotary=MagiRotary) -> History:
-    shape = HistoryShape(model.layers, 1, model.kv_heads, model.head_dim, (ROWS, COLUMNS), FRAMES, len(TIMES))
+    schedule, itemsize = ChunkSchedule(len(TIMES), 1, 1), model.network.dtype.itemsize
+    plan = plan_memory(
+        model.sizes, schedule, OFF, OFF.reuse.policy(schedule),
+        grid=(ROWS, COLUMNS), chunk_frames=FRAMES, itemsize=itemsize,
+    )  # fmt: skip
     rotary = rotary(model.network.rope, model.head_dim)
-    return History(shape, rotary, HistorySettings(), model.network.dtype, torch.device("cpu"))
+    return History(plan, rotary, OFF.history, model.network.dtype, torch.device("cpu"))
+
+
+def attending(past: History, chunk: int):
+    """Attention of a chunk over a history that keeps what older ones wrote."""
+    past.arrange([chunk])
+
+    def attend(layer, q, k, v):
+        past.open_layer(layer)
+        return past.attend(layer, chunk, q, k, v, grouped_attention)
+
+    return attend
 
 
 def run(
@@ -76,12 +93,8 @@ def run(
         sigma = torch.tensor([1.0 - TIMES[chunk]], dtype=torch.float64)
         text = caption(config, chunk, captioned)
         context = model.context(text if masks else text._replace(mask=torch.ones_like(text.mask)))
-        view = past.view(chunk)
-
-        def attend(layer, q, k, v, view=view):
-            return view.attend(layer, q, k, v, grouped_attention)
-
-        velocities.append(-model.head(x, sigma, model.trunk(x, sigma, context, attend)))
+        residual = model.trunk(x, sigma, context, attending(past, chunk))
+        velocities.append(-model.head(x, sigma, residual))
     return torch.cat(velocities, dim=2)
 
 
@@ -123,10 +136,7 @@ def test_rotary_table(name):
 def test_one_block(name):
     model = backbone(replace(CONFIGS[name], layers=1))
     x, sigma = latent(model.config)[:, :, :FRAMES], torch.tensor([1.0 - TIMES[0]], dtype=torch.float64)
-    view = history(model).view(0)
-    residual = model.trunk(
-        x, sigma, model.context(caption(model.config, 0)), lambda *part: view.attend(*part, grouped_attention)
-    )
+    residual = model.trunk(x, sigma, model.context(caption(model.config, 0)), attending(history(model), 0))
     found = (residual + model.embed(x)).flatten(1, 2)
     assert relative_error(found, GOLDEN[f"{name}.block"].transpose(0, 1)) < 1e-4
 

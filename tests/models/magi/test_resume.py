@@ -6,42 +6,40 @@ from functools import cache
 import pytest
 import torch
 
-from flowcache_core.history.snapshot import Clean
-from flowcache_core.models.magi.engine import MagiEngine, MagiSampling, magi_schedule
+from flowcache_core.engine.loop import Engine
+from flowcache_core.history.snapshot import Snapshot
+from flowcache_core.models.magi.forward import MagiSampling, magi_schedule
 from flowcache_core.models.magi.network import grouped_attention
-from flowcache_core.models.presets import OFF
+from flowcache_core.settings import OFF
 from flowcache_core.storage.run_folder import RunFolder
-from tests.helpers.histories import fails_at
-from tests.helpers.magi_runs import FRAMES, engine
+from tests.helpers.histories import fails_at, room
+from tests.helpers.magi_runs import FRAMES, RUNS, magi_run
+from tests.helpers.runs import video
 
 NAME = "0123456789abcdef" * 2
 ALL = MagiSampling(visible=())
 
 
-def of_chunks(name: str, first: int, count: int, given: int) -> MagiEngine:
+def of_chunks(name: str, first: int, count: int, given: int, **more) -> Engine:
     """A run over so many chunks of a longer one."""
-    run = engine(name, sampling=ALL)
-    run.schedule = magi_schedule((first + count) * FRAMES - given, run.schedule.steps, given)
-    run.report.schedule = run.schedule
-    return run
+    schedule = magi_schedule((first + count) * FRAMES - given, RUNS[name][2], given)
+    return magi_run(name, sampling=ALL, schedule=schedule, **more)
 
 
-def rest(name: str, clean: Clean, first: int) -> list[torch.Tensor]:
-    run = of_chunks(name, first, 1, first * FRAMES)
-    run.load(clean)
-    return [chunk.latent for chunk in run.run()]
+def rest(name: str, clean: Snapshot, first: int) -> list[torch.Tensor]:
+    return [chunk.latent for chunk in of_chunks(name, first, 1, first * FRAMES, loaded=clean).run()]
 
 
 @pytest.mark.parametrize(("name", "given"), [("short", 1), ("short_distill", 8)])
 def test_a_run_that_is_cut_off_is_a_shorter_one(name, given, tmp_path):
-    undisturbed = [chunk.latent for chunk in engine(name, sampling=ALL).run()]
-    run = engine(name, sampling=ALL)
+    undisturbed = [chunk.latent for chunk in magi_run(name, sampling=ALL).run()]
+    run = magi_run(name, sampling=ALL)
     first = run.schedule.prefix
     kept = RunFolder(tmp_path, NAME, 2**30, first, FRAMES)
     for chunk, expected in zip(run.run(), undisturbed, strict=False):
-        kept.add(chunk, run.save_new(anew=not kept.begun)())
+        kept.add(chunk, run.begin_delta(full=not kept.begun)())
         assert torch.equal(chunk.latent, expected)  # keeping a chunk changes nothing
-        if chunk.index == first + 1:
+        if chunk.number == first + 1:
             break
     shorter = of_chunks(name, first, 2, given)
     list(shorter.run())
@@ -56,27 +54,31 @@ def test_a_run_that_is_cut_off_is_a_shorter_one(name, given, tmp_path):
 
 @cache
 def plain(name: str) -> torch.Tensor:
-    return torch.cat([chunk.latent for chunk in engine(name).run()], dim=2)
+    return video(magi_run(name))
 
 
 @pytest.mark.parametrize(("name", "call"), [("short", 0), ("short", 40), ("short_distill", 7)])  # of attention
 def test_a_forward_that_runs_out_of_memory_is_run_again(name, call):
-    run = engine(name, attention=fails_at({call}, grouped_attention))
-    assert torch.equal(torch.cat([chunk.latent for chunk in run.run()], dim=2), plain(name))
-    assert run.history.chunks_moved == 1 and len(run.report.notes) == 1
-    assert f"1 of {run.history.shape.capacity} chunks" in run.report.notes[0]
+    run = magi_run(name, attention=fails_at({call}, grouped_attention))
+    assert torch.equal(video(run), plain(name))
+    assert run.forward.history.chunks_moved == 1 and len(run.report.notes) == 1
+    assert f"1 of {room(run.forward.history)} chunks" in run.report.notes[0]
 
 
 def test_chunk_after_chunk_moves_until_nothing_is_left():
-    run = engine("short", attention=fails_at({20, 21, 22}, grouped_attention))
-    assert torch.equal(torch.cat([chunk.latent for chunk in run.run()], dim=2), plain("short"))
-    assert run.history.chunks_moved == 3 and len(run.report.notes) == 1
-    run = engine("short", attention=fails_at(set(range(20, 21 + run.history.shape.capacity)), grouped_attention))
+    expected = video(magi_run("short", sampling=ALL))
+    run = magi_run("short", sampling=ALL, attention=fails_at({20, 21}, grouped_attention))
+    assert torch.equal(video(run), expected)
+    assert run.forward.history.chunks_moved == 2 and len(run.report.notes) == 1
+    capacity = room(run.forward.history)
+    run = magi_run("short", sampling=ALL, attention=fails_at(set(range(20, 20 + capacity)), grouped_attention))
+    assert torch.equal(video(run), expected) and not run.forward.history.on_device
+    run = magi_run("short", sampling=ALL, attention=fails_at(set(range(20, 21 + capacity)), grouped_attention))
     with pytest.raises(torch.cuda.OutOfMemoryError):
         list(run.run())
 
 
 def test_history_in_system_memory_by_choice():
-    run = engine("short", replace(OFF, history=replace(OFF.history, memory="system")))
-    assert torch.equal(torch.cat([chunk.latent for chunk in run.run()], dim=2), plain("short"))
-    assert not run.history.on_device and not run.report.notes
+    run = magi_run("short", replace(OFF, history=replace(OFF.history, memory="system")))
+    assert torch.equal(video(run), plain("short"))
+    assert not run.forward.history.on_device and not run.report.notes

@@ -1,0 +1,163 @@
+"""What is planned before a run is what it allocates; a tick's chunks need nothing of an earlier tick but clean history.
+
+Both for every kind of run: with and without a budget, one chunk at a time and several, Wan's layout and MAGI-1's.
+"""
+
+from dataclasses import replace
+from itertools import product
+
+import pytest
+import torch
+
+from flowcache_core.engine.guidance import classifier_free
+from flowcache_core.engine.loop import Engine
+from flowcache_core.history.cache import History
+from flowcache_core.models.magi.forward import MagiSampling
+from flowcache_core.models.presets import PRESETS
+from flowcache_core.models.wan import WanBackbone
+from flowcache_core.schedule import ChunkSchedule, Given
+from flowcache_core.settings import OFF, Compression, Drift, Fixed, HistorySettings, Off, Settings
+from flowcache_core.solvers.noise_levels import magi
+from flowcache_core.solvers.one_step import chunk_noise
+from tests.helpers.magi_runs import magi_run
+from tests.helpers.runs import build, video
+from tests.helpers.tiny import TINY, tiny_network
+
+FRAMES, SIZE = 1, (4, 4)
+SCHEDULES = {"MAGI-1": (64, 16), "SkyReels-V2": (50, 5), "Self-Forcing": (4, 4)}
+HISTORIES = {
+    "whole": HistorySettings(),
+    "budget": HistorySettings(2),
+    "relative": HistorySettings(2, relative=True),
+    "window": HistorySettings(2, Compression("window")),
+}
+
+
+def noise(chunk: int, frames: int = FRAMES) -> torch.Tensor:
+    return chunk_noise(1, chunk, (1, TINY.in_dim, frames, *SIZE))
+
+
+def words(seed: int) -> torch.Tensor:
+    return torch.randn(1, 3, TINY.text_dim, generator=torch.Generator().manual_seed(seed))
+
+
+def wan_engine(schedule: ChunkSchedule, settings: Settings, scale: float = 1.0, **more) -> Engine:
+    guidance = classifier_free(words(0), words(1), scale)
+    backbone = WanBackbone(tiny_network())
+    return build(backbone, schedule, guidance, magi(schedule.steps), noise, settings, **more)
+
+
+def all_histories(engine: Engine) -> list[History]:
+    forward = engine.forward
+    return [forward.history] if hasattr(forward, "history") else [*forward.histories.values(), *forward.spare]
+
+
+@pytest.mark.parametrize("memory", ["auto", "system"])
+@pytest.mark.parametrize("scale", [1.0, 3.0])
+@pytest.mark.parametrize("given", [(0, 0), (1, 2)])
+@pytest.mark.parametrize("name", HISTORIES)
+def test_planned_bytes_are_the_allocated_ones(name, memory, scale, given):
+    for lag, clean_pass, reuse in product((3, 1), (True, False), (Off(), Drift(0.1, warmup=1))):
+        settings = Settings(reuse, history=replace(HISTORIES[name], memory=memory), clean_pass=clean_pass)
+        engine = wan_engine(ChunkSchedule(4, 3, lag), settings, scale, lead=given[0], end=given[1])
+        report = engine.report
+        assert report.history_bytes_planned == report.history_bytes_allocated, (lag, clean_pass, reuse)
+        if given[0]:
+            engine.give(Given.LEAD, noise(100, given[0]))
+            engine.give(Given.END, noise(200, given[1]))
+        list(engine.run())
+        engine.save()
+        assert report.history_bytes_planned == report.history_bytes_allocated == engine.forward.history_bytes[1]
+        assert report.history_bytes_peak <= report.history_bytes_planned
+
+
+@pytest.mark.parametrize("memory", ["auto", "system"])
+@pytest.mark.parametrize("name", ["short", "short_distill"])
+@pytest.mark.parametrize("kept", HISTORIES)
+def test_planned_bytes_are_the_allocated_ones_of_magi(kept, name, memory):
+    for visible, clean_pass in product((MagiSampling().visible, ()), (True, False)):
+        settings = replace(OFF, history=replace(HISTORIES[kept], memory=memory), clean_pass=clean_pass)
+        engine = magi_run(name, settings, MagiSampling(visible=visible))
+        report = engine.report
+        assert report.history_bytes_planned == report.history_bytes_allocated, (visible, clean_pass)
+        list(engine.run())
+        assert report.history_bytes_planned == engine.forward.history_bytes[1], (visible, clean_pass)
+
+
+def test_a_bounded_history_of_many_chunks_takes_about_its_budget():
+    """A published 1.3B: 21 chunks on MAGI-1's schedule with a budget of 5 are 30 layers of 5, and one layer of 9."""
+    sizes = wan_engine(ChunkSchedule(1, 1, 1), OFF).forward.plan
+    settings = replace(OFF, history=HistorySettings(5, Compression(queries=1)))
+    bounded = wan_engine(ChunkSchedule(21, 64, 16), settings).forward.plan
+    a_chunk = sizes.token_bytes * sizes.chunk_tokens
+    assert bounded.kind == "shared" and bounded.slots == 4
+    assert bounded.scratch_bytes == (5 + 4) * a_chunk
+    numbers = 4 * TINY.num_heads * 5 * bounded.chunk_tokens
+    assert bounded.stored_bytes == TINY.num_layers * (5 * a_chunk + numbers)
+
+
+@torch.inference_mode()
+def spoil(histories: list[History]) -> None:
+    """Overwrites everything that is not clean history."""
+    for history in histories:
+        for layer in history.layers:
+            for part in layer:
+                part.here[:, :, history.clean - part.tokens_moved :] = float("nan")
+        history.tokens[:, :, :, history.clean :] = -1
+        for part in history.scratch or ():
+            part.here.fill_(float("nan"))
+
+
+def spoiled(engine: Engine) -> torch.Tensor:
+    """The video of a run that is spoiled after every tick."""
+    told = engine.on_progress
+
+    def after(progress) -> None:
+        spoil(all_histories(engine))
+        told(progress)
+
+    engine.on_progress = after
+    spoil(all_histories(engine))
+    return video(engine)
+
+
+@pytest.mark.parametrize("preset", ["off", "high", "balanced", "fast"])
+@pytest.mark.parametrize("kept", HISTORIES)
+@pytest.mark.parametrize("name", SCHEDULES)
+def test_a_tick_needs_nothing_but_clean_history(name, kept, preset):
+    schedule = ChunkSchedule(5 if name != "SkyReels-V2" else 12, *SCHEDULES[name])
+    settings = replace(PRESETS[preset], history=HISTORIES[kept])
+    scale = 3.0 if kept == "budget" else 1.0
+    plain = video(wan_engine(schedule, settings, scale))
+    assert torch.isfinite(plain).all()
+    assert torch.equal(spoiled(wan_engine(schedule, settings, scale)), plain)
+
+
+SEEN = MagiSampling().visible
+MAGI_CASES = [
+    *product(["short"], ["off", "high", "balanced", "fast"], [("whole", SEEN), ("window", SEEN), ("whole", ())]),
+    *product(["short"], ["off", "high", "balanced", "fast"], [("budget", ()), ("relative", ())]),
+    *product(["short_distill"], ["off", "balanced"], [("whole", SEEN), ("budget", ())]),
+]
+
+
+@pytest.mark.parametrize(("name", "preset", "history"), MAGI_CASES)
+def test_a_tick_of_magi_needs_nothing_but_clean_history(name, preset, history):
+    kept, visible = history
+    settings = replace(PRESETS[preset], history=HISTORIES[kept])
+
+    def made() -> Engine:
+        steps = 64 if name == "short" else 16
+        return magi_run(name, settings, MagiSampling(visible=visible), chunks=4, steps=steps, given_frames=0)
+
+    plain = video(made())
+    assert torch.isfinite(plain).all()
+    assert torch.equal(spoiled(made()), plain)
+
+
+def test_what_is_not_aligned_does_need_more():
+    """The proof above would notice: a rule that watches lets chunks read keys of earlier ticks."""
+    schedule = ChunkSchedule(5, 12, 3)
+    for kept in (HistorySettings(), HistorySettings(2)):
+        settings = Settings(Fixed((0, 1, 2, 5)), history=kept)
+        assert torch.isnan(spoiled(wan_engine(schedule, settings))).any()
