@@ -3,13 +3,13 @@
 import numpy as np
 import pytest
 import torch
-from flowcache_core.history.settings import HistorySettings
 
 from flowcache_core import generate
 from flowcache_core.media import pictures
-from flowcache_core.models.presets import PRESETS, Settings
+from flowcache_core.models.presets import PRESETS
 from flowcache_core.report import Report
-from flowcache_core.schedule import ChunkSchedule, Place
+from flowcache_core.schedule import ChunkSchedule
+from flowcache_core.settings import HistorySettings, Settings
 from tests.helpers.tiny import TINY
 
 
@@ -18,7 +18,7 @@ def made_report(chunks: int, steps: int = 8, branches=("cond",), every: int = 2)
     for branch in branches:
         for chunk in range(chunks):
             for step in range(steps):
-                report.record(Place(chunk, step, 0), branch, step % every == 0)
+                report.record(chunk, [branch], step % every == 0)
     report.history = [(tick, 1000 * min(tick, 20)) for tick in range(chunks * steps)]
     report.history_bytes_unbounded, report.chunks_done = 1000 * chunks * steps, chunks
     return report
@@ -51,7 +51,7 @@ def test_an_empty_report_is_a_picture_too():
 
 
 def test_a_real_run(backbone):
-    settings = Settings(PRESETS["balanced"].reuse, HistorySettings(2))
+    settings = Settings(PRESETS["balanced"].reuse, history=HistorySettings(2))
     text = torch.randn(1, 5, TINY.text_dim, generator=torch.Generator().manual_seed(0))
     report = generate(
         backbone, text, 4, steps=16, lag=4, frames_per_chunk=2, latent_size=(6, 4), settings=settings
