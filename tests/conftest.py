@@ -6,7 +6,7 @@ import torch
 from flowcache_core.models.wan import WanBackbone
 from tests.helpers.tiny import tiny_network
 
-torch.set_num_threads(1)  # the networks are so small that threads only wait for each other, the more so on a busy machine
+torch.set_num_threads(1)  # the networks are so small that threads only wait for each other
 
 
 @pytest.fixture
