@@ -79,7 +79,8 @@ def test_a_layers_weights_are_used_in_one_stretch_a_forward(backbone, monkeypatc
         passes += stretches(numbers) - 1
         ticks.append([name for number, name in calls if number == 0].count("self_attn.q"))
     assert passes <= 6
-    assert (max(ticks) >= 4) == (together == 1)  # chunks one by one
+    one_by_one = 2 if name == "slots stay" else 4  # not aligned: few chunks are recomputed on the same tick
+    assert max(ticks) >= one_by_one if together == 1 else max(ticks) <= 2
 
 
 @pytest.mark.parametrize(
