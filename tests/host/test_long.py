@@ -2,6 +2,7 @@
 
 import io
 import json
+import shutil
 import threading
 import time
 from pathlib import Path
@@ -14,6 +15,7 @@ from PIL import Image
 from safetensors.torch import load_file
 
 from flowcache_core.demo import vae as demo_vae
+from flowcache_core.storage.state import load_state, save_state
 from tests.helpers.host.comfy_server import Refused, Server
 from tests.helpers.host.graph import Graph, random_network, sample, write_network
 from tests.helpers.host.videos import frames_of
@@ -239,6 +241,23 @@ def test_another_seed_or_length_starts_anew(server):
         outcome = server.run(graph)
         (text,) = (out["text"][0] for out in outcome.outputs.values() if "text" in out)
         assert "interrupted" not in text
+
+
+def test_a_run_of_an_earlier_version_starts_anew_and_says_so(server):
+    """Its folder has the name of settings that are no more."""
+    runs = server.base / "user" / "flowcache" / "runs"
+    before = set(runs.glob("*"))
+    for seed, told in ((64, False), (65, True)):
+        graph = Graph()
+        resumable(graph, chunks=2, seed=seed)
+        outcome = server.run(graph)
+        (text,) = (out["text"][0] for out in outcome.outputs.values() if "text" in out)
+        assert ("an earlier version of FlowCache cannot be resumed: this one starts anew" in text) == told
+        if not told:
+            (old,) = set(runs.glob("*")) - before
+            for file in (*old.glob("history-*"), *old.glob("added-*")):
+                save_state(load_state(file), file)  # which does not say the run's format, as in 0.1.0
+    shutil.rmtree(old)
 
 
 def test_killed_server_loses_only_the_active_chunks(tmp_path):
