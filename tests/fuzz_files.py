@@ -28,14 +28,16 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # a script has onl
 from flowcache_core import checkpoints
 from flowcache_core.checkpoints import magi_files  # noqa: E402
 from flowcache_core.errors import UserError  # noqa: E402
-from flowcache_core.history.snapshot import Clean  # noqa: E402
+from flowcache_core.history.snapshot import Snapshot  # noqa: E402
 from flowcache_core.models.magi.config import MagiConfig  # noqa: E402
 from flowcache_core.models.magi.network import MagiNetwork, load_network  # noqa: E402
 from flowcache_core.models.magi.text import SpecialTokens  # noqa: E402
 from flowcache_core.models.magi.vae import MagiVae, MagiVaeConfig  # noqa: E402
+from flowcache_core.models.presets import quality_settings  # noqa: E402
 from flowcache_core.models.wan import WanConfig, WanNetwork  # noqa: E402
-from flowcache_core.reuse import calibration
-from flowcache_core.schedule import ChunkSchedule, Place  # noqa: E402
+from flowcache_core.reuse.calibration import Calibration, Measured  # noqa: E402
+from flowcache_core.schedule import ChunkSchedule  # noqa: E402
+from flowcache_core.storage.calibrations import load_calibration, save_calibration
 from flowcache_core.storage.state import load_state, make_state, save_state  # noqa: E402
 
 SECONDS = 10  # that one file may take
@@ -251,9 +253,11 @@ def make_saved_state(folder: Path) -> tuple[Path, Path]:
     return path, path
 
 
-def clean() -> Clean:
+def clean() -> Snapshot:
     keys, values = torch.randn(2, 1, 1, 1, 8, 4)
-    return Clean(keys.clone(), values.clone(), torch.zeros(1, 1, 1, 8, dtype=torch.int32), torch.randn(1, 1, 1, 4, 4))
+    return Snapshot(
+        keys.clone(), values.clone(), torch.zeros(1, 1, 1, 8, dtype=torch.int32), torch.randn(1, 1, 1, 4, 4)
+    )
 
 
 def make_tokens(folder: Path) -> tuple[Path, Path]:
@@ -272,15 +276,15 @@ def make_token_trap(folder: Path) -> tuple[Path, Path]:
 
 def make_calibration(folder: Path) -> tuple[Path, Path]:
     path = folder / "model.flowcache.json"
-    curve = (calibration.Measured((0, 3, 6), 27.0), calibration.Measured((0, 2, 4, 6), 39.5))
-    calibration.save(calibration.Calibration(8, 2, 4, 2, curve), path)
+    curve = (Measured((0, 3, 6), 27.0), Measured((0, 2, 4, 6), 39.5))
+    save_calibration(Calibration(8, 2, 4, 2, curve), path)
     return path, path
 
 
 def load_calibration(path: Path) -> None:
-    found = calibration.load(path)
-    policy = calibration.settings_of(0.5, found).reuse.make(ChunkSchedule(4, 8, 2))
-    assert policy.recompute(Place(0, 0, 0), 8, "cond", None)
+    found = load_calibration(path)
+    policy = quality_settings(0.5, found).reuse.policy(ChunkSchedule(4, 8, 2))
+    assert 0 in policy.recomputed(8)
 
 
 def load_checkpoint(path: Path) -> None:
