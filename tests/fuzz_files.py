@@ -281,7 +281,7 @@ def make_calibration(folder: Path) -> tuple[Path, Path]:
     return path, path
 
 
-def load_calibration(path: Path) -> None:
+def read_calibration(path: Path) -> None:
     found = load_calibration(path)
     policy = quality_settings(0.5, found).reuse.policy(ChunkSchedule(4, 8, 2))
     assert 0 in policy.recomputed(8)
@@ -307,7 +307,7 @@ KINDS = {
     "torch file with code": Kind(make_trap, load_checkpoint, any_zip),
     "old torch file with code": Kind(make_old_trap, load_checkpoint, any_bytes),
     "state": Kind(make_saved_state, load_state, any_safetensors),
-    "calibration": Kind(make_calibration, load_calibration, any_index),
+    "calibration": Kind(make_calibration, read_calibration, any_index),
     "special tokens": Kind(make_tokens, SpecialTokens.from_file, any_zip),
     "special tokens with code": Kind(make_token_trap, SpecialTokens.from_file, any_zip),
 }
