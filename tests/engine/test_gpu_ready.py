@@ -25,7 +25,7 @@ from flowcache_core.solvers.multistep import UniPC
 from flowcache_core.solvers.noise_levels import linear
 from flowcache_core.solvers.one_step import Renoise
 from tests.helpers.device_log import GPU, Log, on_gpu, pretended_gpu
-from tests.helpers.histories import fails_at
+from tests.helpers.histories import fails_at, room
 from tests.helpers.magi_weights import SMALL
 from tests.helpers.runs import build
 from tests.helpers.tiny import TINY
@@ -280,7 +280,9 @@ def test_what_has_moved_is_back_on_the_gpu_for_attention(name, monkeypatch):
     """The pretended GPU refuses to compute with a tensor that is in system memory."""
     kept = watch_histories(monkeypatch)
     with pretended_gpu(monkeypatch):
-        engine = ENGINES[name](OFF, attention=fails_at({3, 12}, attention))
+        engine = ENGINES[name](OFF, attention=fails_at(calls := {3, 12}, attention))
+        if room(kept[0]) == 1:  # which can move but once
+            calls.remove(12)
         list(engine.run())
         report = engine.report
         saved = [history.save() for history in kept]
