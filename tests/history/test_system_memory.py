@@ -118,17 +118,37 @@ def test_wherever_memory_runs_out_the_bits_are_the_same(backbone, monkeypatch, c
 
 
 class AnyOperation(TorchDispatchMode):
-    """The device runs out at one operation of a run's ticks, wherever it is."""
+    """The device runs out at one operation of a run's forwards, wherever it is in them; operations are counted."""
 
-    def __init__(self, at: int = 0):
+    def __init__(self, made, at: int = 0):
         super().__init__()
         self.at, self.seen = at, 0
+        forward = made.forward.network
+
+        def network(*args):
+            with self:
+                return forward(*args)
+
+        made.forward.network = network
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
         self.seen += 1
         if self.seen == self.at:
             raise torch.cuda.OutOfMemoryError("CUDA out of memory.")
         return function(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("name", ["whole", "budget", "relative", "one at a time", "lead and end, relative"])
+@pytest.mark.parametrize("share", [0.0, 0.11, 0.29, 0.47, 0.6, 0.83, 0.97])
+def test_no_part_of_a_forward_is_left_out(backbone, name, share):
+    plain = engine(backbone, CASES[name])
+    whole = AnyOperation(plain)
+    expected = latents(plain)
+    for further in range(3):
+        made = engine(backbone, CASES[name])
+        AnyOperation(made, at=1 + int(share * whole.seen) + further)
+        assert torch.equal(latents(made), expected)
+        assert 1 in {each.chunks_moved for each in histories(made)}
 
 
 @pytest.mark.parametrize("name", ["budget", "relative", "one at a time", "slots stay, relative"])
