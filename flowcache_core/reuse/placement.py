@@ -46,8 +46,8 @@ def _spread(steps: int, lag: int, count: int) -> tuple[int, ...]:
     while 2 + (-(-steps // lag) - 1) // 2 > max(2, count):
         lag += short
     whole = range(lag, steps, lag)
-    starts = [frozenset({0, *whole[skipped:]}) for skipped in range(len(whole) // 2 + 1)]
-    fitting = [start for start in starts if len(start) <= count] or [frozenset({0})]
+    starts: list[Steps] = [frozenset({0, *whole[skipped:]}) for skipped in range(len(whole) // 2 + 1)]
+    fitting: list[Steps] = [start for start in starts if len(start) <= count] or [frozenset({0})]
     if steps > LONG:
         return tuple(sorted(_filled(fitting[0], steps, lag, count)))
     if len(starts[0]) <= count:
