@@ -52,8 +52,8 @@ def _spread(steps: int, lag: int, count: int) -> tuple[int, ...]:
         return tuple(sorted(_filled(fitting[0], steps, lag, count)))
     if len(starts[0]) <= count:
         fitting = starts[:1]
-    found = [_exchanged(_filled(start, steps, lag, count), start, steps, lag) for start in fitting]
-    return tuple(sorted(min(found, key=lambda chosen: expected_error(chosen, steps))))
+    found: list[Steps] = [_exchanged(_filled(start, steps, lag, count), start, steps, lag) for start in fitting]
+    return tuple(sorted(min(found, key=lambda other: expected_error(frozenset(other), steps))))
 
 
 def expected_error(chosen: Set[int], steps: int) -> float:
