@@ -19,6 +19,7 @@ from ..reuse.forecast import Forecast
 from ..schedule import Given, Place
 from ..settings import Settings
 from ..solvers.weights import joined
+from .contexts import Contexts
 from .forward import Step, Velocity
 from .guidance import Guidance, Texts
 from .layers import Group, groups_of, row_levels, run_layer
@@ -237,24 +238,3 @@ class CausalForward:
             self.keeps_slots,
             self.stream,
         )
-
-
-class Contexts:
-    """Cross-attention keys and values of the texts that were used last.
-
-    Args:
-        make: makes them from a text embedding.
-        most: so many texts are kept.
-    """
-
-    def __init__(self, make: Callable[[Tensor], object], most: int):
-        self.make, self.most = make, most
-        self.kept: list[tuple[Tensor, object]] = []
-
-    def of(self, text: Tensor):
-        """Gives a text's context, made where it is not there yet."""
-        for known, context in self.kept:
-            if known is text:
-                return context
-        self.kept = [*self.kept[1 - self.most :], (text, self.make(text))]
-        return self.kept[-1][1]

@@ -21,11 +21,13 @@ from ..history.snapshot import Snapshot, SnapshotDelta
 from ..report import Report
 from ..schedule import ChunkSchedule, Given, Place
 from ..solvers.weights import joined
+from .contexts import Contexts
 from .forward import Step, Velocity
 from .guidance import Guidance, Texts
 from .layers import frame_levels
 
 AttendLayer = Callable[[int, Tensor, Tensor, Tensor], Tensor]
+MOST_BRANCHES = 16  # of guidance, whose texts are kept: a window has one text for each
 
 
 class WindowForward:
@@ -43,7 +45,7 @@ class WindowForward:
     ):
         self.backbone, self.guidance, self.report = backbone, guidance, report
         self.attention, self.check = attention, check
-        self.contexts: list[tuple[Tensor, object]] = []  # of each branch's text
+        self.contexts = Contexts(backbone.context, MOST_BRANCHES)
 
     def mix(self, step: Step, oldest: bool) -> Hashable:
         """Names the sum of branches that a step's velocity will be."""
@@ -65,7 +67,7 @@ class WindowForward:
     ) -> list[Tensor]:
         """Runs the network once over parts that lie behind one another; x holds all branches."""
         x, levels = joined([step.x for step in steps], dim=2), frame_levels(steps)
-        conditioning = self.backbone.conditioning(x, levels, [[self._context(text) for text in texts(0)]])
+        conditioning = self.backbone.conditioning(x, levels, [[self.contexts.of(text) for text in texts(0)]])
         hidden = self.backbone.embed(x)
         for layer in range(self.backbone.layers):
             self.check()
@@ -77,13 +79,6 @@ class WindowForward:
         """The rotary table of latents [rows, C, T, H, W] whose first frame has a number."""
         frames = torch.arange(first, first + x.shape[2], device=x.device)
         return self.backbone.rotary.table(frames, *self.backbone.grid(*x.shape[-2:]))
-
-    def _context(self, text: Tensor):
-        for known, context in self.contexts:
-            if known is text:
-                return context
-        self.contexts.append((text, self.backbone.context(text)))
-        return self.contexts[-1][1]
 
     def settle(self) -> None:
         """Stores nothing: no history is left for a later run."""

@@ -10,6 +10,7 @@ import hashlib
 import logging
 import math
 import time
+from abc import ABC, abstractmethod
 from collections import OrderedDict
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -138,14 +139,14 @@ def compute_dtype(model) -> torch.dtype:
     return model.manual_cast_dtype or model.get_dtype()
 
 
-class ChunkSampler(comfy.samplers.Sampler):
+class ChunkSampler(comfy.samplers.Sampler, ABC):
     """A sampler of ours, which makes its own run; `chunk_frames` go through the network at once."""
 
     chunk_frames: int
 
+    @abstractmethod
     def planned_bytes(self, guider, noise: Tensor, sigmas: Tensor, settings: Settings) -> int:
         """Works out what its history takes of the device's memory."""
-        raise NotImplementedError
 
 
 def _outer_sample(executor, noise, latent_image, sampler, sigmas, *args, **kwargs):
