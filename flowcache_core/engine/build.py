@@ -10,10 +10,10 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..history.cache import Attention
-from ..history.plan import plan_memory
+from ..history.plan import MemoryPlan, plan_memory
 from ..history.snapshot import Snapshot
 from ..report import Report
-from ..reuse.policies import aligned
+from ..reuse.policies import Policy, aligned
 from ..schedule import ChunkSchedule, Given
 from ..settings import Settings
 from .causal import CausalForward
@@ -82,24 +82,10 @@ def build_engine(run: RunSettings) -> Engine:
         a_branch = rolling_bytes(run.backbone, schedule, run.shape, run.dtype.itemsize)
         report.history_bytes_planned = run.branches * a_branch
     else:
-        plan = plan_memory(
-            run.backbone.sizes,
-            schedule,
-            settings,
-            policy,
-            grid=run.backbone.grid(*run.shape[3:]),
-            chunk_frames=run.shape[2],
-            batch=run.shape[0],
-            branches=run.branches,
-            itemsize=run.dtype.itemsize,
-            given=(run.lead, run.end),
-            at_once=run.guidance.at_once,
-            texts=run.texts,
-        )
         forward = CausalForward(
             run.backbone,
             run.guidance,
-            plan,
+            plan_run(run, policy),
             settings,
             report,
             aligned=aligned(policy, schedule),
@@ -110,6 +96,24 @@ def build_engine(run: RunSettings) -> Engine:
             **more,
         )
     return Engine(forward, schedule, policy, settings.between, run.sampling, run.on_progress, run.cancelled)
+
+
+def plan_run(run: RunSettings, policy: Policy) -> MemoryPlan:
+    """Plans the memory of a run over a history."""
+    return plan_memory(
+        run.backbone.sizes,
+        run.schedule,
+        run.settings,
+        policy,
+        grid=run.backbone.grid(*run.shape[3:]),
+        chunk_frames=run.shape[2],
+        batch=run.shape[0],
+        branches=run.branches,
+        itemsize=run.dtype.itemsize,
+        given=(run.lead, run.end),
+        at_once=run.guidance.at_once,
+        texts=run.texts,
+    )
 
 
 def given_chunks(latent: Tensor, lead: int, chunk_frames: int) -> list[tuple[int | Given, Tensor]]:

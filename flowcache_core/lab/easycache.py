@@ -15,11 +15,10 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ..engine.build import RunSettings
+from ..engine.build import RunSettings, plan_run
 from ..engine.causal import CausalForward
 from ..engine.forward import Forward, Step, Velocity
 from ..engine.loop import Engine
-from ..history.plan import plan_memory
 from ..history.snapshot import Snapshot, SnapshotDelta
 from ..report import Report
 from ..reuse.policies import Deciding
@@ -140,17 +139,7 @@ def easycache_engine(run: RunSettings, threshold: float) -> Engine:
     """Makes a run over a history that recomputes when the predicted change of the output has added up to the
     threshold."""
     policy, report = ForwardDecides(), Report(run.schedule, run.label)
-    plan = plan_memory(
-        run.backbone.sizes,
-        run.schedule,
-        run.settings,
-        policy,
-        grid=run.backbone.grid(*run.shape[3:]),
-        chunk_frames=run.shape[2],
-        batch=run.shape[0],
-        branches=run.branches,
-        itemsize=run.dtype.itemsize,
-    )
+    plan = plan_run(run, policy)
     inner = CausalForward(
         run.backbone, run.guidance, plan, run.settings, report, aligned=False, dtype=run.dtype, device=run.device
     )
