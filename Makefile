@@ -3,7 +3,7 @@
 PYTHON ?= python3
 VENV ?= .venv
 PACKAGES = torch==2.13.0 "numpy>=1.26,<3" "pillow>=11" "safetensors>=0.5,<1" "av>=14"
-TOOLS = "pytest>=8,<10" "matplotlib>=3.9,<4" "scikit-image>=0.24,<1"
+TOOLS = "pytest>=8,<10" "pytest-xdist>=3.6,<4" "matplotlib>=3.9,<4" "scikit-image>=0.24,<1"
 LINTERS = "ruff>=0.15,<1" "mypy>=1.19,<3"
 
 .PHONY: demo bench bench-smoke calibrate test lint clean
@@ -24,7 +24,7 @@ calibrate: $(VENV)/ready
 	$(VENV)/bin/python -m flowcache_core.lab.search
 
 test: $(VENV)/tools
-	$(VENV)/bin/python -m pytest
+	$(VENV)/bin/python -m pytest --numprocesses auto --maxprocesses 4 --dist loadfile
 
 lint: $(VENV)/lint
 	$(VENV)/bin/ruff check .

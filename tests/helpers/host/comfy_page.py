@@ -57,14 +57,8 @@ class ComfyPage(Browser):
         self.wait("!document.querySelector('[role=dialog]')")
         self.evaluate("app.extensionManager.command.execute('Comfy.BrowseTemplates')")
         self.wait(CATEGORY)
-        self.evaluate(f"{CATEGORY}.click()")
-        card = f"document.querySelector('[data-testid=\"template-workflow-{name}\"]')"
-        self.wait(card)
-        self.evaluate(f"{card}.scrollIntoView()")
-        picture = f"{card}.querySelector('img')"
-        self.wait(f"{picture}?.complete && {picture}.naturalWidth")
-        width = self.evaluate(f"{picture}.naturalWidth")
-        self.evaluate(f"{picture}.click()")
+        self.wait(OPEN_CARD % json.dumps(f'[data-testid="template-workflow-{name}"]'))
+        width = self.evaluate("window.cardWidth")
         self.wait(f"app.extensionManager.workflow.activeWorkflow.path.endsWith('{name}.json')")
         self.wait(f"app.graph.nodes.length === {len(json.loads((WORKFLOWS / f'{name}.json').read_text())['nodes'])}")
         return width
@@ -164,6 +158,18 @@ def listed_templates(server: Server) -> list[str]:
 
 
 CATEGORY = "[...document.querySelectorAll('[role=dialog] [role=button] span')].find((s) => s.innerText === 'FlowCache')"
+
+# The browser draws its cards anew when its lists arrive, so a card is looked for, read and clicked in one go.
+OPEN_CARD = f"""(() => {{
+  const card = document.querySelector(%s);
+  if (!card) {CATEGORY}?.click();
+  card?.scrollIntoView();
+  const picture = card?.querySelector('img');
+  if (!picture?.complete || !picture.naturalWidth) return false;
+  window.cardWidth = picture.naturalWidth;
+  picture.click();
+  return true;
+}})()"""
 
 OPEN_SAVED = """(async () => {
   const store = app.extensionManager.workflow;
