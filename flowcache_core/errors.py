@@ -10,3 +10,13 @@ class UserError(ValueError):
         line = " ".join(message.split())
         line = line if len(line) <= LONGEST else line[:LONGEST] + " …"
         super().__init__("".join(letter if letter.isprintable() else "?" for letter in line))
+
+
+def shortened(words: str, longest: int) -> str:
+    """Cuts words that are longer than so many characters."""
+    return words if len(words) <= longest else words[: longest - 3] + "..."
+
+
+def first_line(error: Exception) -> str:
+    """Gives what an error of a library says first, without a full stop."""
+    return next(iter(str(error).splitlines()), type(error).__name__).rstrip(". ")

@@ -16,7 +16,7 @@ from itertools import pairwise
 import torch
 from torch import Tensor, nn
 
-from .errors import UserError
+from .errors import UserError, shortened
 
 LINE = re.compile(r"(\d+)\s*(?:(-)\s*(\d+)?)?\s*:(.*)", re.DOTALL)
 WEIGHT = re.compile(r"(.*)\*\s*(\S+)", re.DOTALL)
@@ -70,17 +70,19 @@ def mix(embeddings: Mapping[str, Tensor], weights: Mapping[str, float]) -> Tenso
     if len(weights) == 1:
         return embeddings[next(iter(weights))]
     longest = max(embeddings[caption].shape[1] for caption in weights)
-    padded = {
-        caption: nn.functional.pad(embeddings[caption], (0, 0, 0, longest - embeddings[caption].shape[1]))
-        for caption in weights
-    }
-    return torch.stack([weight * padded[caption] for caption, weight in weights.items()]).sum(dim=0)
+    shares = []
+    for caption, weight in weights.items():
+        tokens = embeddings[caption]
+        shares.append(weight * nn.functional.pad(tokens, (0, 0, 0, longest - tokens.shape[1])))
+    return torch.stack(shares).sum(dim=0)
 
 
 def _segment(line: str, where: str) -> Span:
     found = LINE.fullmatch(line)
     if found is None:
-        raise UserError(f"{where} is '{_short(line)}', expected chunks and a prompt, for example '0-4: a red circle'.")
+        raise UserError(
+            f"{where} is '{shortened(line, 40)}', expected chunks and a prompt, for example '0-4: a red circle'."
+        )
     first, dash, last, said = found.groups()
     end = int(last) if last else FOREVER if dash else int(first)
     if end < int(first):
@@ -105,7 +107,9 @@ def _weights(said: str, where: str) -> dict[str, float]:
 
 def _number(text: str, where: str) -> float:
     if not re.fullmatch(r"\d{1,6}(\.\d*)?|\.\d+", text):
-        raise UserError(f"{where} has the weight '{_short(text)}', expected a number after '*', for example '*0.7'.")
+        raise UserError(
+            f"{where} has the weight '{shortened(text, 40)}', expected a number after '*', for example '*0.7'."
+        )
     return float(text)
 
 
@@ -135,7 +139,3 @@ def _blend(before: Span, after: Span) -> list[Span]:
             weights[caption] = weights.get(caption, 0.0) + share * weight
         spans.append(Span(chunk, chunk, weights))
     return spans
-
-
-def _short(words: str) -> str:
-    return words if len(words) <= 40 else words[:37] + "..."

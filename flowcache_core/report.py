@@ -125,13 +125,19 @@ class Report:
         return "\n".join(line for line in lines if line)
 
 
+def byte_unit(count: int) -> tuple[int, str]:
+    """Chooses the unit in which so many bytes are written: its size and its name."""
+    return (2**30, "GB") if count >= 2**30 else (2**20, "MB")
+
+
 def megabytes(count: int) -> str:
-    return f"{count / 2**20:.1f} MB" if count < 2**30 else f"{count / 2**30:.2f} GB"
+    size, unit = byte_unit(count)
+    return f"{count / size:.{2 if unit == 'GB' else 1}f} {unit}"
 
 
 def share_of(used: int, total: int) -> str:
     """Writes two sizes in bytes with the larger one's unit: 1.2 of 2.0 GB."""
-    size, unit = (2**30, "GB") if total >= 2**30 else (2**20, "MB")
+    size, unit = byte_unit(total)
     return f"{used / size:.1f} of {total / size:.1f} {unit}"
 
 

@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..errors import UserError
+from ..errors import UserError, first_line
 from ..models import families
 from ..models.families import Family
 from ..models.fit import fit
@@ -111,9 +111,8 @@ def _usable(device: torch.device | str | None) -> torch.device:
         place = torch.device("cpu" if device is None else device)
         torch.empty(0, device=place)
     except (RuntimeError, AssertionError) as error:  # torch built without CUDA asserts
-        reason = next(iter(str(error).splitlines()), type(error).__name__).rstrip(". ")
         raise UserError(
-            f"The device {str(device)!r} cannot be used ({reason}); choose cpu or one that is there."
+            f"The device {str(device)!r} cannot be used ({first_line(error)}); choose cpu or one that is there."
         ) from error
     return place
 

@@ -3,18 +3,20 @@
 Pictures are 800 pixels wide, on white; colours are those of Okabe and Ito, which colour-blind people can tell apart.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
-from ..report import Report, megabytes
+from ..errors import shortened
+from ..report import Report, byte_unit, megabytes
 from .likeness import Likeness
 from .video import enlarged
 
 WIDTH, MARGIN = 800, 32
-LEFT = 76  # where maps and charts begin, right of their axis labels
+LEFT, RIGHT = 76, WIDTH - MARGIN  # where maps and charts begin, right of their axis labels, and end
+CHART_HEIGHT = 150
 INK, FAINT, RULE, PAPER = "#1f2937", "#6b7280", "#e5e7eb", "#ffffff"
 RECOMPUTED, REUSED = "#0072b2", "#f4dfb0"
 RUN_COLOURS = ("#56606e", "#0072b2", "#d55e00", "#009e73")
@@ -68,19 +70,19 @@ class Canvas:
                     (start * FINE, y0 * FINE, min(start + dash, x1) * FINE, y0 * FINE), colour, int(width * FINE)
                 )
 
-    def shape(self, points: Sequence[tuple[float, float]], colour: str) -> None:
-        """Draws a filled polygon."""
-        self.draw.polygon([(x * FINE, y * FINE) for x, y in points], colour)
-
-    def ring(self, x: float, y: float, radius: float, colour: str) -> None:
-        edges = [(v + sign * radius) * FINE for sign in (-1, 1) for v in (x, y)]
-        self.draw.ellipse(edges, outline=colour, width=2 * FINE)
-
     def paste(self, x: float, y: float, frame: np.ndarray, side: float) -> None:
         """Pastes a frame [H, W, 3], `side` wide, with its pixels kept square and sharp."""
         height, width = frame.shape[:2]
         size = (int(side * FINE), int(side * FINE * height / width))
         self.image.paste(Image.fromarray(frame).resize(size, Image.Resampling.NEAREST), (int(x * FINE), int(y * FINE)))
+
+    def title(self, words: str, note: str = "") -> None:
+        """Writes the sheet's first line, and a smaller one below it."""
+        self.text(MARGIN, self.y, words, 22)
+        self.y += 34
+        if note:
+            self.text(MARGIN, self.y, note, 13, FAINT)
+            self.y += 26
 
     def heading(self, words: str, note: str = "") -> None:
         width = self.text(MARGIN, self.y, words, 16)
@@ -95,6 +97,29 @@ class Canvas:
         strip = strip.rotate(90, expand=True)
         self.image.paste(strip, (int(x * FINE), int(middle * FINE - strip.height / 2)))
 
+    def numbered(self, count: int, at: Callable[[int], float], words: str) -> None:
+        """Numbers `count` places, from 1, along the bottom edge of what was drawn, and writes below what they are."""
+        for place in _ticks(count, 9):
+            self.text(at(place), self.y + 5, str(place + 1), 12, FAINT, "ma")
+        self.text((LEFT + RIGHT) / 2, self.y + 22, words, 12, FAINT, "ma")
+
+    def axes(self, peak: float, places: int, words: str) -> Callable[[float, float], tuple[float, float]]:
+        """Draws the axes of a chart of values up to `peak`, and returns where on the sheet a value at a place lies."""
+        most, marks = axis_marks(peak)
+        self.y += CHART_HEIGHT
+        bottom = self.y
+
+        def at(place: float, value: float) -> tuple[float, float]:
+            x = LEFT + (RIGHT - LEFT) * place / max(1, places - 1)
+            return x, bottom - CHART_HEIGHT * max(0.0, value) / most
+
+        for mark in marks:
+            y = at(0, mark)[1]
+            self.line([(LEFT, y), (RIGHT, y)], RULE)
+            self.text(LEFT - 8, y, f"{mark:g}", 12, FAINT, "rm")
+        self.numbered(places, lambda place: at(place, 0)[0], words)
+        return at
+
     def finish(self) -> Image.Image:
         height = int(self.y + MARGIN - 12)
         return self.image.crop((0, 0, WIDTH * FINE, height * FINE)).resize((WIDTH, height), Image.Resampling.LANCZOS)
@@ -103,11 +128,7 @@ class Canvas:
 def report_picture(report: Report) -> Image.Image:
     """Draws a run: its figures, a chunk x step map for each branch, the history over time. RGB, 800 pixels wide."""
     canvas = Canvas(1000 + 520 * max(1, len(report.decisions)))
-    canvas.text(MARGIN, canvas.y, "FlowCache report", 22)
-    canvas.y += 34
-    if report.settings:
-        canvas.text(MARGIN, canvas.y, shortened(report.settings, 100), 13, FAINT)
-        canvas.y += 26
+    canvas.title("FlowCache report", shortened(report.settings, 100))
     _tiles(canvas, _figures(report))
     for branch in report.decisions:
         _decision_map(canvas, report, branch)
@@ -123,10 +144,7 @@ def comparison_picture(title: str, subtitle: str, runs: Sequence[Run], tiles: Se
         tiles: the figures on top, each a large value and what it is.
     """
     canvas = Canvas(2400)
-    canvas.text(MARGIN, canvas.y, title, 22)
-    canvas.y += 34
-    canvas.text(MARGIN, canvas.y, subtitle, 13, FAINT)
-    canvas.y += 26
+    canvas.title(title, subtitle)
     _tiles(canvas, tiles)
     _filmstrips(canvas, runs)
     saver = min(runs, key=lambda run: run.report.forwards_executed)
@@ -173,8 +191,8 @@ def filmstrip(frames: np.ndarray, count: int = 3) -> Image.Image:
 def likeness_picture(found: Likeness) -> Image.Image:
     """Draws PSNR and SSIM of each frame of two videos. RGB, 800 pixels wide."""
     canvas = Canvas(800)
-    canvas.text(MARGIN, canvas.y, "How alike the videos are", 22)
-    canvas.y += 44
+    canvas.title("How alike the videos are")
+    canvas.y += 10
     best = max([one for one in found.psnr if np.isfinite(one)], default=0.0)
     shown = [one if np.isfinite(one) else best for one in found.psnr]
     equal = sum(not np.isfinite(one) for one in found.psnr)
@@ -185,28 +203,11 @@ def likeness_picture(found: Likeness) -> Image.Image:
 
 
 def _frames_chart(canvas: Canvas, name: str, note: str, values: Sequence[float], colour: str) -> None:
-    """A line through a value of each frame, with its lowest point marked."""
+    """A line through a value of each frame."""
     canvas.heading(name, note)
-    top, height, right = canvas.y, 150, WIDTH - MARGIN
-    most, marks = axis_marks(max([*values, 1e-3]))
-
-    def at(frame: int, value: float) -> tuple[float, float]:
-        x = LEFT + (right - LEFT) * frame / max(1, len(values) - 1)
-        return x, top + height - height * max(0.0, value) / most
-
-    for mark in marks:
-        y = at(0, mark)[1]
-        canvas.line([(LEFT, y), (right, y)], RULE)
-        canvas.text(LEFT - 8, y, f"{mark:g}", 12, FAINT, "rm")
+    at = canvas.axes(max([*values, 1e-3]), len(values), "frame")
     canvas.line([at(frame, value) for frame, value in enumerate(values)], colour, 2)
-    for frame in _ticks(len(values), 9):
-        canvas.text(at(frame, 0)[0], top + height + 5, str(frame + 1), 12, FAINT, "ma")
-    canvas.text((LEFT + right) / 2, top + height + 22, "frame", 12, FAINT, "ma")
-    canvas.y = top + height + 56
-
-
-def shortened(words: str, longest: int) -> str:
-    return words if len(words) <= longest else words[: longest - 3] + "..."
+    canvas.y += 56
 
 
 def _figures(report: Report) -> list[tuple[str, str]]:
@@ -235,15 +236,14 @@ def _decision_map(canvas: Canvas, report: Report, branch, of: str = "") -> None:
     chunks, steps = sorted(rows), max(len(row) for row in rows.values())
     owner = f" ({of})" if of else f" (branch {branch})" if len(report.decisions) > 1 else ""
     canvas.heading(f"What each chunk recomputed{owner}")
-    right = WIDTH - MARGIN
-    x: float = right
+    x: float = RIGHT
     for words, colour in (("reused", REUSED), ("recomputed", RECOMPUTED)):
         x -= ImageFont.load_default(12).getlength(words)
         canvas.text(x, canvas.y - 24, words, 12)
         canvas.box(x - 19, canvas.y - 23, x - 6, canvas.y - 10, colour, round=2)
         x -= 34
     cell = min(18, 340 / len(chunks))
-    wide = (right - LEFT) / steps
+    wide = (RIGHT - LEFT) / steps
     seam_x, seam_y = (1.0 if wide > 5 else 0.0), (1.5 if cell > 6 else 0.0)
     for line, chunk in enumerate(chunks):
         y = canvas.y + line * cell
@@ -252,42 +252,27 @@ def _decision_map(canvas: Canvas, report: Report, branch, of: str = "") -> None:
             canvas.box(x, y, x + wide - seam_x, y + cell - seam_y, RECOMPUTED if again else REUSED)
     for line in _ticks(len(chunks), int(340 // max(cell, 18)), last=True):
         canvas.text(LEFT - 8, canvas.y + (line + 0.5) * cell, str(chunks[line] + 1), 12, FAINT, "rm")
-    bottom = canvas.y + len(chunks) * cell
-    canvas.sideways(MARGIN - 4, (canvas.y + bottom) / 2, "chunk")
-    for step in _ticks(steps, 9):
-        canvas.text(LEFT + (step + 0.5) * wide, bottom + 5, str(step + 1), 12, FAINT, "ma")
-    canvas.text((LEFT + right) / 2, bottom + 22, "denoising step of the chunk", 12, FAINT, "ma")
-    canvas.y = bottom + 56
+    canvas.sideways(MARGIN - 4, canvas.y + len(chunks) * cell / 2, "chunk")
+    canvas.y += len(chunks) * cell
+    canvas.numbered(steps, lambda step: LEFT + (step + 0.5) * wide, "denoising step of the chunk")
+    canvas.y += 56
 
 
 def _history_chart(canvas: Canvas, lines: Sequence[tuple[str, Report, str]]) -> None:
     canvas.heading("Memory of the attention history")
-    top, height, right = canvas.y, 150, WIDTH - MARGIN
     ticks = max(len(report.history) for _, report, _ in lines)
     unbounded = max(report.history_bytes_unbounded for _, report, _ in lines)
     peak = max(max(report.history_bytes_peak for _, report, _ in lines), unbounded, 1)
-    unit, name = (2**30, "GB") if peak >= 2**30 else (2**20, "MB")
-    most, marks = axis_marks(peak / unit)
-
-    def at(tick: float, used: float) -> tuple[float, float]:
-        return LEFT + (right - LEFT) * tick / max(1, ticks - 1), top + height - height * used / unit / most
-
-    for mark in marks:
-        y = at(0, mark * unit)[1]
-        canvas.line([(LEFT, y), (right, y)], RULE)
-        canvas.text(LEFT - 8, y, f"{mark:g}", 12, FAINT, "rm")
-    canvas.sideways(MARGIN - 4, top + height / 2, f"history, {name}")
-    y = at(0, unbounded)[1]
-    canvas.line([(LEFT, y), (right, y)], FAINT, 1, dash=4)
+    size, unit = byte_unit(peak)
+    canvas.sideways(MARGIN - 4, canvas.y + CHART_HEIGHT / 2, f"history, {unit}")
+    at = canvas.axes(peak / size, ticks, "tick (every active chunk takes one step)")
+    y = at(0, unbounded / size)[1]
+    canvas.line([(LEFT, y), (RIGHT, y)], FAINT, 1, dash=4)
     canvas.text(LEFT + 6, y + 4, f"room for the whole history: {megabytes(unbounded)}", 12, FAINT)
     for number, (_, report, colour) in enumerate(lines):  # wider ones below, so that equal lines all show
-        canvas.line(
-            [at(tick, used) for tick, (_, used) in enumerate(report.history)], colour, 2 * (len(lines) - number)
-        )
-    for tick in _ticks(ticks, 9):
-        canvas.text(at(tick, 0)[0], top + height + 5, str(tick + 1), 12, FAINT, "ma")
-    canvas.text((LEFT + right) / 2, top + height + 22, "tick (every active chunk takes one step)", 12, FAINT, "ma")
-    canvas.y = top + height + 48
+        points = [at(tick, used / size) for tick, (_, used) in enumerate(report.history)]
+        canvas.line(points, colour, 2 * (len(lines) - number))
+    canvas.y += 48
     x: float = LEFT
     for words, report, colour in lines:
         canvas.box(x, canvas.y + 3, x + 18, canvas.y + 6, colour)
@@ -308,9 +293,8 @@ def _filmstrips(canvas: Canvas, runs: Sequence[Run]) -> None:
         for line, fact in enumerate(run.facts):
             canvas.text(MARGIN, canvas.y + 24 + 16 * line, fact, 12, FAINT)
         for number, frame in enumerate(frames):
-            canvas.paste(
-                MARGIN + names + number * (side + gap), canvas.y, run.frames[min(frame, len(run.frames) - 1)], side
-            )
+            shown = run.frames[min(frame, len(run.frames) - 1)]
+            canvas.paste(MARGIN + names + number * (side + gap), canvas.y, shown, side)
         canvas.y += max(24 + 16 * len(run.facts), side * run.frames.shape[1] / run.frames.shape[2]) + 10
     canvas.y += 18
 
