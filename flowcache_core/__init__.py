@@ -14,17 +14,7 @@ _MODULES = {
     "media.video": ("frames_of", "save_video"),
     "models.presets": ("preset", "quality_settings"),
     "report": ("Report",),
-    "settings": (
-        "Between",
-        "Compression",
-        "Drift",
-        "Every",
-        "Fixed",
-        "HistorySettings",
-        "Off",
-        "Settings",
-        "Spread",
-    ),
+    "settings": ("Between", "Compression", "Drift", "Every", "Fixed", "HistorySettings", "Off", "Settings", "Spread"),
     "storage.calibrations": ("calibration_path", "load_calibration", "save_calibration"),
     "storage.state": ("State", "load_state", "save_state"),
 }

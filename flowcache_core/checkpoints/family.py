@@ -23,6 +23,7 @@ FAMILIES = {
     "demo": "the model that ships",
 }
 MAGI_FAMILIES = ("magi", "magi distilled")
+WAN_FAMILIES = ("causal", "causvid", "skyreels", "rolling", "wan")  # beside the one that ships
 CAUSAL_FAMILIES = ("causal", "causvid", "rolling", "demo")  # read by ComfyUI as causal AR
 STAMP = "flowcache"  # metadata key, beside ComfyUI's own "config"
 
@@ -34,7 +35,7 @@ def transformer_settings(path: Path, file: WeightFile) -> dict:
         UserError: the metadata is no JSON object.
     """
     try:
-        return (file.settings or {}) | parse_json(file.metadata.get("config", "{}")).get("transformer", {})
+        return file.settings | parse_json(file.metadata.get("config", "{}")).get("transformer", {})
     except (ValueError, AttributeError, TypeError) as error:
         raise UserError(f"{path.name} has metadata 'config' that is not a JSON object; download it again.") from error
 
@@ -58,7 +59,7 @@ def family_of(
     elif config.fps:
         possible = ["skyreels"]
     else:
-        possible = [name for name in FAMILIES if not name.startswith("magi") and (name != "demo" or found == "demo")]
+        possible = [*WAN_FAMILIES, "demo"] if found == "demo" else list(WAN_FAMILIES)
     family = found if asked == "auto" else asked
     if family not in possible:
         kind = "MAGI-1's names" if config is None else "an fps embedding" if config.fps else "the Wan 2.1 layout"
@@ -73,9 +74,8 @@ def _told_family(path: Path, file: WeightFile, config: WanConfig | None, setting
         except (ValueError, KeyError, TypeError) as error:
             raise UserError(f"{path.name} has a broken {STAMP!r} stamp; convert it again from its source.") from error
         if not isinstance(family, str) or family not in FAMILIES:
-            raise UserError(
-                f"{path.name} is stamped {family!r}, expected one of {', '.join(FAMILIES)}; update FlowCache."
-            )
+            known = ", ".join(FAMILIES)
+            raise UserError(f"{path.name} is stamped {family!r}, expected one of {known}; update FlowCache.")
         return family, ()
     if config is None:
         if any(QUANTIZATION.search(name) for name in file.tensors):  # only distilled ones are published in fp8
@@ -93,9 +93,7 @@ def _told_family(path: Path, file: WeightFile, config: WanConfig | None, setting
             f"{path.name} may be causal, causvid or rolling, taken as causal: choose the family for CausVid or Rolling "
             "Forcing.",
         )
-    choices = "; ".join(
-        f"{name} ({FAMILIES[name]})" for name in FAMILIES if name != "demo" and not name.startswith("magi")
-    )
+    choices = "; ".join(f"{name} ({FAMILIES[name]})" for name in WAN_FAMILIES)
     return "wan", (
         f"{path.name} has the Wan 2.1 layout and no stamp, taken as plain Wan 2.1: choose its family: {choices}.",
     )

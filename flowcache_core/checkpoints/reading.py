@@ -40,7 +40,7 @@ class CheckpointInfo:
     warnings: tuple[str, ...] = ()
 
 
-def inspect(path: str | Path, family: str = "auto", use_ema: bool = True) -> CheckpointInfo:
+def inspect(path: str | Path, family: str = "auto") -> CheckpointInfo:
     """Tells what a file, a folder or an index of shards is, without reading the weights.
 
     Args:
@@ -49,7 +49,7 @@ def inspect(path: str | Path, family: str = "auto", use_ema: bool = True) -> Che
     Raises:
         UserError: not weights, another architecture, parts missing, or a family that the file cannot be.
     """
-    return load(path, family, use_ema=use_ema)[0]
+    return load(path, family)[0]
 
 
 def load(
@@ -73,25 +73,14 @@ def load(
     tensors = renamed(file.tensors, prefix, layout)
     settings = transformer_settings(path, file)
     wan = None if layout == "magi" else wan_config(path, tensors, settings)
-    if wan is not None:
-        check_names_and_shapes(path, tensors, wan)
     family, warnings = family_of(path, file, wan, settings, family)
-    config: WanConfig | MagiConfig
-    if wan is not None:
-        config = wan
-    else:
-        config = MagiConfig.from_tensors(tensors, distilled=family == "magi distilled")
-        check_names_and_shapes(path, tensors, config)
+    config = wan or MagiConfig.from_tensors(tensors, distilled=family == "magi distilled")
+    check_names_and_shapes(path, tensors, config)
     first = "videodit_blocks.layers.0.self_attention.linear_qkv" if layout == "magi" else "blocks.0.self_attn"
     dtype = tensors[f"{first}.q.weight"].dtype
     if check_finite:
         _check_finite(path, tensors)
     return CheckpointInfo(family, config, dtype, layout, prefix, file.metadata, file.bytes, warnings), tensors
-
-
-def load_state_dict(path: str | Path, check_finite: bool = False) -> dict[str, Tensor]:
-    """Gives the weights alone; see `load`."""
-    return load(path, check_finite=check_finite)[1]
 
 
 def _check_finite(path: Path, tensors: dict[str, Tensor]) -> None:

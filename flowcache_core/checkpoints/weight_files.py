@@ -6,20 +6,18 @@ first bytes, never by their names, and nothing is ever unpickled except by torch
 
 import json
 import math
-import os
 import shutil
-import tempfile
 import warnings
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from ..errors import UserError
-from ..storage.files import parse_json
+from ..errors import UserError, first_line
+from ..storage.files import parse_json, write_whole
 
 Progress = Callable[[int, int], None]  # bytes written, bytes in all
 
@@ -51,14 +49,14 @@ class WeightFile:
         metadata: the safetensors metadata; empty for torch files.
         bytes: size on disk, of all shards.
         wrapper: the entry of a torch file that the tensors were under ("generator_ema", …), or "".
-        settings: what a config.json beside the weights says, or {}.
+        settings: what the config.json of their folder says, where it is known to be theirs.
     """
 
     tensors: dict[str, Tensor]
     metadata: dict[str, str]
     bytes: int
     wrapper: str = ""
-    settings: dict | None = None
+    settings: dict = field(default_factory=dict)
 
 
 def open_weights(path: Path, use_ema: bool = True) -> WeightFile:
@@ -73,18 +71,13 @@ def open_weights(path: Path, use_ema: bool = True) -> WeightFile:
     """
     if not path.exists():
         raise UserError(f"{path} does not exist; check the path.")
-    settings = {}
-    if path.is_dir():
-        settings = folder_settings(path)
-        path = _only_model(path)
-    path = _index_of(path)
-    start = _first_bytes(path)
-    if start.startswith(b"PK\x03\x04"):
-        return _open_torch(path, use_ema, settings)
-    if path.suffix == ".json":
-        return _open_shards(path, settings)
-    tensors, metadata = _open_safetensors(path, start)
-    return WeightFile(tensors, metadata, path.stat().st_size, settings=settings)
+    file = _index_of(_only_model(path) if path.is_dir() else path)
+    if _first_bytes(file).startswith(b"PK\x03\x04"):
+        held = _open_torch(file, use_ema)
+    else:
+        held = _open_shards(file) if file.suffix == ".json" else _open_safetensors(file)
+    alone = file.suffix != ".json" and not path.is_dir()  # what lies beside it may be of other models
+    return held if alone else replace(held, settings=folder_settings(file.parent))
 
 
 def write_safetensors(
@@ -107,33 +100,22 @@ def write_safetensors(
     if out.exists():
         raise UserError(f"{out} exists already; choose another name or delete it.")
     header, total = _header(tensors, metadata, dtype)
-    try:
-        out.parent.mkdir(parents=True, exist_ok=True)
-        free = shutil.disk_usage(out.parent).free
+
+    def write(partial: Path) -> None:
+        free = shutil.disk_usage(partial.parent).free
         if free < total + len(header):
             raise UserError(f"{out.parent} has {free:,} bytes free, the file needs {total + len(header):,}; make room.")
-        handle, temporary = tempfile.mkstemp(dir=out.parent, prefix=out.stem, suffix=".part")
-    except OSError as error:
-        raise UserError(
-            f"Cannot write to {out.parent} ({error.strerror}); choose a folder you may write to."
-        ) from error
-    try:
-        with os.fdopen(handle, "wb") as file:
+        written = 0
+        with open(partial, "wb") as file:
             file.write(header)
-            written = 0
             for tensor in tensors.values():
                 data = tensor.detach().to("cpu", _written_dtype(tensor, dtype)).contiguous().flatten().view(torch.uint8)
                 file.write(data.numpy().data)
                 written += data.numel()
                 if progress:
                     progress(written, total)
-        umask = os.umask(0)
-        os.umask(umask)
-        os.chmod(temporary, 0o666 & ~umask)  # mkstemp's files are private
-        os.replace(temporary, out)
-    except BaseException:
-        os.unlink(temporary)
-        raise
+
+    write_whole(out, write)
 
 
 def _first_bytes(path: Path) -> bytes:
@@ -178,12 +160,12 @@ def _index_of(path: Path) -> Path:
     return path
 
 
-def _open_safetensors(path: Path, start: bytes) -> tuple[dict[str, Tensor], dict[str, str]]:
+def _open_safetensors(path: Path) -> WeightFile:
     size = path.stat().st_size
-    _check_header(path, start, size)
+    _check_header(path, _first_bytes(path), size)
     try:
         with safe_open(path, framework="pt") as file:
-            return {name: file.get_tensor(name) for name in file.keys()}, file.metadata() or {}
+            return WeightFile({name: file.get_tensor(name) for name in file.keys()}, file.metadata() or {}, size)
     except (SafetensorError, ValueError, TypeError) as error:
         raise UserError(f"{path.name} is a broken safetensors file ({error}); download it again.") from error
 
@@ -222,7 +204,7 @@ def _check_header(path: Path, start: bytes, size: int) -> None:
         raise UserError(short.format(expected))
 
 
-def _open_shards(index: Path, settings: dict) -> WeightFile:
+def _open_shards(index: Path) -> WeightFile:
     try:
         places = parse_json(index.read_text())["weight_map"]
         shards = sorted(set(places.values()))
@@ -241,26 +223,25 @@ def _open_shards(index: Path, settings: dict) -> WeightFile:
             raise UserError(
                 f"{index.name} names {name}, which is not beside it; put all {len(shards)} shards in {index.parent}."
             )
-        held, held_metadata = _open_safetensors(shard, _first_bytes(shard))
-        tensors |= held
-        metadata |= held_metadata
-        size += shard.stat().st_size
+        held = _open_safetensors(shard)
+        tensors |= held.tensors
+        metadata |= held.metadata
+        size += held.bytes
     lost = sorted(places.keys() - tensors.keys())
     if lost:
         raise UserError(f"{index.name} promises {lost[0]} and {len(lost) - 1} more that no shard holds; download them.")
-    return WeightFile(tensors, metadata, size, settings=settings or folder_settings(index.parent))
+    return WeightFile(tensors, metadata, size)
 
 
-def _open_torch(path: Path, use_ema: bool, settings: dict) -> WeightFile:
+def _open_torch(path: Path, use_ema: bool) -> WeightFile:
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # read-only maps; nothing here writes into them
             content = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
     except Exception as error:  # torch raises many kinds for what it will not read
-        reason = next(iter(str(error).splitlines()), type(error).__name__).rstrip(". ")
         raise UserError(
-            f"{path.name} is a zip but no torch file of plain tensors ({reason}); it may be cut short or hold code: "
-            "download it again or ask for a safetensors file."
+            f"{path.name} is a zip but no torch file of plain tensors ({first_line(error)}); it may be cut short or "
+            "hold code: download it again or ask for a safetensors file."
         ) from error
     order = ("generator_ema", "generator") if use_ema else ("generator", "generator_ema")
     wrapper = ""
@@ -276,7 +257,7 @@ def _open_torch(path: Path, use_ema: bool, settings: dict) -> WeightFile:
     if not tensors:
         entries = ", ".join(map(str, list(content)[:4])) or "nothing"
         raise UserError(f"{path.name} holds {entries}, expected named tensors; give a checkpoint's file.")
-    return WeightFile(tensors, {}, path.stat().st_size, wrapper, settings)
+    return WeightFile(tensors, {}, path.stat().st_size, wrapper)
 
 
 def _written_dtype(tensor: Tensor, dtype: torch.dtype | None) -> torch.dtype:
@@ -290,11 +271,7 @@ def _header(tensors: dict[str, Tensor], metadata: dict[str, str], dtype: torch.d
     for name, tensor in tensors.items():
         kind = _written_dtype(tensor, dtype)
         end = offset + kind.itemsize * math.prod(tensor.shape)
-        entries[name] = {
-            "dtype": DTYPE_NAMES[kind],
-            "shape": list(tensor.shape),
-            "data_offsets": [offset, end],
-        }
+        entries[name] = {"dtype": DTYPE_NAMES[kind], "shape": list(tensor.shape), "data_offsets": [offset, end]}
         offset = end
     text = json.dumps(entries, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)  # so that the data is aligned

@@ -12,7 +12,7 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
 
-from flowcache_core.checkpoints import CAUSAL_FAMILIES, convert, inspect, load, load_state_dict
+from flowcache_core.checkpoints import CAUSAL_FAMILIES, convert, inspect, load
 from flowcache_core.checkpoints.weight_files import open_weights
 from flowcache_core.errors import UserError
 from flowcache_core.models.wan import WanConfig, WanNetwork
@@ -144,7 +144,7 @@ def test_prefixes(tmp_path, prefix):
 def test_all_in_one_checkpoint(tmp_path):
     tensors = {"model.diffusion_model." + name: tensor for name, tensor in weights().items()}
     tensors["first_stage_model.decoder.conv1.weight"] = torch.zeros(3)
-    assert load_state_dict(saved(tmp_path / "a.safetensors", tensors)).keys() == weights().keys()
+    assert load(saved(tmp_path / "a.safetensors", tensors))[1].keys() == weights().keys()
 
 
 def test_diffusers_names(tmp_path):
@@ -231,11 +231,11 @@ def test_fp8_scales_are_kept(tmp_path):
     tensors["blocks.0.ffn.0.scale_weight"] = torch.ones(())
     tensors["scaled_fp8"] = torch.zeros(2, dtype=torch.float8_e4m3fn)
     path = saved(tmp_path / "a.safetensors", tensors)
-    assert load_state_dict(path).keys() == tensors.keys()
+    assert load(path)[1].keys() == tensors.keys()
     with pytest.raises(UserError, match="scaled fp8"):
         convert(path, tmp_path / "b.safetensors", "causal", torch.bfloat16)
     convert(path, tmp_path / "b.safetensors", "causal")
-    assert load_state_dict(tmp_path / "b.safetensors")["scaled_fp8"].dtype == torch.float8_e4m3fn
+    assert load(tmp_path / "b.safetensors")[1]["scaled_fp8"].dtype == torch.float8_e4m3fn
 
 
 class Trap:
@@ -370,7 +370,7 @@ def test_convert_casts_matrices(tmp_path):
     path = saved(tmp_path / "a.safetensors", weights())
     info = convert(path, tmp_path / "b.safetensors", "causal", torch.bfloat16)
     assert info.dtype == torch.bfloat16
-    assert load_state_dict(tmp_path / "b.safetensors")["head.head.bias"].dtype == torch.float32
+    assert load(tmp_path / "b.safetensors")[1]["head.head.bias"].dtype == torch.float32
     assert info.bytes < 0.55 * path.stat().st_size
 
 

@@ -23,7 +23,7 @@ import torch  # noqa: E402
 import torch.nn.functional as F  # noqa: E402
 from safetensors.torch import load_file, save_file  # noqa: E402
 
-from flowcache_core.checkpoints import load_state_dict  # noqa: E402
+from flowcache_core.checkpoints import load  # noqa: E402
 from flowcache_core.history.positions import rotate  # noqa: E402
 from flowcache_core.models.skyreels import SkyReelsBackbone, add_frame_rate  # noqa: E402
 from flowcache_core.models.wan import WanBackbone  # noqa: E402
@@ -59,7 +59,7 @@ def run(job: dict) -> None:
     network = model.model.diffusion_model
     given = load_file(job["inputs"])
     if job.get("fps"):
-        add_frame_rate(network, load_state_dict(job["path"]), comfy.ops.manual_cast)
+        add_frame_rate(network, load(job["path"])[1], comfy.ops.manual_cast)
         backbone = SkyReelsBackbone(network, job["fps"])
     else:
         backbone = WanBackbone(network)
