@@ -3,6 +3,7 @@
 import argparse
 import json
 import sys
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
@@ -60,10 +61,9 @@ def run_generate(options: argparse.Namespace) -> None:
     settings = replace(settings, history=replace(settings.history, relative=options.relative))
     state = load_state(options.state) if options.state else None
     backbone = load_network(options.network) if options.network else load_network()
-    captions = options.captions
     if options.chunks < 1:
         raise UserError(f"chunks is {options.chunks}, expected at least 1.")
-    texts = [embed_caption(caption) for caption in captions]
+    texts = [embed_caption(caption) for caption in options.captions]
     shares = [texts[chunk * len(texts) // options.chunks] for chunk in range(options.chunks)]
     result = generate(
         backbone,
@@ -84,13 +84,11 @@ def run_generate(options: argparse.Namespace) -> None:
     save_video(enlarged(frames, options.enlarge), options.out, FPS)
     if options.save_state:
         save_state(result.state, options.save_state)
-    if options.report:
-        if options.report.suffix == ".json":
-            write_whole(
-                options.report, lambda partial: partial.write_text(json.dumps(result.report.as_dict(), indent=1) + "\n")
-            )
-        else:
-            write_whole(options.report, report_picture(result.report).save)
+    if options.report and options.report.suffix == ".json":
+        words = json.dumps(result.report.as_dict(), indent=1) + "\n"
+        write_whole(options.report, lambda partial: partial.write_text(words))
+    elif options.report:
+        write_whole(options.report, report_picture(result.report).save)
     print(result.report.text())
     print(f"{options.out}: {len(frames)} frames")
 
@@ -105,10 +103,8 @@ def run_info(options: argparse.Namespace) -> None:
     info = checkpoints.inspect(options.file, options.family)
     print(f"family    {info.family}: {checkpoints.FAMILIES[info.family]}")
     config = info.config
-    if isinstance(config, MagiConfig):
-        print(f"network   width {config.width}, {config.layers} blocks, {config.heads} heads")
-    else:
-        print(f"network   width {config.dim}, {config.num_layers} blocks, {config.num_heads} heads")
+    sizes = config.sizes if isinstance(config, MagiConfig) else config.sizes()
+    print(f"network   width {sizes.dim}, {sizes.layers} blocks, {sizes.heads} heads")
     print(f"layout    {info.layout}" + (f", names begin with {info.prefix}" if info.prefix else ""))
     print(f"weights   {str(info.dtype).removeprefix('torch.')}, {megabytes(info.bytes)}")
     for key, value in info.metadata.items():
@@ -183,97 +179,73 @@ def run_convert(options: argparse.Namespace) -> None:
 
 
 def parser() -> argparse.ArgumentParser:
+    """Makes what reads the command line; each command names the function that runs it."""
     whole = argparse.ArgumentParser(prog="python -m flowcache_core", description="Long autoregressive video, faster.")
     commands = whole.add_subparsers(required=True, metavar="command")
 
-    part = commands.add_parser(
-        "generate", help="a video from captions, or a longer one from a state, with the demo model"
+    def command(name: str, run: Callable[[argparse.Namespace], None], words: str) -> Callable[..., argparse.Action]:
+        """Adds a command, and returns what adds an option to it."""
+        part = commands.add_parser(name, help=words)
+        part.set_defaults(run=run)
+        return part.add_argument
+
+    option = command(
+        "generate", run_generate, "a video from captions, or a longer one from a state, with the demo model"
     )
-    part.set_defaults(run=run_generate)
-    part.add_argument(
-        "captions", nargs="+", help='such as "a red circle and a blue square"; several share the chunks evenly'
-    )
-    part.add_argument(
-        "--out", type=Path, default=Path("out/video.mp4"), help=".mp4, .webp or .gif (default: %(default)s)"
-    )
-    part.add_argument("--chunks", type=int, default=16, help="new chunks, of 12 frames each (default: %(default)s)")
-    part.add_argument(
-        "--preset", choices=PRESETS, default=DEFAULT_PRESET, help="how much is reused (default: %(default)s)"
-    )
-    part.add_argument(
+    option("captions", nargs="+", help='such as "a red circle and a blue square"; several share the chunks evenly')
+    option("--out", type=Path, default=Path("out/video.mp4"), help=".mp4, .webp or .gif (default: %(default)s)")
+    option("--chunks", type=int, default=16, help="new chunks, of 12 frames each (default: %(default)s)")
+    option("--preset", choices=PRESETS, default=DEFAULT_PRESET, help="how much is reused (default: %(default)s)")
+    option(
         "--quality",
         type=number_or_name,
         metavar="Q",
         help=f"instead of a preset: 0 to 1, or {', '.join(QUALITIES)}, as calibrated (1: every step is recomputed)",
     )
-    part.add_argument(
-        "--budget", type=int, metavar="CHUNKS", help="clean chunks that are kept in the history (default: all)"
-    )
-    part.add_argument(
-        "--relative", action="store_true", help="positions count from the start of the history (needs --budget)"
-    )
-    part.add_argument("--seed", type=int, default=0)
-    part.add_argument("--steps", type=int, default=64, help="denoising steps of a chunk (default: %(default)s)")
-    part.add_argument(
-        "--lag",
-        type=int,
-        default=None,
-        help="steps that a chunk is ahead of the next (default: a quarter of the steps)",
-    )
-    part.add_argument(
-        "--guidance", type=float, default=1.0, help="classifier-free guidance; 1 is off (default: %(default)s)"
-    )
-    part.add_argument("--negative", default="", metavar="CAPTION", help="what to keep away from, with guidance")
-    part.add_argument("--state", type=Path, metavar="FILE", help="go on from this state of an earlier run")
-    part.add_argument(
-        "--save-state", type=Path, metavar="FILE", help="write the state, to go on from later (.safetensors)"
-    )
-    part.add_argument("--report", type=Path, metavar="FILE", help="write what the run did: .json, or a picture .png")
-    part.add_argument(
-        "--enlarge",
-        type=int,
-        default=4,
-        choices=range(1, 17),
-        metavar="TIMES",
-        help="pixel size (default: %(default)s)",
-    )
-    part.add_argument("--network", type=Path, metavar="FILE", help="another network of the demo's family")
+    option("--budget", type=int, metavar="CHUNKS", help="clean chunks that are kept in the history (default: all)")
+    option("--relative", action="store_true", help="positions count from the start of the history (needs --budget)")
+    option("--seed", type=int, default=0)
+    option("--steps", type=int, default=64, help="denoising steps of a chunk (default: %(default)s)")
+    option("--lag", type=int, help="steps that a chunk is ahead of the next (default: a quarter of the steps)")
+    option("--guidance", type=float, default=1.0, help="classifier-free guidance; 1 is off (default: %(default)s)")
+    option("--negative", default="", metavar="CAPTION", help="what to keep away from, with guidance")
+    option("--state", type=Path, metavar="FILE", help="go on from this state of an earlier run")
+    option("--save-state", type=Path, metavar="FILE", help="write the state, to go on from later (.safetensors)")
+    option("--report", type=Path, metavar="FILE", help="write what the run did: .json, or a picture .png")
+    sizes = range(1, 17)
+    option("--enlarge", type=int, default=4, choices=sizes, metavar="TIMES", help="pixel size (default: %(default)s)")
+    option("--network", type=Path, metavar="FILE", help="another network of the demo's family")
 
-    part = commands.add_parser("demo", help="the same video plain, with FlowCache, and with a short history; compared")
-    part.set_defaults(run=run_demo)
-    part.add_argument("--out", type=Path, default=Path("out/demo"), help="folder (default: %(default)s)")
-    part.add_argument("--caption", default=CAPTION, help="(default: %(default)s)")
-    part.add_argument("--chunks", type=int, default=16, help="(default: %(default)s)")
-    part.add_argument("--seed", type=int, default=0)
-    part.add_argument("--network", type=Path, metavar="FILE", help="another network of the demo's family")
+    option = command("demo", run_demo, "the same video plain, with FlowCache, and with a short history; compared")
+    option("--out", type=Path, default=Path("out/demo"), help="folder (default: %(default)s)")
+    option("--caption", default=CAPTION, help="(default: %(default)s)")
+    option("--chunks", type=int, default=16, help="(default: %(default)s)")
+    option("--seed", type=int, default=0)
+    option("--network", type=Path, metavar="FILE", help="another network of the demo's family")
 
-    part = commands.add_parser("info", help="what a checkpoint is, and what memory its videos take")
-    part.set_defaults(run=run_info)
-    part.add_argument("file", type=Path)
-    part.add_argument("--family", default="auto", help=f"auto or {', '.join(checkpoints.FAMILIES)}")
-    part.add_argument("--width", type=int, help="of a video, for the memory of its history (default: the model's own)")
-    part.add_argument("--height", type=int, help="likewise")
-    part.add_argument("--seconds", type=float, default=5.0, help="likewise (default: %(default)g)")
-    part.add_argument("--budget", type=int, metavar="CHUNKS", help="clean chunks that are kept (default: all)")
-    part.add_argument("--relative", action="store_true", help="as for generate")
-    part.add_argument("--lag", type=int, help="steps that a chunk is ahead of the next (default: the model's own)")
-    part.add_argument("--preset", choices=PRESETS, default=DEFAULT_PRESET, help="(default: %(default)s)")
+    option = command("info", run_info, "what a checkpoint is, and what memory its videos take")
+    option("file", type=Path)
+    option("--family", default="auto", help=f"auto or {', '.join(checkpoints.FAMILIES)}")
+    option("--width", type=int, help="of a video, for the memory of its history (default: the model's own)")
+    option("--height", type=int, help="likewise")
+    option("--seconds", type=float, default=5.0, help="likewise (default: %(default)g)")
+    option("--budget", type=int, metavar="CHUNKS", help="clean chunks that are kept (default: all)")
+    option("--relative", action="store_true", help="as for generate")
+    option("--lag", type=int, help="steps that a chunk is ahead of the next (default: the model's own)")
+    option("--preset", choices=PRESETS, default=DEFAULT_PRESET, help="(default: %(default)s)")
 
-    part = commands.add_parser("convert", help="a checkpoint (or MAGI-1's VAE) of any layout to one file for ComfyUI")
-    part.set_defaults(run=run_convert)
-    part.add_argument("file", type=Path)
-    part.add_argument("out", type=Path)
-    part.add_argument("--family", default="auto", help=f"auto or {', '.join(checkpoints.FAMILIES)}")
-    part.add_argument("--dtype", choices=DTYPES, default="as it is", help="of the matrices (default: %(default)s)")
-    part.add_argument(
+    option = command("convert", run_convert, "a checkpoint (or MAGI-1's VAE) of any layout to one file for ComfyUI")
+    option("file", type=Path)
+    option("out", type=Path)
+    option("--family", default="auto", help=f"auto or {', '.join(checkpoints.FAMILIES)}")
+    option("--dtype", choices=DTYPES, default="as it is", help="of the matrices (default: %(default)s)")
+    option(
         "--weights",
         choices=("generator_ema", "generator"),
         default="generator_ema",
         help="of a .pt file that has both: averaged over training, or its last ones (default: %(default)s)",
     )
-    part.add_argument(
-        "--special-tokens", type=Path, metavar="FILE", help="MAGI-1's special_tokens.npz, to be put into the file"
-    )
+    option("--special-tokens", type=Path, metavar="FILE", help="MAGI-1's special_tokens.npz, to be put into the file")
     return whole
 
 
