@@ -7,18 +7,20 @@ On a few clips, lists of recomputed steps are improved by small moves; then ever
 """
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
+from functools import cache, partial
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from .errors import UserError
-from .generation import generate
+from .generation import generate, schedule_numbers
 from .media.metrics import psnr
 from .models.families import family
 from .models.presets import measured_steps
 from .reuse.calibration import Calibration
-from .reuse.search import COUNTS, Score, Steps, search_calibration
+from .reuse.search import COUNTS, Steps, search_calibration
 from .schedule import ChunkSchedule
 from .settings import OFF, Settings
 
@@ -71,29 +73,15 @@ def calibrate(
     """
     if not texts:
         raise UserError("There is no text to calibrate with; give at least one embedding [1, tokens, width].")
-    usual = family(family_name)
-    steps = usual.steps if steps is None else steps
-    lag = max(1, round(steps * usual.lag / usual.steps)) if lag is None else lag
+    steps, lag = schedule_numbers(family(family_name), steps, lag)
     searched = min(SEARCHED, -(-len(texts) // 2))
     parts = (texts[:searched], texts[searched:] or texts)
+    clip = partial(generate, backbone, chunks=chunks, family_name=family_name, steps=steps, lag=lag, **how)
 
     def make(settings: Settings, part: int) -> Tensor:
-        clips = []
-        for number, text in enumerate(parts[part]):
-            noise_seed = seed + searched * part + number
-            made = generate(
-                backbone,
-                text,
-                chunks,
-                family_name=family_name,
-                steps=steps,
-                lag=lag,
-                settings=settings,
-                seed=noise_seed,
-                **how,
-            )
-            clips.append(decode(made.latents))
-        return torch.stack(clips)
+        first = seed + searched * part
+        made = (clip(text=text, settings=settings, seed=first + number) for number, text in enumerate(parts[part]))
+        return torch.stack([decode(one.latents) for one in made])
 
     return calibrate_clips(ChunkSchedule(chunks, steps, lag), make, minutes, span, counts, told, known)
 
@@ -118,23 +106,16 @@ def calibrate_clips(
     Raises:
         UserError: too few steps for any of them to be left out.
     """
-    sizes: list[int] = []
+    plain = cache(partial(make, OFF))
 
-    def score_of(number: int) -> Score:
-        plain: list[Tensor] = []
+    def score(number: int, chosen: Steps) -> float:
+        expected = plain(number)
+        return likeness(make(Settings(measured_steps(chosen, schedule.steps, schedule.lag)), number), expected, span)
 
-        def score(chosen: Steps) -> float:
-            if not plain:
-                plain.append(make(OFF, number))
-                sizes.append(len(plain[0]))
-            settings = Settings(measured_steps(chosen, schedule.steps, schedule.lag))
-            return likeness(make(settings, number), plain[0], span)
-
-        return score
-
-    searching, measuring = score_of(0), score_of(1)
-    found = search_calibration(schedule, 0, searching, measuring, 60.0 * minutes, counts=counts, told=told, known=known)
-    return Calibration(found.steps, found.lag, found.chunks, sizes[-1], found.curve)
+    found = search_calibration(
+        schedule, 0, partial(score, 0), partial(score, 1), 60.0 * minutes, counts=counts, told=told, known=known
+    )
+    return replace(found, clips=len(plain(1)))
 
 
 def likeness(clips: Tensor, plain: Tensor, span: float = 1.0) -> float:

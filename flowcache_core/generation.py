@@ -102,7 +102,7 @@ def generate(
         UserError: one line, for every input that does not fit, before anything is run; or a model that gives NaN.
     """
     usual = family(family_name)
-    steps, lag = _schedule_numbers(steps, lag, usual)
+    steps, lag = schedule_numbers(usual, steps, lag)
     if steps < 1:
         raise UserError(f"steps is {steps}, expected at least 1.")
     scale = usual.guidance if guidance_scale is None else guidance_scale
@@ -127,12 +127,19 @@ def generate(
     shape = (batch, backbone.channels, chunk_frames, *size)
     if end is not None:
         _check_latents(end, "end", shape)
-    _check_size(shape)
+    if len(size) != 2 or min(size) < 1:
+        raise UserError(f"The latent size is {list(size)}, expected a height and a width of at least 1.")
     first_steps = None if done or first_levels is None else len(first_levels) - 1
     schedule = ChunkSchedule(chunks, steps, lag, prefix=done, first_steps=first_steps)
     negative_text = None if against is None else _by_chunk(against, done)
     guidance = classifier_free(_by_chunk(texts, done), negative_text, scale)
-    start, fresh = _noises(noise, seed, shape, texts[0])
+
+    def start(chunk: int) -> Tensor:
+        return (chunk_noise(seed, chunk, shape) if noise is None else noise(chunk, None)).to(texts[0])
+
+    def fresh(chunk: int, step: int) -> Tensor:
+        return (chunk_noise(seed, chunk, shape, step) if noise is None else noise(chunk, step)).to(texts[0])
+
     sampling = Sampling(levels, start, fresh, solver or SOLVERS[usual.solver(steps)], first_levels)
     output = _Output(device, dtype, settings, given, on_progress, on_chunk)
     run = RunSettings(
@@ -185,21 +192,10 @@ class _Output:
         self.on_chunk(chunk)
 
 
-def _schedule_numbers(steps: int | None, lag: int | None, usual: Family) -> tuple[int, int]:
+def schedule_numbers(usual: Family, steps: int | None, lag: int | None) -> tuple[int, int]:
     """Steps and lag, as recommended where they are not told; another number of steps keeps the share of the lag."""
-    if steps is None:
-        return usual.steps, usual.lag if lag is None else lag
+    steps = usual.steps if steps is None else steps
     return steps, max(1, round(steps * usual.lag / usual.steps)) if lag is None else lag
-
-
-def _noises(noise: Noise | None, seed: int, shape: Sequence[int], like: Tensor):
-    """Where a chunk starts, and fresh noise for its steps, on the device and in the type of a tensor."""
-    if noise is not None:
-        return (lambda chunk: noise(chunk, None).to(like)), (lambda chunk, step: noise(chunk, step).to(like))
-    return (
-        lambda chunk: chunk_noise(seed, chunk, shape).to(like),
-        lambda chunk, step: chunk_noise(seed, chunk, shape, step).to(like),
-    )
 
 
 def _checked_texts(text: Text, name: str, backbone) -> list[Tensor]:
@@ -255,11 +251,6 @@ def _check_latents(given: Tensor, name: str, shape: tuple[int, ...]) -> None:
         raise UserError(f"The {name} holds NaN or infinite values; check the VAE or file that it comes from.")
 
 
-def _check_size(shape: tuple[int, ...]) -> None:
-    if len(shape) != 5 or min(shape[3:]) < 1:
-        raise UserError(f"The latent size is {list(shape[3:])}, expected a height and a width of at least 1.")
-
-
 def _checked_sigmas(sigmas: Sequence[float], steps: int) -> list[float]:
     levels = [float(sigma) for sigma in sigmas]
     falling = all(after < before for before, after in zip(levels, levels[1:], strict=False))
@@ -271,8 +262,11 @@ def _checked_sigmas(sigmas: Sequence[float], steps: int) -> list[float]:
 
 
 def _by_chunk(texts: list[Tensor], done: int) -> Tensor | Callable[[int | Given], Tensor]:
-    if len(texts) == 1:
-        return texts[0]
-    return lambda chunk: texts[
-        -1 if chunk is Given.END else 0 if chunk is Given.LEAD else min(max(chunk - done, 0), len(texts) - 1)
-    ]
+    """The text of each chunk, the first of which is number `done`; frames that are given take that of their end."""
+
+    def text_of(chunk: int | Given) -> Tensor:
+        if isinstance(chunk, Given):
+            return texts[0 if chunk is Given.LEAD else -1]
+        return texts[min(max(chunk - done, 0), len(texts) - 1)]
+
+    return texts[0] if len(texts) == 1 else text_of
