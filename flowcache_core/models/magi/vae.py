@@ -6,6 +6,7 @@ and 12 frames without overlap. Each tile stands alone; its places are found by i
 Source: MAGI-1, inference/model/vae (vae_model.py, vae_module.py) and inference/infra/parallelism/tile_parallel.py.
 """
 
+from collections import OrderedDict
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -20,20 +21,18 @@ from ..fit import fit
 LATENT_SCALE = 0.18215  # the network sees the autoencoder's latent times this
 OVERLAP = 0.25  # of a tile's side
 
-Attention = Callable[[Tensor, Tensor, Tensor], Tensor]  # q, k, v [B, heads, tokens, D] -> [B, heads, tokens, D]
-
-
-# Sizes beyond what any autoencoder has; a file from a stranger may ask for any.
-LARGEST = {
-    "width": 1 << 14,
-    "depth": 256,
-    "heads": 256,
-    "mlp_ratio": 64,
-    "latent_channels": 1024,
-    "size": 4096,
-    "length": 4096,
-    "patch": 256,
-    "patch_length": 256,
+# Of each size: its name in upstream's config.json, what upstream takes where it is not there, and a bound beyond what
+# any autoencoder has; a file from a stranger may ask for any.
+SIZES = {
+    "width": ("embed_dim", 768, 1 << 14),
+    "depth": ("depth", 12, 256),
+    "heads": ("num_heads", 12, 256),
+    "mlp_ratio": ("mlp_ratio", 4.0, 64),
+    "latent_channels": ("z_chans", 4, 1024),
+    "size": ("video_size", 256, 4096),
+    "length": ("video_length", 16, 4096),
+    "patch": ("patch_size", 8, 256),
+    "patch_length": ("patch_length", 4, 256),
 }
 
 
@@ -53,14 +52,14 @@ class MagiVaeConfig:
     width: int
     depth: int
     heads: int
-    mlp_ratio: float = 4.0
-    latent_channels: int = 16
-    size: int = 256
-    length: int = 16
-    patch: int = 8
-    patch_length: int = 4
-    qkv_bias: bool = True
-    norm_in_heads: bool = True
+    mlp_ratio: float
+    latent_channels: int
+    size: int
+    length: int
+    patch: int
+    patch_length: int
+    qkv_bias: bool
+    norm_in_heads: bool
 
     @classmethod
     def from_upstream(cls, settings: Mapping[str, Any]) -> "MagiVaeConfig":
@@ -82,28 +81,14 @@ class MagiVaeConfig:
             "in_chans": 3,
         }
         for name, expected in fixed.items():
-            if sizes.get(name, expected) != expected:
-                raise UserError(
-                    f"The autoencoder's config.json has {name} = {sizes[name]}; only {expected} is supported."
-                )
-        config = cls(
-            width=sizes.get("embed_dim", 768),
-            depth=sizes.get("depth", 12),
-            heads=sizes.get("num_heads", 12),
-            mlp_ratio=sizes.get("mlp_ratio", 4.0),
-            latent_channels=sizes.get("z_chans", 4),
-            size=sizes.get("video_size", 256),
-            length=sizes.get("video_length", 16),
-            patch=sizes.get("patch_size", 8),
-            patch_length=sizes.get("patch_length", 4),
-            qkv_bias=sizes.get("qkv_bias", False),
-            norm_in_heads=sizes.get("ln_in_attn", False),
-        )
-        for name, largest in LARGEST.items():
-            value = getattr(config, name)
-            numbers = (int, float) if name == "mlp_ratio" else (int,)
+            if (value := sizes.get(name, expected)) != expected:
+                raise UserError(f"The autoencoder's config.json has {name} = {value}; only {expected} is supported.")
+        found = {name: sizes.get(theirs, usual) for name, (theirs, usual, _) in SIZES.items()}
+        for name, value in found.items():
+            numbers, largest = (int, float) if name == "mlp_ratio" else (int,), SIZES[name][2]
             if type(value) not in numbers or not 0 < value <= largest:
                 raise UserError(f"The autoencoder's config.json has {name} = {value!r}, expected 1 to {largest}.")
+        config = cls(**found, qkv_bias=sizes.get("qkv_bias", False), norm_in_heads=sizes.get("ln_in_attn", False))
         if config.width % config.heads:
             raise UserError(f"The autoencoder's config.json has {config.heads} heads for a width of {config.width}.")
         return config
@@ -115,38 +100,28 @@ def head_norm(x: Tensor) -> Tensor:
 
 
 class VaeAttention(nn.Module):
-    def __init__(self, config: MagiVaeConfig, attention: Attention):
+    def __init__(self, config: MagiVaeConfig):
         super().__init__()
         self.heads = config.heads
         self.norm_in_heads = config.norm_in_heads
-        self.attention = attention
         self.qkv = nn.Linear(config.width, 3 * config.width, bias=config.qkv_bias)
         self.proj = nn.Linear(config.width, config.width)
 
     def forward(self, x: Tensor) -> Tensor:
         qkv = self.qkv(x).unflatten(-1, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)  # [3, B, heads, tokens, D]
         q, k, v = head_norm(qkv) if self.norm_in_heads else qkv
-        return self.proj(self.attention(q, k, v).transpose(1, 2).flatten(2))
-
-
-class VaeFeedForward(nn.Module):
-    def __init__(self, config: MagiVaeConfig):
-        super().__init__()
-        inner = int(config.width * config.mlp_ratio)
-        self.fc1 = nn.Linear(config.width, inner)
-        self.fc2 = nn.Linear(inner, config.width)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.fc2(F.gelu(self.fc1(x)))
+        return self.proj(F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2))
 
 
 class VaeBlock(nn.Module):
-    def __init__(self, config: MagiVaeConfig, attention: Attention):
+    def __init__(self, config: MagiVaeConfig):
         super().__init__()
         self.norm1 = nn.Identity() if config.norm_in_heads else nn.LayerNorm(config.width)
-        self.attn = VaeAttention(config, attention)
+        self.attn = VaeAttention(config)
         self.norm2 = nn.LayerNorm(config.width)
-        self.mlp = VaeFeedForward(config)
+        inner = int(config.width * config.mlp_ratio)
+        feed_forward = {"fc1": nn.Linear(config.width, inner), "gelu": nn.GELU(), "fc2": nn.Linear(inner, config.width)}
+        self.mlp = nn.Sequential(OrderedDict(feed_forward))
 
     def forward(self, x: Tensor) -> Tensor:
         x = x + self.attn(self.norm1(x))
@@ -156,13 +131,13 @@ class VaeBlock(nn.Module):
 class VaeTransformer(nn.Module):
     """What encoder and decoder share: places, an extra first token, blocks, norm."""
 
-    def __init__(self, config: MagiVaeConfig, attention: Attention):
+    def __init__(self, config: MagiVaeConfig):
         super().__init__()
         side = config.size // config.patch
         self.places = (config.length // config.patch_length, side, side)
         self.cls_token = nn.Parameter(torch.zeros(1, 1, config.width))
         self.pos_embed = nn.Parameter(torch.zeros(1, 1 + self.places[0] * side * side, config.width))
-        self.blocks = nn.ModuleList(VaeBlock(config, attention) for _ in range(config.depth))
+        self.blocks = nn.ModuleList(VaeBlock(config) for _ in range(config.depth))
         self.norm = nn.LayerNorm(config.width)
 
     def transform(self, patches: Tensor) -> Tensor:
@@ -196,8 +171,8 @@ class VaePatches(nn.Module):
 
 
 class VaeEncoder(VaeTransformer):
-    def __init__(self, config: MagiVaeConfig, attention: Attention):
-        super().__init__(config, attention)
+    def __init__(self, config: MagiVaeConfig):
+        super().__init__(config)
         self.patch_embed = VaePatches(config)
         self.last_layer = nn.Linear(config.width, 2 * config.latent_channels)
 
@@ -208,8 +183,8 @@ class VaeEncoder(VaeTransformer):
 
 
 class VaeDecoder(VaeTransformer):
-    def __init__(self, config: MagiVaeConfig, attention: Attention):
-        super().__init__(config, attention)
+    def __init__(self, config: MagiVaeConfig):
+        super().__init__(config)
         self.patch = (config.patch_length, config.patch, config.patch)
         self.proj_in = nn.Linear(config.latent_channels, config.width)
         self.last_layer = nn.Conv3d(config.width // (config.patch_length * config.patch**2), 3, 3, padding=1)
@@ -227,24 +202,17 @@ class MagiVae(nn.Module):
 
     Args:
         config: sizes.
-        attention: torch's or the host's.
         tile: pixels of a tile's side; upstream's is 256.
         tile_frames: pixel frames of a tile; upstream's is half a second, 12.
     """
 
-    def __init__(
-        self,
-        config: MagiVaeConfig,
-        attention: Attention = F.scaled_dot_product_attention,
-        tile: int = 256,
-        tile_frames: int = 12,
-    ):
+    def __init__(self, config: MagiVaeConfig, tile: int = 256, tile_frames: int = 12):
         super().__init__()
         self.config = config
         self.tile = tile
         self.tile_frames = tile_frames
-        self.encoder = VaeEncoder(config, attention)
-        self.decoder = VaeDecoder(config, attention)
+        self.encoder = VaeEncoder(config)
+        self.decoder = VaeDecoder(config)
 
     @torch.inference_mode()
     def encode(self, video: Tensor) -> Tensor:
@@ -328,16 +296,14 @@ class MagiVae(nn.Module):
         return torch.cat(stretches, dim=2)
 
 
-def load_vae(
-    tensors: Mapping[str, Tensor], config: MagiVaeConfig, attention: Attention = F.scaled_dot_product_attention
-) -> MagiVae:
+def load_vae(tensors: Mapping[str, Tensor], config: MagiVaeConfig) -> MagiVae:
     """Makes the autoencoder over a checkpoint's tensors under upstream's names, neither copied nor converted.
 
     Raises:
         UserError: tensors are missing, left over or of the wrong shape.
     """
     with torch.device("meta"):
-        vae = MagiVae(config, attention)
+        vae = MagiVae(config)
     return fit(vae, tensors, "MAGI-1 autoencoder with its own config.json")
 
 
