@@ -42,9 +42,8 @@ def ssim(a: Tensor, b: Tensor, span: float = 1.0) -> float:
     if min(height, width) < WINDOW:
         raise UserError(f"The frames are {height} x {width} pixels, SSIM needs at least {WINDOW} x {WINDOW}.")
     a, b = (video.double().reshape(-1, 1, height, width) for video in (a, b))  # every channel of every frame by itself
-    scores = [_windows(a_part, b_part, span).mean() for a_part, b_part in zip(a.split(64), b.split(64), strict=True)]
-    sizes = [len(part) for part in a.split(64)]
-    return sum(score.item() * size for score, size in zip(scores, sizes, strict=True)) / sum(sizes)
+    parts = zip(a.split(64), b.split(64), strict=True)
+    return sum(_windows(one, other, span).mean().item() * len(one) for one, other in parts) / len(a)
 
 
 def _windows(a: Tensor, b: Tensor, span: float) -> Tensor:

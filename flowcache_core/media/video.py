@@ -54,22 +54,38 @@ def save_animation(images: Sequence[Image.Image], path: Path | str, fps: int) ->
     return save_video(np.stack([np.asarray(image.convert("RGB")) for image in images]), path, fps)
 
 
-def _write_mp4(frames: np.ndarray, path: Path, fps: int) -> None:
+def pyav():
+    """Imports PyAV, which takes long and is not always needed."""
     try:
         import av
     except ImportError as error:
         raise UserError(
             "Writing mp4 needs the package 'av': pip install av, or choose a name that ends in .webp."
         ) from error
-    _, height, width, _ = frames.shape
-    frames = np.pad(frames, ((0, 0), (0, height % 2), (0, width % 2), (0, 0)), mode="edge")  # yuv420p halves both
-    with av.open(str(path), "w") as container:
-        stream = container.add_stream("libx264", rate=Fraction(fps))
-        stream.height, stream.width = frames.shape[1:3]
-        stream.pix_fmt = "yuv420p"
-        stream.options = {"crf": "14"}
-        for image in frames:
-            container.mux(stream.encode(av.VideoFrame.from_ndarray(np.ascontiguousarray(image), format="rgb24")))
+    return av
+
+
+def h264_stream(container, fps: Fraction, shape: Sequence[int], **options: str):
+    """Adds a video stream to a file that PyAV writes, for images of a shape [T, H, W, 3]."""
+    stream = container.add_stream("libx264", rate=fps)
+    stream.height, stream.width = (side + side % 2 for side in shape[1:3])  # yuv420p halves both
+    stream.pix_fmt = "yuv420p"
+    stream.options = {"crf": "14", **options}
+    return stream
+
+
+def encode(stream, frames: np.ndarray) -> None:
+    """Appends images, uint8 [T, H, W, 3]; of odd width or height the last column or row is repeated."""
+    av = pyav()
+    for image in np.pad(frames, ((0, 0), (0, frames.shape[1] % 2), (0, frames.shape[2] % 2), (0, 0)), mode="edge"):
+        picture = av.VideoFrame.from_ndarray(np.ascontiguousarray(image), format="rgb24")
+        stream.container.mux(stream.encode(picture))
+
+
+def _write_mp4(frames: np.ndarray, path: Path, fps: int) -> None:
+    with pyav().open(str(path), "w") as container:
+        stream = h264_stream(container, Fraction(fps), frames.shape)
+        encode(stream, frames)
         container.mux(stream.encode())
 
 

@@ -1,7 +1,7 @@
 """One mp4 that is written while a run goes on. A file that is cut short plays up to its last whole frames."""
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from fractions import Fraction
 from pathlib import Path
@@ -11,6 +11,7 @@ import numpy as np
 
 from ..errors import UserError
 from ..storage.files import write_whole
+from .video import encode, h264_stream, pyav
 
 # Every frame is a fragment of its own behind an empty index, and goes to the disk at once.
 FRAGMENTS = {"movflags": "frag_every_frame+empty_moov+default_base_moof+use_metadata_tags", "flush_packets": "1"}
@@ -30,34 +31,25 @@ class VideoStream:
     """
 
     def __init__(self, path: Path | str, fps: float, metadata: Mapping[str, object] | None = None):
-        try:
-            import av
-        except ImportError as error:
-            raise UserError("Writing mp4 needs the package 'av': pip install av.") from error
-        self._av = av
         self.path = Path(path)
         self.fps = Fraction(fps).limit_denominator(1000)
         self.metadata = dict(metadata or {})
         self.frames = 0
-        self._container: Any = None
         self._stream: Any = None
 
     def write(self, frames: np.ndarray) -> None:
         """Appends images, uint8 [T, H, W, 3]; of odd width or height the last column or row is repeated."""
-        frames = np.pad(frames, ((0, 0), (0, frames.shape[1] % 2), (0, frames.shape[2] % 2), (0, 0)), mode="edge")
         try:
-            if self._container is None:
-                self._open(*frames.shape[1:3])
-            for image in frames:
-                picture = self._av.VideoFrame.from_ndarray(np.ascontiguousarray(image), format="rgb24")
-                self._container.mux(self._stream.encode(picture))
+            if self._stream is None:
+                self._open(frames.shape)
+            encode(self._stream, frames)
         except OSError as error:
             raise UserError(f"Cannot write {self.path.name} ({error.strerror or error}); free some space.") from error
         self.frames += len(frames)
 
     def finish(self, metadata: Mapping[str, object] | None = None) -> Path:
         """Ends the file, with more metadata, as an ordinary mp4 whose index comes first. Nothing is encoded again."""
-        if self._container is None:
+        if self._stream is None:
             raise UserError("The video has no frames.")
         self.close()
         self.metadata |= metadata or {}
@@ -65,27 +57,22 @@ class VideoStream:
 
     def close(self) -> None:
         """Ends the file as it is, with what was written so far."""
-        if self._container is None:
+        if self._stream is None:
             return
-        container, self._container = self._container, None
+        stream, self._stream = self._stream, None
         with suppress(OSError):  # the disk may be full, and what is on it plays
-            container.mux(self._stream.encode())
-            container.close()
+            stream.container.mux(stream.encode())
+            stream.container.close()
 
-    def _open(self, height: int, width: int) -> None:
+    def _open(self, shape: Sequence[int]) -> None:
         self.path.parent.mkdir(parents=True, exist_ok=True)
-        self._container = self._av.open(str(self.path), "w", format="mp4", options=FRAGMENTS)
-        self._describe(self._container)
-        self._stream = self._container.add_stream("libx264", rate=self.fps)
-        self._stream.height, self._stream.width = height, width
-        self._stream.pix_fmt = "yuv420p"
-        self._stream.options = {"crf": "14", "tune": "zerolatency"}  # no frame waits in the encoder
+        container = pyav().open(str(self.path), "w", format="mp4", options=FRAGMENTS)
+        self._describe(container)
+        self._stream = h264_stream(container, self.fps, shape, tune="zerolatency")  # no frame waits in the encoder
 
     def _copy(self, whole: Path) -> None:
-        with (
-            self._av.open(str(self.path)) as source,
-            self._av.open(str(whole), "w", format="mp4", options=METADATA) as copy,
-        ):
+        av = pyav()
+        with av.open(str(self.path)) as source, av.open(str(whole), "w", format="mp4", options=METADATA) as copy:
             self._describe(copy)
             stream = copy.add_stream_from_template(source.streams.video[0])
             for packet in source.demux(source.streams.video[0]):
