@@ -57,7 +57,7 @@ class SpecialTokens:
         """
         try:
             with np.load(path, allow_pickle=False) as arrays:
-                found = {name: torch.from_numpy(arrays[name]) for name in ARRAYS}
+                found = [torch.from_numpy(arrays[name]) for name in ARRAYS]
         except Exception as error:  # numpy and zipfile raise many kinds for what they will not read
             raise UserError(
                 f"{Path(path).name} is not MAGI-1's special_tokens.npz ({error}); take it from its example/assets."
@@ -69,17 +69,15 @@ class SpecialTokens:
         """Reads a checkpoint that our conversion has put them in; None if it has none."""
         if TOKEN_PREFIX + ARRAYS[0] not in tensors:
             return None
-        missing = [name for name in ARRAYS if TOKEN_PREFIX + name not in tensors]
-        if missing:
-            raise UserError(f"The checkpoint lacks {TOKEN_PREFIX}{missing[0]}; convert it again.")
-        return cls._checked({name: tensors[TOKEN_PREFIX + name] for name in ARRAYS}, "the checkpoint")
+        for name in ARRAYS:
+            if TOKEN_PREFIX + name not in tensors:
+                raise UserError(f"The checkpoint lacks {TOKEN_PREFIX}{name}; convert it again.")
+        return cls._checked([tensors[TOKEN_PREFIX + name] for name in ARRAYS], "the checkpoint")
 
     def tensors(self) -> dict[str, Tensor]:
         """Gives them under the names that a converted checkpoint has them by."""
-        return {
-            TOKEN_PREFIX + name: token
-            for name, token in zip(ARRAYS, (self.caption, self.logo, self.other), strict=True)
-        }
+        tokens = (self.caption, self.logo, self.other)
+        return {TOKEN_PREFIX + name: token for name, token in zip(ARRAYS, tokens, strict=True)}
 
     def duration(self, remaining: int) -> Tensor:
         """Says how many chunks are still to come after this one, [1, width]."""
@@ -87,10 +85,8 @@ class SpecialTokens:
         return self.other[row : row + 1]
 
     @classmethod
-    def _checked(cls, arrays: dict[str, Tensor], source: str) -> "SpecialTokens":
-        caption, logo, other = (
-            arrays[name].to(torch.float16) for name in ARRAYS
-        )  # upstream keeps them in half precision
+    def _checked(cls, arrays: Sequence[Tensor], source: str) -> "SpecialTokens":
+        caption, logo, other = (array.to(torch.float16) for array in arrays)  # upstream keeps them in half precision
         width, rows = caption.shape[-1], max(ROWS.values()) + 1
         if caption.shape != (1, width) or logo.shape != (1, width) or other.shape[1:] != (width,) or len(other) < rows:
             shapes = [tuple(token.shape) for token in (caption, logo, other)]
@@ -118,9 +114,9 @@ def caption_text(
     mask = mask.cpu()
     if not mask.bool().any(dim=1).all():
         raise UserError("A caption has no token; use the empty caption (null_text) in its place.")
-    unknown = [name for name in names if name not in ROWS]
-    if unknown:
-        raise UserError(f"There is no special token '{unknown[0]}'. There are: {', '.join(ROWS)}.")
+    for name in names:
+        if name not in ROWS:
+            raise UserError(f"There is no special token '{name}'. There are: {', '.join(ROWS)}.")
     if tokens is None:
         return MagiText(embedding[:, :CAPTION_TOKENS], mask[:, :CAPTION_TOKENS])
     if tokens.other.shape[1] != embedding.shape[-1]:

@@ -209,8 +209,9 @@ class MagiVae(nn.Module):
     def __init__(self, config: MagiVaeConfig, tile: int = 256, tile_frames: int = 12):
         super().__init__()
         self.config = config
-        self.tile = tile
         self.tile_frames = tile_frames
+        self.tile = tile
+        self.latent_tile = (tile_frames // config.patch_length, tile // config.patch)
         self.encoder = VaeEncoder(config)
         self.decoder = VaeDecoder(config)
 
@@ -235,7 +236,7 @@ class MagiVae(nn.Module):
                 f"The video has {frames} frames of {height} x {width}; MAGI-1 encodes multiples of {patch} pixels, and "
                 f"frames that leave none, 1, or at least {length} after tiles of {self.tile_frames}: cut it to fit."
             )
-        return self._tiled(self._encode_tile, video, self.tile_frames, self.tile, 1 / length, 1 / patch, settle=True)
+        return self._tiled(self._encode_tile, video, (self.tile_frames, self.tile), self.latent_tile, settle=True)
 
     @torch.inference_mode()
     def decode(self, latent: Tensor) -> Tensor:
@@ -244,10 +245,9 @@ class MagiVae(nn.Module):
         A latent of one frame gives one pixel frame. Unlike upstream, a single latent frame left over at the end of a
         longer video still gives four.
         """
-        patch, length = self.config.patch, self.config.patch_length
-        video = self._tiled(
-            self.decoder, latent, self.tile_frames // length, self.tile // patch, length, patch, settle=False
-        )
+        frames, side = self.latent_tile
+        made = (frames * self.config.patch_length, side * self.config.patch)
+        video = self._tiled(self.decoder, latent, self.latent_tile, made, settle=False)
         return video[:, :, :1] if latent.shape[2] == 1 else video
 
     def _encode_tile(self, video: Tensor) -> Tensor:
@@ -256,24 +256,17 @@ class MagiVae(nn.Module):
         return self.encoder(video)[:, : self.config.latent_channels]
 
     def _tiled(
-        self,
-        run: Callable[[Tensor], Tensor],
-        x: Tensor,
-        frames: int,
-        side: int,
-        frame_gain: float,
-        gain: float,
-        settle: bool,
+        self, run: Callable[[Tensor], Tensor], x: Tensor, tile: tuple[int, int], made: tuple[int, int], settle: bool
     ) -> Tensor:
         """Runs tiles of x [B, C, T, H, W] and joins them, cross-faded over a quarter of their sides.
 
         Args:
-            frames, side: of a tile of x.
-            frame_gain, gain: how much longer and larger the result is.
+            tile, made: frames and side of a tile of x, and of what is made of it.
             settle: a tile is faded against its neighbours' faded, not their own, values; upstream encodes so.
         """
-        step, fade = int(side * (1 - OVERLAP)), int(int(side * gain) * OVERLAP)
-        keep_frames, keep = int(frames * frame_gain), int(side * gain) - fade
+        frames, side = tile
+        step, fade = int(side * (1 - OVERLAP)), int(made[1] * OVERLAP)
+        keep_frames, keep = made[0], made[1] - fade
         stretches = []
         for stretch in x.split(frames, dim=2):
             above: list[Tensor] = []
