@@ -166,14 +166,9 @@ def run_convert(options: argparse.Namespace) -> None:
         magi_files.convert_vae(options.file, options.out, progress)
         print(f"{options.out}: MAGI-1's VAE; put it into ComfyUI's models/vae")
         return
+    dtype, use_ema = DTYPES[options.dtype], options.weights == "generator_ema"
     info = checkpoints.convert(
-        options.file,
-        options.out,
-        options.family,
-        DTYPES[options.dtype],
-        use_ema=options.weights == "generator_ema",
-        progress=progress,
-        special_tokens=options.special_tokens,
+        options.file, options.out, options.family, dtype, use_ema, progress, options.special_tokens
     )
     print(f"{options.out}: {info.family}, {megabytes(info.bytes)}; put it into ComfyUI's models/diffusion_models")
 

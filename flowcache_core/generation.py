@@ -223,8 +223,7 @@ def _given(state: State | None, prefix: Tensor | None, shape: tuple[int, ...], m
     if state is not None and prefix is not None:
         raise UserError("Both a state and a prefix are given, expected at most one: a state holds its frames already.")
     if state is not None:
-        batch, channels, frames, *_ = shape
-        state.check(model, frames, (batch, channels, frames, *state.latents.shape[3:]))
+        state.check(model, shape[2], (*shape[:3], *state.latents.shape[3:]))
         if not state.histories:
             raise UserError("The state is of a video that has its end and keeps no history; go on from another one.")
         if not torch.isfinite(state.latents).all():

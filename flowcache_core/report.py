@@ -50,26 +50,25 @@ class Report:
             self.notes.append(line)
 
     @property
-    def steps_done(self) -> int:
-        """Steps taken so far, in all branches."""
-        return sum(len(steps) for chunks in self.decisions.values() for steps in chunks.values())
+    def _steps(self) -> list[bool]:
+        """Whether it was recomputed, of every step so far, in all branches."""
+        return [again for chunks in self.decisions.values() for steps in chunks.values() for again in steps]
 
     @property
     def forwards_executed(self) -> int:
         """Forwards that were run, clean passes included."""
-        recomputed = sum(sum(steps) for chunks in self.decisions.values() for steps in chunks.values())
-        return recomputed + self.clean_passes
+        return sum(self._steps) + self.clean_passes
 
     @property
     def forwards_total(self) -> int:
         """Forwards that a plain run of the same steps takes: every step, and a clean pass a chunk."""
-        return self.steps_done + sum(len(chunks) for chunks in self.decisions.values())
+        return len(self._steps) + sum(len(chunks) for chunks in self.decisions.values())
 
     @property
     def reused(self) -> float:
         """Share of steps that were reused, 0 to 1."""
-        steps = self.steps_done
-        return 1.0 - (self.forwards_executed - self.clean_passes) / steps if steps else 0.0
+        steps = self._steps
+        return 1.0 - sum(steps) / len(steps) if steps else 0.0
 
     @property
     def overhead(self) -> float:

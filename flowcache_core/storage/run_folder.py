@@ -171,13 +171,9 @@ def _layout(state: State) -> list:
 
 def _joined(parts: Sequence[tuple[Snapshot, ...]]) -> tuple[Snapshot, ...]:
     """The history of each branch, from its parts in time order; queries are the newest."""
+    grown = ("keys", "values", "tokens")
     return tuple(
-        Snapshot(
-            torch.cat([part.keys for part in branch], dim=3),
-            torch.cat([part.values for part in branch], dim=3),
-            torch.cat([part.tokens for part in branch], dim=3),
-            branch[-1].queries,
-        )
+        branch[-1]._replace(**{name: torch.cat([getattr(part, name) for part in branch], dim=3) for name in grown})
         for branch in zip(*parts, strict=True)
     )
 

@@ -59,8 +59,7 @@ class State(NamedTuple):
     def check(self, model: str, chunk_frames: int, latent_shape: tuple[int, ...]) -> None:
         """Raises UserError where a run of that model, chunk size and latent shape [B, C, *, H, W] cannot go on from
         it."""
-        mine = (self.latents.shape[0], self.latents.shape[1], *self.latents.shape[3:])
-        asked = (latent_shape[0], latent_shape[1], *latent_shape[3:])
+        mine, asked = ((*shape[:2], *shape[3:]) for shape in (self.latents.shape, latent_shape))
         if self.model and model and self.model != model:
             raise UserError(
                 f"The state was made with another model ({self.model}, this one is {model}); use that model."
@@ -68,10 +67,8 @@ class State(NamedTuple):
         if self.chunk_frames != chunk_frames:
             raise UserError(f"The state has {self.chunk_frames} frames a chunk, the run {chunk_frames}; set the same.")
         if mine != asked:
-            raise UserError(
-                f"The state's latents are {mine} [batch, channels, height, width], the run's {asked}; use the same "
-                f"size."
-            )
+            sizes = "[batch, channels, height, width]"
+            raise UserError(f"The state's latents are {mine} {sizes}, the run's {asked}; use the same size.")
 
 
 def make_state(
@@ -95,12 +92,7 @@ def save_state(state: State, path: Path | str, **more: str) -> None:
     for number, history in enumerate(state.histories):
         for name, tensor in history._asdict().items():
             tensors[f"history.{number}.{name}"] = tensor.contiguous()
-    info = {
-        "branches": state.branches,
-        "chunk_frames": state.chunk_frames,
-        "model": state.model,
-        "dropped": state.dropped,
-    }
+    info = {name: getattr(state, name) for name in ("branches", "chunk_frames", "model", "dropped")}
     metadata = {"format": FORMAT, "state": json.dumps(info), **more}
     write_whole(path, lambda partial: save_file(tensors, partial, metadata=metadata))
 
@@ -118,30 +110,27 @@ def load_state(path: Path | str) -> State:
     Raises:
         UserError: not a safetensors file, cut short, not a state, or a state whose parts do not fit together.
     """
+    name = Path(path).name
     try:
         with safe_open(path, "pt") as file:
             metadata = file.metadata() or {}
             if metadata.get("format") != FORMAT:
-                raise UserError(
-                    f"'{Path(path).name}' is a safetensors file but no FlowCache state; choose a saved state."
-                )
-            tensors = {name: file.get_tensor(name) for name in file.keys()}
+                raise UserError(f"'{name}' is a safetensors file but no FlowCache state; choose a saved state.")
+            tensors = {key: file.get_tensor(key) for key in file.keys()}
         info = parse_json(metadata["state"])
-        branches, chunk_frames, model = tuple(info["branches"]), info["chunk_frames"], info["model"]
         histories = tuple(
-            Snapshot(*(tensors[f"history.{number}.{name}"] for name in Snapshot._fields))
-            for number in range(len(branches))
+            Snapshot(*(tensors[f"history.{number}.{part}"] for part in Snapshot._fields))
+            for number in range(len(info["branches"]))
         )
-        state = State(tensors["latents"], histories, branches, chunk_frames, model, info.get("dropped", 0))
+        more = info["chunk_frames"], info["model"], info.get("dropped", 0)
+        state = State(tensors["latents"], histories, tuple(info["branches"]), *more)
+    except UserError:
+        raise
     except (SafetensorError, OSError) as error:
-        raise UserError(
-            f"Cannot read a state from '{Path(path).name}': {error}. Choose a whole, saved state."
-        ) from error
+        raise UserError(f"Cannot read a state from '{name}': {error}. Choose a whole, saved state.") from error
     except (KeyError, TypeError, ValueError) as error:
-        if isinstance(error, UserError):
-            raise
-        raise UserError(f"'{Path(path).name}' is a damaged state ({error!r}); save it again.") from error
-    _check_parts(state, Path(path).name)
+        raise UserError(f"'{name}' is a damaged state ({error!r}); save it again.") from error
+    _check_parts(state, name)
     return state
 
 
