@@ -7,49 +7,31 @@ from ..flowcache_core.models.families import family
 from ..flowcache_core.schedule import ChunkSchedule
 from ..flowcache_core.settings import Settings
 from ..flowcache_core.storage.calibrations import calibration_path, save_calibration
-from .comfyui import inputs
 from .comfyui import patch as host
 from .comfyui.extend import Extension, Sampling, extend
 from .comfyui.progress import progress_text
-from .comfyui.widgets import advanced, found_by
+from .comfyui.widgets import LARGEST_SEED, advanced, schema
 
 
 class Calibrate(io.ComfyNode):
     @classmethod
     def define_schema(cls) -> io.Schema:
-        return io.Schema(
-            node_id="FlowCacheCalibrate",
-            display_name="Calibrate FlowCache",
-            category="FlowCache",
-            description="Runs a short clip of a model many times, finds the steps that are best recomputed, and writes "
-            "which quality they give to a small file beside the model. "
-            "FlowCache's preset 'quality' uses it from then on.",
-            **found_by("tune", "quality", "speed up"),
+        return schema(
+            "FlowCacheCalibrate",
             inputs=[
-                io.Model.Input("model", tooltip="An autoregressive video model, straight from its loader."),
-                io.Conditioning.Input("positive", tooltip="What the clip shows: something typical of what you make."),
-                io.Conditioning.Input("negative", tooltip="What it does not show; used when guidance is not 1."),
-                io.Vae.Input("vae", tooltip="Clips are compared as they look, decoded."),
-                io.Int.Input("seed", default=0, min=0, max=0xFFFFFFFFFFFFFFFF, tooltip="Of the clip's noise."),
-                io.Int.Input("chunks", default=4, min=1, max=64, tooltip="Chunks of the clip."),
-                io.Float.Input(
-                    "minutes",
-                    default=10.0,
-                    min=0.0,
-                    max=600.0,
-                    tooltip="Of searching; measuring comes on top. 0 only measures evenly spread steps.",
-                ),
-                advanced(
-                    inputs.steps(
-                        0,
-                        0,
-                        "Denoising steps of a chunk; 0: as recommended for the model. It holds for that number only.",
-                    )
-                ),
-                advanced(inputs.pixels("width", 0, 0, "Pixels; 0: as recommended.")),
-                advanced(inputs.pixels("height", 0, 0, "Pixels; 0: as recommended.")),
+                io.Model.Input("model"),
+                io.Conditioning.Input("positive"),
+                io.Conditioning.Input("negative"),
+                io.Vae.Input("vae"),
+                io.Int.Input("seed", default=0, min=0, max=LARGEST_SEED),
+                io.Int.Input("chunks", default=4, min=1, max=64),
+                io.Float.Input("minutes", default=10.0, min=0.0, max=600.0),
+                advanced(io.Int.Input("steps", default=0, min=0, max=1000)),
+                advanced(io.Int.Input("width", default=0, min=0, max=8192, step=16)),
+                advanced(io.Int.Input("height", default=0, min=0, max=8192, step=16)),
             ],
-            outputs=[io.String.Output(display_name="text", tooltip="What was measured, a line for each setting.")],
+            outputs=[io.String.Output(display_name="text")],
+            found_by=("tune", "quality", "speed up"),
             hidden=[io.Hidden.unique_id],
             is_output_node=True,
         )

@@ -6,7 +6,7 @@ from comfy_api.latest import io
 
 from ..flowcache_core.media.likeness import common, likeness, side_by_side, wipe
 from ..flowcache_core.media.pictures import likeness_picture
-from .comfyui.widgets import found_by
+from .comfyui.widgets import schema
 
 VIEWS = {"side by side": side_by_side, "wipe": wipe}
 
@@ -14,31 +14,19 @@ VIEWS = {"side by side": side_by_side, "wipe": wipe}
 class CompareVideos(io.ComfyNode):
     @classmethod
     def define_schema(cls) -> io.Schema:
-        return io.Schema(
-            node_id="FlowCacheCompareVideos",
-            display_name="Compare Videos (FlowCache)",
-            category="FlowCache",
-            description="Shows two videos next to each other or in one picture, and measures how alike they are: "
-            "PSNR and "
-            "SSIM of every frame. For example the same seed with and without FlowCache.",
-            **found_by("compare", "psnr", "ssim", "side by side", "wipe", "difference", "quality"),
+        return schema(
+            "FlowCacheCompareVideos",
             inputs=[
-                io.Image.Input("first", tooltip="The frames of a video, for example without FlowCache."),
-                io.Image.Input("second", tooltip="The frames of another one of the same size."),
-                io.Combo.Input(
-                    "view",
-                    options=list(VIEWS),
-                    default="side by side",
-                    tooltip="side by side: the first left, the second right; wipe: in one picture, the first on the "
-                    "left of "
-                    "a line that moves to and fro.",
-                ),
+                io.Image.Input("first"),
+                io.Image.Input("second"),
+                io.Combo.Input("view", options=list(VIEWS), default="side by side"),
             ],
             outputs=[
-                io.Image.Output(display_name="video", tooltip="For Create Video."),
+                io.Image.Output(display_name="video"),
                 io.String.Output(display_name="text"),
-                io.Image.Output(display_name="plot", tooltip="PSNR and SSIM of every frame."),
+                io.Image.Output(display_name="plot"),
             ],
+            found_by=("compare", "psnr", "ssim", "side by side", "wipe", "difference", "quality"),
             is_output_node=True,
         )
 

@@ -2,27 +2,18 @@
 
 from comfy_api.latest import io
 
-from ..flowcache_core.demo.captions import WORDS, embed_caption
+from ..flowcache_core.demo.captions import embed_caption
+from .comfyui.widgets import schema
 
 
 class DemoPrompt(io.ComfyNode):
     @classmethod
     def define_schema(cls) -> io.Schema:
-        return io.Schema(
-            node_id="FlowCacheDemoPrompt",
-            display_name="Demo Prompt (FlowCache)",
-            category="FlowCache/demo",
-            description="A caption for the demo model, which needs no text encoder: every word has a fixed vector. "
-            "Leave it empty for the negative prompt.",
-            inputs=[
-                io.String.Input(
-                    "caption",
-                    default="a red circle and a blue square",
-                    tooltip="One or two shapes, for example 'a red circle and a blue square'. "
-                    f"Words: {', '.join(WORDS)}.",
-                )
-            ],
+        return schema(
+            "FlowCacheDemoPrompt",
+            inputs=[io.String.Input("caption", default="a red circle and a blue square")],
             outputs=[io.Conditioning.Output()],
+            category="FlowCache/demo",
         )
 
     @classmethod

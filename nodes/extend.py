@@ -7,144 +7,47 @@ from comfy_api.latest import io
 from ..flowcache_core.checkpoints import MAGI_FAMILIES
 from ..flowcache_core.errors import UserError
 from ..flowcache_core.models.families import SOLVERS, family
-from .comfyui import inputs
 from .comfyui import magi as host_magi
 from .comfyui import patch as host
 from .comfyui.extend import Extended, Extension, Sampling, extend
 from .comfyui.stream import workflow_metadata
 from .comfyui.types import ReportType, ResumeType, StateType, StreamType
-from .comfyui.widgets import advanced, found_by
-
-AUTO = 0  # of a number: as recommended for the model's family
+from .comfyui.widgets import LARGEST_SEED, advanced, schema
 
 
 class AutoregressiveExtend(io.ComfyNode):
     @classmethod
     def define_schema(cls) -> io.Schema:
-        return io.Schema(
-            node_id="FlowCacheAutoregressiveExtend",
-            display_name="Autoregressive Extend",
-            category="FlowCache",
-            description="Generates a video chunk by chunk, or goes on from an earlier one: connect the state of "
-            "another Autoregressive Extend to continue with a new prompt (nothing is computed again), or a latent to "
-            "continue a given image or video.",
-            **found_by("long video", "extend video", "autoregressive", "video continuation", "infinite video"),
+        return schema(
+            "FlowCacheAutoregressiveExtend",
             inputs=[
-                io.Model.Input("model", tooltip="An autoregressive video model, best with a FlowCache node before it."),
-                io.Conditioning.Input("positive", tooltip="What these chunks shall show."),
-                io.Conditioning.Input("negative", tooltip="What they shall not show; used when guidance is not 1."),
-                inputs.seed(
-                    "Chunk i's noise depends on the seed and i alone, so a longer video begins like a shorter one."
-                ),
-                io.Int.Input(
-                    "chunks",
-                    default=8,
-                    min=1,
-                    max=10000,
-                    tooltip="How many chunks to add. A chunk of 3 latent frames is 12 pixel frames.",
-                ),
-                inputs.steps(AUTO, 0, "Denoising steps of a chunk; 0: as recommended for the model."),
-                inputs.guidance(
-                    0.0, "Scale of classifier-free guidance; 1 turns it off, 0: as recommended for the model."
-                ),
-                io.Int.Input(
-                    "frames_per_chunk",
-                    default=AUTO,
-                    min=0,
-                    max=64,
-                    tooltip="Latent frames of a chunk, as the model was trained; 0: as recommended for the model.",
-                ),
-                inputs.lag(
-                    -1,
-                    -1,
-                    "Steps that a chunk is ahead of the next; the number of steps is one chunk after the "
-                    "other, 0 all chunks together, -1: as recommended for the model.",
-                ),
-                inputs.pixels(
-                    "width",
-                    AUTO,
-                    0,
-                    "Pixels; 0: as recommended for the model. Not used when a latent or state is connected.",
-                ),
-                inputs.pixels(
-                    "height",
-                    AUTO,
-                    0,
-                    "Pixels; 0: as recommended for the model. Not used when a latent or state is connected.",
-                ),
-                advanced(
-                    io.Combo.Input(
-                        "solver",
-                        options=["auto", *SOLVERS],
-                        default="auto",
-                        tooltip="How a step is taken; auto: as recommended for the model.",
-                    )
-                ),
-                advanced(
-                    io.Combo.Input(
-                        "attention",
-                        options=["auto", "causal", "joint"],
-                        default="auto",
-                        tooltip="causal: chunk by chunk over the history, as FlowCache runs; joint: all chunks in "
-                        "every forward, seeing each other both ways (SkyReels-V2 without acceleration). auto: as the "
-                        "model was made for.",
-                    )
-                ),
-                advanced(
-                    inputs.shift(
-                        0.0,
-                        0.0,
-                        "Moves the noise levels towards noise; 0: as recommended for the model. SkyReels-V2 "
-                        "advises 8 for text and 5 for image input.",
-                    )
-                ),
-                advanced(
-                    inputs.condition_noise(
-                        -1.0,
-                        -1.0,
-                        "Noise level that given frames are shown at (SkyReels-V2's addnoise_condition 20 is "
-                        "0.02); -1: as recommended for the model.",
-                    )
-                ),
-                io.Latent.Input(
-                    "prefix",
-                    optional=True,
-                    tooltip="A given beginning: an encoded image or video. It is part of the result.",
-                ),
-                io.Latent.Input(
-                    "end",
-                    optional=True,
-                    tooltip="A given end (an encoded image), which all chunks work towards. It is part of the result, "
-                    "and nothing can go on from it.",
-                ),
-                StateType.Input(
-                    "state",
-                    optional=True,
-                    tooltip="The state of another Autoregressive Extend with the same model: goes on from its last "
-                    "chunk.",
-                ),
-                StreamType.Input(
-                    "stream",
-                    optional=True,
-                    tooltip="Of Stream Video to Disk: finished chunks are decoded, shown and written to a video while "
-                    "the run goes on.",
-                ),
-                ResumeType.Input(
-                    "resume",
-                    optional=True,
-                    tooltip="Of Resume after Interrupt: finished chunks are kept on disk, and the same run goes on "
-                    "from them.",
-                ),
+                io.Model.Input("model"),
+                io.Conditioning.Input("positive"),
+                io.Conditioning.Input("negative"),
+                io.Int.Input("seed", default=0, min=0, max=LARGEST_SEED, control_after_generate=True),
+                io.Int.Input("chunks", default=8, min=1, max=10000),
+                io.Int.Input("steps", default=0, min=0, max=1000),
+                io.Float.Input("guidance", default=0.0, min=0.0, max=100.0, step=0.1),
+                io.Int.Input("frames_per_chunk", default=0, min=0, max=64),
+                io.Int.Input("lag", default=-1, min=-1, max=1000),
+                io.Int.Input("width", default=0, min=0, max=8192, step=16),
+                io.Int.Input("height", default=0, min=0, max=8192, step=16),
+                advanced(io.Combo.Input("solver", options=["auto", *SOLVERS], default="auto")),
+                advanced(io.Combo.Input("attention", options=["auto", "causal", "joint"], default="auto")),
+                advanced(io.Float.Input("shift", default=0.0, min=0.0, max=100.0, step=0.1)),
+                advanced(io.Float.Input("condition_noise", default=-1.0, min=-1.0, max=1.0, step=0.01)),
+                io.Latent.Input("prefix", optional=True),
+                io.Latent.Input("end", optional=True),
+                StateType.Input("state", optional=True),
+                StreamType.Input("stream", optional=True),
+                ResumeType.Input("resume", optional=True),
             ],
             outputs=[
-                io.Latent.Output(
-                    display_name="latent",
-                    tooltip="All frames, those before this extension included; only the last chunk's where a stream "
-                    "keeps no latents.",
-                ),
-                StateType.Output(display_name="state", tooltip="Connect it to another Autoregressive Extend to go on."),
+                io.Latent.Output(display_name="latent"),
+                StateType.Output(display_name="state"),
                 ReportType.Output(display_name="report"),
             ],
+            found_by=("long video", "extend video", "autoregressive", "video continuation", "infinite video"),
             hidden=[io.Hidden.unique_id, io.Hidden.prompt, io.Hidden.extra_pnginfo],
         )
 

@@ -4,19 +4,13 @@ from comfy_api.latest import io
 
 from ..flowcache_core.demo.vae import load_vae
 from .comfyui.models import video_vae
+from .comfyui.widgets import schema
 
 
 class LoadDemoVAE(io.ComfyNode):
     @classmethod
     def define_schema(cls) -> io.Schema:
-        return io.Schema(
-            node_id="FlowCacheLoadDemoVAE",
-            display_name="Load Demo VAE (FlowCache)",
-            category="FlowCache/demo",
-            description="The demo model's VAE, for ComfyUI's VAE Decode and VAE Encode. It ships with this pack.",
-            inputs=[],
-            outputs=[io.Vae.Output()],
-        )
+        return schema("FlowCacheLoadDemoVAE", inputs=[], outputs=[io.Vae.Output()], category="FlowCache/demo")
 
     @classmethod
     def execute(cls) -> io.NodeOutput:

@@ -8,7 +8,7 @@ from ..flowcache_core.models.families import FAMILIES
 from .comfyui.folders import file_names, file_path
 from .comfyui.models import load_model
 from .comfyui.progress import progress_text
-from .comfyui.widgets import advanced, found_by
+from .comfyui.widgets import advanced, schema
 
 DEMO = "demo model (ships with FlowCache)"
 WEIGHT_TYPES = {
@@ -24,49 +24,20 @@ WEIGHT_TYPES = {
 class LoadARVideoModel(io.ComfyNode):
     @classmethod
     def define_schema(cls) -> io.Schema:
-        families = ["auto", *FAMILIES]
-        return io.Schema(
-            node_id="FlowCacheLoadARVideoModel",
-            display_name="Load AR Video Model (FlowCache)",
-            category="FlowCache",
-            description="Loads an autoregressive video model: causal Wan (Self-Forcing, Causal-Forcing, CausVid), "
-            "SkyReels-V2, MAGI-1, or the small demo model that ships with this pack.",
-            **found_by(
-                "self-forcing", "causal forcing", "causvid", "skyreels", "diffusion forcing", "magi", "autoregressive"
-            ),
+        return schema(
+            "FlowCacheLoadARVideoModel",
             inputs=[
-                io.Combo.Input(
-                    "model_name",
-                    options=[DEMO, *file_names("diffusion_models")],
-                    tooltip="A file of ComfyUI's diffusion_models folder, or the demo model, which needs no download.",
-                ),
-                io.Combo.Input(
-                    "family",
-                    options=families,
-                    default="auto",
-                    tooltip="What the model was trained as. 'auto' reads the file; where several families share one "
-                    "layout (Self-Forcing, plain Wan 2.1, some SkyReels-V2; MAGI-1 base and distilled) choose it here.",
-                ),
-                io.Combo.Input(
-                    "weight_type",
-                    options=list(WEIGHT_TYPES),
-                    default="default",
-                    tooltip="Type of the weights in memory. 'default' lets ComfyUI choose for your device.",
-                ),
-                advanced(
-                    io.Int.Input(
-                        "fps",
-                        default=24,
-                        min=1,
-                        max=120,
-                        tooltip="Frames a second the video is made for. Only SkyReels-V2's 1.3B is told: it knows 16 "
-                        "and 24.",
-                    )
-                ),
+                io.Combo.Input("model_name", options=[DEMO, *file_names("diffusion_models")]),
+                io.Combo.Input("family", options=["auto", *FAMILIES], default="auto"),
+                io.Combo.Input("weight_type", options=list(WEIGHT_TYPES), default="default"),
+                advanced(io.Int.Input("fps", default=24, min=1, max=120)),
             ],
             outputs=[io.Model.Output()],
+            found_by=(
+                "self-forcing", "causal forcing", "causvid", "skyreels", "diffusion forcing", "magi", "autoregressive",
+            ),
             hidden=[io.Hidden.unique_id],
-        )
+        )  # fmt: skip
 
     @classmethod
     def execute(cls, model_name: str, family: str, weight_type: str, fps: int = 24) -> io.NodeOutput:

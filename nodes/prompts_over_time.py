@@ -5,7 +5,7 @@ from comfy_api.latest import io
 from ..flowcache_core.demo.captions import embed_caption
 from ..flowcache_core.prompts import captions, mix, parse
 from .comfyui.captions import CHUNKS
-from .comfyui.widgets import found_by
+from .comfyui.widgets import schema
 
 EXAMPLE = "0-3: a red circle\n6-: a blue square"
 
@@ -13,30 +13,14 @@ EXAMPLE = "0-3: a red circle\n6-: a blue square"
 class PromptsOverTime(io.ComfyNode):
     @classmethod
     def define_schema(cls) -> io.Schema:
-        return io.Schema(
-            node_id="FlowCachePromptsOverTime",
-            display_name="Prompts over Time (FlowCache)",
-            category="FlowCache",
-            description="A prompt for each part of a long video: one line a segment, with the chunks that it holds "
-            "for. "
-            "Chunks between two segments blend from one prompt to the other. For Autoregressive Extend and AR Sampler.",
-            **found_by("prompt schedule", "prompt travel", "prompt blend", "multi prompt", "story", "timeline"),
+        return schema(
+            "FlowCachePromptsOverTime",
             inputs=[
-                io.String.Input(
-                    "text",
-                    default=EXAMPLE,
-                    multiline=True,
-                    tooltip="One line a segment: '0-3: a red circle', '4: …' for one chunk, '6-: …' to the end. Chunks "
-                    "count from 0 at the beginning of the video. A vertical bar between two prompts mixes them, each "
-                    "with its weight behind a '*', for example '*0.7'.",
-                ),
-                io.Clip.Input(
-                    "clip",
-                    optional=True,
-                    tooltip="The text encoder of your model; leave it unconnected for the demo model.",
-                ),
+                io.String.Input("text", default=EXAMPLE, multiline=True),
+                io.Clip.Input("clip", optional=True),
             ],
             outputs=[io.Conditioning.Output()],
+            found_by=("prompt schedule", "prompt travel", "prompt blend", "multi prompt", "story", "timeline"),
         )
 
     @classmethod

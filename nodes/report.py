@@ -8,27 +8,20 @@ from ..flowcache_core.errors import UserError
 from ..flowcache_core.media.pictures import report_picture
 from .comfyui import patch as host
 from .comfyui.types import ReportType
+from .comfyui.widgets import schema
 
 
 class FlowCacheReport(io.ComfyNode):
     @classmethod
     def define_schema(cls) -> io.Schema:
-        return io.Schema(
-            node_id="FlowCacheReport",
-            display_name="FlowCache Report",
-            category="FlowCache",
-            description="What a run did: how many forwards were saved, how long it took, which step of which chunk "
-            "was recomputed, how large the history grew. Connect the report of Autoregressive Extend, or the patched "
-            "model and the latent that a sampler made with it.",
+        return schema(
+            "FlowCacheReport",
             inputs=[
-                ReportType.Input("report", optional=True, tooltip="Of Autoregressive Extend."),
-                io.Model.Input("model", optional=True, tooltip="The model that a FlowCache node patched."),
-                io.Latent.Input("latent", optional=True, tooltip="What a sampler made with that model."),
+                ReportType.Input("report", optional=True),
+                io.Model.Input("model", optional=True),
+                io.Latent.Input("latent", optional=True),
             ],
-            outputs=[
-                io.String.Output(display_name="text"),
-                io.Image.Output(display_name="image", tooltip="Chunk x step map, and history over time."),
-            ],
+            outputs=[io.String.Output(display_name="text"), io.Image.Output(display_name="image")],
             is_output_node=True,
         )
 

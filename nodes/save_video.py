@@ -5,10 +5,9 @@ from comfy_api.latest import io
 
 from ..flowcache_core.media.video import frames_of
 from ..flowcache_core.media.video_stream import VideoStream
-from .comfyui import inputs
 from .comfyui.stream import OutputFile, report_metadata, workflow_metadata
 from .comfyui.types import ReportType
-from .comfyui.widgets import found_by
+from .comfyui.widgets import schema
 
 AT_ONCE = 16  # frames
 
@@ -16,20 +15,16 @@ AT_ONCE = 16  # frames
 class SaveVideo(io.ComfyNode):
     @classmethod
     def define_schema(cls) -> io.Schema:
-        return io.Schema(
-            node_id="FlowCacheSaveVideo",
-            display_name="Save Video with Report (FlowCache)",
-            category="FlowCache",
-            description="Saves frames as an mp4 (h264) in ComfyUI's output folder, with the workflow and what "
-            "FlowCache did written into the file.",
-            **found_by("save video", "export video", "mp4", "metadata"),
+        return schema(
+            "FlowCacheSaveVideo",
             inputs=[
-                io.Image.Input("images", tooltip="The frames, for example of VAE Decode."),
-                ReportType.Input("report", tooltip="Of Autoregressive Extend: settings and report for the file."),
-                inputs.filename_prefix(),
-                inputs.fps(),
+                io.Image.Input("images"),
+                ReportType.Input("report"),
+                io.String.Input("filename_prefix", default="flowcache/video"),
+                io.Float.Input("fps", default=16.0, min=1.0, max=120.0, step=1.0),
             ],
             outputs=[],
+            found_by=("save video", "export video", "mp4", "metadata"),
             hidden=[io.Hidden.prompt, io.Hidden.extra_pnginfo],
             is_output_node=True,
         )

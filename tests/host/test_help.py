@@ -6,7 +6,7 @@ import urllib.request
 
 import pytest
 
-from tests.host.export_locales import ENGLISH, inputs_of, node_texts, our_nodes
+from tests.helpers.host.node_texts import ENGLISH, inputs_of, node_texts, our_nodes
 
 PAGES = ("{}.md", "{}/zh.md")  # the first stands in for every language that has none
 CHINESE = re.compile("[\u4e00-\u9fff]")
@@ -34,7 +34,7 @@ def test_help_page_names_every_input(server, nodes, page):
 
 
 def test_english_texts_are_those_of_the_nodes(nodes):
-    """tests/host/export_locales.py writes them anew."""
+    """Each text of the file is on its node, and each node and input has its texts."""
     assert json.loads(ENGLISH.read_text(encoding="utf-8")) == {name: node_texts(told) for name, told in nodes.items()}
 
 

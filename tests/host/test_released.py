@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from tests.host.export_locales import inputs_of
+from tests.helpers.host.node_texts import inputs_of
 from tests.host.store_release import RELEASED
 
 STORED = sorted(RELEASED.glob("*/api/*.json"))

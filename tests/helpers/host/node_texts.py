@@ -1,16 +1,6 @@
-"""Writes locales/en/nodeDefs.json from the nodes themselves, as ComfyUI describes them.
+"""What the pack's nodes say to people: as ComfyUI describes them, in the form of a locale file."""
 
-Run it after a name or a tooltip was changed: python tests/host/export_locales.py
-"""
-
-import json
-import sys
-import tempfile
-from pathlib import Path
-
-sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # a script has only its own folder there
-
-from tests.helpers.host.comfy_server import PACK, Server  # noqa: E402
+from tests.helpers.host.comfy_server import PACK, Server
 
 ENGLISH = PACK / "locales" / "en" / "nodeDefs.json"
 
@@ -45,17 +35,3 @@ def node_texts(told: dict) -> dict:
     if outputs:
         texts["outputs"] = outputs
     return texts
-
-
-def main() -> None:
-    with tempfile.TemporaryDirectory() as folder:
-        server = Server(Path(folder))
-        try:
-            texts = {name: node_texts(told) for name, told in sorted(our_nodes(server).items())}
-        finally:
-            server.stop()
-    ENGLISH.write_text(json.dumps(texts, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
-
-
-if __name__ == "__main__":
-    main()
