@@ -23,5 +23,5 @@ class ARSamplerNode(io.ComfyNode):
         )
 
     @classmethod
-    def execute(cls, frames_per_chunk: int, lag: int, solver: str, attention: str = "causal") -> io.NodeOutput:
+    def execute(cls, frames_per_chunk: int, lag: int, solver: str, attention: str) -> io.NodeOutput:
         return io.NodeOutput(ARSampler(frames_per_chunk, lag, solver, attention))

@@ -37,9 +37,7 @@ class Calibrate(io.ComfyNode):
         )
 
     @classmethod
-    def execute(
-        cls, model, positive, negative, vae, seed, chunks, minutes, steps=0, width=0, height=0
-    ) -> io.NodeOutput:
+    def execute(cls, model, positive, negative, vae, seed, chunks, minutes, steps, width, height) -> io.NodeOutput:
         path = calibration_path(host.file_of(model))
         usual = family(host.family_of(model))
         steps = steps or usual.steps

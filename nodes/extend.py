@@ -54,8 +54,7 @@ class AutoregressiveExtend(io.ComfyNode):
     @classmethod
     def execute(
         cls, model, positive, negative, seed, chunks, steps, guidance, frames_per_chunk, lag, width, height,
-        solver="auto", attention="auto", shift=0.0, condition_noise=-1.0, prefix=None, end=None, state=None,
-        stream=None, resume=None,
+        solver, attention, shift, condition_noise, prefix, end, state, stream, resume,
     ) -> io.NodeOutput:  # fmt: skip
         if prefix is not None and state is not None:
             raise UserError(

@@ -38,7 +38,7 @@ class ExtendInWindows(io.ComfyNode):
     @classmethod
     def execute(
         cls, model, vae, positive, negative, seed, frames, window, overlap, width, height,
-        steps=50, guidance=6.0, shift=8.0, lag=0, condition_noise=0.02, start=None,
+        steps, guidance, shift, lag, condition_noise, start,
     ) -> io.NodeOutput:  # fmt: skip
         frames_of_video = Windows(frames, window, overlap, width, height)
         how = WindowSampling(steps, guidance, shift, lag, condition_noise)

@@ -44,25 +44,9 @@ class FlowCache(io.ComfyNode):
 
     @classmethod
     def execute(
-        cls,
-        model,
-        preset: str,
-        history_budget: int,
-        policy: str = "even",
-        every: int = 8,
-        threshold: float = 0.1,
-        warmup: int = 1,
-        forecast: str = "linear",
-        granularity: str = "frame",
-        importance_weight: float = 0.15,
-        keep_first_chunk: bool = True,
-        positions: str = "absolute",
-        history_rule: str = "flowcache",
-        correct: bool = True,
-        quality: float = 0.5,
-        history_memory: str = "auto",
-        overlap: bool = True,
-    ) -> io.NodeOutput:
+        cls, model, preset, history_budget, policy, every, threshold, warmup, forecast, granularity, importance_weight,
+        keep_first_chunk, positions, history_rule, correct, quality, history_memory, overlap,
+    ) -> io.NodeOutput:  # fmt: skip
         compression = Compression(
             rule=history_rule, weight=importance_weight, granularity=granularity, protect_first=keep_first_chunk
         )

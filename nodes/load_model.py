@@ -40,7 +40,7 @@ class LoadARVideoModel(io.ComfyNode):
         )  # fmt: skip
 
     @classmethod
-    def execute(cls, model_name: str, family: str, weight_type: str, fps: int = 24) -> io.NodeOutput:
+    def execute(cls, model_name: str, family: str, weight_type: str, fps: int) -> io.NodeOutput:
         path = NETWORK_FILE if model_name == DEMO else file_path("diffusion_models", model_name)
 
         def warn(warning: str) -> None:

@@ -24,8 +24,6 @@ class MagiPrompt(io.ComfyNode):
         )
 
     @classmethod
-    def execute(
-        cls, clip, text: str, high_quality: bool = True, beginning: str = "free", style: str = "free"
-    ) -> io.NodeOutput:
+    def execute(cls, clip, text: str, high_quality: bool, beginning: str, style: str) -> io.NodeOutput:
         tokens = ["hq"] * high_quality + [name for name in (beginning, style) if name != "free"]
         return io.NodeOutput(encode(clip, clean_prompt(text), tuple(tokens)))

@@ -24,7 +24,7 @@ class PromptsOverTime(io.ComfyNode):
         )
 
     @classmethod
-    def execute(cls, text: str, clip=None) -> io.NodeOutput:
+    def execute(cls, text: str, clip) -> io.NodeOutput:
         spans = parse(text)
         encoded = {caption: _encode(clip, caption) for caption in captions(spans)}
         embeddings = {caption: embedding for caption, (embedding, _) in encoded.items()}

@@ -26,7 +26,7 @@ class FlowCacheReport(io.ComfyNode):
         )
 
     @classmethod
-    def execute(cls, report=None, model=None, latent=None) -> io.NodeOutput:
+    def execute(cls, report, model, latent) -> io.NodeOutput:
         if report is None:
             report = _find(model, latent)
         picture = np.asarray(report_picture(report).convert("RGB"), dtype=np.float32) / 255.0

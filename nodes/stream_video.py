@@ -24,6 +24,6 @@ class StreamVideo(io.ComfyNode):
         )
 
     @classmethod
-    def execute(cls, vae, filename_prefix: str, fps: float, keep_latents: bool = True) -> io.NodeOutput:
+    def execute(cls, vae, filename_prefix: str, fps: float, keep_latents: bool) -> io.NodeOutput:
         check_prefix(filename_prefix)
         return io.NodeOutput(StreamSettings(vae, filename_prefix, fps, keep_latents, cls.hidden.unique_id))

@@ -23,7 +23,10 @@ from .stream import StreamSettings
 
 
 def checked(node: type[io.ComfyNode]) -> type[io.ComfyNode]:
-    """The node, which now runs only with inputs that it can use; its `execute` raises UserError for others."""
+    """The node, which now runs only with inputs that it can use; its `execute` raises UserError for others.
+
+    Inputs that are not given get the default of their definition, or None where that has none.
+    """
     execute = node.execute.__func__
     if hasattr(execute, "__wrapped__"):  # the host has asked for the nodes before
         return node
@@ -31,11 +34,13 @@ def checked(node: type[io.ComfyNode]) -> type[io.ComfyNode]:
     @wraps(execute)
     def guarded(cls, **given) -> io.NodeOutput:
         for one in node.define_schema().inputs:  # anew, because the files in its lists come and go
-            value = given.get(one.id)
+            if given.get(one.id) is None:
+                given[one.id] = getattr(one, "default", None)
+            value = given[one.id]
             if value is None:
-                if one.id in given and not one.optional:
+                if not one.optional:
                     raise UserError(f"The input '{one.id}' is empty; connect a {one.io_type}.")
-            elif complaint := CHECKS.get(str(one.io_type), _anything)(value) or _unlisted(one, value):
+            elif complaint := CHECKS[str(one.io_type)](value) or _unlisted(one, value):
                 raise UserError(f"The input '{one.id}' {complaint}.")
         return execute(cls, **given)
 
@@ -43,26 +48,18 @@ def checked(node: type[io.ComfyNode]) -> type[io.ComfyNode]:
     return node
 
 
-def _anything(value) -> None:
-    return None
+Check = Callable[[object], str | None]  # what is wrong with a value, if anything
+
+
+def _is(kind: type, wanted: str) -> Check:
+    """A check of nothing but the type."""
+    return lambda value: None if isinstance(value, kind) else f"holds a {_kind(value)}; {wanted}"
 
 
 def _number(value) -> str | None:
     if not isinstance(value, Real):
         return f"holds a {_kind(value)}; give a number"
     return None if math.isfinite(value) else f"is {value}; give a number"
-
-
-def _whole_number(value) -> str | None:
-    return None if isinstance(value, Integral) else f"holds a {_kind(value)}; give a whole number"
-
-
-def _switch(value) -> str | None:
-    return None if isinstance(value, bool) else f"holds a {_kind(value)}; give true or false"
-
-
-def _choice(value) -> str | None:
-    return None if isinstance(value, str) else f"holds a {_kind(value)}; give one of the names in its list"
 
 
 def _unlisted(one: io.Input, value) -> str | None:
@@ -137,24 +134,16 @@ def _image(value) -> str | None:
     return None
 
 
-def _made_here(kind: type) -> Callable[[object], str | None]:
-    def check(value) -> str | None:
-        if isinstance(value, kind):
-            return None
-        return f"holds a {_kind(value)}; connect the output of that name of a FlowCache node"
-
-    return check
-
-
 def _kind(value) -> str:
     return type(value).__name__
 
 
-CHECKS: dict[str, Callable[..., str | None]] = {
+OURS = "connect the output of that name of a FlowCache node"
+CHECKS: dict[str, Check] = {
     "FLOAT": _number,
-    "INT": _whole_number,
-    "BOOLEAN": _switch,
-    "COMBO": _choice,
+    "INT": _is(Integral, "give a whole number"),
+    "BOOLEAN": _is(bool, "give true or false"),
+    "COMBO": _is(str, "give one of the names in its list"),
     "STRING": _text,
     "MODEL": _model,
     "VAE": _vae,
@@ -162,8 +151,8 @@ CHECKS: dict[str, Callable[..., str | None]] = {
     "CONDITIONING": _conditioning,
     "LATENT": _latent,
     "IMAGE": _image,
-    "FLOWCACHE_STATE": _made_here(State),
-    "FLOWCACHE_REPORT": _made_here(Report),
-    "FLOWCACHE_STREAM": _made_here(StreamSettings),
-    "FLOWCACHE_RESUME": _made_here(ResumeSettings),
+    "FLOWCACHE_STATE": _is(State, OURS),
+    "FLOWCACHE_REPORT": _is(Report, OURS),
+    "FLOWCACHE_STREAM": _is(StreamSettings, OURS),
+    "FLOWCACHE_RESUME": _is(ResumeSettings, OURS),
 }
