@@ -2,9 +2,9 @@
 
 from collections.abc import Callable, Hashable, Sequence
 
+import comfy.ldm.modules.attention
 import comfy.samplers
 import torch
-from comfy.ldm.modules.attention import optimized_attention
 from comfy.patcher_extension import WrappersMP
 from torch import Tensor
 
@@ -60,11 +60,22 @@ def is_plain_sum(guider, options: dict, own: str) -> bool:
 
 
 def host_attention(options: dict) -> Callable[[Tensor, Tensor, Tensor], Tensor]:
-    """Gives the host's attention, over q, k, v [B, heads, tokens, D]."""
+    """Gives the host's attention, over q, k, v [B, heads, tokens, D].
+
+    Several heads of q may share one of k and v; only torch's attention takes them as they are.
+    """
+    module = comfy.ldm.modules.attention
+    shares = getattr(module, "TORCH_HAS_GQA", False) and module.optimized_attention is module.attention_pytorch
+    shares = shares and "optimized_attention_override" not in options
 
     def attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        return optimized_attention(
-            q, k, v, q.shape[1], skip_reshape=True, skip_output_reshape=True, transformer_options=options
+        shared, more = q.shape[1] // k.shape[1], {}
+        if shared > 1 and shares:
+            more = {"enable_gqa": True}
+        elif shared > 1:
+            k, v = (part.repeat_interleave(shared, dim=1) for part in (k, v))
+        return module.optimized_attention(
+            q, k, v, q.shape[1], skip_reshape=True, skip_output_reshape=True, transformer_options=options, **more
         )
 
     return attention

@@ -7,7 +7,6 @@ step.
 
 from dataclasses import dataclass, replace
 
-import comfy.ldm.modules.attention
 import comfy.model_management
 import comfy.model_patcher
 import torch
@@ -26,7 +25,7 @@ from ...flowcache_core.models.magi.forward import (
     magi_schedule,
     magi_settings,
 )
-from ...flowcache_core.models.magi.network import Attention, MagiBackbone, MagiText
+from ...flowcache_core.models.magi.network import MagiBackbone, MagiText
 from ...flowcache_core.models.magi.sampling import CHUNK_FRAMES, SHIFT, WINDOW, GuidanceScales, sigmas
 from ...flowcache_core.models.magi.text import SpecialTokens, caption_text, null_text
 from ...flowcache_core.schedule import ChunkSchedule
@@ -38,6 +37,7 @@ from .captions import ChunkCaptions
 from .checks import check_finite, check_latent, check_size, leave_out_others
 from .extend import Extended, Extension, Layout, carry_out, kept_run, run_guider
 from .finished import FinishedChunks
+from .guider import host_attention
 from .listener import RunListener
 
 PROMPT = "flowcache_magi"  # key of a `Prompt` in a conditioning
@@ -56,35 +56,27 @@ class Prompt:
     tokens: tuple[str, ...]
 
 
-@dataclass(frozen=True)
-class Caption:
-    """A caption as the network takes it: embedding [1, n, width], mask [1, n] and special tokens' names."""
+def text_of(condition: dict, width: int, tokens: SpecialTokens | None, remaining: int) -> MagiText:
+    """A chunk's text from one of the host's conditions, made by MAGI-1 Prompt or by another node that gives T5 v1.1
+    XXL's output.
 
-    embedding: Tensor
-    mask: Tensor
-    names: tuple[str, ...]
+    Args:
+        width: of the embeddings that the network reads.
+        tokens: special tokens, or None.
+        remaining: chunks after this one.
 
-    @classmethod
-    def of(cls, condition: dict, width: int) -> "Caption":
-        """From one of the host's conditions, made by MAGI-1 Prompt or by another node that gives T5 v1.1 XXL's output.
-
-        Raises:
-            UserError: another text encoder's.
-        """
-        embedding, more = condition["cross_attn"], condition
-        if embedding.ndim != 3 or embedding.shape[0] != 1 or embedding.shape[-1] != width:
-            raise UserError(
-                f"The caption's embedding is {list(embedding.shape)}, expected [1, tokens, {width}] of T5 v1.1 XXL: "
-                "load that encoder with type 'mochi' and use MAGI-1 Prompt."
-            )
-        mask = more.get("attention_mask")
-        names = more[PROMPT].tokens if PROMPT in more else ("hq",)
-        return cls(embedding, torch.ones(embedding.shape[:2]) if mask is None else mask.reshape(1, -1), names)
-
-    def text(self, tokens: SpecialTokens | None, remaining: int, batch: int, device: torch.device) -> MagiText:
-        """Of a chunk with so many after it, for every row of a batch."""
-        text = caption_text(self.embedding.to(device), self.mask.to(device), tokens, remaining, self.names)
-        return _rows(text, batch)
+    Raises:
+        UserError: another text encoder's.
+    """
+    embedding, mask = condition["cross_attn"], condition.get("attention_mask")
+    if embedding.ndim != 3 or embedding.shape[0] != 1 or embedding.shape[-1] != width:
+        raise UserError(
+            f"The caption's embedding is {list(embedding.shape)}, expected [1, tokens, {width}] of T5 v1.1 XXL: "
+            "load that encoder with type 'mochi' and use MAGI-1 Prompt."
+        )
+    mask = torch.ones(embedding.shape[:2]) if mask is None else mask.reshape(1, -1)
+    names = condition[PROMPT].tokens if PROMPT in condition else ("hq",)
+    return caption_text(embedding, mask, tokens, remaining, names)
 
 
 @dataclass(kw_only=True)
@@ -115,15 +107,15 @@ class MagiSampler(host.ChunkSampler):
         """Called by the host with a tensor of a chunk's shape [B, C, T, H, W]; returns the last chunk."""
         model, schedule, device = guider.inner_model, self.schedule, noise.device
         network, batch = model.diffusion_model, noise.shape[0]
-        attention = grouped_attention(extra_args["model_options"]["transformer_options"])
+        attention = host_attention(extra_args["model_options"]["transformer_options"])
         captions = ChunkCaptions(guider.conds)
 
         def text(chunk: int) -> MagiText:
             positive = captions.of(chunk)["positive"]
             if len(positive) != 1:
                 raise UserError(f"There are {len(positive)} positive captions for chunk {chunk}; MAGI-1 takes one.")
-            caption = Caption.of(positive[0], network.config.caption_width)
-            return caption.text(model.special_tokens, schedule.total_chunks - 1 - chunk, batch, device)
+            width, remaining = network.config.caption_width, schedule.total_chunks - 1 - chunk
+            return _rows(text_of(positive[0], width, model.special_tokens, remaining), batch, device)
 
         def progress(told: Progress) -> None:
             self.listener.progress(told, engine)
@@ -136,7 +128,7 @@ class MagiSampler(host.ChunkSampler):
             schedule,
             self.settings,
             text,
-            _rows(null_text(network.y_embedder.null_caption_embedding.to(device)), batch),
+            _rows(null_text(network.y_embedder.null_caption_embedding), batch, device),
             lambda chunk: chunk_noise(self.seed, chunk, tuple(noise.shape)).to(noise),
             shape=noise.shape,
             device=device,
@@ -272,22 +264,7 @@ def interrupted() -> bool:
     return False
 
 
-def grouped_attention(options: dict) -> Attention:
-    """The host's attention, where query heads share a key and value head; only torch's takes them as they are."""
-    module = comfy.ldm.modules.attention
-    shares = getattr(module, "TORCH_HAS_GQA", False) and module.optimized_attention is module.attention_pytorch
-    more = {"enable_gqa": True} if shares and "optimized_attention_override" not in options else {}
-
-    def attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        if not more:
-            k, v = (part.repeat_interleave(q.shape[1] // part.shape[1], dim=1) for part in (k, v))
-        return module.optimized_attention(
-            q, k, v, q.shape[1], skip_reshape=True, skip_output_reshape=True, transformer_options=options, **more
-        )
-
-    return attention
-
-
-def _rows(text: MagiText, batch: int) -> MagiText:
-    embedding, mask = text.embedding.expand(batch, -1, -1), text.mask.expand(batch, -1)
+def _rows(text: MagiText, batch: int, device: torch.device) -> MagiText:
+    """The text for every row of a batch, on a device."""
+    embedding, mask = text.embedding.to(device).expand(batch, -1, -1), text.mask.expand(batch, -1)
     return text._replace(embedding=embedding, mask=mask)

@@ -21,8 +21,6 @@ def encode(clip, text: str, tokens: tuple[str, ...]) -> list:
     wrong = (
         "The text encoder is not T5 v1.1 XXL with a mask, which MAGI-1 needs; load t5xxl with CLIPLoader, type 'mochi'."
     )
-    if clip is None:
-        raise UserError(wrong)
     words = clip.tokenize(text)
     if set(words) != {ENCODER}:
         raise UserError(wrong)

@@ -4,6 +4,7 @@ import inspect
 import json
 import logging
 from collections.abc import Callable
+from dataclasses import asdict
 
 import comfy.model_management
 import comfy.model_patcher
@@ -74,24 +75,12 @@ def _load_wan(
 def _load_wan_by_hand(weights: dict[str, Tensor], config: WanConfig, dtype: torch.dtype | None):
     """For hosts that take head count and text width as given (before 0.4): the same network with our sizes."""
     management = comfy.model_management
-    sizes = {
-        "image_model": "wan2.1",
-        "model_type": "t2v",
-        "dim": config.dim,
-        "out_dim": config.out_dim,
-        "num_heads": config.num_heads,
-        "ffn_dim": config.ffn_dim,
-        "num_layers": config.num_layers,
-        "patch_size": config.patch_size,
-        "freq_dim": config.freq_dim,
-        "text_dim": config.text_dim,
-        "in_dim": config.in_dim,
-        "window_size": (-1, -1),
-        "qk_norm": True,
-        "cross_attn_norm": True,
-        "eps": config.eps,
-    }
-    model_config = comfy.supported_models.WAN21_T2V(sizes)
+    sizes = asdict(config)
+    del sizes["fps"]  # `add_frame_rate` does what it says
+    kind = {"image_model": "wan2.1", "model_type": "t2v"}
+    model_config = comfy.supported_models.WAN21_T2V(
+        kind | sizes | {"window_size": (-1, -1), "qk_norm": True, "cross_attn_norm": True}
+    )
     supported = list(model_config.supported_inference_dtypes)
     count = comfy.utils.calculate_parameters(weights)
     stored = comfy.utils.weight_dtype(weights)
