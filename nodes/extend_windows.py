@@ -2,9 +2,11 @@
 
 from comfy_api.latest import io
 
-from .comfyui.extend import Extension
+from ..flowcache_core.models.families import family
+from .comfyui import patch as host
+from .comfyui.extend import Extension, Sampling
 from .comfyui.widgets import LARGEST_SEED, advanced, schema
-from .comfyui.windows import Windows, WindowSampling, extend_in_windows
+from .comfyui.windows import extend_in_windows
 
 
 class ExtendInWindows(io.ComfyNode):
@@ -40,7 +42,10 @@ class ExtendInWindows(io.ComfyNode):
         cls, model, vae, positive, negative, seed, frames, window, overlap, width, height,
         steps, guidance, shift, lag, condition_noise, start,
     ) -> io.NodeOutput:  # fmt: skip
-        frames_of_video = Windows(frames, window, overlap, width, height)
-        how = WindowSampling(steps, guidance, shift, lag, condition_noise)
+        usual = family(host.family_of(model))
+        how = Sampling(
+            usual.shifted_levels(steps, shift), usual.chunk_frames, lag, usual.solver(steps), guidance, seeing="joint",
+            condition=condition_noise,
+        )  # fmt: skip
         asked = Extension(positive, negative, seed, 0, (width, height), node_id=cls.hidden.unique_id)
-        return io.NodeOutput(extend_in_windows(model, vae, asked, frames_of_video, how, start))
+        return io.NodeOutput(extend_in_windows(model, vae, asked, how, start, frames, window, overlap))

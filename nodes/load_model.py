@@ -1,5 +1,7 @@
 """Load AR Video Model (FlowCache)."""
 
+from functools import partial
+
 import torch
 from comfy_api.latest import io
 
@@ -42,8 +44,5 @@ class LoadARVideoModel(io.ComfyNode):
     @classmethod
     def execute(cls, model_name: str, family: str, weight_type: str, fps: int) -> io.NodeOutput:
         path = NETWORK_FILE if model_name == DEMO else file_path("diffusion_models", model_name)
-
-        def warn(warning: str) -> None:
-            progress_text(warning, cls.hidden.unique_id)
-
+        warn = partial(progress_text, node_id=cls.hidden.unique_id)
         return io.NodeOutput(load_model(str(path), family, WEIGHT_TYPES[weight_type], fps, on_warning=warn))

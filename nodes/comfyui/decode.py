@@ -1,5 +1,7 @@
 """A VAE of the host, latents of one video in, chunk after chunk, as if they were decoded in one go."""
 
+from abc import ABC, abstractmethod
+
 import comfy.ldm.wan.vae
 import comfy.model_management
 import torch
@@ -12,10 +14,8 @@ from .magi_model import VaeForHost
 OVERLAP = 4  # latent frames that are decoded again before a chunk, where a VAE cannot be carried on
 
 
-def stream_decoder(vae) -> "WanDecoder | DemoDecoder | MagiDecoder | OverlapDecoder":
-    """What decodes that VAE's latents; call it with a latent [1, C, T, H, W], then `finish` it.
-
-    Each gives frames [T, H, W, 3] in [0, 1]; some may wait for the next call.
+def stream_decoder(vae) -> "StreamDecoder":
+    """What decodes that VAE's latents.
 
     Raises:
         UserError: the VAE is another node's own object, not the host's.
@@ -33,88 +33,105 @@ def stream_decoder(vae) -> "WanDecoder | DemoDecoder | MagiDecoder | OverlapDeco
     return WanDecoder(vae) if isinstance(module, comfy.ldm.wan.vae.WanVAE) else OverlapDecoder(vae)
 
 
-class DemoDecoder:
+class StreamDecoder(ABC):
+    """Call it with a latent [1, C, T, H, W], then `finish` it.
+
+    Each gives frames [T, H, W, 3] in [0, 1]; some may wait for the next call.
+    """
+
+    def __init__(self, vae):
+        self.vae = vae
+
+    @abstractmethod
+    def __call__(self, latent: Tensor) -> Tensor | None:
+        """Decodes the next frames."""
+
+    def finish(self) -> Tensor | None:
+        """Decodes what still waits."""
+        return None
+
+
+class DemoDecoder(StreamDecoder):
     """The demo's VAE, which takes a memory along."""
 
     def __init__(self, vae):
-        self.vae, self.memory = vae, Memory()
+        super().__init__(vae)
+        self.memory = Memory()
 
     def __call__(self, latent: Tensor) -> Tensor:
         return _pixels(self.vae, self.vae.first_stage_model.decode(_ready(self.vae, latent), self.memory))
 
-    def finish(self) -> None:
-        return None
+
+class TileDecoder(StreamDecoder):
+    """A VAE that takes so many latent frames at a time; those that do not fill a tile wait for their others.
+
+    Args:
+        first, tile: latent frames of the first tile, and of all others.
+    """
+
+    def __init__(self, vae, first: int, tile: int):
+        super().__init__(vae)
+        self.next, self.tile = first, tile
+        self.waiting: Tensor | None = None
+
+    @abstractmethod
+    def decode(self, tiles: list[Tensor]) -> Tensor:
+        """Decodes tiles that follow one another."""
+
+    def __call__(self, latent: Tensor) -> Tensor | None:
+        waiting = latent if self.waiting is None else torch.cat([self.waiting, latent], dim=2)
+        tiles = []
+        while waiting.shape[2] >= self.next:
+            tiles.append(waiting[:, :, : self.next])
+            waiting, self.next = waiting[:, :, self.next :], self.tile
+        self.waiting = waiting
+        return self.decode(tiles) if tiles else None
+
+    def finish(self) -> Tensor | None:
+        return None if self.waiting is None or not self.waiting.shape[2] else self.decode([self.waiting])
 
 
-class WanDecoder:
+class WanDecoder(TileDecoder):
     """The host's Wan VAE, which decodes the first frame alone and then pairs; older hosts: one by one.
 
     What its layers keep of the frames before is on the CPU between calls.
     """
 
     def __init__(self, vae):
-        self.vae = vae
         module = comfy.ldm.wan.vae
-        self.pairs = hasattr(module, "count_cache_layers")
-        count = module.count_cache_layers if self.pairs else module.count_conv3d
+        pairs = hasattr(module, "count_cache_layers")
+        super().__init__(vae, 1, 2 if pairs else 1)
+        count = module.count_cache_layers if pairs else module.count_conv3d
         self.cache = [None] * count(vae.first_stage_model.decoder)
-        self.waiting: Tensor | None = None  # a frame without its partner
-        self.begun = False
 
-    def __call__(self, latent: Tensor) -> Tensor | None:
-        if self.waiting is not None:
-            latent = torch.cat([self.waiting, latent], dim=2)
-        parts = []
-        if not self.begun:
-            parts, latent = [latent[:, :, :1]], latent[:, :, 1:]
-            self.begun = True
-        size = 2 if self.pairs else 1
-        whole = latent.shape[2] // size * size
-        self.waiting = latent[:, :, whole:] if whole < latent.shape[2] else None
-        parts += latent[:, :, :whole].split(size, dim=2) if whole else []
-        return self._decode(parts)
-
-    def finish(self) -> Tensor | None:
-        return None if self.waiting is None else self._decode([self.waiting])
-
-    def _decode(self, parts: list[Tensor]) -> Tensor | None:
-        if not parts:
-            return None
+    def decode(self, tiles: list[Tensor]) -> Tensor:
         network, frames = self.vae.first_stage_model, []
-        ready = [_ready(self.vae, part) for part in parts]
+        ready = [_ready(self.vae, tile) for tile in tiles]
         self.cache = [_moved(kept, self.vae.device) for kept in self.cache]
-        for part in ready:
-            found = network.decoder(network.conv2(part), feat_cache=self.cache, feat_idx=[0])
+        for tile in ready:
+            found = network.decoder(network.conv2(tile), feat_cache=self.cache, feat_idx=[0])
             frames += found if isinstance(found, list) else [found]
         self.cache = [_moved(kept, "cpu") for kept in self.cache]
         return _pixels(self.vae, torch.cat(frames, dim=2))
 
 
-class MagiDecoder:
+class MagiDecoder(TileDecoder):
     """MAGI-1's VAE, whose tiles of 3 latent frames stand alone."""
 
     def __init__(self, vae):
-        self.vae = vae
         module = vae.first_stage_model.vae
-        self.tile = module.tile_frames // module.config.patch_length
-        self.waiting: Tensor | None = None  # frames that do not fill a tile
+        tile = module.tile_frames // module.config.patch_length
+        super().__init__(vae, tile, tile)
 
-    def __call__(self, latent: Tensor) -> Tensor | None:
-        if self.waiting is not None:
-            latent = torch.cat([self.waiting, latent], dim=2)
-        whole = latent.shape[2] // self.tile * self.tile
-        self.waiting = latent[:, :, whole:] if whole < latent.shape[2] else None
-        return _images(self.vae.decode(latent[:, :, :whole])) if whole else None
-
-    def finish(self) -> Tensor | None:
-        return None if self.waiting is None else _images(self.vae.decode(self.waiting))
+    def decode(self, tiles: list[Tensor]) -> Tensor:
+        return _images(self.vae.decode(torch.cat(tiles, dim=2)))
 
 
-class OverlapDecoder:
+class OverlapDecoder(StreamDecoder):
     """Any other video VAE: the last frames before a chunk are decoded once more with it, and thrown away."""
 
     def __init__(self, vae):
-        self.vae = vae
+        super().__init__(vae)
         self.before: Tensor | None = None
 
     def __call__(self, latent: Tensor) -> Tensor:
@@ -127,9 +144,6 @@ class OverlapDecoder:
         """Pixel frames of so many latent frames."""
         ratio = self.vae.upscale_ratio[0] if isinstance(self.vae.upscale_ratio, tuple) else 1
         return ratio(frames) if callable(ratio) else frames * ratio
-
-    def finish(self) -> None:
-        return None
 
 
 def _ready(vae, latent: Tensor) -> Tensor:

@@ -20,7 +20,7 @@ from ...flowcache_core.storage.state import State, make_state
 from . import patch as host
 from .checks import check_latent, check_network, check_size
 from .finished import FinishedChunks
-from .resume import ResumeSettings, run_folder
+from .resume import ResumeSettings, digest, root, weights_of
 from .sampler import ARSampler
 from .stream import OutputFile, StreamSettings, VideoOutlet
 
@@ -115,11 +115,16 @@ class Extended:
 def extend(model: comfy.model_patcher.ModelPatcher, asked: Extension, how: Sampling) -> Extended:
     """Runs the host's guider over new chunks of a network of the Wan layout."""
     check_network(model.model.diffusion_model)
+    if asked.resume is not None and (how.seeing != "causal" or how.lag == 0 or asked.end is not None):
+        raise UserError(
+            "A run can be resumed where chunks follow one another and nothing is given after them; use attention "
+            "'causal', a lag above 0 and no end, or disconnect 'resume'."
+        )
     model = host.patched_or_off(model)
-    state, chunk_frames = asked.state, how.chunk_frames
+    name, state, chunk_frames = host.model_name(model), asked.state, how.chunk_frames
     shape = _chunk_shape(model, asked, chunk_frames)
     if state is not None:
-        state.check(host.model_name(model), chunk_frames, shape)
+        state.check(name, chunk_frames, shape)
         if not state.histories:
             raise UserError(
                 "The state is of a run that keeps no history (joint or rolling attention, or a given end); connect "
@@ -146,7 +151,9 @@ def extend(model: comfy.model_patcher.ModelPatcher, asked: Extension, how: Sampl
         ticks = sampler.schedule(sampler.chunks, len(how.levels) - 1).ticks
         run_guider(model, asked, sampler, how.levels, shape, ticks, how.scale)
 
-    return carry_out(model, host.model_name(model), asked, layout, _folder(model, asked, how, sampler, shape), sample)
+    lead = sampler.frames_before() % chunk_frames
+    folder = kept_run(model, name, asked, shape, sampler.chunks_before(), chunk_frames, lead, how)
+    return carry_out(model, name, asked, layout, folder, sample)
 
 
 def carry_out(
@@ -222,21 +229,10 @@ def _chunk_shape(model: comfy.model_patcher.ModelPatcher, asked: Extension, chun
     return shape
 
 
-def _folder(model, asked: Extension, how: Sampling, sampler: ARSampler, shape: list[int]) -> RunFolder | None:
-    """Of the run on disk, named by everything that determines it."""
-    if asked.resume is None:
-        return None
-    if how.seeing != "causal" or how.lag == 0 or asked.end is not None:
-        raise UserError(
-            "A run can be resumed where chunks follow one another and nothing is given after them; use attention "
-            "'causal', a lag above 0 and no end, or disconnect 'resume'."
-        )
-    lead = sampler.frames_before() % how.chunk_frames
-    return kept_run(model, host.model_name(model), asked, shape, sampler.chunks_before(), how.chunk_frames, lead, how)
-
-
-def kept_run(model, name: str, asked: Extension, shape, first: int, chunk_frames: int, lead: int, *how) -> RunFolder:
-    """The folder of a run that is kept on disk, named by everything that determines it.
+def kept_run(
+    model, name: str, asked: Extension, shape, first: int, chunk_frames: int, lead: int, *how
+) -> RunFolder | None:
+    """The folder of a run, named by everything that determines it; None where it is not kept on disk.
 
     Args:
         name: of the model.
@@ -245,7 +241,11 @@ def kept_run(model, name: str, asked: Extension, shape, first: int, chunk_frames
         lead: given frames before the first chunk that fill none.
         how: settings of the sampler.
     """
+    if asked.resume is None:
+        return None
     before = (asked.prefix, asked.state and (asked.state.latents, asked.state.histories))
-    what = (asked.positive, asked.negative, asked.seed, asked.chunks, shape, before, *how)
-    assert asked.resume is not None
-    return run_folder(asked.resume, model, name, first, chunk_frames, lead, *what)
+    run = digest(
+        name, weights_of(model), first, chunk_frames, lead,
+        asked.positive, asked.negative, asked.seed, asked.chunks, shape, before, *how,
+    )  # fmt: skip
+    return RunFolder(root(), run, asked.resume.limit, first, chunk_frames, name, lead)

@@ -168,7 +168,7 @@ def extend(model: comfy.model_patcher.ModelPatcher, asked: Extension, steps: int
     """
     model = host.patched_or_off(model)
     patch, network = host.patch_on(model.model_options), model.model.diffusion_model
-    config, settings, state = network.config, patch.settings, asked.state
+    name, config, settings, state = model_name(model), network.config, patch.settings, asked.state
     check_negative(asked.negative)
     usual_steps, usual_size = magi_usual(config)
     steps = steps or usual_steps
@@ -182,7 +182,7 @@ def extend(model: comfy.model_patcher.ModelPatcher, asked: Extension, steps: int
     shape = [batch, config.channels, CHUNK_FRAMES, *size]
     check_size(shape)
     if state is not None:
-        state.check(model_name(model), CHUNK_FRAMES, shape)
+        state.check(name, CHUNK_FRAMES, shape)
     frames = state.frames if state is not None else 0 if before is None else before.shape[2]
     inside = frames % CHUNK_FRAMES
     schedule = magi_schedule(asked.chunks * CHUNK_FRAMES - inside, steps, frames)
@@ -208,10 +208,8 @@ def extend(model: comfy.model_patcher.ModelPatcher, asked: Extension, steps: int
         )
         run_guider(model, asked, sampler, sigmas(steps), shape, left.ticks)
 
-    name, folder = model_name(model), None
-    if asked.resume is not None:
-        how = (steps, sampling, model.model.special_tokens)
-        folder = kept_run(model, name, asked, shape, schedule.prefix, CHUNK_FRAMES, 0, *how)
+    how = (steps, sampling, model.model.special_tokens)
+    folder = kept_run(model, name, asked, shape, schedule.prefix, CHUNK_FRAMES, 0, *how)
     layout = Layout(shape, before, schedule, schedule.total_chunks * CHUNK_FRAMES, inside)
     return carry_out(model, name, asked, layout, folder, sample)
 

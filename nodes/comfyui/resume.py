@@ -11,7 +11,6 @@ import torch
 from torch import Tensor
 
 from ...flowcache_core.settings import Settings
-from ...flowcache_core.storage.run_folder import RunFolder
 from . import patch as host
 from .guider import FAMILY, FPS
 
@@ -28,14 +27,6 @@ class ResumeSettings:
 def root() -> Path:
     """The one folder of all runs, in ComfyUI's user folder."""
     return Path(folder_paths.get_user_directory()) / "flowcache" / "runs"
-
-
-def run_folder(
-    settings: ResumeSettings, model, model_name: str, first: int, chunk_frames: int, lead: int, *what
-) -> RunFolder:
-    """The folder of a run that goes by the model and everything in `what`."""
-    name = digest(model_name, weights_of(model), first, chunk_frames, lead, *what)
-    return RunFolder(root(), name, settings.limit, first, chunk_frames, model_name, lead)
 
 
 def weights_of(model) -> list:
