@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Literal
 
 from torch import nn
@@ -82,17 +83,13 @@ def always(name: SolverName) -> Callable[[int], SolverName]:
     return lambda steps: name
 
 
-def few_steps(steps: int) -> list[float]:
-    """Levels of Self-Forcing and Causal-Forcing, from their number of steps."""
-    if steps in (1, 2):
-        lists = (noise_levels.CAUSAL_FORCING_1_STEP, noise_levels.CAUSAL_FORCING_2_STEPS)
-        return noise_levels.warped(lists[steps - 1])
-    return noise_levels.linear(steps, 5.0)  # 4: Self-Forcing's list, warped
+def evenly(shift: float) -> Callable[[int], list[float]]:
+    return partial(noise_levels.linear, shift=shift)
 
 
 def causvid_steps(steps: int) -> list[float]:
-    """Gives CausVid's levels: its 3 steps are taken as they are, those of its other variant are warped."""
-    return noise_levels.unwarped(noise_levels.CAUSVID_3_STEPS) if steps == 3 else noise_levels.linear(steps, 8.0)
+    """Gives CausVid's levels: its 3 steps are taken as they are, those of its other variant are shifted."""
+    return list(noise_levels.CAUSVID_3_STEPS) if steps == 3 else noise_levels.linear(steps, 8.0)
 
 
 def skyreels_published(preset: str, dim: int) -> Settings | None:
@@ -111,16 +108,16 @@ def skyreels_published(preset: str, dim: int) -> Settings | None:
 FAMILIES: dict[str, Family] = {
     "demo": Family(64, 16, 3, always("euler"), noise_levels.magi, 1.0, (64, 64), 3.0, "the project's own trials"),
     "causal": Family(
-        4, 4, 3, always("renoise"), few_steps, 1.0, (832, 480), 5.0,
+        4, 4, 3, always("renoise"), evenly(5.0), 1.0, (832, 480), 5.0,
         "Self-Forcing, configs/self_forcing_dmd.yaml; Causal-Forcing, configs/causal_forcing_dmd_*.yaml",
-        first_levels=lambda steps: few_steps(4) if steps < 3 else None,
+        first_levels=lambda steps: noise_levels.linear(4, 5.0) if steps < 3 else None,
     ),
     "causvid": Family(
         3, 3, 3, always("causvid"), causvid_steps, 1.0, (832, 480), 8.0,
         "CausVid, configs/wan_causal_dmd.yaml (3 steps) and wan_causal_dmd_warp_4step_cfg2.yaml (4 steps)",
     ),
     "rolling": Family(
-        5, 1, 3, always("renoise"), lambda steps: noise_levels.linear(steps, 5.0), 1.0, (832, 480), 5.0,
+        5, 1, 3, always("renoise"), evenly(5.0), 1.0, (832, 480), 5.0,
         "Rolling Forcing, configs/rolling_forcing_dmd.yaml", attention="rolling",
     ),
     "skyreels": Family(
@@ -129,7 +126,7 @@ FAMILIES: dict[str, Family] = {
         backbone=SkyReelsBackbone, published=skyreels_published,
     ),
     "wan": Family(
-        50, 50, 3, always("unipc"), lambda steps: noise_levels.linear(steps, 8.0), 6.0, (832, 480), 8.0,
+        50, 50, 3, always("unipc"), evenly(8.0), 6.0, (832, 480), 8.0,
         "Wan 2.1, README",
     ),
     **dict.fromkeys(("magi", "magi distilled"), Family(

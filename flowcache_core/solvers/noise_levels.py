@@ -5,23 +5,9 @@ A network of the Wan layout is told time-step 1000 x sigma.
 
 from collections.abc import Sequence
 
-import torch
-from torch import Tensor
-
 TRAINED_LEVELS = 1000
 
-# Denoising lists of the few-step models, as time-steps before warping.
-SELF_FORCING = (1000, 750, 500, 250)  # Self-Forcing and Causal-Forcing: configs/*_dmd*.yaml
-CAUSAL_FORCING_2_STEPS = (1000, 500)  # causal_forcing_dmd_framewise_2step.yaml; its first chunk takes SELF_FORCING
-CAUSAL_FORCING_1_STEP = (1000,)  # causal_forcing_dmd_framewise_1step.yaml; likewise
-ROLLING_FORCING = (1000, 800, 600, 400, 200)  # configs/rolling_forcing_dmd.yaml
-CAUSVID_3_STEPS = (1000, 757, 522)  # configs/wan_causal_dmd.yaml, not warped
-CAUSVID_4_STEPS = (1000, 750, 500, 250)  # configs/wan_causal_dmd_warp_4step_cfg2.yaml, warped
-
-
-def row_levels(sigma: float, x: Tensor) -> Tensor:
-    """Gives one noise level for each row of x [B, ...], made on its device."""
-    return torch.full((x.shape[0],), sigma, dtype=torch.float32, device=x.device)
+CAUSVID_3_STEPS = (1.0, 0.757, 0.522, 0.0)  # configs/wan_causal_dmd.yaml, neither even nor shifted
 
 
 def shifted(sigma: float, shift: float) -> float:
@@ -30,7 +16,11 @@ def shifted(sigma: float, shift: float) -> float:
 
 
 def linear(steps: int, shift: float = 1.0, first: float = 1.0) -> list[float]:
-    """Gives evenly spaced levels from `first` to 0, then shifted."""
+    """Gives evenly spaced levels from `first` to 0, then shifted.
+
+    The few-step models name theirs as time-steps, 1000 750 500 250 of Self-Forcing, and shift ("warp") them by 5; those
+    of CausVid's 4-step variant by 8. Source: warp_denoising_step in Self-Forcing's pipeline/causal_inference.py.
+    """
     return [shifted(first * (steps - step) / steps, shift) for step in range(steps + 1)]
 
 
@@ -41,20 +31,6 @@ def skyreels(steps: int = 50, shift: float = 8.0) -> list[float]:
     Source: skyreels_v2_infer/scheduler/fm_solvers_unipc.py, set_timesteps.
     """
     return linear(steps, shift, first=1.0 - 1.0 / TRAINED_LEVELS)
-
-
-def warped(timesteps: Sequence[int], shift: float = 5.0) -> list[float]:
-    """Gives the levels of a denoising list of a few-step model.
-
-    Self-Forcing and its kin at shift 5: time-steps 1000, 937.5, 833.33, 625. CausVid's 4-step variant at shift 8.
-    Source: warp_denoising_step in Self-Forcing's pipeline/causal_inference.py.
-    """
-    return [shifted(timestep / TRAINED_LEVELS, shift) for timestep in timesteps] + [0.0]
-
-
-def unwarped(timesteps: Sequence[int]) -> list[float]:
-    """Gives the levels of a denoising list that is taken as it is: CausVid's 3 steps."""
-    return [timestep / TRAINED_LEVELS for timestep in timesteps] + [0.0]
 
 
 def nearest_trained(sigmas: Sequence[float], shift: float = 8.0) -> list[float]:

@@ -22,7 +22,7 @@ from tests.helpers.paths import GOLDEN_FOLDER
 from tests.helpers.runs import build, give
 
 GOLDEN = load_file(GOLDEN_FOLDER / "causal.safetensors")
-SELF_FORCING = levels.warped(levels.SELF_FORCING)
+SELF_FORCING = levels.linear(4, 5.0)
 
 
 def looked_up(sigmas, noise):
@@ -56,10 +56,10 @@ RUNS = {
     "self_forcing_sink": Run(6, 3, history=HistorySettings(2, WINDOW(protect_first=True))),
     "causal_forcing": Run(5, 1),
     "causal_forcing_image": Run(4, 1, image=True),
-    "causal_forcing_2_steps": Run(4, 1, levels.warped(levels.CAUSAL_FORCING_2_STEPS), SELF_FORCING),
-    "causal_forcing_1_step": Run(4, 1, levels.warped(levels.CAUSAL_FORCING_1_STEP), SELF_FORCING),
-    "causvid_3_steps": Run(3, 3, levels.unwarped(levels.CAUSVID_3_STEPS), solver=looked_up),
-    "causvid_4_steps": Run(3, 3, levels.warped(levels.CAUSVID_4_STEPS, 8.0)),
+    "causal_forcing_2_steps": Run(4, 1, levels.linear(2, 5.0), SELF_FORCING),
+    "causal_forcing_1_step": Run(4, 1, levels.linear(1, 5.0), SELF_FORCING),
+    "causvid_3_steps": Run(3, 3, levels.CAUSVID_3_STEPS, solver=looked_up),
+    "causvid_4_steps": Run(3, 3, levels.linear(4, 8.0)),
 }
 
 

@@ -198,7 +198,7 @@ def rolling(chunks: int = 11, rotary=Rotary, span: int = SPAN, dtype=torch.float
         backbone,
         ChunkSchedule(chunks, 5, 1),
         classifier_free(golden_weights.text("cond").to(dtype)),
-        levels.warped(levels.ROLLING_FORCING),
+        levels.linear(5, 5.0),
         noise.__getitem__,
         noise=lambda chunk, step: frames_of(f"renoise.{chunk}.{step}", 3).to(dtype),
         solver=Renoise,
@@ -243,7 +243,7 @@ def test_rolling_forward_in_bfloat16():
         for chunk in range(first):
             engine.forward.finish(chunk, clean[chunk])
         x = ROLLING[f"rolling_forcing.latents.{tick}"].to(dtype)
-        found = rolled(engine, x, levels.warped(levels.ROLLING_FORCING)[:5][::-1], first)
+        found = rolled(engine, x, levels.linear(5, 5.0)[:5][::-1], first)
         assert relative_error(found, ROLLING["rolling_forcing.velocity"]) < limit
 
 

@@ -8,16 +8,21 @@ from flowcache_core.settings import Drift, Every
 from flowcache_core.solvers import noise_levels as levels
 
 
+def shifted(shift: float, *timesteps: int) -> list[float]:
+    """The levels of time-steps as configurations list them."""
+    return [*(levels.shifted(timestep / 1000, shift) for timestep in timesteps), 0.0]
+
+
 def test_few_step_models_take_the_published_levels():
     causal, causvid, rolling = FAMILIES["causal"], FAMILIES["causvid"], FAMILIES["rolling"]
-    assert causal.levels(4) == levels.warped(levels.SELF_FORCING)
-    assert causal.levels(2) == levels.warped(levels.CAUSAL_FORCING_2_STEPS)
-    assert causal.levels(1) == levels.warped(levels.CAUSAL_FORCING_1_STEP)
-    assert causal.first_levels(2) == causal.first_levels(1) == levels.warped(levels.SELF_FORCING)
+    assert causal.levels(4) == shifted(5.0, 1000, 750, 500, 250)
+    assert causal.levels(2) == shifted(5.0, 1000, 500)
+    assert causal.levels(1) == shifted(5.0, 1000)
+    assert causal.first_levels(2) == causal.first_levels(1) == shifted(5.0, 1000, 750, 500, 250)
     assert causal.first_levels(4) is None
-    assert causvid.levels(causvid.steps) == levels.unwarped(levels.CAUSVID_3_STEPS)
-    assert causvid.levels(4) == levels.warped(levels.CAUSVID_4_STEPS, 8.0)
-    assert rolling.levels(5) == pytest.approx(levels.warped(levels.ROLLING_FORCING))
+    assert causvid.levels(causvid.steps) == shifted(1.0, 1000, 757, 522)
+    assert causvid.levels(4) == shifted(8.0, 1000, 750, 500, 250)
+    assert rolling.levels(5) == shifted(5.0, 1000, 800, 600, 400, 200)
 
 
 @pytest.mark.parametrize("name", FAMILIES)

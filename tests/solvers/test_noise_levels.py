@@ -1,27 +1,29 @@
 """The levels that the families' own configurations give."""
 
+from collections.abc import Sequence
+
 import pytest
 
 from flowcache_core.solvers import noise_levels as levels
 
 
-def timesteps(sigmas: list[float]) -> list[float]:
+def timesteps(sigmas: Sequence[float]) -> list[float]:
     return [round(1000 * sigma, 2) for sigma in sigmas[:-1]]
 
 
 def test_few_step_models():
-    assert timesteps(levels.warped(levels.SELF_FORCING)) == [1000, 937.5, 833.33, 625]
-    assert timesteps(levels.warped(levels.CAUSAL_FORCING_2_STEPS)) == [1000, 833.33]
-    assert timesteps(levels.warped(levels.CAUSAL_FORCING_1_STEP)) == [1000]
-    assert timesteps(levels.warped(levels.ROLLING_FORCING)) == [1000, 952.38, 882.35, 769.23, 555.56]
-    assert timesteps(levels.unwarped(levels.CAUSVID_3_STEPS)) == [1000, 757, 522]
-    assert timesteps(levels.warped(levels.CAUSVID_4_STEPS, 8.0)) == [1000, 960, 888.89, 727.27]
+    assert timesteps(levels.linear(4, 5.0)) == [1000, 937.5, 833.33, 625]
+    assert timesteps(levels.linear(2, 5.0)) == [1000, 833.33]
+    assert timesteps(levels.linear(1, 5.0)) == [1000]
+    assert timesteps(levels.linear(5, 5.0)) == [1000, 952.38, 882.35, 769.23, 555.56]
+    assert timesteps(levels.CAUSVID_3_STEPS) == [1000, 757, 522]
+    assert timesteps(levels.linear(4, 8.0)) == [1000, 960, 888.89, 727.27]
 
 
 def test_causvid_looks_its_levels_up():
-    found = levels.nearest_trained(levels.unwarped(levels.CAUSVID_3_STEPS))
+    found = levels.nearest_trained(levels.CAUSVID_3_STEPS)
     assert found == pytest.approx([1, 0.756757, 0.521739, 0], abs=1e-6)
-    warped = levels.warped(levels.SELF_FORCING)
+    warped = levels.linear(4, 5.0)
     assert levels.nearest_trained(warped, 5.0) == pytest.approx(warped, abs=1e-12)
 
 
