@@ -2,7 +2,7 @@
 
 import time
 from collections.abc import Callable, Hashable, Mapping, Sequence
-from functools import partial
+from functools import lru_cache, partial
 
 import torch
 import torch.nn.functional as F
@@ -19,10 +19,9 @@ from ..reuse.forecast import Forecast
 from ..schedule import Given, Place
 from ..settings import Settings
 from ..solvers.weights import joined
-from .contexts import Contexts
 from .forward import Step, Velocity
 from .guidance import Guidance, Texts
-from .layers import Group, groups_of, row_levels, run_layer
+from .layers import Group, row_levels, run_layers
 
 
 class CausalForward:
@@ -66,7 +65,7 @@ class CausalForward:
         self.loaded = dict(loaded or {})
         self.histories: dict[Hashable, History] = {}
         self.spare = [self._history() for _ in range(plan.branches)]  # not yet of a branch
-        self.contexts = Contexts(backbone.context, 2 * plan.max_active + 2)
+        self.context = lru_cache(2 * plan.max_active + 2)(backbone.context)  # by the text's identity
         self.holds_residual = settings.holds_residual
         self.order = order
         self.held: dict[tuple[int | Given, Hashable], Forecast] = {}  # residuals, by chunk and branch
@@ -156,18 +155,11 @@ class CausalForward:
     def _recomputed(self, steps: Sequence[Step], branches: Sequence[Hashable], texts: Texts) -> list[Tensor]:
         rows = steps[0].x.shape[0] // len(branches)
         histories = [self._history_of(name) for name in branches]
-        chunks = [step.place.chunk for step in steps]
-        every = self.histories.values()
-        storing = [step.place.chunk for step in steps if step.place.is_clean_pass]
-        for history in histories:
-            retry_on_oom(partial(history.arrange, chunks, storing), every)
+        stored = [step.place.chunk for step in steps if step.place.is_clean_pass]
         asking = self._asking(steps)
 
-        def begun() -> list[Group]:
-            contexts = [[self.contexts.of(text) for text in texts(chunk)] for chunk in chunks]
-            return groups_of(self.backbone, steps, contexts, self.plan.together)
-
-        groups = retry_on_oom(begun, every)
+        def contexts(step: Step) -> list:
+            return [self.context(text) for text in texts(step.place.chunk)]
 
         def attend(layer: int, step: Step, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
             chunk, parts = step.place.chunk, zip(histories, q.split(rows), k.split(rows), v.split(rows), strict=True)
@@ -177,12 +169,10 @@ class CausalForward:
             ]
             return joined(answers)
 
-        for layer in range(self.backbone.layers):
-            for history in histories:
-                retry_on_oom(partial(history.open_layer, layer), every)
-            run_layer(self.backbone, layer, groups, attend, every, self.check)
-            for history in histories:
-                retry_on_oom(partial(history.close_layer, layer), every)
+        groups = run_layers(
+            self.backbone, steps, contexts, self.plan.together, histories, attend, stored,
+            self.histories.values(), self.check,
+        )  # fmt: skip
         return [velocity for group in groups for velocity in self._headed(group, branches)]
 
     def _headed(self, group: Group, branches: Sequence[Hashable]) -> Sequence[Tensor]:

@@ -13,8 +13,9 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from ..history.cache import Attention
+from ..history.cache import Attention, History
 from ..history.offload import Movable, retry_on_oom
+from ..schedule import Given
 from ..solvers.weights import joined
 from .forward import Step
 
@@ -63,55 +64,65 @@ def groups_of(backbone: Backbone, steps: Sequence[Step], texts: Sequence, togeth
     """Makes groups of neighbours with at most `together` tokens, or of a single chunk.
 
     Args:
+        steps: latents alike in shape.
         texts: each step's, as the backbone's `conditioning` takes them.
     """
-    groups: list[Group] = []
-    parts: list[list[int]] = []
-    for number, step in enumerate(steps):
-        before = parts[-1] if parts else []
-        alike = bool(before) and steps[before[0]].x.shape == step.x.shape
-        if alike and (len(before) + 1) * tokens_of(backbone, step.x) <= together:
-            before.append(number)
-        else:
-            parts.append([number])
-    for part in parts:
-        chosen = [steps[number] for number in part]
-        x, levels = joined([step.x for step in chosen], dim=2), levels_of(chosen)
-        conditioning = backbone.conditioning(x, levels, [texts[number] for number in part])
+    groups = []
+    size = max(1, together // tokens_of(backbone, steps[0].x))
+    for first in range(0, len(steps), size):
+        chosen = steps[first : first + size]
+        x = joined([step.x for step in chosen], dim=2)
+        levels = row_levels(steps[first].sigma, x) if len(chosen) == 1 else frame_levels(chosen)
+        conditioning = backbone.conditioning(x, levels, texts[first : first + size])
         groups.append(Group(chosen, x, levels, conditioning, backbone.embed(x)))
     return groups
 
 
-def run_layer(
+def run_layers(
     backbone: Backbone,
-    layer: int,
-    groups: Sequence[Group],
+    steps: Sequence[Step],
+    texts: Callable[[Step], Sequence],
+    together: int,
+    histories: Sequence[History],
     attend: AttendChunk,
-    histories: Collection[Movable],
-    check: Callable[[], None],
-) -> None:
-    """Runs one layer over all groups, oldest chunk first.
+    stored: Sequence[int | Given] = (),
+    movable: Collection[Movable] | None = None,
+    check: Callable[[], None] = lambda: None,
+) -> list[Group]:
+    """Runs all layers over steps; in each of them, oldest chunk first.
 
     Args:
+        texts: of a step, as the backbone's `conditioning` takes them.
+        together: tokens that go through a product at once, at most.
+        histories: which the steps' chunks write to and see.
         attend: of one chunk.
-        histories: may move to system memory where the device runs out of its own.
-        check: called before every group; may raise to end the run.
+        stored: chunks that become clean with this.
+        movable: histories that may move to system memory where the device runs out of its own; None for the same.
+        check: called before every group of every layer; may raise to end the run.
+
+    Returns:
+        The groups, with the last layer's hidden tokens.
     """
-    for group in groups:
-        check()
+    movable = histories if movable is None else movable
+    for history in histories:
+        retry_on_oom(partial(history.arrange, [step.place.chunk for step in steps], stored), movable)
+    groups = retry_on_oom(lambda: groups_of(backbone, steps, [texts(step) for step in steps], together), movable)
+    for layer in range(backbone.layers):
+        for history in histories:
+            retry_on_oom(partial(history.open_layer, layer), movable)
+        for group in groups:
+            check()
 
-        def attended(q: Tensor, k: Tensor, v: Tensor, group: Group = group) -> Tensor:
-            chunks = zip(*(part.chunk(len(group.steps), dim=2) for part in (q, k, v)), strict=True)
-            answers = [attend(layer, step, *qkv) for step, qkv in zip(group.steps, chunks, strict=True)]
-            return joined(answers, dim=2)
+            def attended(q: Tensor, k: Tensor, v: Tensor, layer: int = layer, group: Group = group) -> Tensor:
+                chunks = zip(*(part.chunk(len(group.steps), dim=2) for part in (q, k, v)), strict=True)
+                answers = [attend(layer, step, *qkv) for step, qkv in zip(group.steps, chunks, strict=True)]
+                return joined(answers, dim=2)
 
-        block = partial(backbone.block, layer, group.hidden, group.conditioning, attended)
-        group.hidden = retry_on_oom(block, histories)
-
-
-def levels_of(steps: Sequence[Step]) -> Tensor:
-    """Noise levels of steps that are run together: of rows [rows], or of frames [rows, T] where steps are several."""
-    return row_levels(steps[0].sigma, steps[0].x) if len(steps) == 1 else frame_levels(steps)
+            block = partial(backbone.block, layer, group.hidden, group.conditioning, attended)
+            group.hidden = retry_on_oom(block, movable)
+        for history in histories:
+            retry_on_oom(partial(history.close_layer, layer), movable)
+    return groups
 
 
 def row_levels(sigma: float, x: Tensor) -> Tensor:

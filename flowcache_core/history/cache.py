@@ -29,12 +29,11 @@ from torch import Tensor
 from ..errors import UserError
 from ..schedule import Given
 from ..settings import HistorySettings
-from .compression import asking_queries
-from .eviction import evict
+from .compression import asking_queries, evict
 from .offload import OUT_OF_MEMORY, OffloadableBuffer, retry_on_oom, runs_out_of_memory
 from .plan import MemoryPlan
 from .positions import Positions, RotaryTable, rotate
-from .snapshot import Snapshot, SnapshotDelta, cut_to
+from .snapshot import Snapshot, SnapshotDelta
 from .streams import AT_ONCE, Pending, SideStream
 
 Attention = Callable[[Tensor, Tensor, Tensor], Tensor]  # q, k, v [B, heads, tokens, D] -> q's shape
@@ -309,9 +308,11 @@ class History:
         ]
         self._write(layer, given, *fresh)
 
-    def _evicted(self, layer: int, seen: Tensor, parts: list[Tensor]) -> list[Tensor]:
+    def _evicted(self, layer: int, seen: Tensor, parts: list[Tensor], queries: Tensor | None = None) -> list[Tensor]:
+        """What stays of a layer's tokens but the given ones, by the queries that were kept unless told others."""
         plan = self.plan
-        queries = self.queries[layer] if self.queries is not None and self.asked else None
+        if queries is None and self.queries is not None and self.asked:
+            queries = self.queries[layer]
         keep = plan.clean_tokens - plan.given_tokens
         return evict(self.settings.compression, seen, parts, queries, keep, plan.frame_tokens, plan.chunk_tokens, layer)
 
@@ -434,23 +435,26 @@ class History:
             )
         lead = plan.given_tokens - plan.end_tokens
         keep = count if self.settings.budget is None else lead + self.settings.budget * plan.chunk_tokens
-        cut = count > keep
-        if cut:
-            compression = self.settings.compression
-            saved = cut_to(keep - lead, saved, lead, compression, plan.frame_tokens, plan.chunk_tokens)
-            count = keep
-        if count > plan.clean_tokens - plan.end_tokens:
+        kept = min(count, keep)
+        if kept > plan.clean_tokens - plan.end_tokens:
             raise UserError(
-                f"The state holds {count} tokens of history, and there is room for "
+                f"The state holds {kept} tokens of history, and there is room for "
                 f"{plan.clean_tokens - plan.end_tokens}."
             )
         for layer in range(network.layers):
-            retry_on_oom(partial(self._load_layer, layer, saved), [self])
-        self.clean = plan.end_tokens + count
-        self.saved = 0 if cut else self.clean
+            retry_on_oom(partial(self._load_layer, layer, saved, kept), [self])
+        self.clean = plan.end_tokens + kept
+        self.saved = 0 if kept < count else self.clean
 
-    def _load_layer(self, layer: int, saved: Snapshot) -> None:
-        keys, values, tokens = saved.keys[layer], saved.values[layer], saved.tokens[layer].to(self.device)
+    def _load_layer(self, layer: int, saved: Snapshot, kept: int) -> None:
+        parts = [part[layer] for part in saved[:3]]
+        if kept < parts[0].shape[2]:
+            lead = self.plan.given_tokens - self.plan.end_tokens
+            rest = [part[:, :, lead:] for part in parts]
+            queries = saved.queries[layer] if len(saved.queries) else None
+            cut = self._evicted(layer, rest[0], rest, queries)
+            parts = [torch.cat([part[:, :, :lead], new], dim=2) for part, new in zip(parts, cut, strict=True)]
+        keys, values, tokens = parts[0], parts[1], parts[2].to(self.device)
         if self.positions.relative:
             keys = self.positions.turn_back(keys.to(self.device, self.dtype), tokens)
         self._write(layer, self.plan.end_tokens, keys, values, tokens)

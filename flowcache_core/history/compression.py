@@ -5,6 +5,8 @@ All arithmetic is linear in the history's length and done in tiles, so that the 
 broken by age, the older token stays, which makes the choice deterministic.
 """
 
+from collections.abc import Sequence
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -148,3 +150,30 @@ def choose(
         best = keep_best(score(asked, middle, settings.weight, settings.pool), free, unit)
     fixed = torch.arange(count, device=keys.device).expand(batch, heads, count)
     return torch.cat([fixed[..., :head], best + head, fixed[..., count - tail :]], dim=-1)
+
+
+def evict(
+    compression: Compression,
+    keys: Tensor,
+    parts: Sequence[Tensor],
+    queries: Tensor | None,
+    keep: int,
+    frame_tokens: int,
+    chunk_tokens: int,
+    layer: int,
+) -> list[Tensor]:
+    """Chooses `keep` tokens of one layer and gathers what is stored of them.
+
+    Args:
+        compression: how to choose.
+        keys: [B, heads, N, D], as they are attended to.
+        parts: [B, heads, N] or [B, heads, N, D], what is stored of the same tokens.
+        queries: [B, query heads, Q, D] of the chunk that asks, or None.
+        layer: its number.
+
+    Returns:
+        New tensors with `keep` tokens, for each part.
+    """
+    kept = choose(compression, queries, keys, keep, frame_tokens, chunk_tokens, seed=layer)
+    wide = kept[..., None].expand(*kept.shape, keys.shape[-1])
+    return [part.gather(2, kept if part.ndim == 3 else wide) for part in parts]

@@ -38,7 +38,6 @@ class NetworkSizes:
         layers, heads, kv_heads, head_dim: blocks; query heads, key and value heads, width of each.
         dim, inner_dim: widths of the tokens and of the feed-forward's inner layer.
         context_bytes: of one text's keys and values in all layers.
-        time_dims: width of the part of each key that time rotates.
     """
 
     layers: int
@@ -47,7 +46,6 @@ class NetworkSizes:
     head_dim: int
     dim: int
     inner_dim: int
-    time_dims: int
     context_bytes: int = 0
 
 

@@ -1,5 +1,6 @@
 """Where a token stands for the network: rotary positions, counted from the video's start or from the window's."""
 
+from functools import lru_cache
 from typing import Protocol
 
 import torch
@@ -46,9 +47,14 @@ class Positions:
     def __init__(self, plan: MemoryPlan, rotary: RotaryTable, device: torch.device):
         self.plan, self.rotary, self.device = plan, rotary, device
         self.relative = plan.relative
-        self.time_dims = rotary.parts[0] if plan.relative else 0
+        self.time_dims = rotary.parts[0]
         self.shift = 0  # frames by which positions are moved towards zero
-        self._tables: dict[tuple[int, int], Tensor] = {}  # by first position and number of frames
+
+        @lru_cache(2 * plan.max_active + 5)
+        def table(first: int, frames: int) -> Tensor:
+            return rotary.table(torch.arange(first, first + frames, device=device), *plan.grid)
+
+        self._table = table  # by first position and number of frames
 
     @property
     def window(self) -> int:
@@ -112,15 +118,6 @@ class Positions:
     def _turned(self, keys: Tensor, positions: Tensor) -> Tensor:
         angles = self.rotary.angles(positions, self.time_dims)
         turned = keys.clone()
-        turned[..., : self.time_dims] = rotate(
-            keys[..., : self.time_dims], torch.stack([angles.cos(), angles.sin()]).float()
-        )
+        table = torch.stack([angles.cos(), angles.sin()]).float()
+        turned[..., : self.time_dims] = rotate(keys[..., : self.time_dims], table)
         return turned
-
-    def _table(self, first: int, frames: int) -> Tensor:
-        if (first, frames) not in self._tables:
-            if len(self._tables) > 2 * self.plan.max_active + 4:
-                self._tables.pop(next(iter(self._tables)))
-            places = torch.arange(first, first + frames, device=self.device)
-            self._tables[first, frames] = self.rotary.table(places, *self.plan.grid)
-        return self._tables[first, frames]

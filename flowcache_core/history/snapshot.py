@@ -3,11 +3,7 @@
 from collections.abc import Hashable
 from typing import NamedTuple
 
-import torch
 from torch import Tensor
-
-from ..settings import Compression
-from .eviction import evict
 
 
 class Snapshot(NamedTuple):
@@ -35,17 +31,3 @@ class SnapshotDelta(NamedTuple):
 
     histories: dict[Hashable, Snapshot]
     full: bool
-
-
-def cut_to(
-    keep: int, saved: Snapshot, lead: int, compression: Compression, frame_tokens: int, chunk_tokens: int
-) -> Snapshot:
-    """Cuts a snapshot to `keep` tokens beside the first `lead` ones."""
-    layers = []
-    for layer, parts in enumerate(zip(*saved[:3], strict=True)):
-        queries = saved.queries[layer] if len(saved.queries) else None
-        rest = [part[:, :, lead:] for part in parts]
-        kept = evict(compression, rest[0], rest, queries, keep, frame_tokens, chunk_tokens, layer)
-        layers.append([torch.cat([part[:, :, :lead], new], dim=2) for part, new in zip(parts, kept, strict=True)])
-    keys, values, tokens = (torch.stack(parts) for parts in zip(*layers, strict=True))
-    return Snapshot(keys, values, tokens, saved.queries)

@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..engine.forward import Step
-from ..engine.layers import groups_of, run_layer
+from ..engine.layers import run_layers
 from ..history.cache import History
 from ..history.positions import rotate
 from ..models.magi.config import MagiConfig
@@ -99,17 +99,12 @@ def seconds(function: Callable[[], object]) -> float:
 def forward(backbone: MagiBackbone, history: History, step: Step, context: MagiContext) -> Tensor:
     """Runs one chunk over a history, as the engine does."""
     chunk = step.place.chunk
-    history.arrange([chunk], [chunk] if step.place.is_clean_pass else [])
-    groups = groups_of(backbone, [step], [[context]], together=0)
 
     def attend(layer: int, _: Step, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         return history.attend(layer, chunk, q, k, v, grouped_attention)
 
-    for layer in range(backbone.layers):
-        history.open_layer(layer)
-        run_layer(backbone, layer, groups, attend, [history], lambda: None)
-        history.close_layer(layer)
-    (group,) = groups
+    stored = [chunk] if step.place.is_clean_pass else []
+    (group,) = run_layers(backbone, [step], lambda step: [context], 0, [history], attend, stored)
     return backbone.head(step.x, group.levels, backbone.residual(step.x, group.hidden))
 
 

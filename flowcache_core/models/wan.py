@@ -64,10 +64,7 @@ class WanConfig:
         """Says what decides how much memory a run takes; published models read 512 text tokens."""
         head_dim = self.dim // self.num_heads
         context = 2 * self.num_layers * text_tokens * self.dim * itemsize
-        rotary = Rotary(head_dim)
-        return NetworkSizes(
-            self.num_layers, self.num_heads, self.num_heads, head_dim, self.dim, self.ffn_dim, rotary.parts[0], context
-        )
+        return NetworkSizes(self.num_layers, self.num_heads, self.num_heads, head_dim, self.dim, self.ffn_dim, context)
 
 
 class WanAttention(nn.Module):
@@ -165,14 +162,10 @@ class WanBackbone:
         self.rotary = Rotary(self.head_dim)
 
     @property
-    def kv_heads(self) -> int:
-        return self.heads
-
-    @property
     def sizes(self) -> NetworkSizes:
         """What decides how much memory a run takes."""
         inner = self.network.blocks[0].ffn[0].out_features
-        return NetworkSizes(self.layers, self.heads, self.heads, self.head_dim, self.dim, inner, self.rotary.parts[0])
+        return NetworkSizes(self.layers, self.heads, self.heads, self.head_dim, self.dim, inner)
 
     @property
     def channels(self) -> int:

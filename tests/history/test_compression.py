@@ -89,7 +89,7 @@ def test_a_budget_must_hold_what_is_protected():
 def test_a_cut_takes_little_memory_whatever_the_length(chunks, heads, frame, lag, kind):
     """Of a layer whose clean tokens are `chunks` chunks, and one more comes."""
     schedule, settings = ChunkSchedule(chunks + 2, 4, lag), Settings(history=HistorySettings(chunks))
-    sizes = NetworkSizes(1, heads, heads, 64, heads * 64, 4 * heads * 64, Rotary(64).parts[0])
+    sizes = NetworkSizes(1, heads, heads, 64, heads * 64, 4 * heads * 64)
     policy = settings.reuse.policy(schedule)
     plan = plan_memory(sizes, schedule, settings, policy, grid=frame, chunk_frames=1)
     assert plan.kind == kind

@@ -55,10 +55,7 @@ class MagiConfig:
         """What decides how much memory a run takes."""
         inner = self.ffn_width * (2 if self.gated else 1)
         context = 2 * self.layers * self.caption_tokens * self.kv_heads * self.head_dim * 2
-        time_dims = self.head_dim // 4
-        return NetworkSizes(
-            self.layers, self.heads, self.kv_heads, self.head_dim, self.width, inner, time_dims, context
-        )
+        return NetworkSizes(self.layers, self.heads, self.kv_heads, self.head_dim, self.width, inner, context)
 
     @property
     def fed_channels(self) -> int:

@@ -10,17 +10,16 @@ Source: MAGI-1, inference/pipeline/video_generate.py and forward_dispatcher in i
 """
 
 import time
-from collections import OrderedDict
 from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from functools import partial
+from functools import lru_cache, partial
 from typing import Literal
 
 import torch
 from torch import Tensor
 
 from ...engine.forward import Step, Velocity
-from ...engine.layers import Group, groups_of, row_levels, run_layer
+from ...engine.layers import row_levels, run_layers
 from ...engine.loop import Engine, Progress, Sampling, check_cancelled
 from ...errors import UserError
 from ...history.cache import History, begin_delta, moved_note
@@ -223,7 +222,7 @@ class MagiForward:
         check: Callable[[], None] = lambda: None,
     ):
         self.backbone, self.schedule, self.settings, self.plan = backbone, schedule, settings, plan
-        self.report, self.text, self.null, self.sampling = report, text, null, sampling
+        self.report, self.sampling = report, sampling
         self.attention, self.check = attention, check
         self.distilled = backbone.config.distilled
         self.branches = ("text",) if self.distilled else ("text", "past")
@@ -234,7 +233,13 @@ class MagiForward:
         self.history = History(plan, rotary, settings.history, dtype, device, keeps_slots, stream)
         if loaded is not None:
             self.history.load(loaded)
-        self.contexts: OrderedDict[Hashable, MagiContext] = OrderedDict()
+
+        @lru_cache(2 * plan.max_active + 4)
+        def context(chunk: int | Given | None, captioned: bool, size: float | None) -> MagiContext:
+            told = text(chunk) if isinstance(chunk, int) else null
+            return backbone.context(told._replace(captioned=captioned, step_size=size))
+
+        self.context = context
         self.waiting: list[Step] = []  # the clean pass that goes along with the next forward
         self.seen_by_next = max(sampling.visible, default=1) - 1  # chunks that a run which goes on from here looks at
         self.tail: list[Captured] = []  # the last chunks of the run, where the history has no room for all of those
@@ -364,14 +369,6 @@ class MagiForward:
             stored = [step.place.chunk for step in passes]
         if stored and self._captures(stored[0]):
             self.history.captured = {}
-        chunks = [step.place.chunk for step in [*passes, *steps]]
-        retry_on_oom(partial(self.history.arrange, chunks, stored), [self.history])
-
-        def begun() -> list[Group]:
-            contexts = [[self._context(step.place, branch)] for step in [*passes, *steps]]
-            return groups_of(self.backbone, [*passes, *steps], contexts, together=0)
-
-        groups = retry_on_oom(begun, [self.history])
         asking = steps[-1].place.chunk if steps and self.plan.asking else None
 
         def attend(layer: int, step: Step, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
@@ -380,10 +377,10 @@ class MagiForward:
                 layer, chunk, q, k, v, self.attention, self._visible(step.place), keep_queries=chunk == asking
             )
 
-        for layer in range(self.backbone.layers):
-            retry_on_oom(partial(self.history.open_layer, layer), [self.history])
-            run_layer(self.backbone, layer, groups, attend, [self.history], self.check)
-            retry_on_oom(partial(self.history.close_layer, layer), [self.history])
+        groups = run_layers(
+            self.backbone, [*passes, *steps], lambda step: [self._context(step.place, branch)], 0,
+            [self.history], attend, stored, check=self.check,
+        )  # fmt: skip
         self.report.clean_passes += len(passes)
         if stored:
             if self.history.captured is not None:
@@ -429,14 +426,7 @@ class MagiForward:
         captioned = branch == "text" or self.distilled
         size = step_size(self.schedule.steps, place.step or 0, self.sampling.order) if self.distilled else None
         chunk = place.chunk if captioned and place.step is not None else None
-        key = (chunk, captioned, size)
-        if key not in self.contexts:
-            text = self.text(chunk) if isinstance(chunk, int) else self.null
-            self.contexts[key] = self.backbone.context(text._replace(captioned=captioned, step_size=size))
-            while len(self.contexts) > 2 * self.plan.max_active + 4:
-                self.contexts.popitem(last=False)
-        self.contexts.move_to_end(key)
-        return self.contexts[key]
+        return self.context(chunk, captioned, size)
 
 
 def magi_engine(
