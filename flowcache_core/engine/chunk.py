@@ -89,7 +89,12 @@ class ActiveChunk:
         x, step, sigma = self.latent, self.step, self.sigma
         fresh = velocity is not None and recomputed
         if velocity is not None and recomputed:
-            self._remember(velocity)
+            kept = velocity
+            if self.held == "clean":
+                kept = x - sigma * velocity
+            elif self.held == "change":
+                kept = velocity * (self.sigmas[step + 1] - sigma)
+            self.forecast.add(step, kept)
         if self.held == "change":
             change = self.forecast.at(step)
             self._last, self.latent = (x, change, sigma / (self.sigmas[step + 1] - sigma)), x + change
@@ -112,14 +117,6 @@ class ActiveChunk:
             self.forecast.add(self.step, clean)
         self.step += 1
         return self.forecast.at(self.step - 1)
-
-    def _remember(self, velocity: Tensor) -> None:
-        kept = velocity
-        if self.held == "clean":
-            kept = self.latent - self.sigma * velocity
-        elif self.held == "change":
-            kept = velocity * (self.sigmas[self.step + 1] - self.sigma)
-        self.forecast.add(self.step, kept)
 
     def forecast_velocity(self) -> Tensor:
         """Gives the velocity that stands in for this step's."""

@@ -53,38 +53,29 @@ class Forward(Protocol):
 
     def mix(self, step: Step, oldest: bool) -> Hashable:
         """Names the sum of branches that a step's velocity will be; a new one starts a new forecast."""
-        ...
 
     def signals(self, steps: Sequence[Step]) -> list[Tensor]:
         """What a policy watches for change, for each step."""
-        ...
 
     def velocities(self, steps: Sequence[Step]) -> list[Velocity]:
         """Runs the network for a tick's steps, oldest chunk first."""
-        ...
 
     def give(self, chunk: int | Given, latent: Tensor, condition: float) -> None:
         """Runs given frames [B, C, T, H, W], shown at a noise level, and stores their keys and values."""
-        ...
 
     def finish(self, chunk: int, latent: Tensor) -> None:
         """Takes a finished chunk, whose keys and values are stored now or with the next forward."""
-        ...
 
     def settle(self) -> None:
         """Stores what was left for the next forward."""
-        ...
 
     def save(self) -> dict[Hashable, Snapshot]:
         """Copies the clean history of every branch to the CPU; nothing where none is kept."""
-        ...
 
     def begin_delta(self, full: bool) -> Callable[[], SnapshotDelta]:
         """Begins to copy what the clean history has grown by since the last call or since it was loaded; `full`: all
         of it. Call what it gives for the copies."""
-        ...
 
     @property
     def history_bytes(self) -> tuple[int, int]:
         """Bytes of history in use, and of its buffers."""
-        ...

@@ -2,6 +2,7 @@
 
 import time
 from collections.abc import Callable, Hashable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -164,12 +165,10 @@ class Engine:
         asked = [step for step in steps if step.recompute or self.forward.holds_residual]
         answers = iter(self.forward.velocities(asked) if asked else [])
         for chunk, step in zip(self.active, steps, strict=True):
+            value, recomputed = None, False
             if step.recompute or self.forward.holds_residual:
                 value, chunk.branches, recomputed = next(answers)
-                chunk.advance(value, recomputed)
-            else:
-                recomputed = False
-                chunk.advance(None)
+            chunk.advance(value, recomputed)
             self.report.record(chunk.index, chunk.branches, recomputed)
         self.advanced, finished = self.active, [chunk for chunk in self.active if chunk.finished]
         self.active = [chunk for chunk in self.active if not chunk.finished]
@@ -214,18 +213,11 @@ class Engine:
         for chunk, signal in zip(self.active, signals, strict=True):
             chunk.change, chunk.signal = changes.get(chunk.index), signal
 
-    def _timed(self) -> "Stopwatch":
-        return Stopwatch(self.report)
-
-
-class Stopwatch:
-    """Adds the time of its block to a report."""
-
-    def __init__(self, report: Report):
-        self.report = report
-
-    def __enter__(self) -> None:
-        self.begun = time.perf_counter()
-
-    def __exit__(self, *error) -> None:
-        self.report.seconds += time.perf_counter() - self.begun
+    @contextmanager
+    def _timed(self) -> Iterator[None]:
+        """Adds the time of its block to the report."""
+        begun = time.perf_counter()
+        try:
+            yield
+        finally:
+            self.report.seconds += time.perf_counter() - begun

@@ -16,7 +16,7 @@ from ..report import Report
 from ..schedule import ChunkSchedule, Given, Place
 from .forward import Step, Velocity
 from .guidance import Guidance, Texts
-from .joint import AttendLayer, WindowForward
+from .joint import WindowForward
 
 SPAN = 21  # frames that a query may attend to in all, its own window included
 
@@ -109,17 +109,16 @@ class RollingForward(WindowForward):
     def _network(self, steps: Sequence[Step], branches: Sequence[Hashable], texts: Texts) -> list[Tensor]:
         chunk, whole = steps[0].place.chunk, sum(step.x.shape[2] for step in steps)
         assert isinstance(chunk, int)
-        first, rows = chunk * self.chunk_frames, steps[0].x.shape[0] // len(branches)
+        x, first = steps[0].x, chunk * self.chunk_frames
+        rows = x.shape[0] // len(branches)
         histories = [self._history_of(name) for name in branches]
-        x = steps[0].x
         window = partial(self._attend_clean if steps[0].place.is_clean_pass else self._attend, first, whole, x)
 
         def attend(layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
             parts = zip(histories, q.split(rows), k.split(rows), v.split(rows), strict=True)
             return torch.cat([window(history, layer, *qkv) for history, *qkv in parts])
 
-        whole_attend: AttendLayer = attend
-        return self.run(steps, branches, texts, whole_attend)
+        return self.run(steps, branches, texts, attend)
 
     def _attend(self, first: int, frames: int, x: Tensor, history: RollingHistory, layer: int, q, k, v) -> Tensor:
         table = self.table(x[:, :, :1].expand(-1, -1, frames, -1, -1), first)

@@ -55,13 +55,7 @@ def grid_table(angles: list[Tensor], pairs: int | None = None) -> Tensor:
     """
     time, row, column = angles
     shape = (len(time), len(row), len(column))
-    whole = torch.cat(
-        [
-            time[:, None, None].expand(*shape, -1),
-            row[None, :, None].expand(*shape, -1),
-            column[None, None, :].expand(*shape, -1),
-        ],
-        dim=-1,
-    ).flatten(0, 2)
+    axes = (time[:, None, None], row[:, None], column)
+    whole = torch.cat([axis.expand(*shape, -1) for axis in axes], dim=-1).flatten(0, 2)
     whole = F.pad(whole, (0, (pairs or whole.shape[-1]) - whole.shape[-1]))
     return torch.stack([whole.cos(), whole.sin()]).float()

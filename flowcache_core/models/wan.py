@@ -19,11 +19,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ..history.cache import Attention
 from ..history.plan import NetworkSizes
 from ..solvers.weights import joined
 from .rotary import Rotary
 
-Attention = Callable[[Tensor, Tensor, Tensor], Tensor]  # q, k, v [B, heads, tokens, D] -> [B, heads, tokens, D]
 Attend = Callable[[int, Tensor, Tensor, Tensor], Tensor]  # the same behind a layer number, over the history
 Context = list[tuple[Tensor, Tensor]]  # a text's cross-attention keys and values [B, H, tokens, D], a pair a layer
 
@@ -100,7 +100,7 @@ class WanHead(nn.Module):
         self.modulation = nn.Parameter(torch.randn(1, 2, config.dim) / config.dim**0.5)
 
 
-class PatchEmbedding(nn.Conv3d):
+class CastingConv3d(nn.Conv3d):
     """Computes in the input's type, whatever its weights are stored in, as ComfyUI's does; latents enter in float32."""
 
     def forward(self, x: Tensor) -> Tensor:
@@ -117,7 +117,7 @@ class WanNetwork(nn.Module):
         self.freq_dim = config.freq_dim
         self.patch_size = config.patch_size
         self.out_dim = config.out_dim
-        self.patch_embedding = PatchEmbedding(config.in_dim, dim, config.patch_size, config.patch_size)
+        self.patch_embedding = CastingConv3d(config.in_dim, dim, config.patch_size, config.patch_size)
         self.text_embedding = nn.Sequential(
             nn.Linear(config.text_dim, dim), nn.GELU(approximate="tanh"), nn.Linear(dim, dim)
         )
@@ -186,11 +186,8 @@ class WanBackbone:
         """Makes cross-attention keys and values of a text embedding [B, tokens, text_dim]: one pair a layer, [B, H,
         tokens, D]."""
         text = self.network.text_embedding(text)
-        pairs = []
-        for block in self.network.blocks:
-            cross = block.cross_attn
-            pairs.append((self._split(cross.norm_k(cross.k(text))), self._split(cross.v(text))))
-        return pairs
+        crosses = [block.cross_attn for block in self.network.blocks]
+        return [(self._split(cross.norm_k(cross.k(text))), self._split(cross.v(text))) for cross in crosses]
 
     def conditioning(self, x: Tensor, sigma: Tensor, texts: Sequence[Sequence[Context]]) -> Conditioning:
         """Prepares what all blocks are told about one or more chunks.
@@ -229,7 +226,9 @@ class WanBackbone:
         embedding, _ = self._time(sigma, x.dtype)  # [B, T or 1, dim]
         shift, scale = (head.modulation.to(x) + embedding[:, :, None]).split(1, dim=2)
         patches = head.head(modulate(head.norm(self.embed(x) + residual), shift, scale))
-        return self._unpatch(patches, x.shape)
+        height, width = x.shape[-2:]
+        latent = unpatched(patches, self.grid(height, width), self.network.patch_size[1:])
+        return latent[:, :, :, :height, :width]
 
     def reuse_signal(self, x: Tensor, sigma: Tensor) -> Tensor:
         """Gives what FlowCache watches: the patch embedding (MAGI-1's choice), [B, T, rows * columns, dim]."""
@@ -293,10 +292,9 @@ class WanBackbone:
     def _join(self, x: Tensor) -> Tensor:
         return x.transpose(1, 2).flatten(2)
 
-    def _unpatch(self, patches: Tensor, shape: torch.Size) -> Tensor:
-        _, _, frames, height, width = shape
-        rows, columns = self.grid(height, width)
-        _, patch_height, patch_width = self.network.patch_size
-        x = patches.unflatten(2, (rows, columns)).unflatten(-1, (patch_height, patch_width, -1))
-        # [B, T, rows, columns, patch_height, patch_width, C] -> [B, C, T, H, W]
-        return x.permute(0, 6, 1, 2, 4, 3, 5).flatten(5).flatten(3, 4)[:, :, :frames, :height, :width]
+
+def unpatched(patches: Tensor, grid: tuple[int, int], patch: tuple[int, int]) -> Tensor:
+    """Makes latents [B, C, T, H, W] of patches [B, T, rows * columns, patch height * patch width * C]."""
+    x = patches.unflatten(2, grid).unflatten(-1, (*patch, -1))
+    # [B, T, rows, columns, patch height, patch width, C] -> [B, C, T, H, W]
+    return x.permute(0, 6, 1, 2, 4, 3, 5).flatten(5).flatten(3, 4)

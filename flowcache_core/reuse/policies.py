@@ -4,6 +4,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -43,11 +44,9 @@ class Policy(Protocol):
 
     def decide(self, chunks: Sequence[Deciding]) -> list[bool]:
         """Says for each chunk whether to run the network."""
-        ...
 
     def recomputed(self, steps: int) -> frozenset[int] | None:
         """The recomputed steps of a chunk that takes so many; None where they depend on what is seen."""
-        ...
 
 
 @dataclass(frozen=True)
@@ -113,9 +112,7 @@ def rescaled(change: float | None, coefficients: Sequence[float] | None) -> floa
     """Puts a change through a polynomial; None where there is no change, or the polynomial is not positive."""
     if change is None or coefficients is None:
         return change
-    value = 0.0
-    for coefficient in coefficients:
-        value = value * change + coefficient
+    value = float(np.polyval(coefficients, change))
     return value if value > 0 else None
 
 

@@ -28,7 +28,6 @@ def no_noise(chunk: int, step: int) -> Tensor:
 class Solver(Protocol):
     def step(self, x: Tensor, velocity: Tensor, step: int) -> Tensor:
         """Gives the latent after `step`, from the latent before it and the velocity there; shapes [B, C, T, H, W]."""
-        ...
 
 
 SolverFactory = Callable[[Sequence[float], Noise], Solver]  # sigmas [steps + 1], fresh noise -> a chunk's solver
@@ -97,9 +96,6 @@ class Euler(Linear):
 
     def weights(self, step: int, held: int, provisional: bool = False) -> np.ndarray:
         return np.array([[1.0, self.sigmas[step + 1] - self.sigmas[step]]])
-
-    def step(self, x: Tensor, velocity: Tensor, step: int, provisional: bool = False) -> Tensor:
-        return torch.add(x, velocity, alpha=self.sigmas[step + 1] - self.sigmas[step])
 
 
 class Renoise:

@@ -1,8 +1,7 @@
-"""Sizes of MAGI-1 networks: as published, from upstream's config files, or read off the weights."""
+"""Sizes of MAGI-1 networks: as published, or read off the weights."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
 
 from torch import Tensor
 
@@ -60,37 +59,6 @@ class MagiConfig:
     @property
     def fed_channels(self) -> int:
         return self.channels * (2 if self.doubled else 1)
-
-    @classmethod
-    def from_upstream(cls, settings: Mapping[str, Any]) -> "MagiConfig":
-        """Reads the contents of one of upstream's config files (`model_config` and `engine_config`).
-
-        Raises:
-            UserError: the file asks for a layout that no published MAGI-1 has.
-        """
-        model, doubled = settings["model_config"], settings["model_config"]["half_channel_vae"]
-        fixed = {"apply_layernorm_1p": True, "t_patch_size": 1, "cond_hidden_ratio": 0.25, "cond_gating_ratio": 1.0}
-        for name, expected in (fixed | {"xattn_cond_hidden_ratio": 1.0, "out_channels": model["in_channels"]}).items():
-            if model[name] != expected:
-                raise UserError(f"model_config has {name} = {model[name]}; only {expected} is supported.")
-        return cls(
-            layers=model["num_layers"],
-            width=model["hidden_size"],
-            ffn_width=model["ffn_hidden_size"],
-            heads=model["num_attention_heads"],
-            kv_heads=model["num_query_groups"],
-            head_dim=model["kv_channels"],
-            channels=model["in_channels"] // (2 if doubled else 1),
-            doubled=doubled,
-            input_scale=model["x_rescale_factor"],
-            gated=model["gated_linear_unit"],
-            caption_width=model["caption_channels"],
-            caption_tokens=model["caption_max_length"],
-            patch=model["patch_size"],
-            eps=model["layernorm_epsilon"],
-            distilled=settings["engine_config"]["distill"],
-            fp8=settings["engine_config"]["fp8_quant"],
-        )
 
     @classmethod
     def from_tensors(cls, tensors: Mapping[str, Tensor], distilled: bool) -> "MagiConfig":

@@ -174,11 +174,7 @@ def magi_sampling(
 
     def pinned(chunk: int, latent: Tensor) -> Tensor:
         own = None if given is None else given[:, :, chunk * CHUNK_FRAMES : (chunk + 1) * CHUNK_FRAMES]
-        return (
-            latent
-            if own is None or not own.shape[2]
-            else torch.cat([own.to(latent), latent[:, :, own.shape[2] :]], dim=2)
-        )
+        return latent if own is None else torch.cat([own.to(latent), latent[:, :, own.shape[2] :]], dim=2)
 
     levels = sigmas(schedule.steps, sampling.order)
     return Sampling(levels, start, held=sampling.held, pinned=pinned, recompute_last_tick=True)
@@ -468,9 +464,7 @@ def magi_engine(
     policy, report = settings.reuse.policy(schedule), Report(schedule)
     plan = magi_plan(backbone.config, schedule, settings, sampling, shape, backbone.network.dtype.itemsize)
 
-    def check() -> None:
-        check_cancelled(cancelled, report)
-
+    check = partial(check_cancelled, cancelled, report)
     forward = MagiForward(
         backbone, schedule, settings, plan, report, text, null,
         policy=policy, device=device, sampling=sampling, attention=attention, loaded=loaded, check=check,

@@ -13,7 +13,7 @@ Source: MAGI-1, inference/model/dit/dit_model.py and dit_module.py.
 """
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import NamedTuple, cast
@@ -24,13 +24,12 @@ from torch import Tensor, nn
 
 from ...errors import UserError
 from ...history.plan import NetworkSizes
+from ...solvers.weights import joined
 from ..fit import fit
 from ..rotary import grid_table
+from ..wan import Attend, Attention, CastingConv3d, unpatched
 from .config import MagiConfig
 from .fp8 import Fp8Linear, SmoothFp8Linear
-
-Attention = Callable[[Tensor, Tensor, Tensor], Tensor]  # q [B, heads, n, D], k, v [B, kv_heads, m, D] -> q's shape
-Attend = Callable[[int, Tensor, Tensor, Tensor], Tensor]  # the same behind a layer number, over the history
 
 TIME_WIDTH = 256  # of the sinusoid
 TIME_SCALE = 1000.0
@@ -49,25 +48,20 @@ class Casting:
         def forward(self, x: Tensor) -> Tensor:
             return F.layer_norm(x, self.normalized_shape, self.weight.to(x.dtype), self.bias.to(x.dtype), self.eps)
 
-    class Conv3d(nn.Conv3d):
-        def forward(self, x: Tensor) -> Tensor:
-            return self._conv_forward(x, self.weight.to(x.dtype), None)
-
+    Conv3d = CastingConv3d
     Fp8Linear = Fp8Linear
     SmoothFp8Linear = SmoothFp8Linear
 
 
-class ShiftedLayerNorm(nn.Module):
+class ShiftedLayerNorm(nn.LayerNorm):
     """Layer norm whose stored gain is the gain minus one."""
 
-    def __init__(self, width: int, eps: float, **where):
-        super().__init__()
-        self.eps = eps
-        self.weight = nn.Parameter(torch.zeros(width, **where))
-        self.bias = nn.Parameter(torch.zeros(width, **where))
+    def reset_parameters(self) -> None:
+        nn.init.zeros_(self.weight)
+        nn.init.zeros_(self.bias)
 
     def forward(self, x: Tensor) -> Tensor:
-        return F.layer_norm(x, x.shape[-1:], self.weight.to(x) + 1, self.bias.to(x), self.eps)
+        return F.layer_norm(x, self.normalized_shape, self.weight.to(x) + 1, self.bias.to(x), self.eps)
 
 
 class MagiRope(nn.Module):
@@ -428,7 +422,9 @@ class MagiBackbone:
     def head(self, x: Tensor, sigma: Tensor, residual: Tensor) -> Tensor:
         """Gives the velocity [B, C, T, H, W] from the latent and a residual; the noise level plays no part."""
         hidden = self.network.videodit_blocks.final_layernorm(self.embed(x).float() + residual)
-        velocity = self._unpatch(self.network.final_linear.linear(hidden), x.shape)
+        velocity = unpatched(
+            self.network.final_linear.linear(hidden), self.grid(*x.shape[-2:]), (self.config.patch, self.config.patch)
+        )
         return -(velocity[:, : self.config.channels] / self.config.input_scale).to(x.dtype)
 
     def reuse_signal(self, x: Tensor, sigma: Tensor) -> Tensor:
@@ -487,8 +483,7 @@ class MagiBackbone:
 
     def _read(self, q: Tensor, captions: list[CaptionKeys]) -> Tensor:
         """Cross-attention [B, heads, tokens, D]; row by row, because captions differ in length."""
-        rows = [self.attention(row, *caption) for row, caption in zip(q.split(1), captions, strict=True)]
-        return rows[0] if len(rows) == 1 else torch.cat(rows)
+        return joined([self.attention(row, *caption) for row, caption in zip(q.split(1), captions, strict=True)])
 
     def _split(self, x: Tensor) -> Tensor:
         return x.unflatten(-1, (-1, self.head_dim)).transpose(1, 2)
@@ -497,10 +492,3 @@ class MagiBackbone:
         """Two [B, heads, tokens, D] to [B, tokens, 2 * heads * D], group by group: a group's past, then its text."""
         both = torch.stack([past, text], dim=1).permute(0, 3, 1, 2, 4).flatten(3)  # [B, tokens, 2, heads * D]
         return both.unflatten(3, (MERGE_GROUPS, -1)).transpose(2, 3).flatten(2)
-
-    def _unpatch(self, patches: Tensor, shape: torch.Size) -> Tensor:
-        rows, columns = self.grid(*shape[-2:])
-        patch = self.config.patch
-        x = patches.unflatten(2, (rows, columns)).unflatten(-1, (patch, patch, -1))
-        # [B, T, rows, columns, patch, patch, C] -> [B, C, T, H, W]
-        return x.permute(0, 6, 1, 2, 4, 3, 5).flatten(5).flatten(3, 4)

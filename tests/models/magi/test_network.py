@@ -271,29 +271,6 @@ def test_shards_are_loaded_as_they_are(tmp_path):
         load_network(loaded | {"rope.bands": torch.ones(3)}, distilled=True)
 
 
-def upstream_settings(config: MagiConfig) -> dict:
-    """The config file that upstream would have for a network."""
-    model = {
-        "num_layers": config.layers, "hidden_size": config.width, "ffn_hidden_size": config.ffn_width,
-        "num_attention_heads": config.heads, "num_query_groups": config.kv_heads, "kv_channels": config.head_dim,
-        "layernorm_epsilon": 1e-6, "apply_layernorm_1p": True, "x_rescale_factor": config.input_scale,
-        "half_channel_vae": config.doubled, "patch_size": 2, "t_patch_size": 1, "in_channels": config.fed_channels,
-        "out_channels": config.fed_channels, "cond_hidden_ratio": 0.25, "caption_channels": config.caption_width,
-        "caption_max_length": config.caption_tokens, "xattn_cond_hidden_ratio": 1.0, "cond_gating_ratio": 1.0,
-        "gated_linear_unit": config.gated,
-    }  # fmt: skip
-    return {"model_config": model, "engine_config": {"distill": config.distilled, "fp8_quant": config.fp8}}
-
-
-def test_sizes_from_upstreams_config_file():
-    for config in (MAGI_4_5B, MAGI_24B, replace(MAGI_24B, distilled=True)):
-        assert MagiConfig.from_upstream(upstream_settings(config)) == config
-    odd = upstream_settings(MAGI_4_5B)
-    odd["model_config"]["apply_layernorm_1p"] = False
-    with pytest.raises(UserError, match="apply_layernorm_1p"):
-        MagiConfig.from_upstream(odd)
-
-
 def test_odd_latents_and_missing_step_size_are_told():
     model = backbone(CONFIGS["small_distill"])
     with pytest.raises(UserError, match="multiples of 2"):
