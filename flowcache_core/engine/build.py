@@ -79,7 +79,9 @@ def build_engine(run: RunSettings) -> Engine:
         forward = JointForward(run.backbone, run.guidance, report, schedule, first, start, run.grain, **more)
     elif run.seeing == "rolling":
         forward = RollingForward(run.backbone, run.guidance, report, run.shape[2], **more)
-        a_branch = rolling_bytes(run.backbone, schedule, run.shape, run.dtype.itemsize)
+        batch, _, frames, *size = run.shape
+        sizes, grid = run.backbone.sizes, run.backbone.grid(*size)
+        a_branch = rolling_bytes(sizes, grid, schedule, frames, batch, run.dtype.itemsize)
         report.history_bytes_planned = run.branches * a_branch
     else:
         forward = CausalForward(

@@ -182,8 +182,7 @@ class CausalForward:
         if self.holds_residual:
             for step, part in zip(group.steps, residual.chunk(count, dim=1), strict=True):
                 self._hold(step.place, branches, part)
-        head = partial(self.backbone.head, group.x, group.levels, residual)
-        return retry_on_oom(head, every).chunk(count, dim=2)
+        return retry_on_oom(lambda: self.backbone.head(group.x, group.levels, residual).chunk(count, dim=2), every)
 
     def _hold(self, place: Place, branches: Sequence[Hashable], residual: Tensor) -> None:
         if place.step is not None:

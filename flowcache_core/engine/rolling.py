@@ -4,6 +4,7 @@ bounded history of clean chunks: the first one (sink) and the newest ones.
 Source: RollingForcing, pipeline/rolling_forcing_inference.py and wan/modules/causal_model.py.
 """
 
+import math
 from collections.abc import Hashable, Sequence
 from functools import partial
 
@@ -11,6 +12,7 @@ import torch
 from torch import Tensor
 
 from ..errors import UserError
+from ..history.plan import NetworkSizes
 from ..history.positions import rotate
 from ..report import Report
 from ..schedule import ChunkSchedule, Given, Place
@@ -21,17 +23,20 @@ from .joint import WindowForward
 SPAN = 21  # frames that a query may attend to in all, its own window included
 
 
-def rolling_bytes(backbone, schedule: ChunkSchedule, chunk: Sequence[int], itemsize: int, span: int = SPAN) -> int:
+def rolling_bytes(
+    sizes: NetworkSizes, grid: tuple[int, int], schedule: ChunkSchedule, chunk_frames: int, rows: int, itemsize: int
+) -> int:
     """Works out what the history of one branch grows to: keys and values of the sink and of the newest chunks.
 
     Args:
-        chunk: shape of a chunk, [B, C, T, H, W].
+        sizes: of the network.
+        grid: rows and columns of tokens of a frame.
+        rows: videos.
         itemsize: bytes of a number.
     """
-    rows, columns = backbone.grid(*chunk[3:])
-    kept = 1 + min(span // chunk[2] - 1, schedule.total_chunks)
-    sizes = backbone.sizes
-    return 2 * sizes.layers * chunk[0] * sizes.kv_heads * sizes.head_dim * itemsize * chunk[2] * rows * columns * kept
+    kept = 1 + min(SPAN // chunk_frames - 1, schedule.total_chunks)
+    tokens = rows * math.prod(grid) * chunk_frames * kept
+    return 2 * tokens * sizes.layers * sizes.kv_heads * sizes.head_dim * itemsize
 
 
 class RollingHistory:

@@ -82,9 +82,7 @@ class History:
             size = (network.layers, plan.batch, network.heads, plan.asking, network.head_dim)
             self.queries = torch.zeros(size, dtype=dtype, device=device)
         self.asked = False  # whether they are there yet
-        self.scratch: Layer | None = None
-        if plan.needs_scratch:
-            self.scratch = self._scratch()
+        self.scratch = self._scratch() if plan.needs_scratch else None
         self.layers: list[Layer] = []
         most = plan.clean_chunks + (plan.slots if plan.kind == "stored" else 0)
         for chunks in range(0 if settings.memory == "auto" else most, most + 1):
@@ -113,9 +111,7 @@ class History:
         def buffer() -> OffloadableBuffer:
             return OffloadableBuffer.empty(size, moved, self.dtype, self.device, self.stream)
 
-        self.layers = []
-        for _ in range(network.layers):
-            self.layers.append(Layer(buffer(), buffer()))
+        self.layers = [Layer(buffer(), buffer()) for _ in range(network.layers)]
 
     def _scratch(self) -> Layer:
         plan = self.plan
@@ -280,9 +276,8 @@ class History:
                     raise RuntimeError(f"Chunk {chunk} cannot become clean: the slots are those of {self.slots}.")
                 self.slots.pop(0)
                 self.clean += self.plan.tokens_of(chunk)
-        if self.plan.kind == "shared":
-            if self.clean > self.plan.clean_tokens:
-                self.clean, self.saved = self.plan.clean_tokens, 0
+        if self.plan.kind == "shared" and self.clean > self.plan.clean_tokens:
+            self.clean, self.saved = self.plan.clean_tokens, 0
 
     def _cut_stored(self) -> None:
         """Cuts every layer to the budget and moves the slots up behind the clean tokens.

@@ -16,21 +16,6 @@ Slots = Literal["shared", "stored"]
 
 
 @dataclass(frozen=True)
-class GivenFrames:
-    """Frames that are given and fill no chunk.
-
-    Attributes:
-        lead: frames before the first chunk.
-        end: frames after the last chunk.
-        end_at: number in the video of the first of those.
-    """
-
-    lead: int = 0
-    end: int = 0
-    end_at: int = 0
-
-
-@dataclass(frozen=True)
 class NetworkSizes:
     """What of a network decides how much memory its run takes.
 
@@ -60,7 +45,7 @@ class MemoryPlan:
         itemsize: bytes of a number that is computed with.
         grid: rows and columns of tokens of a frame.
         chunk_frames: latent frames of a chunk.
-        given: frames beside the chunks.
+        lead, end: given frames that fill no chunk, before the first one and after the last.
         total_chunks: of the whole video.
         clean_chunks: that there is room for in every layer.
         max_active: chunks that are ever active at once.
@@ -79,7 +64,8 @@ class MemoryPlan:
     itemsize: int
     grid: tuple[int, int]
     chunk_frames: int
-    given: GivenFrames
+    lead: int
+    end: int
     total_chunks: int
     clean_chunks: int
     max_active: int
@@ -101,11 +87,11 @@ class MemoryPlan:
 
     @property
     def end_tokens(self) -> int:
-        return self.frame_tokens * self.given.end
+        return self.frame_tokens * self.end
 
     @property
     def given_tokens(self) -> int:
-        return self.end_tokens + self.frame_tokens * self.given.lead
+        return self.end_tokens + self.frame_tokens * self.lead
 
     @property
     def clean_tokens(self) -> int:
@@ -131,14 +117,14 @@ class MemoryPlan:
 
     def frames_of(self, chunk: int | Given) -> int:
         if isinstance(chunk, Given):
-            return {Given.LEAD: self.given.lead, Given.END: self.given.end}[chunk]
+            return {Given.LEAD: self.lead, Given.END: self.end}[chunk]
         return self.chunk_frames
 
     def first_frame(self, chunk: int | Given) -> int:
         """Number in the video of a chunk's first frame."""
-        if isinstance(chunk, Given):
-            return {Given.LEAD: 0, Given.END: self.given.end_at}[chunk]
-        return self.given.lead + chunk * self.chunk_frames
+        if chunk is Given.LEAD:
+            return 0
+        return self.lead + self.chunk_frames * (self.total_chunks if chunk is Given.END else chunk)
 
     @property
     def token_bytes(self) -> int:
@@ -234,7 +220,6 @@ def plan_memory(
         texts: different ones that are kept at once, for each branch.
     """
     total, budget = schedule.total_chunks, settings.history.budget
-    lead, end = given
     bounded = budget is not None and budget < total
     alone = schedule.max_active + int(waiting) == 1
     passing = settings.clean_pass and at_once and aligned(policy, schedule, also)
@@ -251,7 +236,8 @@ def plan_memory(
         itemsize=itemsize,
         grid=grid,
         chunk_frames=chunk_frames,
-        given=GivenFrames(lead, end, lead + total * chunk_frames),
+        lead=given[0],
+        end=given[1],
         total_chunks=total,
         clean_chunks=budget if bounded and budget is not None else total,
         max_active=min(total, schedule.max_active),

@@ -65,11 +65,11 @@ class Positions:
     def reach(self, frames: int) -> None:
         """Moves the window, so that a video of so many frames ends inside it."""
         if self.relative:
-            self.shift = max(self.shift, frames - self.plan.given.lead - self.window)
+            self.shift = max(self.shift, frames - self.plan.lead - self.window)
 
     def sees_end(self, chunk: int | Given) -> bool:
         """Whether a chunk looks at a given end; where positions are relative, only from within a window's length."""
-        return not self.relative or self.plan.given.end_at - self.plan.first_frame(chunk) <= self.window
+        return not self.relative or self.plan.first_frame(Given.END) - self.plan.first_frame(chunk) <= self.window
 
     def table(self, chunk: int | Given) -> Tensor:
         """The rotary table of a chunk's tokens, [2, tokens, D / 2]."""
@@ -112,8 +112,9 @@ class Positions:
 
     def _beyond(self) -> int:
         """Frames by which a given end is drawn nearer, so that it stands right behind the window at the farthest."""
-        given = self.plan.given
-        return max(0, given.end_at - self.shift - self.window - given.lead) if self.relative else 0
+        if not self.relative:
+            return 0
+        return max(0, self.plan.first_frame(Given.END) - self.shift - self.window - self.plan.lead)
 
     def _turned(self, keys: Tensor, positions: Tensor) -> Tensor:
         angles = self.rotary.angles(positions, self.time_dims)

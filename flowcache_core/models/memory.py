@@ -2,15 +2,13 @@
 
 from math import ceil
 
-import torch
-
 from ..engine.rolling import rolling_bytes
 from ..errors import UserError
 from ..history.plan import MemoryPlan, plan_memory
 from ..schedule import ChunkSchedule
 from ..settings import Settings
 from .families import Family
-from .wan import WanBackbone, WanConfig, WanNetwork
+from .wan import WanConfig
 
 VAE_STRIDE = 8  # pixels of a latent pixel, across and down
 FRAME_STRIDE = 4  # pixel frames of a latent frame; a video's first one has 1, but for MAGI-1
@@ -31,14 +29,12 @@ def plan_wan(
         UserError: a lag that does not fit, a size or length of nothing.
     """
     schedule = _wan_schedule(family, frames, lag)
-    width, height = latent_size(size)
-    _, patch_height, patch_width = config.patch_size
     return plan_memory(
         config.sizes(),
         schedule,
         settings,
         settings.reuse.policy(schedule),
-        grid=(ceil(height / patch_height), ceil(width / patch_width)),
+        grid=_grid(config, size),
         chunk_frames=family.chunk_frames,
         branches=_branches(family),
     )
@@ -50,11 +46,8 @@ def rolling_history_bytes(config: WanConfig, family: Family, size: tuple[int, in
     Args:
         size, frames: as for `plan_wan`.
     """
-    with torch.device("meta"):
-        backbone = WanBackbone(WanNetwork(config))
-    width, height = latent_size(size)
-    chunk = (1, config.in_dim, family.chunk_frames, height, width)
-    return _branches(family) * rolling_bytes(backbone, _wan_schedule(family, frames, None), chunk, itemsize=2)
+    schedule, grid = _wan_schedule(family, frames, None), _grid(config, size)
+    return _branches(family) * rolling_bytes(config.sizes(), grid, schedule, family.chunk_frames, rows=1, itemsize=2)
 
 
 def wan_frames(family: Family, frames: int) -> int:
@@ -76,6 +69,13 @@ def _wan_chunks(family: Family, frames: int) -> int:
     if frames < 1:
         raise UserError(f"The video has {frames} frames, expected at least 1.")
     return ceil((ceil((frames - 1) / FRAME_STRIDE) + 1) / family.chunk_frames)
+
+
+def _grid(config: WanConfig, size: tuple[int, int]) -> tuple[int, int]:
+    """Rows and columns of tokens of a frame."""
+    width, height = latent_size(size)
+    _, patch_height, patch_width = config.patch_size
+    return ceil(height / patch_height), ceil(width / patch_width)
 
 
 def _branches(family: Family) -> int:

@@ -70,11 +70,11 @@ def engine(
 
 
 def latents(made: Engine) -> torch.Tensor:
-    given = made.forward.plan.given
-    if given.lead:
-        made.give(Given.LEAD, noise(100, given.lead))
-    if given.end:
-        made.give(Given.END, noise(200, given.end))
+    plan = made.forward.plan
+    if plan.lead:
+        made.give(Given.LEAD, noise(100, plan.lead))
+    if plan.end:
+        made.give(Given.END, noise(200, plan.end))
     return torch.cat([chunk.latent for chunk in made.run()], dim=2)
 
 
