@@ -44,13 +44,9 @@ class Calibrate(io.ComfyNode):
         schedule = ChunkSchedule(chunks, steps, usual.lag if steps == usual.steps else steps)
 
         how = Sampling(
-            usual.levels(steps),
-            usual.chunk_frames,
-            schedule.lag,
-            usual.solver(steps),
-            usual.guidance,
+            usual.levels(steps), usual.chunk_frames, schedule.lag, usual.solver(steps), usual.guidance,
             usual.first_levels(steps),
-        )
+        )  # fmt: skip
         size = (width or usual.size[0], height or usual.size[1])
 
         def clip(settings: Settings, number: int):

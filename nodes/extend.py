@@ -60,20 +60,11 @@ class AutoregressiveExtend(io.ComfyNode):
             raise UserError(
                 "Both a prefix and a state are connected; a state already holds what came before. Connect one."
             )
+        prefix, end = (None if latent is None else latent["samples"] for latent in (prefix, end))
         asked = Extension(
-            positive,
-            negative,
-            seed,
-            chunks,
-            (width, height),
-            prefix=None if prefix is None else prefix["samples"],
-            end=None if end is None else end["samples"],
-            state=state,
-            stream=stream,
-            resume=resume,
-            metadata=workflow_metadata(cls.hidden),
-            node_id=cls.hidden.unique_id,
-        )
+            positive, negative, seed, chunks, (width, height), prefix, end, state, stream, resume,
+            metadata=workflow_metadata(cls.hidden), node_id=cls.hidden.unique_id,
+        )  # fmt: skip
         name = host.family_of(model)
         if name in MAGI_FAMILIES:
             host_magi.check_fixed(

@@ -40,18 +40,13 @@ def leave_out_others(model_options: dict) -> list[str]:
 
 def check_network(network: torch.nn.Module) -> None:
     """Raises UserError for a network that cannot be run chunk by chunk."""
-    if (
-        not hasattr(network, "blocks")
-        or not hasattr(network, "patch_embedding")
-        or not hasattr(network, "time_projection")
-    ):
+    if not all(hasattr(network, part) for part in ("blocks", "patch_embedding", "time_projection")):
         raise UserError(
             f"The model is a {type(network).__name__}; FlowCache runs networks of the Wan 2.1 text-to-video layout. "
             "Load a causal Wan, SkyReels-V2 or the demo model; MAGI-1 is run by Autoregressive Extend."
         )
-    if getattr(network, "model_type", "t2v") != "t2v" or getattr(network, "in_dim", 16) != getattr(
-        network, "out_dim", 16
-    ):
+    channels = {getattr(network, dim, 16) for dim in ("in_dim", "out_dim")}
+    if getattr(network, "model_type", "t2v") != "t2v" or len(channels) > 1:
         raise UserError(
             "The model is an image-to-video Wan, which is not autoregressive; load a text-to-video layout (causal Wan, "
             "SkyReels-V2, the demo model) and give images as a prefix."

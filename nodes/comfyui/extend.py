@@ -122,7 +122,7 @@ def extend(model: comfy.model_patcher.ModelPatcher, asked: Extension, how: Sampl
         )
     model = host.patched_or_off(model)
     name, state, chunk_frames = host.model_name(model), asked.state, how.chunk_frames
-    shape = _chunk_shape(model, asked, chunk_frames)
+    shape = chunk_shape(model, asked, chunk_frames)
     if state is not None:
         state.check(name, chunk_frames, shape)
         if not state.histories:
@@ -213,7 +213,7 @@ def run_guider(model, asked: Extension, sampler, levels: list[float], shape, tic
     )
 
 
-def _chunk_shape(model: comfy.model_patcher.ModelPatcher, asked: Extension, chunk_frames: int) -> list[int]:
+def chunk_shape(model: comfy.model_patcher.ModelPatcher, asked: Extension, chunk_frames: int) -> list[int]:
     """Of a chunk's latent, [B, C, T, H, W], by the frames that are given; they are checked."""
     channels = model.get_model_object("latent_format").latent_channels
     shape = [1, channels, chunk_frames, asked.size[1] // 8, asked.size[0] // 8]

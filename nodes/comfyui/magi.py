@@ -34,8 +34,8 @@ from ...flowcache_core.solvers.one_step import chunk_noise
 from ...flowcache_core.storage.state import State
 from . import patch as host
 from .captions import ChunkCaptions
-from .checks import check_finite, check_latent, check_size, leave_out_others
-from .extend import Extended, Extension, Layout, carry_out, kept_run, run_guider
+from .checks import check_finite, leave_out_others
+from .extend import Extended, Extension, Layout, carry_out, chunk_shape, kept_run, run_guider
 from .finished import FinishedChunks
 from .guider import host_attention
 from .listener import RunListener
@@ -84,18 +84,15 @@ class MagiSampler(host.ChunkSampler):
     """MAGI-1's engine as a sampler of the host.
 
     Attributes:
-        schedule, settings, sampling, seed: of the run.
-        label: of the settings, for the report.
+        schedule, sampling, seed: of the run.
         given: latent frames [B, C, T, H, W] before the generated ones, in the network's space, or None.
         loaded: the clean history of an earlier run that holds them, or None.
         listener: is told of the run.
     """
 
     schedule: ChunkSchedule
-    settings: Settings
     sampling: MagiSampling
     seed: int
-    label: str
     given: Tensor | None
     loaded: Snapshot | None
     listener: RunListener
@@ -106,6 +103,7 @@ class MagiSampler(host.ChunkSampler):
     ) -> Tensor:
         """Called by the host with a tensor of a chunk's shape [B, C, T, H, W]; returns the last chunk."""
         model, schedule, device = guider.inner_model, self.schedule, noise.device
+        patch = host.patch_on(extra_args["model_options"])
         network, batch = model.diffusion_model, noise.shape[0]
         attention = host_attention(extra_args["model_options"]["transformer_options"])
         captions = ChunkCaptions(guider.conds)
@@ -126,7 +124,7 @@ class MagiSampler(host.ChunkSampler):
         engine = magi_engine(
             MagiBackbone(network, attention),
             schedule,
-            self.settings,
+            patch.settings,
             text,
             _rows(null_text(network.y_embedder.null_caption_embedding), batch, device),
             lambda chunk: chunk_noise(self.seed, chunk, tuple(noise.shape)).to(noise),
@@ -140,7 +138,7 @@ class MagiSampler(host.ChunkSampler):
             cancelled=interrupted,
         )
         options = comfy.model_patcher.create_model_options_clone(extra_args["model_options"])
-        engine.report.settings = self.label
+        engine.report.settings = patch.label
         engine.report.notes += leave_out_others(options)
         self.listener.plan(engine.report)
         for chunk in engine.run():
@@ -151,10 +149,10 @@ class MagiSampler(host.ChunkSampler):
 
     def planned_bytes(self, guider, noise: Tensor, sigmas: Tensor, settings: Settings) -> int:
         """Works out what its history takes of the device's memory."""
-        if self.settings.history.memory == "system":
+        if settings.history.memory == "system":
             return 0
         network = guider.model_patcher.model.diffusion_model
-        kept = magi_settings(self.settings, self.sampling, self.schedule)
+        kept = magi_settings(settings, self.sampling, self.schedule)
         plan = magi_plan(network.config, self.schedule, kept, self.sampling, noise.shape, network.dtype.itemsize)
         return plan.history_bytes
 
@@ -167,20 +165,15 @@ def extend(model: comfy.model_patcher.ModelPatcher, asked: Extension, steps: int
         guidance: scale of the caption, or 0 for the published one; a distilled network takes none.
     """
     model = host.patched_or_off(model)
-    patch, network = host.patch_on(model.model_options), model.model.diffusion_model
-    name, config, settings, state = model_name(model), network.config, patch.settings, asked.state
+    settings, config = host.patch_on(model.model_options).settings, model.model.diffusion_model.config
+    name, state = model_name(model), asked.state
     check_negative(asked.negative)
     usual_steps, usual_size = magi_usual(config)
     steps = steps or usual_steps
-    given = None
-    if asked.prefix is not None:
-        check_latent(asked.prefix, config.channels)
-        given = model.model.process_latent_in(asked.prefix.cpu().float())
-    before = given if state is None else state.latents
     width, height = (mine or usual for mine, usual in zip(asked.size, usual_size, strict=True))
-    batch, size = (1, (height // 8, width // 8)) if before is None else (before.shape[0], before.shape[3:])
-    shape = [batch, config.channels, CHUNK_FRAMES, *size]
-    check_size(shape)
+    shape = chunk_shape(model, replace(asked, size=(width, height)), CHUNK_FRAMES)
+    given = None if asked.prefix is None else model.model.process_latent_in(asked.prefix.cpu().float())
+    before = given if state is None else state.latents
     if state is not None:
         state.check(name, CHUNK_FRAMES, shape)
     frames = state.frames if state is not None else 0 if before is None else before.shape[2]
@@ -198,10 +191,8 @@ def extend(model: comfy.model_patcher.ModelPatcher, asked: Extension, steps: int
             left = magi_schedule(schedule.total_chunks * CHUNK_FRAMES - earlier.frames, steps, earlier.frames)
         sampler = MagiSampler(
             schedule=left,
-            settings=settings,
             sampling=sampling,
             seed=asked.seed,
-            label=patch.label,
             given=given,
             loaded=None if begun is None else begun.by_branch.get(SHARED),
             listener=finished,

@@ -39,13 +39,8 @@ def weights_of(model) -> list:
     ]
     options = model.model_options.get("transformer_options", {})
     patch = host.patch_of(model.model_options)
-    setup = [
-        options.get(FAMILY),
-        options.get(FPS),
-        patch and _deciding(patch.settings),
-        str(host.compute_dtype(model.model)),
-    ]
-    return [weights, dict(model.patches), setup]
+    settings, dtype = patch and _deciding(patch.settings), str(host.compute_dtype(model.model))
+    return [weights, dict(model.patches), [options.get(FAMILY), options.get(FPS), settings, dtype]]
 
 
 def _deciding(settings: Settings) -> Settings:

@@ -1,9 +1,7 @@
 """Our engine as a sampler of the host."""
 
-from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Any
 
 import comfy.model_patcher
 import torch
@@ -71,8 +69,8 @@ class ARSampler(host.ChunkSampler):
         notes = leave_out_others(options)
         patch = host.patch_of(options)
         add_wrapper_with_key(WrappersMP.DIFFUSION_MODEL, host.KEY, host.diffusion_model, options, is_model_options=True)
-        call = SamplerCall(self, guider, options, sigmas.tolist(), extra_args.get("seed") or 0, noise, latent_image)
-        call.callback = callback
+        seed = extra_args.get("seed") or 0
+        call = SamplerCall(self, guider, options, sigmas.tolist(), seed, noise, latent_image, callback)
         engine = call.engine(patch.settings if patch else OFF)
         engine.report.settings = patch.label if patch else "FlowCache off"
         engine.report.notes += notes
@@ -94,11 +92,15 @@ class ARSampler(host.ChunkSampler):
 
     def planned_bytes(self, guider, noise: Tensor, sigmas: Tensor, settings: Settings) -> int:
         """Works out what its history takes of the device's memory."""
-        chunks = self.chunks or check_frames(noise, self.chunk_frames)
-        shape = (*noise.shape[:2], self.chunk_frames, *noise.shape[3:])
+        schedule = self.schedule(self.new_chunks(noise), len(sigmas) - 1)
         if self.seeing != "causal":
             return 0
-        return host.planned_bytes(guider, self.schedule(chunks, len(sigmas) - 1), shape, settings, at_once=True)
+        shape = (*noise.shape[:2], self.chunk_frames, *noise.shape[3:])
+        return host.planned_bytes(guider, schedule, shape, settings, at_once=True)
+
+    def new_chunks(self, noise: Tensor) -> int:
+        """Counts the chunks that are generated from a noise [B, C, T, H, W]."""
+        return self.chunks or check_frames(noise, self.chunk_frames)
 
     def chunks_before(self) -> int:
         """Counts the whole chunks that a causal run has behind it when it starts."""
@@ -111,36 +113,28 @@ class ARSampler(host.ChunkSampler):
         return 0 if self.prefix is None else self.prefix.shape[2]
 
 
-@dataclass
 class SamplerCall:
     """One call of an `ARSampler` by the host: its run, and what the host is shown of it.
 
-    Attributes:
+    Args:
         sampler: that is called.
         guider, noise, latent_image, callback: the host's, see `ARSampler.sample`.
         options: the model options of this run.
         levels: noise levels, [steps + 1].
         seed: of the run.
-        samples: finished chunks that are returned.
     """
 
-    sampler: ARSampler
-    guider: Any
-    options: dict
-    levels: list[float]
-    seed: int
-    noise: Tensor
-    latent_image: Tensor | None
-    callback: Callable | None = None
-    samples: list[Tensor] = field(default_factory=list)
-
-    def __post_init__(self):
-        sampler, noise = self.sampler, self.noise
-        chunks = sampler.chunks or check_frames(noise, sampler.chunk_frames)
-        self.model = self.guider.inner_model
+    def __init__(
+        self, sampler: ARSampler, guider, options: dict, levels: list[float], seed: int, noise: Tensor, latent_image,
+        callback,
+    ):  # fmt: skip
+        self.sampler, self.guider, self.options, self.levels, self.seed = sampler, guider, options, levels, seed
+        self.noise, self.latent_image, self.callback = noise, latent_image, callback
+        self.model = guider.inner_model
         self.shape = (*noise.shape[:2], sampler.chunk_frames, *noise.shape[3:])
-        self.schedule = sampler.schedule(chunks, len(self.levels) - 1)
-        self.captions = ChunkCaptions(self.guider.conds)
+        self.schedule = sampler.schedule(sampler.new_chunks(noise), len(levels) - 1)
+        self.captions = ChunkCaptions(guider.conds)
+        self.samples: list[Tensor] = []  # finished chunks that are returned
 
     def engine(self, settings: Settings) -> Engine:
         """Makes the run; frames that are given have been run when it returns."""
