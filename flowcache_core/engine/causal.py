@@ -2,7 +2,7 @@
 
 import time
 from collections.abc import Callable, Hashable, Mapping, Sequence
-from functools import lru_cache, partial
+from functools import lru_cache
 
 import torch
 import torch.nn.functional as F
@@ -10,7 +10,7 @@ from torch import Tensor
 
 from ..errors import UserError
 from ..history.cache import Attention, History, begin_delta, moved_note
-from ..history.offload import OUT_OF_MEMORY, retry_on_oom
+from ..history.offload import OUT_OF_MEMORY, attempts
 from ..history.plan import MemoryPlan
 from ..history.snapshot import Snapshot, SnapshotDelta
 from ..history.streams import SideStream
@@ -178,11 +178,16 @@ class CausalForward:
     def _headed(self, group: Group, branches: Sequence[Hashable]) -> Sequence[Tensor]:
         """Velocities of a group's chunks, from what its blocks gave."""
         count, every = len(group.steps), self.histories.values()
-        residual = retry_on_oom(partial(self.backbone.residual, group.x, group.hidden), every)
+        for attempt in attempts(every):
+            with attempt:
+                residual = self.backbone.residual(group.x, group.hidden)
         if self.holds_residual:
             for step, part in zip(group.steps, residual.chunk(count, dim=1), strict=True):
                 self._hold(step.place, branches, part)
-        return retry_on_oom(lambda: self.backbone.head(group.x, group.levels, residual).chunk(count, dim=2), every)
+        for attempt in attempts(every):
+            with attempt:
+                velocities = self.backbone.head(group.x, group.levels, residual).chunk(count, dim=2)
+        return velocities
 
     def _hold(self, place: Place, branches: Sequence[Hashable], residual: Tensor) -> None:
         if place.step is not None:

@@ -7,14 +7,13 @@ do so one by one, so that what a block needs inside is that of one chunk.
 
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
-from functools import partial
 from typing import Protocol
 
 import torch
 from torch import Tensor
 
 from ..history.cache import Attention, History
-from ..history.offload import Movable, retry_on_oom
+from ..history.offload import Movable, attempts
 from ..schedule import Given
 from ..solvers.weights import joined
 from .forward import Step
@@ -105,11 +104,17 @@ def run_layers(
     """
     movable = histories if movable is None else movable
     for history in histories:
-        retry_on_oom(partial(history.arrange, [step.place.chunk for step in steps], stored), movable)
-    groups = retry_on_oom(lambda: groups_of(backbone, steps, [texts(step) for step in steps], together), movable)
+        for attempt in attempts(movable):
+            with attempt:
+                history.arrange([step.place.chunk for step in steps], stored)
+    for attempt in attempts(movable):
+        with attempt:
+            groups = groups_of(backbone, steps, [texts(step) for step in steps], together)
     for layer in range(backbone.layers):
         for history in histories:
-            retry_on_oom(partial(history.open_layer, layer), movable)
+            for attempt in attempts(movable):
+                with attempt:
+                    history.open_layer(layer)
         for group in groups:
             check()
 
@@ -118,10 +123,13 @@ def run_layers(
                 answers = [attend(layer, step, *qkv) for step, qkv in zip(group.steps, chunks, strict=True)]
                 return joined(answers, dim=2)
 
-            block = partial(backbone.block, layer, group.hidden, group.conditioning, attended)
-            group.hidden = retry_on_oom(block, movable)
+            for attempt in attempts(movable):
+                with attempt:
+                    group.hidden = backbone.block(layer, group.hidden, group.conditioning, attended)
         for history in histories:
-            retry_on_oom(partial(history.close_layer, layer), movable)
+            for attempt in attempts(movable):
+                with attempt:
+                    history.close_layer(layer)
     return groups
 
 

@@ -30,7 +30,7 @@ from ..errors import UserError
 from ..schedule import Given
 from ..settings import HistorySettings
 from .compression import asking_queries, evict
-from .offload import OUT_OF_MEMORY, OffloadableBuffer, retry_on_oom, runs_out_of_memory
+from .offload import OUT_OF_MEMORY, OffloadableBuffer, attempts, runs_out_of_memory
 from .plan import MemoryPlan
 from .positions import Positions, RotaryTable, rotate
 from .snapshot import Snapshot, SnapshotDelta
@@ -286,7 +286,9 @@ class History:
         """
         self._cut = self._cut or list(range(len(self.layers)))
         while self._cut:
-            retry_on_oom(partial(self._cut_layer, self._cut[0]), [self])
+            for attempt in attempts([self]):
+                with attempt:
+                    self._cut_layer(self._cut[0])
             self._cut.pop(0)
         self.clean, self.saved = self.plan.clean_tokens, 0
 
@@ -437,7 +439,9 @@ class History:
                 f"{plan.clean_tokens - plan.end_tokens}."
             )
         for layer in range(network.layers):
-            retry_on_oom(partial(self._load_layer, layer, saved, kept), [self])
+            for attempt in attempts([self]):
+                with attempt:
+                    self._load_layer(layer, saved, kept)
         self.clean = plan.end_tokens + kept
         self.saved = 0 if kept < count else self.clean
 

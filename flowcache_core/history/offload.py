@@ -1,9 +1,9 @@
 """The history's way to system memory, for a device that runs out of its own: the oldest chunk first, one at a time."""
 
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass, field
 from itertools import accumulate
-from typing import Protocol, TypeVar
+from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -12,7 +12,6 @@ from .streams import AT_ONCE, Pending, SideStream
 
 SYSTEM = torch.device("cpu")  # its memory is the system's
 OUT_OF_MEMORY = "out of device memory"
-Result = TypeVar("Result")
 
 
 @dataclass
@@ -159,9 +158,28 @@ class Movable(Protocol):
     def move_chunk(self) -> None: ...
 
 
-def retry_on_oom(work: Callable[[], Result], histories: Collection[Movable]) -> Result:
-    """Does work that may be begun anew; again with one more chunk of each history in system memory, as often as the
-    device runs out of its own.
+class Attempt:
+    """Work that may be begun anew; where the device runs out of memory in it, it has failed and is begun again."""
+
+    def __init__(self, histories: Collection[Movable]):
+        self.histories, self.failed = histories, False
+
+    def __enter__(self) -> None:
+        pass
+
+    def __exit__(self, kind: type[BaseException] | None, *error) -> bool:
+        out_of_memory = kind is not None and issubclass(kind, torch.cuda.OutOfMemoryError)
+        self.failed = out_of_memory and any(history.on_device for history in self.histories)
+        return self.failed
+
+
+def attempts(histories: Collection[Movable]) -> Iterator[Attempt]:
+    """Tries a piece of work until the device has memory for it, with one more chunk of each history in system memory
+    each time:
+
+        for attempt in attempts(histories):
+            with attempt:
+                work()
 
     A forward is such work: it changes nothing until it is done, but its own slot of the history, which it fills again.
 
@@ -169,11 +187,10 @@ def retry_on_oom(work: Callable[[], Result], histories: Collection[Movable]) -> 
         torch.cuda.OutOfMemoryError: it ran out with nothing of the histories left on it.
     """
     while True:
-        try:
-            return work()
-        except torch.cuda.OutOfMemoryError:
-            if not any(history.on_device for history in histories):
-                raise
+        attempt = Attempt(histories)
+        yield attempt
+        if not attempt.failed:
+            return
         for history in histories:  # here, where nothing holds the failed work's tensors any more
             history.move_chunk()
 

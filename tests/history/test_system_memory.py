@@ -4,14 +4,14 @@ The device is the CPU, told when it has run out.
 """
 
 from dataclasses import replace
+from unittest.mock import patch
 
 import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from flowcache_core.engine import causal, layers
 from flowcache_core.history import cache
-from flowcache_core.history.offload import OffloadableBuffer, retry_on_oom
+from flowcache_core.history.offload import Attempt, OffloadableBuffer
 from flowcache_core.history.positions import Positions
 from tests.helpers.histories import (
     CASES,
@@ -90,15 +90,24 @@ class RunsOut(TorchDispatchMode):
                 raise torch.cuda.OutOfMemoryError("CUDA out of memory.")
         return function(*args, **(kwargs or {}))
 
-    def retry_on_oom(self, work, all_histories):
-        def watched():
-            self.depth += 1
-            try:
-                return work()
-            finally:
-                self.depth -= 1
+    def __enter__(self):
+        begin, end = Attempt.__enter__, Attempt.__exit__
 
-        return retry_on_oom(watched, all_histories)
+        def __enter__(attempt):
+            self.depth += 1
+            begin(attempt)
+
+        def __exit__(attempt, *error):
+            self.depth -= 1
+            return end(attempt, *error)
+
+        self.patched = patch.multiple(Attempt, __enter__=__enter__, __exit__=__exit__)
+        self.patched.start()
+        return super().__enter__()
+
+    def __exit__(self, *error):
+        super().__exit__(*error)
+        self.patched.stop()
 
 
 @OF_CASES
@@ -106,9 +115,7 @@ class RunsOut(TorchDispatchMode):
 def test_wherever_memory_runs_out_the_bits_are_the_same(backbone, monkeypatch, case, share):
     """In a block of a layer, in the head, in a cut: what is begun anew leaves no trace."""
     whole = RunsOut(at=0)
-    for module in (cache, layers, causal):
-        monkeypatch.setattr(module, "retry_on_oom", lambda *args: mode.retry_on_oom(*args))
-    with whole as mode:
+    with whole:
         expected = latents(engine(backbone, case))
     with RunsOut(at=1 + int(share * whole.seen)) as mode:
         made = engine(backbone, case)

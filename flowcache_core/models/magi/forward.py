@@ -23,7 +23,7 @@ from ...engine.layers import row_levels, run_layers
 from ...engine.loop import Engine, Progress, Sampling, check_cancelled
 from ...errors import UserError
 from ...history.cache import History, begin_delta, moved_note
-from ...history.offload import OUT_OF_MEMORY, retry_on_oom
+from ...history.offload import OUT_OF_MEMORY, attempts
 from ...history.plan import MemoryPlan, plan_memory
 from ...history.positions import rotate
 from ...history.snapshot import Snapshot, SnapshotDelta
@@ -390,10 +390,10 @@ class MagiForward:
         self.report.note(moved_note([self.history]), OUT_OF_MEMORY)
 
     def _headed(self, x: Tensor, level: Tensor, hidden: Tensor) -> Tensor:
-        def head() -> Tensor:
-            return self.backbone.head(x, level, self.backbone.residual(x, hidden))
-
-        return retry_on_oom(head, [self.history])
+        for attempt in attempts([self.history]):
+            with attempt:
+                velocity = self.backbone.head(x, level, self.backbone.residual(x, hidden))
+        return velocity
 
     def _alone(self, step: Step) -> Tensor:
         """The velocity of a chunk that sees itself alone, at position 0."""
@@ -406,7 +406,9 @@ class MagiForward:
         def attend(layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
             return self.attention(rotate(q, table), rotate(k, table), v)
 
-        residual = retry_on_oom(partial(self.backbone.trunk, x, level, context, attend), [self.history])
+        for attempt in attempts([self.history]):
+            with attempt:
+                residual = self.backbone.trunk(x, level, context, attend)
         return self.backbone.head(x, level, residual)
 
     def _visible(self, place: Place) -> int | None:
