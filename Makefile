@@ -24,7 +24,7 @@ calibrate: $(VENV)/ready
 	$(VENV)/bin/python -m flowcache_core.lab.search
 
 test: $(VENV)/tools
-	$(VENV)/bin/python -m pytest --numprocesses auto --maxprocesses 4 --dist loadfile
+	$(VENV)/bin/python -m pytest --durations 20 --numprocesses auto --maxprocesses 4 --dist loadfile
 
 lint: $(VENV)/lint
 	$(VENV)/bin/ruff check .

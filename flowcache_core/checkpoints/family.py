@@ -23,9 +23,13 @@ FAMILIES = {
     "demo": "the model that ships",
 }
 MAGI_FAMILIES = ("magi", "magi distilled")
-WAN_FAMILIES = ("causal", "causvid", "skyreels", "rolling", "wan")  # beside the one that ships
 CAUSAL_FAMILIES = ("causal", "causvid", "rolling", "demo")  # read by ComfyUI as causal AR
 STAMP = "flowcache"  # metadata key, beside ComfyUI's own "config"
+
+
+def wan_families() -> list[str]:
+    """Lists the families of the Wan 2.1 layout, but for the one that ships."""
+    return [name for name in FAMILIES if name not in (*MAGI_FAMILIES, "demo")]
 
 
 def transformer_settings(path: Path, file: WeightFile) -> dict:
@@ -59,7 +63,7 @@ def family_of(
     elif config.fps:
         possible = ["skyreels"]
     else:
-        possible = [*WAN_FAMILIES, "demo"] if found == "demo" else list(WAN_FAMILIES)
+        possible = [*wan_families(), *(["demo"] if found == "demo" else [])]
     family = found if asked == "auto" else asked
     if family not in possible:
         kind = "MAGI-1's names" if config is None else "an fps embedding" if config.fps else "the Wan 2.1 layout"
@@ -93,7 +97,7 @@ def _told_family(path: Path, file: WeightFile, config: WanConfig | None, setting
             f"{path.name} may be causal, causvid or rolling, taken as causal: choose the family for CausVid or Rolling "
             "Forcing.",
         )
-    choices = "; ".join(f"{name} ({FAMILIES[name]})" for name in WAN_FAMILIES)
+    choices = "; ".join(f"{name} ({FAMILIES[name]})" for name in wan_families())
     return "wan", (
         f"{path.name} has the Wan 2.1 layout and no stamp, taken as plain Wan 2.1: choose its family: {choices}.",
     )

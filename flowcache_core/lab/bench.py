@@ -22,7 +22,7 @@ from ..storage.calibrations import SHIPPED, load_calibration
 from ..storage.files import check_writable, write_whole
 from . import charts, compression_cost, process
 from .aims import SPEED_AIMS
-from .likeness import decibels, pixels, pixels_by_vae
+from .likeness import Spread, decibels, pixels, pixels_by_vae
 from .long_run import long_run
 from .methods import (
     CONVERGED,
@@ -39,10 +39,12 @@ from .methods import (
     sparing,
 )
 from .points import Point, References, measure, window_flops
+from .rounded import rounding_floor
 from .runs import Clips, Method, Outcome, plain_forwards, run
 from .setups import SETUPS, Setup
 from .short_history import short_history
 from .table import TITLES, table
+from .teacher import Teacher
 
 
 @dataclass(frozen=True)
@@ -147,26 +149,32 @@ class Bench:
         methods = ours(setup)[: self.size.settings]
         alike = self.alternate(setup, [m for m in [*methods, *peers(setup, self.size.settings)] if m.timed])
         once = self.timings[setup.name, PLAIN, EVERY]
-        kept = run(history_only(), setup, self.clips)  # where the plain run keeps no history, it gives the same
+        teacher = Teacher(setup.steps)
+        kept = run(history_only(), setup, self.clips, teacher.watch)  # the plain run, also where that keeps no history
         scale = once.seconds / self.timings[setup.name, HISTORY, EVERY].seconds if setup.window else 1.0
         reached = run(converged(setup), setup, self.fewer) if setup.converges else None
         self.references[setup.name] = references = References(
             plain=pixels(kept.latents),
+            teacher=teacher,
             converged=pixels(reached.latents) if reached else None,
             forwards=plain_forwards(setup, self.clips.chunks),
             seconds=kept.seconds * scale,
             half_seconds=kept.seconds / 2,
         )
         self.checks[setup.name] = {"plain_seconds_of_one_clip": round(once.seconds, 4)}
+        floor = rounding_floor(methods[0], setup, self.clips)
+        told = {"mean": floor.mean, "median": floor.median, "error": floor.error, "clips": floor.each}
+        self.checks[setup.name]["bfloat16_floor_psnr"] = {"setting": methods[0].setting} | told
         first = measure(plain(setup), setup, self.clips, kept, references)
-        first.psnr = first.ssim = first.psnr_deviation = None
+        first.free = first.forced = first.ssim = None
         if setup.window:
             first.flops = window_flops(setup, self.clips)
             first.seconds, first.forwards_executed = references.seconds, references.forwards
             first.history_bytes_peak = 0
-            self.checks[setup.name]["history_only_to_plain_psnr"] = alike
+            assert alike is not None
+            self.checks[setup.name]["history_only_to_plain_psnr"] = alike.mean
             history = measure(history_only(), setup, self.clips, kept, references)
-            self.points.append(replace(history, psnr=alike, ssim=None, psnr_deviation=None))
+            self.points.append(replace(history, free=alike, forced=None, ssim=None))
         first.speedup, first.overhead = 1.0, once.overhead
         self.points.append(first)
         shown = pixels_by_vae(kept.latents[:1]) if setup.converges else None
@@ -174,11 +182,11 @@ class Bench:
             outcome = run(method, setup, self.clips)
             point = self.point(setup, method, outcome)
             if method is methods[0] and shown is not None:
-                point.psnr_vae = decibels(pixels_by_vae(outcome.latents[:1]), shown)
+                point.psnr_vae = decibels(pixels_by_vae(outcome.latents[:1]), shown).mean
 
-    def alternate(self, setup: Setup, methods: list[Method]) -> float | None:
+    def alternate(self, setup: Setup, methods: list[Method]) -> Spread | None:
         """Fills `timings` with runs of one clip in alternation with the plain one; returns how alike history only is to
-        the plain run, dB, where that keeps none."""
+        the plain run, where that keeps none."""
         seconds: dict[tuple[str, str, str], list[float]] = defaultdict(list)
         overheads: dict[tuple[str, str, str], list[float]] = defaultdict(list)
         latents = {}
@@ -203,7 +211,7 @@ class Bench:
         self.say(
             f"{setup.name:9} {method.name:22} {method.setting:16} "
             f"{point.forwards_total / point.forwards_executed:5.1f}x fewer, "
-            f"{point.psnr:5.1f} dB"
+            f"{point.psnr:5.1f} dB" + (f", teacher-forced {point.forced.mean:5.1f}" if point.forced else "")
         )
         return point
 
@@ -220,7 +228,7 @@ class Bench:
         if point is None:
             method = Method(OURS, setting, quality_settings("balanced"))
             point = self.point(SETUPS["magi"], method, run(method, SETUPS["magi"], self.clips))
-        error = (point.psnr_deviation or 0.0) / math.sqrt(self.size.clips)
+        error = point.free.error if point.free else math.nan
         found = {"setting": setting, "chunks": shipped.chunks, "predicted_psnr": predicted.psnr, "psnr": point.psnr}
         return found | {"standard_error": round(error, 2)}
 
@@ -244,7 +252,7 @@ class Bench:
         assert reached is not None
         half = replace(converged(setup), steps=CONVERGED * setup.steps // 2)
         shown = pixels(run(half, setup, replace(self.fewer, captions=self.fewer.captions[:1], chunks=1)).latents)
-        return decibels(shown, reached[:1, :, : shown.shape[2]])
+        return decibels(shown, reached[:1, :, : shown.shape[2]]).mean
 
     def compression(self) -> dict:
         setup = SETUPS["magi"]
@@ -269,7 +277,7 @@ class Bench:
             "budget": SHORT_BUDGET,
             "chunks": clips.chunks,
             "clips": len(clips.captions),
-            "rows": [asdict(row) for row in rows],
+            "rows": [row.as_dict() for row in rows],
         }
 
 
@@ -303,16 +311,19 @@ def finite(told):
 def _likeness_chart(report: dict, schedule: str):
     points = [point for point in report["points"] if point["schedule"] == schedule and point["psnr"] is not None]
     names = [OURS, *sorted({point["method"] for point in points} - {OURS})]
-    curves = [
-        charts.Curve(name, [(point["speedup"], point["psnr"]) for point in points if point["method"] == name])
-        for name in names
-    ]
-    size = report["size"]
+
+    def curves(key: str) -> list[charts.Curve]:
+        rows = [point for point in points if point[key] is not None]
+        return [charts.Curve(name, [(r["speedup"], r[key]) for r in rows if r["method"] == name]) for name in names]
+
+    size, floor = report["size"], report["checks"][schedule]["bfloat16_floor_psnr"]["mean"]
     return charts.likeness_chart(
         f"Likeness over speedup: {TITLES[schedule].split(' (')[0]}",
-        f"demo model, {size['clips']} clips of {size['chunks']} chunks, {report['machine']['cores']} CPU cores",
-        curves,
-        SPEED_AIMS.get(schedule, ()),
+        f"demo model, means of {size['clips']} clips of {size['chunks']} chunks, {report['machine']['cores']} cores",
+        [
+            charts.Panel("free runs", curves("psnr"), SPEED_AIMS.get(schedule, ()), floor),
+            charts.Panel("teacher-forced: each chunk over the plain run's history", curves("forced")),
+        ],
     )
 
 

@@ -44,17 +44,40 @@ class Curve:
     points: Sequence[tuple[float, float]]
 
 
-def likeness_chart(
-    title: str, subtitle: str, curves: Sequence[Curve], aims: Sequence[tuple[float, float]] = ()
-) -> Figure:
-    """Draws PSNR in dB over speedup on a logarithmic axis.
+@dataclass(frozen=True)
+class Panel:
+    """Curves of PSNR over speedup.
 
-    Args:
+    Attributes:
+        name: of what is shown.
+        curves: the same ones, in the same order, in every panel.
         aims: (speedup, dB) to be reached, drawn as rings.
+        floor: dB that rounding to bfloat16 alone leaves; None where that was not measured.
     """
-    figure, (axes,) = _page(title, subtitle, 1)
-    shown = [curve for curve in curves if curve.points]
-    for number, curve in enumerate(shown):
+
+    name: str
+    curves: Sequence[Curve]
+    aims: Sequence[tuple[float, float]] = ()
+    floor: float | None = None
+
+
+def likeness_chart(title: str, subtitle: str, panels: Sequence[Panel]) -> Figure:
+    """Draws PSNR in dB over speedup on a logarithmic axis, panels below one another."""
+    figure, every = _page(title, subtitle, len(panels))
+    for axes, panel in zip(every, panels, strict=True):
+        _draw_panel(axes, panel)
+    every[-1].set_xlabel("faster than the plain run")
+    handles = {label: handle for axes in every for handle, label in zip(*axes.get_legend_handles_labels(), strict=True)}
+    figure.legend(handles.values(), handles.keys(), loc="outside lower left", ncols=3, frameon=False, fontsize=9)
+    return figure
+
+
+def _draw_panel(axes: Axes, panel: Panel) -> None:
+    curves, aims = panel.curves, panel.aims
+    count = len(curves)
+    for number, curve in enumerate(curves):
+        if not curve.points:
+            continue
         speeds, levels = zip(*sorted(curve.points), strict=True)
         axes.plot(
             speeds,
@@ -63,25 +86,25 @@ def likeness_chart(
             marker=MARKS[number % len(MARKS)],
             linewidth=3 if number == 0 else 1.5,
             markersize=8 if number == 0 else 6,
-            zorder=len(shown) - number + 2,
+            zorder=count - number + 2,
             clip_on=False,
             label=curve.name,
         )
     if aims:
         speeds, levels = zip(*aims, strict=True)
         axes.plot(speeds, levels, "o", color=AIM, fillstyle="none", markersize=9, label="to be reached")
-    every = [speed for curve in shown for speed, _ in curve.points] + [speed for speed, _ in aims]
+    if panel.floor is not None:
+        axes.axhline(panel.floor, color=FAINT, linestyle="--", linewidth=1, label="rounded to bfloat16, by itself")
+    every = [speed for curve in curves for speed, _ in curve.points] + [speed for speed, _ in aims] or [2.0]
     slowest, fastest = min(1.0, *every), 1.06 * max(every)
     axes.set_xscale("log")
     axes.set_xlim(slowest, fastest)
     marks = [speed for speed in SPEEDS if slowest <= speed <= fastest]
     axes.set_xticks(marks, [f"{mark:g}x" for mark in marks])
     axes.set_xticks([], minor=True)
-    axes.set_xlabel("faster than the plain run")
-    axes.set_ylabel(f"PSNR to the plain run, dB ({CEILING} and more: {CEILING})")
+    axes.set_ylabel(f"PSNR, dB (at most {CEILING})")
+    axes.set_title(panel.name, loc="right", fontsize=9, color=FAINT)
     axes.grid(True, color=RULE)
-    figure.legend(loc="outside lower left", ncols=3, frameon=False, fontsize=9)
-    return figure
 
 
 def long_run_chart(seconds: Sequence[float], history: Sequence[int], resident: Sequence[int]) -> Figure:
@@ -115,7 +138,7 @@ def _page(title: str, subtitle: str, rows: int) -> tuple[Figure, Sequence[Axes]]
     """Makes a figure with a title, and its axes below one another."""
     from matplotlib.figure import Figure
 
-    figure = Figure((8, 6.4), dpi=DOTS, layout="constrained")
+    figure = Figure((8, 6.4 if rows == 1 else 8), dpi=DOTS, layout="constrained")
     every = list(figure.subplots(rows, 1, squeeze=False)[:, 0])
     every[0].set_title(f"{title}\n", loc="left", fontsize=14)
     every[0].text(0, 1.03, subtitle, transform=every[0].transAxes, fontsize=9, color=FAINT)

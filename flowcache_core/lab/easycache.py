@@ -15,15 +15,15 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ..engine.build import RunSettings, plan_run
+from ..engine.build import RunSettings
 from ..engine.causal import CausalForward
 from ..engine.forward import Forward, Step, Velocity
 from ..engine.loop import Engine
 from ..history.snapshot import Snapshot, SnapshotDelta
-from ..report import Report
 from ..reuse.policies import Deciding
 from ..schedule import Given
 from ..settings import HELD
+from .causal import MakeForward, causal_forward
 
 
 class Seen(NamedTuple):
@@ -135,14 +135,11 @@ class EasyCacheForward:
         return self.inner.history_bytes
 
 
-def easycache_engine(run: RunSettings, threshold: float) -> Engine:
+def easycache_engine(run: RunSettings, make: MakeForward = CausalForward, *, threshold: float) -> Engine:
     """Makes a run over a history that recomputes when the predicted change of the output has added up to the
     threshold."""
-    policy, report = ForwardDecides(), Report(run.schedule, run.label)
-    plan = plan_run(run, policy)
-    inner = CausalForward(
-        run.backbone, run.guidance, plan, run.settings, report, aligned=False, dtype=run.dtype, device=run.device
-    )
+    policy = ForwardDecides()
+    inner = causal_forward(run, policy, make)
     return Engine(EasyCacheForward(inner, threshold), run.schedule, policy, HELD, run.sampling)
 
 

@@ -21,12 +21,37 @@ CHUNK_PIXEL_FRAMES = TIME * FRAMES_PER_CHUNK
 
 
 @dataclass(frozen=True)
-class Likeness:
-    """To another run of the same clips: means over the clips, dB and at most 1, and how much clips differ, dB."""
+class Spread:
+    """One figure of every clip. A few clips may have parted from the run that they are compared with: the median is
+    beside the mean to tell."""
 
-    psnr: float
+    each: list[float]
+
+    @property
+    def mean(self) -> float:
+        return float(np.mean(self.each))
+
+    @property
+    def median(self) -> float:
+        return float(np.median(self.each))
+
+    @property
+    def error(self) -> float:
+        """Standard error of the mean; NaN of a single clip."""
+        count = len(self.each)
+        return float(np.std(self.each, ddof=1) / count**0.5) if count > 1 else float("nan")
+
+
+@dataclass(frozen=True)
+class Likeness:
+    """To another run of the same clips: PSNR in dB, and SSIM, at most 1, mean over the clips."""
+
+    spread: Spread
     ssim: float
-    psnr_deviation: float
+
+    @property
+    def psnr(self) -> float:
+        return self.spread.mean
 
 
 @dataclass(frozen=True)
@@ -70,17 +95,12 @@ def pixels_by_vae(latents: Tensor) -> Tensor:
 def likeness(made: Tensor, other: Tensor) -> Likeness:
     """Pixels [clips, 3, T, H, W] of two runs; SSIM is taken of every fourth frame, one for each latent frame."""
     pairs = zip(made[:, :, ::TIME], other[:, :, ::TIME], strict=True)
-    each = _decibels_of_each(made, other)
-    return Likeness(float(np.mean(each)), float(np.mean([ssim(a, b, span=2.0) for a, b in pairs])), float(np.std(each)))
+    return Likeness(decibels(made, other), float(np.mean([ssim(a, b, span=2.0) for a, b in pairs])))
 
 
-def decibels(made: Tensor, other: Tensor) -> float:
-    """PSNR of pixels [clips, 3, T, H, W], mean over the clips; equal clips, which would be infinite, count as 100."""
-    return float(np.mean(_decibels_of_each(made, other)))
-
-
-def _decibels_of_each(made: Tensor, other: Tensor) -> list[float]:
-    return [min(psnr(a, b, span=2.0), 100.0) for a, b in zip(made, other, strict=True)]
+def decibels(made: Tensor, other: Tensor) -> Spread:
+    """PSNR of pixels [clips, 3, T, H, W]; equal clips, which would be infinite, count as 100."""
+    return Spread([min(psnr(a, b, span=2.0), 100.0) for a, b in zip(made, other, strict=True)])
 
 
 def quality(made: Tensor, captions: list[str]) -> Quality:

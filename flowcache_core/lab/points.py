@@ -8,22 +8,24 @@ from ..demo.captions import TOKENS
 from ..demo.train_network import FRAMES_PER_CHUNK
 from ..schedule import ChunkSchedule
 from . import flops as counted
-from .likeness import decibels, likeness, pixels, quality
+from .likeness import Spread, decibels, likeness, pixels, quality
 from .process import resident
 from .runs import Clips, Method, Outcome, chunk_tokens
 from .setups import Setup
+from .teacher import Teacher, can_be_taught, taught
 
 
 @dataclass
 class Point:
-    """Means over the clips; costs are of one clip.
+    """Means over the clips, unless said otherwise; costs are of one clip.
 
     Attributes:
         schedule, method, setting: what was run.
         speedup: wall time of the plain run over this one's.
         timed: "pairs" where runs of one clip alternated with plain ones, "batch" where the run of all clips was timed.
-        psnr, ssim: to the plain run; None for itself.
-        psnr_deviation: standard deviation of that PSNR over the clips, dB.
+        free: PSNR of every clip to the plain run, dB; None for itself.
+        forced: the same of the teacher-forced run, see `teacher`; None where there is none.
+        ssim: to the plain run; None for itself.
         psnr_vae: of the first clip, by the VAE's decoder, which takes long; None where it was not measured.
         lpips: None, its weights are not at hand.
         psnr_converged: to the converged run, over as many clips and chunks as that has; None where there is none.
@@ -42,9 +44,9 @@ class Point:
     setting: str
     speedup: float
     timed: str
-    psnr: float | None
+    free: Spread | None
+    forced: Spread | None
     ssim: float | None
-    psnr_deviation: float | None
     psnr_vae: float | None
     lpips: None
     psnr_converged: float | None
@@ -61,8 +63,22 @@ class Point:
     rss_bytes: int
     overhead: float
 
+    @property
+    def psnr(self) -> float | None:
+        return self.free.mean if self.free else None
+
     def as_dict(self) -> dict:
-        return {name: round(value, 5) if isinstance(value, float) else value for name, value in asdict(self).items()}
+        told = asdict(self) | _told("psnr", self.free) | _told("forced", self.forced)
+        del told["free"]
+        return {name: round(value, 5) if isinstance(value, float) else value for name, value in told.items()}
+
+
+def _told(name: str, spread: Spread | None) -> dict:
+    """Mean, median, standard error, and every clip."""
+    if spread is None:
+        return {name: None, f"{name}_median": None, f"{name}_error": None, f"{name}_clips": None}
+    clips = [round(value, 3) for value in spread.each]
+    return {name: spread.mean, f"{name}_median": spread.median, f"{name}_error": spread.error, f"{name}_clips": clips}
 
 
 @dataclass
@@ -71,12 +87,14 @@ class References:
 
     Attributes:
         plain: its pixels [clips, 3, T, H, W].
+        teacher: the same run, step by step.
         converged: the converged run's, of the first of the clips and frames; None where there is none.
         forwards, seconds: of the plain run.
         half_seconds: about what a run of half of the steps takes.
     """
 
     plain: Tensor
+    teacher: Teacher
     converged: Tensor | None
     forwards: int
     seconds: float
@@ -90,7 +108,10 @@ def measure(method: Method, setup: Setup, clips: Clips, outcome: Outcome, refere
     converged = None
     if references.converged is not None:
         clips_seen, _, frames, *_ = references.converged.shape
-        converged = decibels(shown[:clips_seen, :, :frames], references.converged)
+        converged = decibels(shown[:clips_seen, :, :frames], references.converged).mean
+    forced = None
+    if plain is not None and can_be_taught(method, setup):
+        forced = decibels(pixels(taught(method, setup, clips, references.teacher)), references.plain)
     good = quality(shown, clips.captions)
     return Point(
         schedule=setup.name,
@@ -98,9 +119,9 @@ def measure(method: Method, setup: Setup, clips: Clips, outcome: Outcome, refere
         setting=method.setting,
         speedup=references.seconds / outcome.seconds,
         timed="batch",
-        psnr=None if plain is None else plain.psnr,
+        free=None if plain is None else plain.spread,
+        forced=forced,
         ssim=None if plain is None else plain.ssim,
-        psnr_deviation=None if plain is None else plain.psnr_deviation,
         psnr_vae=None,
         lpips=None,
         psnr_converged=converged,

@@ -19,6 +19,7 @@ from ..report import Report
 from ..schedule import ChunkSchedule
 from ..settings import OFF, Settings
 from ..solvers.one_step import START, SolverFactory, chunk_noise
+from .causal import causal_engine
 from .setups import Setup
 
 LATENT = (8, 8)  # height and width
@@ -34,7 +35,7 @@ class Method:
         settings: of FlowCache.
         steps: fewer (or more) than the setup's, or None for as many.
         solver: another than the setup's, or None.
-        build: makes the run, where another forward than FlowCache's decides on reuse.
+        build: makes the run over a history, from its settings and from what makes its forward.
         window: every frame of the window in every forward, and no history.
         timed: also run in alternation with the plain run, for its time.
     """
@@ -44,7 +45,7 @@ class Method:
     settings: Settings = OFF
     steps: int | None = None
     solver: SolverFactory | None = None
-    build: Callable[[RunSettings], Engine] = build_engine
+    build: Callable[..., Engine] = causal_engine
     window: bool = False
     timed: bool = False
 
@@ -105,9 +106,10 @@ class Outcome:
     history_bytes: int
 
 
-def run(method: Method, setup: Setup, clips: Clips) -> Outcome:
-    """Runs a method on clips, until it could go on."""
+def run(method: Method, setup: Setup, clips: Clips, watch: Callable[[Engine], None] = lambda engine: None) -> Outcome:
+    """Runs a method on clips, until it could go on; `watch` gets the run before it begins."""
     engine = engine_of(method, setup, clips)
+    watch(engine)
     begun = time.perf_counter()
     latents = [chunk.latent for chunk in engine.run()]
     engine.save()  # ready to go on from, with the last chunk's clean pass
@@ -120,21 +122,25 @@ def run(method: Method, setup: Setup, clips: Clips) -> Outcome:
 
 def engine_of(method: Method, setup: Setup, clips: Clips) -> Engine:
     """Makes a run of a method on clips."""
+    run = run_settings(method, setup, clips)
+    return build_engine(run) if method.window else method.build(run)
+
+
+def run_settings(method: Method, setup: Setup, clips: Clips) -> RunSettings:
+    """What a run of a method on clips is put together from."""
     steps, attention = method.steps or setup.steps, F.scaled_dot_product_attention
-    return method.build(
-        RunSettings(
-            clips.backbone,
-            classifier_free(clips.text),
-            ChunkSchedule(clips.chunks, steps, setup.lag_of(steps)),
-            method.settings,
-            Sampling(setup.levels(steps), clips.noise, clips.noise, method.solver or setup.solver),
-            "joint" if method.window else "causal",
-            clips.shape,
-            branches=1,
-            dtype=torch.float32,
-            device=torch.device("cpu"),
-            attention=block_causal(chunk_tokens(clips.backbone)) if method.window else attention,
-        )
+    return RunSettings(
+        clips.backbone,
+        classifier_free(clips.text),
+        ChunkSchedule(clips.chunks, steps, setup.lag_of(steps)),
+        method.settings,
+        Sampling(setup.levels(steps), clips.noise, clips.noise, method.solver or setup.solver),
+        "joint" if method.window else "causal",
+        clips.shape,
+        branches=1,
+        dtype=torch.float32,
+        device=torch.device("cpu"),
+        attention=block_causal(chunk_tokens(clips.backbone)) if method.window else attention,
     )
 
 

@@ -1,6 +1,6 @@
 """What is lost with a short history: FlowCache's choice of tokens against other choices of the same size."""
 
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 
 from ..settings import BY_FRAMES, Compression, HistorySettings, Settings
 from .likeness import Likeness, Quality, likeness, pixels, quality
@@ -24,6 +24,11 @@ class Kept:
     likeness: Likeness | None
     history_bytes: int
     seconds: float
+
+    def as_dict(self) -> dict:
+        alike = self.likeness
+        told = alike and {"psnr": alike.psnr, "ssim": alike.ssim, "psnr_clips": alike.spread.each}
+        return asdict(self) | {"likeness": told}
 
 
 def short_history(setup: Setup, clips: Clips, settings: Settings, budget: int = 3) -> list[Kept]:

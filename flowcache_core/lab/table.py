@@ -29,6 +29,9 @@ COLUMNS = (
     "faster",
     "forwards",
     "PSNR, dB",
+    "median",
+    "teacher-forced, dB",
+    "median of that",
     "SSIM",
     "by VAE, dB",
     "to converged, dB",
@@ -97,10 +100,21 @@ def _machine(report: dict) -> str:
         f"Measured by `make bench` on {machine['cores']} cores of {machine['processor']}, torch {machine['torch']}: "
         f"{size['clips']} clips of {size['chunks']} chunks, means; FlowCache's times are medians of {size['pairs']} "
         "runs in alternation with the plain one, the others' are of one run of all clips. Latents become pixels by the "
-        "linear map that the VAE learned; 'by VAE' is its own decoder's, of the first clip, because it takes long. The "
+        "linear map that the VAE learned; 'by VAE' is its own decoder's, of the first clip, because it takes long. "
+        f"Teacher-forced: every chunk over the plain run's history. {_floors(report)} The "
         f"converged run takes eight times the steps and has {size['converged_clips']} of the clips, "
         f"{size['converged_chunks']} chunks of each. LPIPS is left out: its weights are not at hand."
     )
+
+
+def _floors(report: dict) -> str:
+    """Says what rounding alone does."""
+    floors = [
+        f"{floor['mean']:.1f} dB mean and {floor['median']:.1f} median at {floor['setting']} ({schedule})"
+        for schedule in TITLES
+        if (floor := report["checks"].get(schedule, {}).get("bfloat16_floor_psnr"))
+    ]
+    return f"Ours with weights and velocities rounded to bfloat16, to itself: {', '.join(floors)}." if floors else ""
 
 
 def _aims(report: dict) -> str:
@@ -131,13 +145,22 @@ def _row(point: dict) -> list[str]:
         point["setting"],
         f"{point['speedup']:.1f}x",
         f"{point['forwards_executed']:,}",
-        _decibels(point["psnr"]),
+        _spread(point, "psnr"),
+        _decibels(point["psnr_median"]),
+        _spread(point, "forced"),
+        _decibels(point["forced_median"]),
         "" if point["ssim"] is None else f"{point['ssim']:.3f}",
         _decibels(point["psnr_vae"]),
         _decibels(point["psnr_converged"]),
         f"{point['detector']:.0%}",
         f"{point['overhead']:.1%}",
     ]
+
+
+def _spread(point: dict, key: str) -> str:
+    """Mean over the clips and its standard error."""
+    error = point[f"{key}_error"]
+    return _decibels(point[key]) + (f" ± {error:.1f}" if error else "")
 
 
 def _decibels(value: float | None) -> str:

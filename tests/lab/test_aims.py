@@ -12,7 +12,8 @@ def point(method, setting, fewer, psnr, converged=None, schedule="magi", timed="
     return {
         "schedule": schedule, "method": method, "setting": setting, "speedup": fewer, "psnr": psnr, "ssim": 0.9,
         "psnr_vae": None, "psnr_converged": converged, "detector": 0.9, "overhead": overhead, "timed": timed,
-        "forwards_total": 6400, "forwards_executed": round(6400 / fewer),
+        "forwards_total": 6400, "forwards_executed": round(6400 / fewer), "psnr_median": psnr, "psnr_error": None,
+        "forced": None, "forced_median": None, "forced_error": None,
     }  # fmt: skip
 
 

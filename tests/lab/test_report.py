@@ -17,8 +17,10 @@ from tests.helpers.paths import ROOT
 POINT = {
     "schedule": "magi", "method": "ours", "setting": "9 steps", "speedup": 6.5, "forwards_executed": 160, "psnr": 38.25,
     "ssim": 0.9871, "psnr_vae": 36.0, "psnr_converged": None, "detector": 0.9, "overhead": 0.012, "timed": "pairs",
-    "forwards_total": 1040,
+    "forwards_total": 1040, "psnr_median": 40.5, "psnr_error": 1.26, "forced": 51.0, "forced_median": 50.0,
+    "forced_error": 0.5,
 }  # fmt: skip
+NOT_MEASURED = dict.fromkeys(("psnr", "psnr_median", "psnr_error", "forced", "forced_median", "forced_error"))
 QUALITY = {"detector": 0.9, "detector_first": 0.95, "detector_last": 0.9}
 NAMES = ("whole history", "frames by importance", "sliding window", "random tokens")
 REPORT = {
@@ -27,9 +29,9 @@ REPORT = {
     "points": [
         POINT | {"method": "fewer steps, AB2", "speedup": 7.0},
         POINT,
-        POINT | {"method": "plain", "psnr": None},
+        POINT | {"method": "plain"} | NOT_MEASURED,
     ],
-    "checks": {},
+    "checks": {"magi": {"bfloat16_floor_psnr": {"setting": "9 steps", "mean": 39.12, "median": 42.0}}},
     "left_out": [],
     "short_history": {
         "budget": 3, "chunks": 64,
@@ -51,7 +53,11 @@ REPORT = {
 
 def test_the_table_says_what_was_measured():
     words = table(REPORT)
-    assert "| ours | 9 steps | 6.5x | 160 | 38.2 | 0.987 | 36.0 |  | 90% | 1.2% |" in words
+    assert (
+        "| ours | 9 steps | 6.5x | 160 | 38.2 ± 1.3 | 40.5 | 51.0 ± 0.5 | 50.0 | 0.987 | 36.0 |  | 90% | 1.2% |"
+        in words
+    )
+    assert "39.1 dB mean and 42.0 median at 9 steps (magi)" in words
     lines = [line for line in words.splitlines() if "steps |" in line]
     assert [line.split(" | ")[0] for line in lines] == [
         "| plain",
@@ -114,15 +120,19 @@ def test_charts_show_every_point():
     reason = "matplotlib, which draws the bench's charts, is not installed (`make test` installs it)"
     pytest.importorskip("matplotlib", reason=reason)
     curves = [charts.Curve(f"method {i}", [(1.5 + i, 75.0 - i), (4.0 + i, 30.0 - i)]) for i in range(11)]
-    likeness = charts.likeness_chart("a title", "a subtitle", [*curves, charts.Curve("none", [])], [(4.0, 42.0)])
+    curves.append(charts.Curve("none", []))
+    panels = [charts.Panel("free", curves, [(4.0, 42.0)], floor=39.0), charts.Panel("forced", curves)]
+    likeness = charts.likeness_chart("a title", "a subtitle", panels)
     long_run = charts.long_run_chart([0.1, 0.2] * 300, [2**20] * 600, [2**28] * 600)
     for figure in (likeness, long_run):
         file = io.BytesIO()
         figure.savefig(file)
         with Image.open(file) as picture:
             assert picture.width == 1200 and len(picture.convert("RGB").getcolors(2**20)) > 50
-    (axes,) = likeness.axes
-    assert [line.get_label() for line in axes.lines] == [f"method {i}" for i in range(11)] + ["to be reached"]
+    axes, forced = likeness.axes
+    names = [f"method {i}" for i in range(11)]
+    assert [line.get_label() for line in axes.lines] == [*names, "to be reached", "rounded to bfloat16, by itself"]
+    assert [line.get_label() for line in forced.lines] == names and axes.lines[-1].get_ydata() == [39.0, 39.0]
     assert axes.lines[0].get_xydata().tolist() == [[1.5, 60.0], [4.0, 30.0]]  # 60 dB and more are drawn at 60
     assert axes.lines[0].get_zorder() > axes.lines[1].get_zorder()
     ends = [line.get_ydata()[-1] for axes in long_run.axes for line in axes.lines]
