@@ -72,7 +72,7 @@ class Size:
     short_clips: int = 4
     short_chunks: int = 64
     tokens: int = 8192
-    minutes: float = 22.7
+    minutes: float = 36.0
 
 
 SMOKE = Size(

@@ -174,7 +174,9 @@ def magi_sampling(
 
     def pinned(chunk: int, latent: Tensor) -> Tensor:
         own = None if given is None else given[:, :, chunk * CHUNK_FRAMES : (chunk + 1) * CHUNK_FRAMES]
-        return latent if own is None else torch.cat([own.to(latent), latent[:, :, own.shape[2] :]], dim=2)
+        if own is None or not own.shape[2]:
+            return latent
+        return torch.cat([own.to(latent), latent[:, :, own.shape[2] :]], dim=2)
 
     levels = sigmas(schedule.steps, sampling.order)
     return Sampling(levels, start, held=sampling.held, pinned=pinned, recompute_last_tick=True)
