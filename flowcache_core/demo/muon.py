@@ -48,6 +48,8 @@ class Muon(Optimizer):
     def _ahead(self, weight: Tensor, momentum: float) -> Tensor:
         """Nesterov's momentum of a weight's gradient."""
         assert weight.grad is not None
-        average = self.state[weight].setdefault("average", torch.zeros_like(weight))
-        average.lerp_(weight.grad, 1 - momentum)
+        state = self.state[weight]
+        if not state:
+            state["average"] = torch.zeros_like(weight)
+        average = state["average"].lerp_(weight.grad, 1 - momentum)
         return weight.grad.lerp(average, momentum)

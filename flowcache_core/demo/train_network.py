@@ -178,7 +178,7 @@ class Trainer:
                 remembered = torch.lerp(clean, torch.randn_like(clean), strength)
             noisy = torch.where(level == 0, remembered, torch.lerp(clean, noise, level))
             velocity = self.velocity(noisy, per_frame, context, attend)
-        error = (velocity.float() - (noise - clean)).square().mean(dim=(1, 3, 4))  # [B, frames]
+        error = (velocity - (noise - clean)).square().mean(dim=(1, 3, 4))  # [B, frames]
         weight = counted.float().repeat_interleave(FRAMES_PER_CHUNK, dim=1)
         return (error * weight).sum() / weight.sum().clamp(min=1.0)
 
@@ -194,7 +194,7 @@ class Trainer:
         )
         level = sigmas[:, None, :, None, None]
         noisy = torch.lerp(clean, torch.randn_like(clean), level)
-        return noisy - level * self.velocity(noisy, sigmas, [(k.detach(), v.detach()) for k, v in context], attend)
+        return noisy - level * self.velocity(noisy, sigmas, context, attend)
 
     def run(self, minutes: float) -> None:
         """Trains until `minutes` in all (earlier runs that were resumed included) are used up."""

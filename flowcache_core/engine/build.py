@@ -68,36 +68,53 @@ class RunSettings:
     label: str = ""
 
 
-def build_engine(run: RunSettings) -> Engine:
-    """Makes a run ready to go, with its memory allocated; given frames are to be run next, see `Engine.give`."""
+def build_engine(run: RunSettings, make: Callable[..., CausalForward] = CausalForward) -> Engine:
+    """Makes a run ready to go, with its memory allocated; given frames are to be run next, see `Engine.give`.
+
+    Args:
+        make: of a causal run's forward.
+    """
     settings, schedule, report = run.settings, run.schedule, Report(run.schedule, run.label)
     policy = settings.reuse.policy(schedule)
-    more: dict[str, Any] = {"attention": run.attention, "check": partial(check_cancelled, run.cancelled, report)}
     forward: Forward
     if run.seeing == "joint":
         first, start = run.sampling.sigmas[0], run.sampling.start
-        forward = JointForward(run.backbone, run.guidance, report, schedule, first, start, run.grain, **more)
+        forward = JointForward(
+            run.backbone, run.guidance, report, schedule, first, start, run.grain, **_shared(run, report)
+        )
     elif run.seeing == "rolling":
-        forward = RollingForward(run.backbone, run.guidance, report, run.shape[2], **more)
+        forward = RollingForward(run.backbone, run.guidance, report, run.shape[2], **_shared(run, report))
         batch, _, frames, *size = run.shape
         sizes, grid = run.backbone.sizes, run.backbone.grid(*size)
         a_branch = rolling_bytes(sizes, grid, schedule, frames, batch, run.dtype.itemsize)
         report.history_bytes_planned = run.branches * a_branch
     else:
-        forward = CausalForward(
-            run.backbone,
-            run.guidance,
-            plan_run(run, policy),
-            settings,
-            report,
-            aligned=aligned(policy, schedule),
-            dtype=run.dtype,
-            device=run.device,
-            loaded=run.loaded,
-            order=settings.between.order_for(policy, schedule.steps),
-            **more,
-        )
+        forward = causal_forward(run, policy, report, make)
     return Engine(forward, schedule, policy, settings.between, run.sampling, run.on_progress, run.cancelled)
+
+
+def causal_forward(
+    run: RunSettings, policy: Policy, report: Report, make: Callable[..., CausalForward] = CausalForward
+) -> CausalForward:
+    """Makes a run's forward over a history, with its memory planned."""
+    return make(
+        run.backbone,
+        run.guidance,
+        plan_run(run, policy),
+        run.settings,
+        report,
+        aligned=aligned(policy, run.schedule),
+        dtype=run.dtype,
+        device=run.device,
+        loaded=run.loaded,
+        order=run.settings.between.order_for(policy, run.schedule.steps),
+        **_shared(run, report),
+    )
+
+
+def _shared(run: RunSettings, report: Report) -> dict[str, Any]:
+    """What every forward is made from."""
+    return {"attention": run.attention, "check": partial(check_cancelled, run.cancelled, report)}
 
 
 def plan_run(run: RunSettings, policy: Policy) -> MemoryPlan:

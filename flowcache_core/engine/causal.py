@@ -2,7 +2,6 @@
 
 import time
 from collections.abc import Callable, Hashable, Mapping, Sequence
-from functools import lru_cache
 
 import torch
 import torch.nn.functional as F
@@ -19,6 +18,7 @@ from ..reuse.forecast import Forecast
 from ..schedule import Given, Place
 from ..settings import Settings
 from ..solvers.weights import joined
+from .contexts import Contexts
 from .forward import Step, Velocity
 from .guidance import Guidance, Texts
 from .layers import Group, row_levels, run_layers
@@ -65,7 +65,7 @@ class CausalForward:
         self.loaded = dict(loaded or {})
         self.histories: dict[Hashable, History] = {}
         self.spare = [self._history() for _ in range(plan.branches)]  # not yet of a branch
-        self.context = lru_cache(2 * plan.max_active + 2)(backbone.context)  # by the text's identity
+        self.contexts = Contexts(backbone.context, 2 * plan.max_active + 2)
         self.holds_residual = settings.holds_residual
         self.order = order
         self.held: dict[tuple[int | Given, Hashable], Forecast] = {}  # residuals, by chunk and branch
@@ -159,7 +159,7 @@ class CausalForward:
         asking = self._asking(steps)
 
         def contexts(step: Step) -> list:
-            return [self.context(text) for text in texts(step.place.chunk)]
+            return [self.contexts.of(text) for text in texts(step.place.chunk)]
 
         def attend(layer: int, step: Step, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
             chunk, parts = step.place.chunk, zip(histories, q.split(rows), k.split(rows), v.split(rows), strict=True)

@@ -8,7 +8,7 @@ Source: SkyReels-V2, skyreels_v2_infer/pipelines/diffusion_forcing_pipeline.py.
 
 import time
 from collections.abc import Callable, Hashable, Sequence
-from functools import lru_cache, partial
+from functools import partial
 
 import torch
 import torch.nn.functional as F
@@ -21,6 +21,7 @@ from ..history.snapshot import Snapshot, SnapshotDelta
 from ..report import Report
 from ..schedule import ChunkSchedule, Given, Place
 from ..solvers.weights import joined
+from .contexts import Contexts
 from .forward import Step, Velocity
 from .guidance import Guidance, Texts
 from .layers import frame_levels
@@ -44,7 +45,7 @@ class WindowForward:
     ):
         self.backbone, self.guidance, self.report = backbone, guidance, report
         self.attention, self.check = attention, check
-        self.context = lru_cache(MOST_BRANCHES)(backbone.context)  # by the text's identity
+        self.contexts = Contexts(backbone.context, MOST_BRANCHES)
 
     def mix(self, step: Step, oldest: bool) -> Hashable:
         """Names the sum of branches that a step's velocity will be."""
@@ -66,7 +67,7 @@ class WindowForward:
     ) -> list[Tensor]:
         """Runs the network once over parts that lie behind one another; x holds all branches."""
         x, levels = joined([step.x for step in steps], dim=2), frame_levels(steps)
-        conditioning = self.backbone.conditioning(x, levels, [[self.context(text) for text in texts(0)]])
+        conditioning = self.backbone.conditioning(x, levels, [[self.contexts.of(text) for text in texts(0)]])
         hidden = self.backbone.embed(x)
         for layer in range(self.backbone.layers):
             self.check()

@@ -38,7 +38,7 @@ from .methods import (
     plain,
     sparing,
 )
-from .points import Point, References, measure, window_flops
+from .points import Point, References, forced, measure, window_flops
 from .rounded import rounding_floor
 from .runs import Clips, Method, Outcome, plain_forwards, run
 from .setups import SETUPS, Setup
@@ -166,7 +166,7 @@ class Bench:
         told = {"mean": floor.mean, "median": floor.median, "error": floor.error, "clips": floor.each}
         self.checks[setup.name]["bfloat16_floor_psnr"] = {"setting": methods[0].setting} | told
         first = measure(plain(setup), setup, self.clips, kept, references)
-        first.free = first.forced = first.ssim = None
+        first.free = first.ssim = None
         if setup.window:
             first.flops = window_flops(setup, self.clips)
             first.seconds, first.forwards_executed = references.seconds, references.forwards
@@ -174,7 +174,7 @@ class Bench:
             assert alike is not None
             self.checks[setup.name]["history_only_to_plain_psnr"] = alike.mean
             history = measure(history_only(), setup, self.clips, kept, references)
-            self.points.append(replace(history, free=alike, forced=None, ssim=None))
+            self.points.append(replace(history, free=alike, ssim=None))
         first.speedup, first.overhead = 1.0, once.overhead
         self.points.append(first)
         shown = pixels_by_vae(kept.latents[:1]) if setup.converges else None
@@ -203,7 +203,9 @@ class Bench:
         return decibels(pixels(latents[HISTORY]), pixels(latents[PLAIN])) if setup.window else None
 
     def point(self, setup: Setup, method: Method, outcome: Outcome) -> Point:
-        point = measure(method, setup, self.clips, outcome, self.references[setup.name])
+        references = self.references[setup.name]
+        point = measure(method, setup, self.clips, outcome, references)
+        point.forced = forced(method, setup, self.clips, references)
         if timing := self.timings.get((setup.name, method.name, method.setting)):
             plain_seconds = self.timings[setup.name, PLAIN, EVERY].seconds
             point.speedup, point.overhead, point.timed = plain_seconds / timing.seconds, timing.overhead, "pairs"

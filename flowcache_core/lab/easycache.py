@@ -15,15 +15,15 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ..engine.build import RunSettings
+from ..engine.build import RunSettings, causal_forward
 from ..engine.causal import CausalForward
 from ..engine.forward import Forward, Step, Velocity
 from ..engine.loop import Engine
 from ..history.snapshot import Snapshot, SnapshotDelta
+from ..report import Report
 from ..reuse.policies import Deciding
 from ..schedule import Given
 from ..settings import HELD
-from .causal import MakeForward, causal_forward
 
 
 class Seen(NamedTuple):
@@ -135,11 +135,13 @@ class EasyCacheForward:
         return self.inner.history_bytes
 
 
-def easycache_engine(run: RunSettings, make: MakeForward = CausalForward, *, threshold: float) -> Engine:
+def easycache_engine(
+    run: RunSettings, make: Callable[..., CausalForward] = CausalForward, *, threshold: float
+) -> Engine:
     """Makes a run over a history that recomputes when the predicted change of the output has added up to the
     threshold."""
     policy = ForwardDecides()
-    inner = causal_forward(run, policy, make)
+    inner = causal_forward(run, policy, Report(run.schedule, run.label), make)
     return Engine(EasyCacheForward(inner, threshold), run.schedule, policy, HELD, run.sampling)
 
 

@@ -102,16 +102,13 @@ class References:
 
 
 def measure(method: Method, setup: Setup, clips: Clips, outcome: Outcome, references: References) -> Point:
-    """A point from a finished run; `speedup` is that of the batch until runs in alternation say better."""
+    """A point from a finished free run; `speedup` is that of the batch until runs in alternation say better."""
     shown = pixels(outcome.latents)
     plain = likeness(shown, references.plain) if shown is not references.plain else None
     converged = None
     if references.converged is not None:
         clips_seen, _, frames, *_ = references.converged.shape
         converged = decibels(shown[:clips_seen, :, :frames], references.converged).mean
-    forced = None
-    if plain is not None and can_be_taught(method, setup):
-        forced = decibels(pixels(taught(method, setup, clips, references.teacher)), references.plain)
     good = quality(shown, clips.captions)
     return Point(
         schedule=setup.name,
@@ -120,7 +117,7 @@ def measure(method: Method, setup: Setup, clips: Clips, outcome: Outcome, refere
         speedup=references.seconds / outcome.seconds,
         timed="batch",
         free=None if plain is None else plain.spread,
-        forced=forced,
+        forced=None,
         ssim=None if plain is None else plain.ssim,
         psnr_vae=None,
         lpips=None,
@@ -138,6 +135,13 @@ def measure(method: Method, setup: Setup, clips: Clips, outcome: Outcome, refere
         rss_bytes=resident(),
         overhead=outcome.report.overhead,
     )
+
+
+def forced(method: Method, setup: Setup, clips: Clips, references: References) -> Spread | None:
+    """Measures a method teacher-forced; None where the plain run cannot teach it."""
+    if not can_be_taught(method, setup):
+        return None
+    return decibels(pixels(taught(method, setup, clips, references.teacher)), references.plain)
 
 
 def flops(method: Method, clips: Clips, outcome: Outcome) -> int:

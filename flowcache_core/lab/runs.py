@@ -19,7 +19,6 @@ from ..report import Report
 from ..schedule import ChunkSchedule
 from ..settings import OFF, Settings
 from ..solvers.one_step import START, SolverFactory, chunk_noise
-from .causal import causal_engine
 from .setups import Setup
 
 LATENT = (8, 8)  # height and width
@@ -35,7 +34,7 @@ class Method:
         settings: of FlowCache.
         steps: fewer (or more) than the setup's, or None for as many.
         solver: another than the setup's, or None.
-        build: makes the run over a history, from its settings and from what makes its forward.
+        build: makes the run, from its settings and from what makes a causal run's forward.
         window: every frame of the window in every forward, and no history.
         timed: also run in alternation with the plain run, for its time.
     """
@@ -45,7 +44,7 @@ class Method:
     settings: Settings = OFF
     steps: int | None = None
     solver: SolverFactory | None = None
-    build: Callable[..., Engine] = causal_engine
+    build: Callable[..., Engine] = build_engine
     window: bool = False
     timed: bool = False
 
@@ -122,8 +121,7 @@ def run(method: Method, setup: Setup, clips: Clips, watch: Callable[[Engine], No
 
 def engine_of(method: Method, setup: Setup, clips: Clips) -> Engine:
     """Makes a run of a method on clips."""
-    run = run_settings(method, setup, clips)
-    return build_engine(run) if method.window else method.build(run)
+    return method.build(run_settings(method, setup, clips))
 
 
 def run_settings(method: Method, setup: Setup, clips: Clips) -> RunSettings:
