@@ -54,14 +54,28 @@ class ComfyPage(Browser):
 
     def open_template(self, name: str) -> int:
         """Opens a workflow by its card in the template browser; returns the width of the card's picture."""
-        self.wait("!document.querySelector('[role=dialog]')")
-        self.evaluate("app.extensionManager.command.execute('Comfy.BrowseTemplates')")
-        self.wait(CATEGORY)
-        self.wait(OPEN_CARD % json.dumps(f'[data-testid="template-workflow-{name}"]'))
+        card = OPEN_CARD % json.dumps(f'[data-testid="template-workflow-{name}"]')
+        for _ in range(3):  # a picture that once failed to load stays broken until the browser is opened again
+            self.close_dialog()
+            self.evaluate("app.extensionManager.command.execute('Comfy.BrowseTemplates')")
+            try:
+                self.wait(card, 40)
+                break
+            except TimeoutError as error:
+                missed = error
+        else:
+            raise missed
         width = self.evaluate("window.cardWidth")
-        self.wait(f"app.extensionManager.workflow.activeWorkflow.path.endsWith('{name}.json')")
+        path = rf"/{name}( \(\d+\))?\.json$/"  # numbered where it is open already
+        self.wait(f"{path}.test(app.extensionManager.workflow.activeWorkflow.path)")
         self.wait(f"app.graph.nodes.length === {len(json.loads((WORKFLOWS / f'{name}.json').read_text())['nodes'])}")
         return width
+
+    def close_dialog(self) -> None:
+        """Closes the dialog that is open, if one is."""
+        for kind in ("keyDown", "keyUp"):
+            self.call("Input.dispatchKeyEvent", type=kind, key="Escape", code="Escape", windowsVirtualKeyCode=27)
+        self.wait("!document.querySelector('[role=dialog]')")
 
     def add_by_search(self, name: str) -> None:
         """Adds the node that the search finds for a name, as after a double click on the empty canvas."""
