@@ -7,9 +7,14 @@ class UserError(ValueError):
     """A mistake of input. One line: what was found, what was expected, what to do."""
 
     def __init__(self, message: str):
-        line = " ".join(message.split())
-        line = line if len(line) <= LONGEST else line[:LONGEST] + " …"
-        super().__init__("".join(letter if letter.isprintable() else "?" for letter in line))
+        super().__init__(one_line(message))
+
+
+def one_line(message: str) -> str:
+    """Makes one printable line of bounded length."""
+    line = " ".join(message.split())
+    line = line if len(line) <= LONGEST else line[:LONGEST] + " …"
+    return "".join(letter if letter.isprintable() else "?" for letter in line)
 
 
 def shortened(words: str, longest: int) -> str:

@@ -62,7 +62,7 @@ def convert(
         UserError: as for `load`, an output that cannot be written, or a family that is left open.
     """
     info, tensors = load(path, family, check_finite=True, use_ema=use_ema)
-    if info.warnings and family == "auto":
+    if info.guessed:
         raise UserError(f"{info.warnings[0]} The family is written into the new file, so it must be named.")
     if dtype is not None and any(QUANTIZATION.search(name) for name in tensors):
         raise UserError(

@@ -87,8 +87,9 @@ def _told_family(path: Path, file: WeightFile, config: WanConfig | None, setting
         return "magi", (
             f"{path.name} may be a base or a distilled MAGI-1, taken as base: choose magi distilled for that.",
         )
-    # Only SkyReels-V2's config.json speaks of sample info, and diffusers writes its class.
-    if config.fps or "inject_sample_info" in settings or "SkyReels" in str(settings.get("_class_name")):
+    # Only SkyReels-V2's config.json speaks of sample info, diffusers writes its class, and repackers mark it.
+    marked = any("model_type.SkyReels-V2-DF" in name for name in file.tensors)
+    if config.fps or marked or "inject_sample_info" in settings or "SkyReels" in str(settings.get("_class_name")):
         return "skyreels", ()
     if settings.get("causal_ar"):
         return "causal", ()

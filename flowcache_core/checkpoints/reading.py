@@ -11,7 +11,7 @@ from ..models.magi.config import MagiConfig
 from ..models.wan import WanConfig
 from .family import FAMILIES, family_of, transformer_settings
 from .layouts import layout_of, renamed
-from .sizes import check_names_and_shapes, wan_config
+from .sizes import own_tensors, wan_config
 from .weight_files import open_weights
 
 
@@ -27,7 +27,8 @@ class CheckpointInfo:
         prefix: what stood before every name.
         metadata: the file's own.
         bytes: size on disk.
-        warnings: one line each, for the user.
+        warnings: one line each, for the user; if the family is a guess, the first says so.
+        guessed: the file leaves its family open.
     """
 
     family: str
@@ -38,6 +39,7 @@ class CheckpointInfo:
     metadata: dict[str, str]
     bytes: int
     warnings: tuple[str, ...] = ()
+    guessed: bool = False
 
 
 def inspect(path: str | Path, family: str = "auto") -> CheckpointInfo:
@@ -73,14 +75,15 @@ def load(
     tensors = renamed(file.tensors, prefix, layout)
     settings = transformer_settings(path, file)
     wan = None if layout == "magi" else wan_config(path, tensors, settings)
-    family, warnings = family_of(path, file, wan, settings, family)
+    family, open_question = family_of(path, file, wan, settings, family)
     config = wan or MagiConfig.from_tensors(tensors, distilled=family == "magi distilled")
-    check_names_and_shapes(path, tensors, config)
+    tensors, left_out = own_tensors(path, tensors, config)
     first = "videodit_blocks.layers.0.self_attention.linear_qkv" if layout == "magi" else "blocks.0.self_attn"
     dtype = tensors[f"{first}.q.weight"].dtype
     if check_finite:
         _check_finite(path, tensors)
-    return CheckpointInfo(family, config, dtype, layout, prefix, file.metadata, file.bytes, warnings), tensors
+    warnings, guessed = (*open_question, *left_out), bool(open_question)
+    return CheckpointInfo(family, config, dtype, layout, prefix, file.metadata, file.bytes, warnings, guessed), tensors
 
 
 def _check_finite(path: Path, tensors: dict[str, Tensor]) -> None:

@@ -8,12 +8,16 @@ from typing import cast
 import torch
 from torch import Tensor
 
-from ..errors import UserError
+from ..errors import UserError, one_line
 from ..models.magi.config import MagiConfig
 from ..models.magi.network import MagiNetwork
 from ..models.magi.text import TOKEN_PREFIX
 from ..models.wan import WanConfig, WanNetwork
 
+# Marks of repackers, tables that are worked out anew, and what trainers leave behind.
+IDLE = re.compile(r"^model_type\.|(^|\.)(freqs\w*|inv_freq|\w*step|num_updates|n_averaged|epoch)$")
+# What other kinds of Wan have beside all tensors of a text-to-video one.
+OTHER_KINDS = re.compile(r"(img_emb|vace_\w+|control_adapter|ref_conv|casual_audio_encoder|audio_\w+|face_adapter)\.")
 # Scales that fp8 files carry beside a weight, as ComfyUI writes them.
 QUANTIZATION = re.compile(r"(^|\.)(scaled_fp8|scale_weight|scale_input|weight_scale|input_scale|comfy_quant)$")
 
@@ -66,12 +70,16 @@ def wan_config(path: Path, tensors: dict[str, Tensor], settings: dict) -> WanCon
     )
 
 
-def check_names_and_shapes(path: Path, tensors: dict[str, Tensor], config: WanConfig | MagiConfig) -> None:
-    """Compares all tensors with what a network of these sizes has; scales of fp8 weights and special tokens may stand
-    beside them.
+def own_tensors(
+    path: Path, tensors: dict[str, Tensor], config: WanConfig | MagiConfig
+) -> tuple[dict[str, Tensor], tuple[str, ...]]:
+    """Picks what a network of these sizes has, with scales of fp8 weights and special tokens that stand beside it.
+
+    Returns:
+        Those tensors, and a line on the others, if there are any.
 
     Raises:
-        UserError: a tensor is missing, left over or of another shape.
+        UserError: a tensor is missing or of another shape, or others make another kind of model of it.
     """
     magi = isinstance(config, MagiConfig)
     with torch.device("meta"):
@@ -83,17 +91,32 @@ def check_names_and_shapes(path: Path, tensors: dict[str, Tensor], config: WanCo
             f"{path.name} lacks {lost[0]} and {len(lost) - 1} more of {len(expected)} tensors; it is cut down, or one "
             "shard of several: give the folder or the index.json."
         )
+    own, others = {}, []
     for name, tensor in tensors.items():
         if name in expected and tensor.shape != expected[name]:
             raise UserError(
                 f"{path.name} has {name} of shape {list(tensor.shape)}, expected {list(expected[name])} from its other "
                 "weights; it is damaged or packed in a way that is not known here: use another file."
             )
-        if name not in expected and not (name.startswith(TOKEN_PREFIX) if magi else QUANTIZATION.search(name)):
-            layout = "MAGI-1 layout does not know; use one of the published files"
-            if not magi:
-                layout = (
-                    "Wan 2.1 text-to-video layout does not know; it is another kind of Wan (image-to-video, VACE, "
-                    "control): use a text-to-video one"
-                )
-            raise UserError(f"{path.name} has {name}, which the {layout}.")
+        if name in expected or (name.startswith(TOKEN_PREFIX) if magi else QUANTIZATION.search(name)):
+            own[name] = tensor
+        else:
+            others.append(name)
+    for name in others:
+        if not magi and OTHER_KINDS.match(name):
+            raise UserError(
+                f"{path.name} has {name}, which the Wan 2.1 text-to-video layout does not know; it is another kind of "
+                "Wan (image-to-video, VACE, control): use a text-to-video one."
+            )
+    return own, tuple([_left_out(path, others, "MAGI-1" if magi else "Wan 2.1")] if others else [])
+
+
+def _left_out(path: Path, others: list[str], layout: str) -> str:
+    unknown = [name for name in others if not IDLE.search(name)]
+    names = ", ".join((unknown or others)[:3]) + (", …" if len(unknown or others) > 3 else "")
+    if unknown:
+        return one_line(
+            f"{path.name} has {len(unknown)} tensors beyond the {layout} layout ({names}), which are left out; if its "
+            "videos look wrong, it is another kind of model."
+        )
+    return one_line(f"{path.name} has {len(others)} tensors that compute nothing ({names}), which are left out.")
