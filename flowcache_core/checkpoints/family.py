@@ -84,6 +84,8 @@ def _told_family(path: Path, file: WeightFile, config: WanConfig | None, setting
     if config is None:
         if any(QUANTIZATION.search(name) for name in file.tensors):  # only distilled ones are published in fp8
             return "magi distilled", ()
+        if file.folder.startswith("inference_weight"):  # where upstream's loader looks, and nothing else tells it
+            return "magi distilled" if file.folder.endswith(".distill") else "magi", ()
         return "magi", (
             f"{path.name} may be a base or a distilled MAGI-1, taken as base: choose magi distilled for that.",
         )

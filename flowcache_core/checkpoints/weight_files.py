@@ -4,6 +4,7 @@ Weights are mapped, not copied: a tensor takes memory when it is used, and gives
 first bytes, never by their names, and nothing is ever unpickled except by torch's weights-only reader.
 """
 
+import importlib
 import json
 import math
 import shutil
@@ -36,6 +37,9 @@ DTYPE_NAMES = {
     torch.bool: "BOOL",
 }
 
+UPSTREAMS_FOLDERS = "inference_weight*"  # in which MAGI-1's loader looks for weights
+ZSTD = ("compression.zstd", "zstandard")  # the one of Python 3.14, or the package
+
 LONGEST_NAME = 200  # of a shard's file
 LONGEST_HEADER = 100_000_000  # bytes; the safetensors library's own limit
 
@@ -50,6 +54,7 @@ class WeightFile:
         bytes: size on disk, of all shards.
         wrapper: the entry of a torch file that the tensors were under ("generator_ema", …), or "".
         settings: what the config.json of their folder says, where it is known to be theirs.
+        folder: name of the folder that they lie in.
     """
 
     tensors: dict[str, Tensor]
@@ -57,11 +62,13 @@ class WeightFile:
     bytes: int
     wrapper: str = ""
     settings: dict = field(default_factory=dict)
+    folder: str = ""
 
 
 def open_weights(path: Path, use_ema: bool = True) -> WeightFile:
     """Opens a safetensors file, a torch file, an index.json with its shards, or a folder that holds one of them. A
-    shard that an index beside it names stands for all of them.
+    shard that an index beside it names stands for all of them. A shard that is there as .zst only is unpacked beside
+    it, once, where a package for that is installed.
 
     Args:
         use_ema: of a torch file that has both, take "generator_ema" rather than "generator".
@@ -77,6 +84,7 @@ def open_weights(path: Path, use_ema: bool = True) -> WeightFile:
     else:
         held = _open_shards(file) if file.suffix == ".json" else _open_safetensors(file)
     alone = file.suffix != ".json" and not path.is_dir()  # what lies beside it may be of other models
+    held = replace(held, folder=file.absolute().parent.name)
     return held if alone else replace(held, settings=folder_settings(file.parent))
 
 
@@ -149,6 +157,11 @@ def _only_model(folder: Path) -> Path:
             raise UserError(
                 f"{folder} holds {len(found)} files {pattern} ({names}), expected one; name the file itself."
             )
+    inner = sorted(folder.glob(UPSTREAMS_FOLDERS))
+    if len(inner) == 1 and inner[0].is_dir():
+        return _only_model(inner[0])
+    if inner:
+        raise UserError(f"{folder} holds {', '.join(one.name for one in inner)}, expected one of them; name it itself.")
     raise UserError(f"{folder} holds no .safetensors, index.json or .pt; give the folder or file of the weights.")
 
 
@@ -219,6 +232,8 @@ def _open_shards(index: Path) -> WeightFile:
                 f"{index.name} names the shard {name!r}, expected a file beside it; download the index again."
             )
         shard = index.parent / name
+        if not shard.is_file() and Path(f"{shard}.zst").is_file():
+            _unpack(shard)
         if not shard.is_file():
             raise UserError(
                 f"{index.name} names {name}, which is not beside it; put all {len(shards)} shards in {index.parent}."
@@ -231,6 +246,32 @@ def _open_shards(index: Path) -> WeightFile:
     if lost:
         raise UserError(f"{index.name} promises {lost[0]} and {len(lost) - 1} more that no shard holds; download them.")
     return WeightFile(tensors, metadata, size)
+
+
+def _unpack(shard: Path) -> None:
+    """Writes a shard out of its .zst beside it: weights are mapped, and packed ones cannot be."""
+    packed = Path(f"{shard}.zst")
+    for name in ZSTD:
+        try:
+            zstd = importlib.import_module(name)
+            break
+        except ImportError:
+            continue
+    else:
+        raise UserError(
+            f"{packed.name} is packed, and no package unpacks it: install zstandard, or run `zstd -d`."
+        )
+    with zstd.open(packed, "rb") as source:
+
+        def write(partial: Path) -> None:
+            with open(partial, "wb") as file:
+                shutil.copyfileobj(source, file, 1 << 24)
+            _check_header(partial, _first_bytes(partial), partial.stat().st_size)  # zstandard ends early in silence
+
+        try:
+            write_whole(shard, write)
+        except (EOFError, zstd.ZstdError) as error:
+            raise UserError(f"{packed.name} does not unpack ({first_line(error)}); download it again.") from error
 
 
 def _open_torch(path: Path, use_ema: bool) -> WeightFile:

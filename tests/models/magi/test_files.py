@@ -1,7 +1,10 @@
 """MAGI-1's files: base or distilled, special tokens and autoencoder, and the conversion of all of them."""
 
 import json
+import lzma
+import sys
 from dataclasses import replace
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -56,6 +59,42 @@ def test_base_and_distilled_have_the_same_tensors_so_the_user_tells(network, tmp
     save_file(weights(SMALL_FP8), tmp_path / "fp8.safetensors")
     info = checkpoints.inspect(tmp_path / "fp8.safetensors")
     assert (info.family, info.config, info.warnings) == ("magi distilled", SMALL_FP8, ())
+
+
+@pytest.mark.parametrize("distill", ["", ".distill"])
+def test_upstreams_folders_tell_base_from_distilled(distill, tmp_path):
+    inner = tmp_path / "4.5B" / f"inference_weight{distill}"
+    inner.mkdir(parents=True)
+    save_file(weights(), inner / "model.safetensors")
+    for path in (tmp_path / "4.5B", inner, inner / "model.safetensors"):
+        info = checkpoints.inspect(path)
+        assert (info.family, info.warnings) == ("magi distilled" if distill else "magi", ())
+    (tmp_path / "4.5B" / "inference_weight.fp8.distill").mkdir()
+    with pytest.raises(UserError, match=r"inference_weight.fp8.distill.*expected one of them"):
+        checkpoints.inspect(tmp_path / "4.5B")
+
+
+def test_packed_shards_are_unpacked_once(tmp_path, monkeypatch):
+    packed = tmp_path / "model.safetensors.zst"
+    save_file(weights(), tmp_path / "plain")
+    whole = (tmp_path / "plain").read_bytes()
+    places = dict.fromkeys(weights(), "model.safetensors")
+    (tmp_path / "model.safetensors.index.json").write_text(json.dumps({"weight_map": places}))
+    packed.write_bytes(lzma.compress(whole))
+    for name in ("compression.zstd", "zstandard"):
+        monkeypatch.setitem(sys.modules, name, None)
+    with pytest.raises(UserError, match="no package unpacks it: install zstandard"):
+        checkpoints.inspect(tmp_path)
+    monkeypatch.setitem(sys.modules, "zstandard", SimpleNamespace(open=lzma.open, ZstdError=lzma.LZMAError))
+    for broken in (lzma.compress(whole[:-9]), lzma.compress(whole)[:-99], b"no such format"):
+        packed.write_bytes(broken)
+        with pytest.raises(UserError, match="cut short|does not unpack"):
+            checkpoints.inspect(tmp_path)
+        assert not (tmp_path / "model.safetensors").exists()
+    packed.write_bytes(lzma.compress(whole))
+    assert checkpoints.load(tmp_path)[1].keys() == weights().keys()
+    packed.unlink()
+    assert checkpoints.inspect(tmp_path).family == "magi"
 
 
 def test_tensors_that_do_not_fit(tmp_path):
