@@ -215,7 +215,7 @@ def make_shards(folder: Path) -> tuple[Path, Path]:
     for number, part in enumerate((first, second)):
         save_file({name: weights()[name] for name in part}, folder / f"part-{number}.safetensors")
         places |= dict.fromkeys(part, f"part-{number}.safetensors")
-    (folder / "config.json").write_text('{"num_heads": 1}')
+    (folder / "config.json").write_text('{"num_heads": 1, "dim": 16}')
     index = folder / "model.index.json"
     index.write_text(json.dumps({"metadata": {"total_size": 1}, "weight_map": places}))
     return index, index
@@ -224,14 +224,15 @@ def make_shards(folder: Path) -> tuple[Path, Path]:
 def make_config(folder: Path) -> tuple[Path, Path]:
     save_file(weights(), folder / "model.safetensors")
     config = folder / "config.json"
-    config.write_text(json.dumps({"num_heads": 1, "inject_sample_info": True, "_class_name": "SkyReelsV2"}))
+    told = {"dim": 16, "num_heads": 1, "inject_sample_info": False, "_class_name": "SkyReelsV2Transformer3DModel"}
+    config.write_text(json.dumps(told))
     return folder, config
 
 
 def make_torch(folder: Path) -> tuple[Path, Path]:
     path = folder / "model.pt"
     torch.save({"generator_ema": weights(), "step": 3}, path)
-    (folder / "config.json").write_text('{"num_heads": 1}')
+    (folder / "config.json").write_text('{"num_heads": 1, "dim": 16}')
     return folder, path
 
 

@@ -15,6 +15,12 @@ from .sizes import QUANTIZATION
 from .weight_files import Progress, write_safetensors
 
 
+def untold(config: WanConfig) -> dict:
+    """Gives what ComfyUI does not read off the tensors and has other defaults for, under its names."""
+    usual = {"num_heads": config.dim // 128, "text_dim": 4096, "eps": 1e-6, "cross_attn_norm": True}
+    return {name: getattr(config, name) for name, value in usual.items() if getattr(config, name) != value}
+
+
 def stamp(info: CheckpointInfo) -> dict[str, str]:
     """Makes the metadata of a file of this family: our stamp, and what ComfyUI's stock loader wants to know."""
     try:
@@ -25,10 +31,8 @@ def stamp(info: CheckpointInfo) -> dict[str, str]:
     transformer.pop("causal_ar", None)
     if info.family in CAUSAL_FAMILIES:
         transformer["causal_ar"] = True
-    if isinstance(info.config, WanConfig) and info.config.num_heads != info.config.dim // 128:
-        transformer["num_heads"] = info.config.num_heads
-    if isinstance(info.config, WanConfig) and info.config.text_dim != 4096:
-        transformer["text_dim"] = info.config.text_dim
+    if isinstance(info.config, WanConfig):
+        transformer |= untold(info.config)
     metadata = {key: value for key, value in info.metadata.items() if key != "config"}
     if transformer or len(host) > 1:
         metadata["config"] = json.dumps(host | {"transformer": transformer})

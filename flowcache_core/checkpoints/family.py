@@ -5,8 +5,11 @@ to the last tensor; those are told apart by a stamp that `convert` writes, or by
 """
 
 from pathlib import Path
+from typing import cast
 
-from ..errors import UserError
+from torch import Tensor
+
+from ..errors import UserError, one_line
 from ..models.wan import WanConfig
 from ..storage.files import parse_json
 from .sizes import QUANTIZATION
@@ -24,6 +27,7 @@ FAMILIES = {
 }
 MAGI_FAMILIES = ("magi", "magi distilled")
 CAUSAL_FAMILIES = ("causal", "causvid", "rolling", "demo")  # read by ComfyUI as causal AR
+CAUSAL_CLASSES = ("CausalWanModel", "CausalWanTransformer3DModel")  # upstreams' own; FastVideo's
 STAMP = "flowcache"  # metadata key, beside ComfyUI's own "config"
 
 
@@ -32,14 +36,34 @@ def wan_families() -> list[str]:
     return [name for name in FAMILIES if name not in (*MAGI_FAMILIES, "demo")]
 
 
-def transformer_settings(path: Path, file: WeightFile) -> dict:
+def transformer_settings(path: Path, file: WeightFile, tensors: dict[str, Tensor]) -> tuple[dict, tuple[str, ...]]:
     """Reads what the metadata and a config.json beside the weights say of the network; the metadata wins.
+
+    Args:
+        tensors: under Wan 2.1's names, by which a config.json of another model is known.
+
+    Returns:
+        The settings, and a line if the config.json is of another network.
 
     Raises:
         UserError: the metadata is no JSON object.
     """
+    told, notes = file.settings, cast(tuple[str, ...], ())
+    heads, head = told.get("num_attention_heads"), told.get("attention_head_dim")
+    width = told.get("dim") or (heads * head if isinstance(heads, int) and isinstance(head, int) else None)
+    blocks = len({name.split(".")[1] for name in tensors if name.startswith("blocks.")})
+    theirs = (width, told.get("num_layers", blocks), bool(told.get("inject_sample_info")))
+    shape = tensors["patch_embedding.weight"].shape if "patch_embedding.weight" in tensors else ()
+    ours = (next(iter(shape), 0), blocks, "fps_embedding.weight" in tensors)
+    if theirs != ours:
+        told = {}
+        if width is not None:
+            found = f"width, blocks and frame rate {theirs}, expected {ours}"
+            notes = (
+                one_line(f"The config.json beside {path.name} is of another network ({found}), so it is not heeded."),
+            )
     try:
-        return file.settings | parse_json(file.metadata.get("config", "{}")).get("transformer", {})
+        return told | parse_json(file.metadata.get("config", "{}")).get("transformer", {}), notes
     except (ValueError, AttributeError, TypeError) as error:
         raise UserError(f"{path.name} has metadata 'config' that is not a JSON object; download it again.") from error
 
@@ -91,11 +115,12 @@ def _told_family(path: Path, file: WeightFile, config: WanConfig | None, setting
         )
     # Only SkyReels-V2's config.json speaks of sample info, diffusers writes its class, and repackers mark it.
     marked = any("model_type.SkyReels-V2-DF" in name for name in file.tensors)
-    if config.fps or marked or "inject_sample_info" in settings or "SkyReels" in str(settings.get("_class_name")):
+    kind = settings.get("_class_name")
+    if config.fps or marked or "inject_sample_info" in settings or kind == "SkyReelsV2Transformer3DModel":
         return "skyreels", ()
     if settings.get("causal_ar"):
         return "causal", ()
-    if file.wrapper.startswith("generator"):
+    if file.wrapper.startswith("generator") or kind in CAUSAL_CLASSES:
         return "causal", (
             f"{path.name} may be causal, causvid or rolling, taken as causal: choose the family for CausVid or Rolling "
             "Forcing.",

@@ -30,6 +30,8 @@ DIFFUSERS_BLOCK_NAMES = {
     "ffn.net.2.": "ffn.2.",
     "norm2.": "norm3.",
 }
+# Queries, keys and values in one layer; diffusers' `fuse_qkv_projections` keeps the separate ones beside it.
+FUSED = re.compile(r"(.*attn\.)(?:to_)?(q?kv)\.(\w+)")
 WRAPPERS = ("_fsdp_wrapped_module.", "_checkpoint_wrapped_module.", "_orig_mod.")
 
 
@@ -69,14 +71,23 @@ def renamed(tensors: dict[str, Tensor], prefix: str, layout: str) -> dict[str, T
     Args:
         layout: as `layout_of` told it.
     """
-    result = {}
+    result: dict[str, Tensor] = {}
     for name, tensor in tensors.items():
         if not name.startswith(prefix):
             continue
         name = name.removeprefix(prefix)
         for wrapper in WRAPPERS:
             name = name.replace(wrapper, "")
-        result[_from_diffusers(name) if layout == "diffusers" else name] = tensor
+        name = _from_diffusers(name) if layout == "diffusers" else name
+        fused = FUSED.fullmatch(name) if layout != "magi" else None
+        if fused and tensor.ndim:
+            front, letters, end = fused.groups()
+            shared = tensor.numel() == 1 or end == "comfy_quant"
+            parts = len(letters) * [tensor] if shared else tensor.chunk(len(letters))
+            for letter, part in zip(letters, parts, strict=False):
+                result.setdefault(f"{front}{letter}.{end}", part)
+        else:
+            result[name] = tensor
     return result
 
 

@@ -10,7 +10,7 @@ from ..errors import UserError
 from ..models.magi.text import SpecialTokens
 from ..models.magi.vae import MagiVae, MagiVaeConfig, load_vae
 from ..storage.files import parse_json
-from .weight_files import Progress, folder_settings, open_weights, write_safetensors
+from .weight_files import Progress, open_weights, write_safetensors
 
 STAMP = "flowcache_magi_vae"  # metadata key: the autoencoder's config.json, in a file that `convert_vae` wrote
 TOKENS_FILE = "special_tokens.npz"
@@ -56,7 +56,7 @@ def _vae(path: Path) -> tuple[dict[str, Tensor], dict]:
         settings = parse_json(file.metadata.get(STAMP, "{}"))
     except ValueError as error:
         raise UserError(f"{path.name} has a broken {STAMP!r} stamp; convert it again from its source.") from error
-    settings = settings or file.settings or folder_settings(path.parent)
+    settings = settings or file.settings
     if not settings or not isinstance(settings, dict):
         raise UserError(
             f"Nothing says the sizes of {path.name}: put the config.json of MAGI-1's vae folder beside it, or convert "

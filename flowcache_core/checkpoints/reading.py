@@ -73,7 +73,7 @@ def load(
     file = open_weights(path, use_ema)
     prefix, layout = layout_of(path, file.tensors)
     tensors = renamed(file.tensors, prefix, layout)
-    settings = transformer_settings(path, file)
+    settings, unheeded = transformer_settings(path, file, tensors)
     wan = None if layout == "magi" else wan_config(path, tensors, settings)
     family, open_question = family_of(path, file, wan, settings, family)
     config = wan or MagiConfig.from_tensors(tensors, distilled=family == "magi distilled")
@@ -82,7 +82,7 @@ def load(
     dtype = tensors[f"{first}.q.weight"].dtype
     if check_finite:
         _check_finite(path, tensors)
-    warnings, guessed = (*open_question, *left_out), bool(open_question)
+    warnings, guessed = (*open_question, *file.notes, *unheeded, *left_out), bool(open_question)
     return CheckpointInfo(family, config, dtype, layout, prefix, file.metadata, file.bytes, warnings, guessed), tensors
 
 

@@ -28,7 +28,8 @@ def wan_config(path: Path, tensors: dict[str, Tensor], settings: dict) -> WanCon
     Args:
         path: named in errors.
         tensors: under Wan 2.1's names.
-        settings: may hold the number of heads, which no tensor tells; without it a head is 128 wide.
+        settings: may hold the number of heads and the norms' epsilon, which no tensor tells; without them a head is 128
+            wide, and the epsilon Wan's.
 
     Raises:
         UserError: a tensor is missing, or of a shape that no such network has.
@@ -56,6 +57,9 @@ def wan_config(path: Path, tensors: dict[str, Tensor], settings: dict) -> WanCon
             f"{path.name} has width {dim} and {num_heads} heads, which does not divide into even heads; put the right "
             'number into its metadata: config = {"transformer": {"num_heads": …}}.'
         )
+    eps = settings.get("eps", WanConfig.eps)
+    if not isinstance(eps, float) or not 0 < eps < 1:
+        raise UserError(f"{path.name} is said to have an eps of {eps!r}, expected a small number such as 1e-06.")
     return WanConfig(
         dim=dim,
         ffn_dim=shape("blocks.0.ffn.0.weight")[0],
@@ -66,7 +70,9 @@ def wan_config(path: Path, tensors: dict[str, Tensor], settings: dict) -> WanCon
         text_dim=shape("text_embedding.0.weight")[1],
         freq_dim=shape("time_embedding.0.weight")[1],
         patch_size=cast(tuple[int, int, int], tuple(patch_size)),
+        eps=eps,
         fps="fps_embedding.weight" in tensors,
+        cross_attn_norm="blocks.0.norm3.weight" in tensors,
     )
 
 

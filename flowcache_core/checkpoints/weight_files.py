@@ -53,8 +53,9 @@ class WeightFile:
         metadata: the safetensors metadata; empty for torch files.
         bytes: size on disk, of all shards.
         wrapper: the entry of a torch file that the tensors were under ("generator_ema", …), or "".
-        settings: what the config.json of their folder says, where it is known to be theirs.
+        settings: what the config.json of their folder says; it may be of another model.
         folder: name of the folder that they lie in.
+        notes: one line each, for the user, on what was chosen of several.
     """
 
     tensors: dict[str, Tensor]
@@ -63,12 +64,13 @@ class WeightFile:
     wrapper: str = ""
     settings: dict = field(default_factory=dict)
     folder: str = ""
+    notes: tuple[str, ...] = ()
 
 
 def open_weights(path: Path, use_ema: bool = True) -> WeightFile:
-    """Opens a safetensors file, a torch file, an index.json with its shards, or a folder that holds one of them. A
-    shard that an index beside it names stands for all of them. A shard that is there as .zst only is unpacked beside
-    it, once, where a package for that is installed.
+    """Opens a safetensors file, a torch file, an index.json with its shards, a folder that holds one of them, or
+    diffusers' folder of a pipeline. A shard that an index beside it names stands for all of them. A shard that is there
+    as .zst only is unpacked beside it, once, where a package for that is installed.
 
     Args:
         use_ema: of a torch file that has both, take "generator_ema" rather than "generator".
@@ -78,14 +80,10 @@ def open_weights(path: Path, use_ema: bool = True) -> WeightFile:
     """
     if not path.exists():
         raise UserError(f"{path} does not exist; check the path.")
-    file = _index_of(_only_model(path) if path.is_dir() else path)
-    if _first_bytes(file).startswith(b"PK\x03\x04"):
-        held = _open_torch(file, use_ema)
-    else:
-        held = _open_shards(file) if file.suffix == ".json" else _open_safetensors(file)
-    alone = file.suffix != ".json" and not path.is_dir()  # what lies beside it may be of other models
-    held = replace(held, folder=file.absolute().parent.name)
-    return held if alone else replace(held, settings=folder_settings(file.parent))
+    file, notes = _only_model(path) if path.is_dir() else (path, ())
+    file = _index_of(file)
+    held = _open_shards(file, use_ema) if file.suffix == ".json" else _open_file(file, use_ema)
+    return replace(held, settings=folder_settings(file.parent), folder=file.absolute().parent.name, notes=notes)
 
 
 def write_safetensors(
@@ -146,31 +144,42 @@ def folder_settings(folder: Path) -> dict:
     return settings if isinstance(settings, dict) else {}
 
 
-def _only_model(folder: Path) -> Path:
-    """The index of a folder's shards, or its only file of weights."""
-    for pattern in ("*.index.json", "*.safetensors", "*.pt"):
-        found = sorted(folder.glob(pattern))
-        if len(found) == 1:
-            return found[0]
-        if found:
-            names = ", ".join(file.name for file in found[:4])
-            raise UserError(
-                f"{folder} holds {len(found)} files {pattern} ({names}), expected one; name the file itself."
-            )
+def _only_model(folder: Path) -> tuple[Path, tuple[str, ...]]:
+    """The index of a folder's shards, or its only file of weights, and what the user should know of the choice."""
+    notes: tuple[str, ...] = ()
+    if (folder / "model_index.json").is_file():
+        if (folder / "transformer_2").is_dir():
+            notes = (f"{folder.name} has two networks; transformer is taken, transformer_2 is left out.",)
+        folder = folder / "transformer"
+    for pattern in ("*safetensors.index*.json", "*.index*.json", "*.safetensors", "*.bin", "*.pt"):
+        found = sorted(folder.glob(pattern), key=lambda file: len(file.name))
+        if not found:
+            continue
+        plain, *others = found
+        if all(file.name.startswith(f"{plain.stem}.") for file in others):  # as in model.fp16.safetensors
+            if others:
+                notes = (*notes, f"{plain.name} is taken, {others[0].name} beside it is left out.")
+            return plain, notes
+        names = ", ".join(sorted(file.name for file in found)[:4])
+        raise UserError(f"{folder} holds {len(found)} files {pattern} ({names}), expected one; name the file itself.")
     inner = sorted(folder.glob(UPSTREAMS_FOLDERS))
     if len(inner) == 1 and inner[0].is_dir():
         return _only_model(inner[0])
     if inner:
         raise UserError(f"{folder} holds {', '.join(one.name for one in inner)}, expected one of them; name it itself.")
-    raise UserError(f"{folder} holds no .safetensors, index.json or .pt; give the folder or file of the weights.")
+    raise UserError(f"{folder} holds no .safetensors, index.json, .bin or .pt; give the folder or file of the weights.")
 
 
 def _index_of(path: Path) -> Path:
     """The index that names a file as one of its shards; the file itself where there is none."""
-    for index in sorted(path.parent.glob("*.index.json")) if path.suffix == ".safetensors" else ():
+    for index in sorted(path.parent.glob("*.index*.json")) if path.suffix in (".safetensors", ".bin") else ():
         if json.dumps(path.name) in index.read_text():
             return index
     return path
+
+
+def _open_file(path: Path, use_ema: bool) -> WeightFile:
+    return _open_torch(path, use_ema) if _first_bytes(path).startswith(b"PK\x03\x04") else _open_safetensors(path)
 
 
 def _open_safetensors(path: Path) -> WeightFile:
@@ -217,7 +226,7 @@ def _check_header(path: Path, start: bytes, size: int) -> None:
         raise UserError(short.format(expected))
 
 
-def _open_shards(index: Path) -> WeightFile:
+def _open_shards(index: Path, use_ema: bool) -> WeightFile:
     try:
         places = parse_json(index.read_text())["weight_map"]
         shards = sorted(set(places.values()))
@@ -238,7 +247,7 @@ def _open_shards(index: Path) -> WeightFile:
             raise UserError(
                 f"{index.name} names {name}, which is not beside it; put all {len(shards)} shards in {index.parent}."
             )
-        held = _open_safetensors(shard)
+        held = _open_file(shard, use_ema)
         tensors |= held.tensors
         metadata |= held.metadata
         size += held.bytes
@@ -258,9 +267,7 @@ def _unpack(shard: Path) -> None:
         except ImportError:
             continue
     else:
-        raise UserError(
-            f"{packed.name} is packed, and no package unpacks it: install zstandard, or run `zstd -d`."
-        )
+        raise UserError(f"{packed.name} is packed, and no package unpacks it: install zstandard, or run `zstd -d`.")
     with zstd.open(packed, "rb") as source:
 
         def write(partial: Path) -> None:

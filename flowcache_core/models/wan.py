@@ -46,6 +46,7 @@ class WanConfig:
 
     Attributes:
         fps: has SkyReels-V2's frame-rate embedding.
+        cross_attn_norm: tokens are normalised before they ask the text, as in every published network.
     """
 
     dim: int
@@ -59,6 +60,7 @@ class WanConfig:
     patch_size: tuple[int, int, int] = (1, 2, 2)
     eps: float = 1e-6
     fps: bool = False
+    cross_attn_norm: bool = True
 
     def sizes(self, text_tokens: int = 512, itemsize: int = 2) -> NetworkSizes:
         """Says what decides how much memory a run takes; published models read 512 text tokens."""
@@ -83,7 +85,7 @@ class WanBlock(nn.Module):
         super().__init__()
         self.norm1 = nn.LayerNorm(config.dim, config.eps, elementwise_affine=False)
         self.self_attn = WanAttention(config)
-        self.norm3 = nn.LayerNorm(config.dim, config.eps)
+        self.norm3 = nn.LayerNorm(config.dim, config.eps) if config.cross_attn_norm else nn.Identity()
         self.cross_attn = WanAttention(config)
         self.norm2 = nn.LayerNorm(config.dim, config.eps, elementwise_affine=False)
         self.ffn = nn.Sequential(

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from ...flowcache_core import checkpoints
+from ...flowcache_core.checkpoints.conversion import untold
 from ...flowcache_core.demo.preview import RGB_BIAS, RGB_FACTORS
 from ...flowcache_core.models.skyreels import add_frame_rate
 from ...flowcache_core.models.wan import WanConfig
@@ -66,8 +67,8 @@ def _load_wan(
     known = inspect.signature(load).parameters
     if "metadata" not in known:
         return _load_wan_by_hand(weights, config, dtype)
-    transformer = {"num_heads": config.num_heads, "text_dim": config.text_dim}
-    metadata = {"config": json.dumps({"transformer": transformer | ({"causal_ar": True} if causal else {})})}
+    transformer = untold(config) | ({"causal_ar": True} if causal else {})
+    metadata = {"config": json.dumps({"transformer": transformer})}
     more = {"disable_dynamic": disable_dynamic} if "disable_dynamic" in known else {}
     return load(dict(weights), model_options=options, metadata=metadata, **more)
 
@@ -78,9 +79,7 @@ def _load_wan_by_hand(weights: dict[str, Tensor], config: WanConfig, dtype: torc
     sizes = asdict(config)
     del sizes["fps"]  # `add_frame_rate` does what it says
     kind = {"image_model": "wan2.1", "model_type": "t2v"}
-    model_config = comfy.supported_models.WAN21_T2V(
-        kind | sizes | {"window_size": (-1, -1), "qk_norm": True, "cross_attn_norm": True}
-    )
+    model_config = comfy.supported_models.WAN21_T2V(kind | sizes | {"window_size": (-1, -1), "qk_norm": True})
     supported = list(model_config.supported_inference_dtypes)
     count = comfy.utils.calculate_parameters(weights)
     stored = comfy.utils.weight_dtype(weights)

@@ -20,57 +20,6 @@ from tests.helpers.paths import ROOT
 
 CONFIG = WanConfig(dim=128, ffn_dim=96, num_heads=1, num_layers=2, text_dim=40)
 
-DIFFUSERS = {  # spelt out by hand, so that the table in the code is checked against something
-    "patch_embedding.weight": "patch_embedding.weight",
-    "condition_embedder.text_embedder.linear_1.bias": "text_embedding.0.bias",
-    "condition_embedder.text_embedder.linear_2.weight": "text_embedding.2.weight",
-    "condition_embedder.time_embedder.linear_1.weight": "time_embedding.0.weight",
-    "condition_embedder.time_embedder.linear_2.bias": "time_embedding.2.bias",
-    "condition_embedder.time_proj.weight": "time_projection.1.weight",
-    "blocks.1.scale_shift_table": "blocks.1.modulation",
-    "blocks.1.attn1.to_q.weight": "blocks.1.self_attn.q.weight",
-    "blocks.1.attn1.to_out.0.bias": "blocks.1.self_attn.o.bias",
-    "blocks.1.attn1.norm_k.weight": "blocks.1.self_attn.norm_k.weight",
-    "blocks.0.attn2.to_v.weight": "blocks.0.cross_attn.v.weight",
-    "blocks.0.attn2.norm_q.weight": "blocks.0.cross_attn.norm_q.weight",
-    "blocks.0.norm2.weight": "blocks.0.norm3.weight",
-    "blocks.0.ffn.net.0.proj.weight": "blocks.0.ffn.0.weight",
-    "blocks.0.ffn.net.2.bias": "blocks.0.ffn.2.bias",
-    "scale_shift_table": "head.modulation",
-    "proj_out.weight": "head.head.weight",
-    "fps_embedding.weight": "fps_embedding.weight",
-    "fps_projection.net.0.proj.weight": "fps_projection.0.weight",
-    "fps_projection.net.2.bias": "fps_projection.2.bias",
-}
-
-
-def to_diffusers(name: str) -> str:
-    """Our names by diffusers', for every tensor of a network."""
-    pieces = {
-        "time_embedding.0": "condition_embedder.time_embedder.linear_1",
-        "time_embedding.2": "condition_embedder.time_embedder.linear_2",
-        "text_embedding.0": "condition_embedder.text_embedder.linear_1",
-        "text_embedding.2": "condition_embedder.text_embedder.linear_2",
-        "time_projection.1": "condition_embedder.time_proj",
-        "fps_projection.0": "fps_projection.net.0.proj",
-        "fps_projection.2": "fps_projection.net.2",
-        "head.head": "proj_out",
-        "head.modulation": "scale_shift_table",
-        "modulation": "scale_shift_table",
-        "ffn.0": "ffn.net.0.proj",
-        "ffn.2": "ffn.net.2",
-        "norm3": "norm2",
-        ".o.": ".to_out.0.",
-        ".q.": ".to_q.",
-        ".k.": ".to_k.",
-        ".v.": ".to_v.",
-        "self_attn": "attn1",
-        "cross_attn": "attn2",
-    }
-    for ours, theirs in pieces.items():
-        name = name.replace(ours, theirs)
-    return name
-
 
 def weights(config: WanConfig = CONFIG) -> dict[str, torch.Tensor]:
     torch.manual_seed(0)
@@ -147,18 +96,6 @@ def test_all_in_one_checkpoint(tmp_path):
     assert load(saved(tmp_path / "a.safetensors", tensors))[1].keys() == weights().keys()
 
 
-def test_diffusers_names(tmp_path):
-    config = WanConfig(dim=128, ffn_dim=96, num_heads=1, num_layers=2, text_dim=40, fps=True)
-    tensors = weights(config)
-    theirs = {to_diffusers(name): tensor for name, tensor in tensors.items()}
-    for name, ours in DIFFUSERS.items():
-        assert torch.equal(theirs[name], tensors[ours])
-    info, loaded = load(saved(tmp_path / "a.safetensors", theirs))
-    assert (info.layout, info.config) == ("diffusers", config)
-    assert loaded.keys() == tensors.keys()
-    assert all(torch.equal(loaded[name], tensors[name]) for name in tensors)
-
-
 @pytest.mark.parametrize("wrapper", ["generator_ema", "generator"])
 @pytest.mark.parametrize("prefix", ["model.", "model._fsdp_wrapped_module."])
 def test_torch_files(tmp_path, wrapper, prefix):
@@ -212,7 +149,7 @@ def test_shards_stay_in_their_folder(tmp_path):
 
 def test_folder_with_config(tmp_path):
     saved(tmp_path / "model.safetensors", weights())
-    (tmp_path / "config.json").write_text(json.dumps({"num_heads": 2, "inject_sample_info": False}))
+    (tmp_path / "config.json").write_text(json.dumps({"dim": 128, "num_heads": 2, "inject_sample_info": False}))
     info = inspect(tmp_path)
     assert (info.family, info.config.num_heads) == ("skyreels", 2)
     assert not info.warnings

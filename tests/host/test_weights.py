@@ -3,6 +3,7 @@
 import json
 import os
 import subprocess
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -15,13 +16,15 @@ from flowcache_core.checkpoints import convert
 from flowcache_core.history.positions import rotate
 from flowcache_core.models.skyreels import SkyReelsBackbone
 from flowcache_core.models.wan import WanBackbone, WanNetwork
-from tests.checkpoints.test_checkpoints import sharded, to_diffusers
+from tests.checkpoints.test_checkpoints import sharded
+from tests.checkpoints.test_diffusers import to_diffusers
 from tests.helpers import golden_weights
 from tests.helpers.golden_weights import SMALL, SMALL_FPS
 from tests.helpers.host.comfy_server import HOST, PACK, host_python
 from tests.helpers.magi_weights import normal
 
 X, TEXT, SIGMA = normal("x", (1, 16, 2, 4, 6)), golden_weights.text("cond"), torch.tensor([0.6])
+BARE = replace(SMALL, cross_attn_norm=False, eps=0.01)
 LORA = {"blocks.0.self_attn.q": 96, "blocks.2.ffn.0": 96, "blocks.1.cross_attn.v": 96}  # layer: input width
 
 
@@ -66,19 +69,26 @@ def results(tmp_path_factory):
     for name, tensors in (("diffusers", {to_diffusers(n): w for n, w in with_fps.items()}), ("upstream", weights)):
         (base / name).mkdir()
         save_file(tensors, base / name / "model.safetensors")
-        (base / name / "config.json").write_text(json.dumps({"num_attention_heads": SMALL.num_heads}))
+        told = {"dim": SMALL.dim, "num_heads": SMALL.num_heads, "inject_sample_info": name == "diffusers"}
+        (base / name / "config.json").write_text(json.dumps(told))
         sources[name] = base / name
     sources["shards"] = sharded(base / "shards", weights).parent
-    (base / "shards" / "config.json").write_text(json.dumps({"num_heads": SMALL.num_heads}))
+    (base / "shards" / "config.json").write_text(json.dumps({"dim": SMALL.dim, "num_heads": SMALL.num_heads}))
     prefixed = {f"model.diffusion_model.{n}": w for n, w in weights.items()}
     save_file(prefixed, base / "repack.safetensors", metadata)
     sources["repack"] = base / "repack.safetensors"
     (base / "pt").mkdir()
-    (base / "pt" / "config.json").write_text(json.dumps({"num_heads": SMALL.num_heads}))
+    (base / "pt" / "config.json").write_text(json.dumps({"dim": SMALL.dim, "num_heads": SMALL.num_heads}))
     torch.save(
         {"generator_ema": {f"model._fsdp_wrapped_module.{n}": w for n, w in weights.items()}}, base / "pt" / "a.pt"
     )
     sources["pt"] = base / "pt"
+
+    (base / "bare").mkdir()
+    save_file({n: w for n, w in weights.items() if ".norm3." not in n}, base / "bare" / "model.safetensors")
+    told = {"dim": SMALL.dim, "num_heads": SMALL.num_heads, "eps": BARE.eps}
+    (base / "bare" / "config.json").write_text(json.dumps(told))
+    sources["bare"] = base / "bare" / "model.safetensors"
 
     def converted(name: str, family: str, dtype=None, source: str = "upstream") -> str:
         out = base / f"{name}.converted.safetensors"
@@ -93,6 +103,10 @@ def results(tmp_path_factory):
         "shards": ({"path": converted("shards", "rolling", source="shards")}, weights),
         "repack": ({"path": converted("repack", "wan", source="repack")}, weights),
         "diffusers": ({"path": converted("diffusers", "skyreels", source="diffusers"), "fps": 16}, with_fps),
+        "bare": (
+            {"path": converted("bare", "causal", source="bare")},
+            {n: w for n, w in weights.items() if ".norm3." not in n},
+        ),
         "fp16": (
             {"path": converted("fp16", "causal", torch.float16), "dtype": "float16"},
             rounded(weights, torch.float16),
@@ -116,7 +130,8 @@ def results(tmp_path_factory):
     for name, (job, expected) in jobs.items():
         with safe_open(base / f"{name}.result.safetensors", framework="pt") as file:
             fps = job.get("fps", 0)
-            found[name] = file.get_tensor("velocity"), file.metadata(), ours(expected, SMALL_FPS if fps else SMALL, fps)
+            config = BARE if name == "bare" else SMALL_FPS if fps else SMALL
+            found[name] = file.get_tensor("velocity"), file.metadata(), ours(expected, config, fps)
     return found
 
 
@@ -127,7 +142,13 @@ def error(result) -> float:
 
 @pytest.mark.parametrize(
     ("name", "network"),
-    [("pt", "CausalWanModel"), ("shards", "CausalWanModel"), ("repack", "WanModel"), ("diffusers", "WanModel")],
+    [
+        ("pt", "CausalWanModel"),
+        ("shards", "CausalWanModel"),
+        ("repack", "WanModel"),
+        ("diffusers", "WanModel"),
+        ("bare", "CausalWanModel"),
+    ],
 )
 def test_stock_loader_reads_converted_files(results, name, network):
     assert results[name][1]["network"] == network
