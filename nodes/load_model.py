@@ -7,11 +7,12 @@ from comfy_api.latest import io
 
 from ..flowcache_core.demo import NETWORK_FILE
 from ..flowcache_core.models.families import FAMILIES
-from .comfyui.folders import file_names, file_path
+from .comfyui.folders import file_names, file_path, model_folders
 from .comfyui.models import load_model
 from .comfyui.progress import progress_text
 from .comfyui.widgets import advanced, schema
 
+FOLDER = "diffusion_models"
 DEMO = "demo model (ships with FlowCache)"
 WEIGHT_TYPES = {
     "default": None,
@@ -29,7 +30,7 @@ class LoadARVideoModel(io.ComfyNode):
         return schema(
             "FlowCacheLoadARVideoModel",
             inputs=[
-                io.Combo.Input("model_name", options=[DEMO, *file_names("diffusion_models")]),
+                io.Combo.Input("model_name", options=[DEMO, *file_names(FOLDER), *model_folders(FOLDER)]),
                 io.Combo.Input("family", options=["auto", *FAMILIES], default="auto"),
                 io.Combo.Input("weight_type", options=list(WEIGHT_TYPES), default="default"),
                 advanced(io.Int.Input("fps", default=24, min=1, max=120)),
@@ -43,6 +44,6 @@ class LoadARVideoModel(io.ComfyNode):
 
     @classmethod
     def execute(cls, model_name: str, family: str, weight_type: str, fps: int) -> io.NodeOutput:
-        path = NETWORK_FILE if model_name == DEMO else file_path("diffusion_models", model_name)
+        path = NETWORK_FILE if model_name == DEMO else file_path(FOLDER, model_name)
         warn = partial(progress_text, node_id=cls.hidden.unique_id)
         return io.NodeOutput(load_model(str(path), family, WEIGHT_TYPES[weight_type], fps, on_warning=warn))
