@@ -6,6 +6,7 @@ from pathlib import Path
 from torch import Tensor
 
 from ..errors import UserError
+from .others import refuse_others
 
 # Names of the diffusers library's WanTransformer3DModel and SkyReelsV2Transformer3DModel, longest first where one
 # begins with another. Its norm2 is Wan's norm3; the other norms of a block have no weights.
@@ -49,6 +50,8 @@ def layout_of(path: Path, tensors: dict[str, Tensor]) -> tuple[str, str]:
                     layout = "diffusers"
                 if layout != "magi" or any(other.startswith(f"{prefix}videodit_blocks.") for other in tensors):
                     return prefix, layout
+    if not any("lora_" in name for name in tensors):
+        refuse_others(path, tensors)
     kinds = {
         "lora_": "a LoRA; load it with a LoRA loader node on top of a model",
         "decoder.": "a VAE; load it with a VAE loader node",

@@ -11,6 +11,7 @@ from ..models.magi.config import MagiConfig
 from ..models.wan import WanConfig
 from .family import FAMILIES, family_of, transformer_settings
 from .layouts import layout_of, renamed
+from .others import refuse_others
 from .sizes import own_tensors, wan_config
 from .weight_files import open_weights
 
@@ -73,6 +74,7 @@ def load(
     file = open_weights(path, use_ema)
     prefix, layout = layout_of(path, file.tensors)
     tensors = renamed(file.tensors, prefix, layout)
+    refuse_others(path, tensors)
     settings, unheeded = transformer_settings(path, file, tensors)
     wan = None if layout == "magi" else wan_config(path, tensors, settings)
     family, open_question = family_of(path, file, wan, settings, family)

@@ -16,8 +16,6 @@ from ..models.wan import WanConfig, WanNetwork
 
 # Marks of repackers, tables that are worked out anew, and what trainers leave behind.
 IDLE = re.compile(r"^model_type\.|(^|\.)(freqs\w*|inv_freq|\w*step|num_updates|n_averaged|epoch)$")
-# What other kinds of Wan have beside all tensors of a text-to-video one.
-OTHER_KINDS = re.compile(r"(img_emb|vace_\w+|control_adapter|ref_conv|casual_audio_encoder|audio_\w+|face_adapter)\.")
 # Scales that fp8 files carry beside a weight, as ComfyUI writes them.
 QUANTIZATION = re.compile(r"(^|\.)(scaled_fp8|scale_weight|scale_input|weight_scale|input_scale|comfy_quant)$")
 
@@ -50,6 +48,12 @@ def wan_config(path: Path, tensors: dict[str, Tensor], settings: dict) -> WanCon
         return found
 
     dim, in_dim, *patch_size = shape("patch_embedding.weight", 5)
+    out_dim = shape("head.head.weight")[0] // math.prod(patch_size)
+    if in_dim != out_dim:
+        raise UserError(
+            f"{path.name} takes {in_dim} channels and gives {out_dim}, as Wan image-to-video and control do; expected "
+            "a text-to-video network, to which images are given as a prefix."
+        )
     num_layers = len({name.split(".")[1] for name in tensors if re.match(r"blocks\.\d+\.", name)})
     num_heads = settings.get("num_heads", settings.get("num_attention_heads", dim // 128))
     if not isinstance(num_heads, int) or num_heads < 1 or dim % num_heads or dim // num_heads % 2:
@@ -66,7 +70,7 @@ def wan_config(path: Path, tensors: dict[str, Tensor], settings: dict) -> WanCon
         num_heads=num_heads,
         num_layers=num_layers,
         in_dim=in_dim,
-        out_dim=shape("head.head.weight")[0] // math.prod(patch_size),
+        out_dim=out_dim,
         text_dim=shape("text_embedding.0.weight")[1],
         freq_dim=shape("time_embedding.0.weight")[1],
         patch_size=cast(tuple[int, int, int], tuple(patch_size)),
@@ -85,13 +89,20 @@ def own_tensors(
         Those tensors, and a line on the others, if there are any.
 
     Raises:
-        UserError: a tensor is missing or of another shape, or others make another kind of model of it.
+        UserError: a tensor is missing or of another shape.
     """
     magi = isinstance(config, MagiConfig)
     with torch.device("meta"):
         network = MagiNetwork(config) if isinstance(config, MagiConfig) else WanNetwork(config)
     expected = {name: weight.shape for name, weight in network.state_dict().items()}
     lost = [name for name in expected if name not in tensors]
+    layer = lost[0].rpartition(".")[0].rpartition(".")[0] if lost else ""
+    instead = [name for name in tensors if name not in expected and layer and name.startswith(f"{layer}.")]
+    if instead:
+        raise UserError(
+            f"{path.name} lacks {lost[0]} and has {instead[0]} there; its layers are fused, cut or packed in a way "
+            "that is not known here: use another file."
+        )
     if lost:
         raise UserError(
             f"{path.name} lacks {lost[0]} and {len(lost) - 1} more of {len(expected)} tensors; it is cut down, or one "
@@ -108,12 +119,6 @@ def own_tensors(
             own[name] = tensor
         else:
             others.append(name)
-    for name in others:
-        if not magi and OTHER_KINDS.match(name):
-            raise UserError(
-                f"{path.name} has {name}, which the Wan 2.1 text-to-video layout does not know; it is another kind of "
-                "Wan (image-to-video, VACE, control): use a text-to-video one."
-            )
     return own, tuple([_left_out(path, others, "MAGI-1" if magi else "Wan 2.1")] if others else [])
 
 
