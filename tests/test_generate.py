@@ -5,10 +5,12 @@ import torch
 
 from flowcache_core import generate
 from flowcache_core.engine.loop import Cancelled
+from flowcache_core.errors import UserError
 from flowcache_core.models.presets import preset
+from flowcache_core.models.wan import WanBackbone
 from flowcache_core.settings import OFF, HistorySettings, Settings
 from flowcache_core.solvers.one_step import chunk_noise
-from tests.helpers.tiny import TINY
+from tests.helpers.tiny import TINY, tiny_network
 
 SHORT = {"steps": 4, "lag": 2, "frames_per_chunk": 2, "latent_size": (6, 4), "settings": OFF}
 
@@ -23,6 +25,21 @@ def test_shapes_report_and_state(backbone):
     assert torch.equal(result.latents, result.state.latents)
     assert result.state.chunks == 3 and result.report.chunks_done == 3
     assert result.report.forwards_total == 3 * 4 + 3
+
+
+def test_a_network_of_bfloat16_throughout(backbone):
+    """Layers that do not cast, as a network of one's own has them: the latent is brought to their type."""
+    network = tiny_network()
+    plain = torch.nn.Conv3d(TINY.in_dim, TINY.dim, TINY.patch_size, TINY.patch_size)
+    plain.load_state_dict(network.patch_embedding.state_dict())
+    network.patch_embedding = plain
+    half = WanBackbone(network.bfloat16())
+    latents = generate(half, words().bfloat16(), 2, **SHORT).latents
+    assert latents.dtype == torch.bfloat16
+    exact = generate(backbone, words(), 2, **SHORT).latents
+    assert (latents - exact).norm() < 0.1 * exact.norm()
+    with pytest.raises(UserError, match="text is torch.float32, expected torch.bfloat16 as the network is"):
+        generate(half, words(), 2, **SHORT)
 
 
 def test_a_longer_video_begins_like_a_shorter_one(backbone):

@@ -179,6 +179,12 @@ class WanBackbone:
         """Width of the text embeddings."""
         return self.network.text_embedding[0].in_features
 
+    @property
+    def dtype(self) -> torch.dtype | None:
+        """What texts must have; None where the network's layers cast."""
+        first = self.network.text_embedding[0]
+        return first.weight.dtype if type(first) is nn.Linear else None
+
     def grid(self, height: int, width: int) -> tuple[int, int]:
         """Rows and columns of tokens of one frame of latent size height x width."""
         _, patch_height, patch_width = self.network.patch_size
@@ -243,7 +249,9 @@ class WanBackbone:
         _, patch_height, patch_width = self.network.patch_size
         if (rows * patch_height, columns * patch_width) != (height, width):
             x = F.pad(x, (0, columns * patch_width - width, 0, rows * patch_height - height, 0, 0), mode="circular")
-        return self.network.patch_embedding(x.float()).to(x.dtype).flatten(3).permute(0, 2, 3, 1)
+        layer = self.network.patch_embedding
+        tokens = layer(x.to(layer.weight.dtype) if type(layer) is nn.Conv3d else x.float())  # all others cast
+        return tokens.to(x.dtype).flatten(3).permute(0, 2, 3, 1)
 
     def timestep(self, sigma: Tensor) -> Tensor:
         """Gives what the network is told of a noise level."""
