@@ -214,9 +214,7 @@ def _checked_texts(text: Text, name: str, backbone) -> list[Tensor]:
                 f"The {name}s have batches of {texts[0].shape[0]} and {one.shape[0]}, expected the same for all."
             )
         if one.dtype != (getattr(backbone, "dtype", None) or one.dtype):
-            raise UserError(
-                f"The {name} is {one.dtype}, expected {backbone.dtype} as the network is; cast it."
-            )
+            raise UserError(f"The {name} is {one.dtype}, expected {backbone.dtype} as the network is; cast it.")
         if not torch.isfinite(one).all():
             raise UserError(f"The {name} holds NaN or infinite values; check the text encoder that made it.")
     return texts

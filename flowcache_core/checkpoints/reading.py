@@ -13,7 +13,7 @@ from .family import FAMILIES, family_of, transformer_settings
 from .layouts import layout_of, renamed
 from .others import refuse_others
 from .sizes import own_tensors, wan_config
-from .weight_files import open_weights
+from .weight_files import FLOAT4, open_weights
 
 
 @dataclass(frozen=True)
@@ -90,6 +90,7 @@ def load(
 
 def _check_finite(path: Path, tensors: dict[str, Tensor]) -> None:
     for name, tensor in tensors.items():
-        pieces = tensor.flatten().split(1 << 20) if tensor.is_floating_point() else ()
+        floats = tensor.is_floating_point() and tensor.dtype != FLOAT4  # which has neither
+        pieces = tensor.flatten().split(1 << 20) if floats else ()
         if not all(piece.float().isfinite().all() for piece in pieces):
             raise UserError(f"{path.name} holds NaN or infinity in {name}, expected finite weights; download it again.")

@@ -13,6 +13,7 @@ from ..models.magi.config import MagiConfig
 from ..models.magi.network import MagiNetwork
 from ..models.magi.text import TOKEN_PREFIX
 from ..models.wan import WanConfig, WanNetwork
+from .weight_files import FLOAT4
 
 # Marks of repackers, tables that are worked out anew, and what trainers leave behind.
 IDLE = re.compile(r"^model_type\.|(^|\.)(freqs\w*|inv_freq|\w*step|num_updates|n_averaged|epoch)$")
@@ -110,6 +111,11 @@ def own_tensors(
         )
     own, others = {}, []
     for name, tensor in tensors.items():
+        if name in expected and tensor.shape != expected[name] and tensor.dtype in (torch.uint8, FLOAT4):
+            raise UserError(
+                f"{path.name} has {name} packed in 4 bits or fewer, expected a weight a number; load it with ComfyUI's "
+                "own Load Diffusion Model, and name its family on the FlowCache node."
+            )
         if name in expected and tensor.shape != expected[name]:
             raise UserError(
                 f"{path.name} has {name} of shape {list(tensor.shape)}, expected {list(expected[name])} from its other "

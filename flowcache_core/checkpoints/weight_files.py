@@ -22,20 +22,15 @@ from ..storage.files import parse_json, write_whole
 
 Progress = Callable[[int, int], None]  # bytes written, bytes in all
 
-DTYPE_NAMES = {
-    torch.float64: "F64",
-    torch.float32: "F32",
-    torch.float16: "F16",
-    torch.bfloat16: "BF16",
-    torch.float8_e4m3fn: "F8_E4M3",
-    torch.float8_e5m2: "F8_E5M2",
-    torch.int64: "I64",
-    torch.int32: "I32",
-    torch.int16: "I16",
-    torch.int8: "I8",
-    torch.uint8: "U8",
-    torch.bool: "BOOL",
-}
+NAMES = {  # in safetensors 0.8; torch 2.5 does not have them all
+    "float64": "F64", "float32": "F32", "float16": "F16", "bfloat16": "BF16", "complex64": "C64",
+    "float8_e4m3fn": "F8_E4M3", "float8_e5m2": "F8_E5M2", "float8_e4m3fnuz": "F8_E4M3FNUZ",
+    "float8_e5m2fnuz": "F8_E5M2FNUZ", "float8_e8m0fnu": "F8_E8M0", "float4_e2m1fn_x2": "F4",
+    "int64": "I64", "int32": "I32", "int16": "I16", "int8": "I8",
+    "uint64": "U64", "uint32": "U32", "uint16": "U16", "uint8": "U8", "bool": "BOOL",
+}  # fmt: skip
+DTYPE_NAMES = {getattr(torch, name): code for name, code in NAMES.items() if hasattr(torch, name)}
+FLOAT4 = getattr(torch, "float4_e2m1fn_x2", None)  # two numbers in a byte, which a header counts apart
 
 UPSTREAMS_FOLDERS = "inference_weight*"  # in which MAGI-1's loader looks for weights
 ZSTD = ("compression.zstd", "zstandard")  # the one of Python 3.14, or the package
@@ -99,7 +94,8 @@ def write_safetensors(
         dtype: of the floating-point matrices in the file; None leaves them as they are.
 
     Raises:
-        UserError: `out` exists, is no .safetensors, or its folder cannot be written to or is full.
+        UserError: `out` exists, is no .safetensors, or its folder cannot be written to or is full; or a tensor goes
+            beyond what the type holds, by name.
     """
     if out.suffix != ".safetensors":
         raise UserError(f"The output is called {out.name}; ComfyUI reads it only as .safetensors: rename it.")
@@ -114,8 +110,10 @@ def write_safetensors(
         written = 0
         with open(partial, "wb") as file:
             file.write(header)
-            for tensor in tensors.values():
-                data = tensor.detach().to("cpu", _written_dtype(tensor, dtype)).contiguous().flatten().view(torch.uint8)
+            for name, tensor in tensors.items():
+                kind = _written_dtype(tensor, dtype)
+                _check_range(name, tensor, kind)
+                data = tensor.detach().to("cpu", kind).contiguous().flatten().view(torch.uint8)
                 file.write(data.numpy().data)
                 written += data.numel()
                 if progress:
@@ -188,8 +186,9 @@ def _open_safetensors(path: Path) -> WeightFile:
     try:
         with safe_open(path, framework="pt") as file:
             return WeightFile({name: file.get_tensor(name) for name in file.keys()}, file.metadata() or {}, size)
-    except (SafetensorError, ValueError, TypeError) as error:
-        raise UserError(f"{path.name} is a broken safetensors file ({error}); download it again.") from error
+    except (SafetensorError, ValueError, TypeError, AttributeError) as error:
+        reason = first_line(error)
+        raise UserError(f"{path.name} cannot be read ({reason}); download it again, or one of another type.") from error
 
 
 def _check_header(path: Path, start: bytes, size: int) -> None:
@@ -312,14 +311,30 @@ def _written_dtype(tensor: Tensor, dtype: torch.dtype | None) -> torch.dtype:
     return dtype if dtype is not None and tensor.is_floating_point() and tensor.ndim > 1 else tensor.dtype
 
 
+def _check_range(name: str, tensor: Tensor, dtype: torch.dtype) -> None:
+    if dtype == tensor.dtype or torch.finfo(dtype).max >= torch.finfo(tensor.dtype).max:
+        return
+    largest = max(
+        (float(piece.float().abs().max()) for piece in tensor.flatten().split(1 << 20) if piece.numel()), default=0
+    )
+    if largest > torch.finfo(dtype).max:
+        raise UserError(
+            f"{name} goes up to {largest:g}, and {dtype} holds {torch.finfo(dtype).max:g} at most; choose bfloat16 or "
+            "leave the type unchanged."
+        )
+
+
 def _header(tensors: dict[str, Tensor], metadata: dict[str, str], dtype: torch.dtype | None) -> tuple[bytes, int]:
     """A safetensors header with its length in front, and the bytes of data that follow."""
     entries: dict[str, dict] = {"__metadata__": metadata}
     offset = 0
     for name, tensor in tensors.items():
         kind = _written_dtype(tensor, dtype)
+        if kind not in DTYPE_NAMES:
+            raise UserError(f"{name} is of {kind}, which safetensors does not hold; use a file of another type.")
         end = offset + kind.itemsize * math.prod(tensor.shape)
-        entries[name] = {"dtype": DTYPE_NAMES[kind], "shape": list(tensor.shape), "data_offsets": [offset, end]}
+        shape = [*tensor.shape[:-1], 2 * tensor.shape[-1]] if kind == FLOAT4 else list(tensor.shape)
+        entries[name] = {"dtype": DTYPE_NAMES[kind], "shape": shape, "data_offsets": [offset, end]}
         offset = end
     text = json.dumps(entries, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)  # so that the data is aligned

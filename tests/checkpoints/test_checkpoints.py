@@ -305,6 +305,47 @@ def test_convert_casts_matrices(tmp_path):
     assert info.bytes < 0.55 * path.stat().st_size
 
 
+@pytest.mark.parametrize("value, dtype", [(1e5, torch.float16), (449.0, torch.float8_e4m3fn), (6e4, torch.float8_e5m2)])
+def test_convert_writes_no_overflow(value, dtype, tmp_path):
+    """float16 would hold infinity there, e4m3fn its largest number, and neither would be noticed."""
+    tensors = weights()
+    tensors["blocks.1.ffn.0.weight"][3, 4] = -value
+    path = saved(tmp_path / "a.safetensors", tensors)
+    with pytest.raises(UserError, match=f"blocks.1.ffn.0.weight goes up to {value:g}, and {dtype} holds"):
+        convert(path, tmp_path / "b.safetensors", "causal", dtype)
+    assert list(tmp_path.iterdir()) == [path]
+    assert convert(path, tmp_path / "b.safetensors", "causal", torch.bfloat16).dtype == torch.bfloat16
+
+
+@pytest.mark.parametrize(
+    "name", ["float8_e8m0fnu", "float8_e4m3fnuz", "float8_e5m2fnuz", "uint16", "uint64", "float4_e2m1fn_x2"]
+)
+def test_scales_of_newer_types_are_written_as_they_are(name, tmp_path):
+    if not hasattr(torch, name):
+        pytest.skip(f"this torch has no {name}")
+    dtype = getattr(torch, name)
+    scale = torch.arange(1, 1 + 12 * dtype.itemsize, dtype=torch.uint8).view(3, -1).view(dtype)
+    path = saved(tmp_path / "a.safetensors", weights() | {"blocks.0.ffn.0.weight_scale": scale})
+    load(path, check_finite=True)
+    convert(path, tmp_path / "b.safetensors", "causal")
+    with safe_open(tmp_path / "b.safetensors", framework="pt") as file:
+        read = file.get_tensor("blocks.0.ffn.0.weight_scale")
+    assert read.dtype == dtype and torch.equal(read.view(torch.uint8), scale.view(torch.uint8))
+
+
+def test_types_that_cannot_be_read_or_run(tmp_path):
+    header = json.dumps({"x": {"dtype": "F6_E3M2", "shape": [4, 8], "data_offsets": [0, 24]}}).encode()
+    (tmp_path / "a.safetensors").write_bytes(len(header).to_bytes(8, "little") + header + bytes(24))
+    refused("cannot be read .*F6_E3M2.*another type", tmp_path / "a.safetensors")
+    packed = weights()
+    name = "blocks.0.self_attn.q.weight"
+    packed[name] = torch.zeros(128, 64, dtype=torch.uint8)
+    refused(f"has {name} packed in 4 bits", saved(tmp_path / "b.safetensors", packed))
+    torch.save(weights() | {"blocks.0.ffn.0.weight_scale": torch.zeros(2, dtype=torch.complex128)}, tmp_path / "c.pt")
+    with pytest.raises(UserError, match="is of torch.complex128, which safetensors does not hold"):
+        convert(tmp_path / "c.pt", tmp_path / "c.safetensors", "causal")
+
+
 def test_convert_leaves_nothing_half_written(tmp_path):
     path = saved(tmp_path / "a.safetensors", weights())
 
