@@ -7,6 +7,7 @@ first bytes, never by their names, and nothing is ever unpickled except by torch
 import importlib
 import json
 import math
+import re
 import shutil
 import warnings
 from collections.abc import Callable
@@ -35,6 +36,7 @@ FLOAT4 = getattr(torch, "float4_e2m1fn_x2", None)  # two numbers in a byte, whic
 UPSTREAMS_FOLDERS = "inference_weight*"  # in which MAGI-1's loader looks for weights
 ZSTD = ("compression.zstd", "zstandard")  # the one of Python 3.14, or the package
 
+SHARD = re.compile(r"(.+)-\d{5}-of-(\d{5})(\.\w+)")
 LONGEST_NAME = 200  # of a shard's file
 LONGEST_HEADER = 100_000_000  # bytes; the safetensors library's own limit
 
@@ -64,8 +66,8 @@ class WeightFile:
 
 def open_weights(path: Path, use_ema: bool = True) -> WeightFile:
     """Opens a safetensors file, a torch file, an index.json with its shards, a folder that holds one of them, or
-    diffusers' folder of a pipeline. A shard that an index beside it names stands for all of them. A shard that is there
-    as .zst only is unpacked beside it, once, where a package for that is installed.
+    diffusers' folder of a pipeline. A shard stands for all of them, which an index beside it names, or its own number
+    of so many. One that is there as .zst only is unpacked beside it, once, where a package for that is installed.
 
     Args:
         use_ema: of a torch file that has both, take "generator_ema" rather than "generator".
@@ -77,7 +79,8 @@ def open_weights(path: Path, use_ema: bool = True) -> WeightFile:
         raise UserError(f"{path} does not exist; check the path.")
     file, notes = _only_model(path) if path.is_dir() else (path, ())
     file = _index_of(file)
-    held = _open_shards(file, use_ema) if file.suffix == ".json" else _open_file(file, use_ema)
+    several = file.suffix == ".json" or SHARD.fullmatch(file.name)
+    held = _open_shards(file, use_ema) if several else _open_file(file, use_ema)
     return replace(held, settings=folder_settings(file.parent), folder=file.absolute().parent.name, notes=notes)
 
 
@@ -154,6 +157,8 @@ def _only_model(folder: Path) -> tuple[Path, tuple[str, ...]]:
         if not found:
             continue
         plain, *others = found
+        if all(SHARD.fullmatch(file.name) for file in found):
+            return plain, notes
         if all(file.name.startswith(f"{plain.stem}.") for file in others):  # as in model.fp16.safetensors
             if others:
                 notes = (*notes, f"{plain.name} is taken, {others[0].name} beside it is left out.")
@@ -189,6 +194,11 @@ def _open_safetensors(path: Path) -> WeightFile:
     except (SafetensorError, ValueError, TypeError, AttributeError) as error:
         reason = first_line(error)
         raise UserError(f"{path.name} cannot be read ({reason}); download it again, or one of another type.") from error
+    except RuntimeError as error:  # of torch
+        raise UserError(
+            f"{path.name} cannot be mapped ({first_line(error)}); its {size:,} bytes need as much memory or swap: use "
+            "shards, or a smaller type."
+        ) from error
 
 
 def _check_header(path: Path, start: bytes, size: int) -> None:
@@ -226,11 +236,18 @@ def _check_header(path: Path, start: bytes, size: int) -> None:
 
 
 def _open_shards(index: Path, use_ema: bool) -> WeightFile:
-    try:
-        places = parse_json(index.read_text())["weight_map"]
-        shards = sorted(set(places.values()))
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise UserError(f"{index.name} has no weight_map, expected an index of shards; check the file.") from error
+    """Opens all shards that an index names, or that go with one of them by their numbers."""
+    places: dict[str, str] = {}
+    numbers = SHARD.fullmatch(index.name)
+    if numbers:
+        front, count, end = numbers.groups()
+        shards = [f"{front}-{number:05d}-of-{count}{end}" for number in range(1, int(count) + 1)]
+    else:
+        try:
+            places = parse_json(index.read_text())["weight_map"]
+            shards = sorted(set(places.values()))
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            raise UserError(f"{index.name} has no weight_map, expected an index of shards; check the file.") from error
     tensors: dict[str, Tensor] = {}
     metadata: dict[str, str] = {}
     size = 0
@@ -244,7 +261,8 @@ def _open_shards(index: Path, use_ema: bool) -> WeightFile:
             _unpack(shard)
         if not shard.is_file():
             raise UserError(
-                f"{index.name} names {name}, which is not beside it; put all {len(shards)} shards in {index.parent}."
+                f"{index.name} goes with {name}, which is not beside it: one shard of several; put all {len(shards)} "
+                f"in {index.parent}."
             )
         held = _open_file(shard, use_ema)
         tensors |= held.tensors

@@ -12,7 +12,7 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
 
-from flowcache_core.checkpoints import CAUSAL_FAMILIES, convert, inspect, load
+from flowcache_core.checkpoints import CAUSAL_FAMILIES, convert, inspect, load, weight_files
 from flowcache_core.checkpoints.weight_files import open_weights
 from flowcache_core.errors import UserError
 from flowcache_core.models.wan import WanConfig, WanNetwork
@@ -135,6 +135,11 @@ def test_shards(tmp_path):
         info, loaded = load(path)
         assert info.bytes == sum(file.stat().st_size for file in index.parent.glob("*.safetensors"))
         assert all(torch.equal(loaded[name], tensors[name]) for name in tensors)
+    told = index.read_text()
+    index.unlink()
+    for path in (index.parent, shard):  # as SkyReels-V2's own loader takes every file of a folder
+        assert load(path)[1].keys() == tensors.keys()
+    index.write_text(told)
     (index.parent / "model-00002-of-00003.safetensors").unlink()
     refused("model-00002-of-00003.safetensors, which is not beside it", index)
     index.unlink()
@@ -205,6 +210,17 @@ def test_a_header_whose_length_looks_like_another_kind_of_file(tmp_path, first):
     length = next(n for n in range(first, 10_000, 256) if n >= len(header))
     path.write_bytes(length.to_bytes(8, "little") + header.ljust(length) + raw[-8:])
     assert list(open_weights(path).tensors) == ["x"]
+
+
+def test_a_file_that_is_larger_than_memory(tmp_path, monkeypatch):
+    """Linux maps no more in one piece than there is memory and swap; torch says so in a RuntimeError."""
+
+    def refuse(path, framework):
+        raise RuntimeError("unable to mmap 28577000000 bytes from file <a>: Cannot allocate memory (12)\nmore")
+
+    path = saved(tmp_path / "a.safetensors", weights())
+    monkeypatch.setattr(weight_files, "safe_open", refuse)
+    refused("cannot be mapped .*Cannot allocate memory.*use shards", path)
 
 
 def test_cut_short_anywhere(tmp_path):

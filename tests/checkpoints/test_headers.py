@@ -1,0 +1,119 @@
+"""Every published file that the docs name is taken for what it is, from its names, shapes and types alone."""
+
+import json
+import re
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from flowcache_core.checkpoints import inspect, weight_files
+from flowcache_core.models.magi.config import MAGI_4_5B, MAGI_24B
+from flowcache_core.models.wan import WanConfig
+from tests.helpers.headers import Header, Headers, stored, write_safetensors, write_shards, write_torch
+from tests.helpers.paths import ROOT
+
+WAN = WanConfig(dim=1536, ffn_dim=8960, num_heads=12, num_layers=30)
+SKYREELS = WanConfig(dim=1536, ffn_dim=8960, num_heads=12, num_layers=30, fps=True)
+SKYREELS_14B = WanConfig(dim=5120, ffn_dim=13824, num_heads=40, num_layers=40)
+
+
+def trained(path: Path, header: Header, config: dict) -> None:
+    """As trainer/distillation.py of Self-Forcing and its kin saves: FSDP leaves its mark on the average's names."""
+    prefixes = {"generator": "model.", "critic": "model.", "generator_ema": "model._fsdp_wrapped_module."}
+    write_torch(path, header, prefixes)
+
+
+def causvid(path: Path, header: Header, config: dict) -> None:
+    """As causvid/train_distillation.py saves."""
+    write_torch(path, header, {"generator": "model.", "critic": "model."})
+
+
+def for_comfyui(path: Path, header: Header, config: dict) -> None:
+    """With the metadata by which ComfyUI knows causal files."""
+    write_safetensors(path, header, {"config": json.dumps({"transformer": {"causal_ar": True}})})
+
+
+def marked_half(path: Path, header: Header, config: dict) -> None:
+    """With the repacker's mark."""
+    half = {name: ("F16", shape) for name, (_, shape) in header.items()}
+    write_safetensors(path, half | {"model_type.SkyReels-V2-DF-14B-720P": ("F32", [1])})
+
+
+def alone(path: Path, header: Header, config: dict) -> None:
+    write_safetensors(path, header)
+
+
+def folder(stem: str, shards: int) -> Callable[[Path, Header, dict], None]:
+    """As Skywork and diffusers publish; shards are called as diffusers' converter asks for them, with no index."""
+
+    def write(path: Path, header: Header, config: dict) -> None:
+        path.mkdir()
+        (path / "config.json").write_text(json.dumps(config))
+        write_shards(path, stem, shards, header) if shards > 1 else alone(path / f"{stem}.safetensors", header, config)
+
+    return write
+
+
+def magi(inner: str) -> Callable[[Path, Header, dict], None]:
+    """In the folder that upstream's loader looks into."""
+
+    def write(path: Path, header: Header, config: dict) -> None:
+        (path / inner).mkdir(parents=True)
+        alone(path / inner / "model.safetensors", header, config)
+
+    return write
+
+
+# file or folder: its list in tests/headers, how it is written, family, sizes, whether the family stays a guess
+FILES = {
+    "Wan2_1-SkyReels-V2-DF-1_3B-540P_fp32.safetensors": ("skyreels_1_3b", alone, "skyreels", SKYREELS, False),
+    "Wan2_1-SkyReels-V2-DF-14B-720P_fp16.safetensors": ("skyreels_14b", marked_half, "skyreels", SKYREELS_14B, False),
+    "SkyReels-V2-DF-1.3B-540P": ("skyreels_1_3b", folder("model", 1), "skyreels", SKYREELS, False),
+    "SkyReels-V2-DF-14B-540P": ("skyreels_14b", folder("model", 12), "skyreels", SKYREELS_14B, False),
+    "SkyReels-V2-DF-14B-720P": ("skyreels_14b", folder("diffusion_pytorch_model", 6), "skyreels", SKYREELS_14B, False),
+    "self_forcing_dmd.pt": ("wan_1_3b", trained, "causal", WAN, True),
+    "causal_forcing-framewise.safetensors": ("wan_1_3b", for_comfyui, "causal", WAN, False),
+    "causal_forcing.pt": ("wan_1_3b", trained, "causal", WAN, True),
+    "framewise-2step.pt": ("wan_1_3b", trained, "causal", WAN, True),
+    "framewise-1step.pt": ("wan_1_3b", trained, "causal", WAN, True),
+    "longvideo.pt": ("wan_1_3b", trained, "causal", WAN, True),
+    "rolling_forcing_dmd.pt": ("wan_1_3b", trained, "causal", WAN, True),
+    "model.pt": ("wan_1_3b", causvid, "causal", WAN, True),  # CausVid's
+    "4.5B_base": ("magi_4_5b", magi("inference_weight"), "magi", MAGI_4_5B, False),
+    "4.5B_distill": ("magi_4_5b", magi("inference_weight.distill"), "magi distilled", MAGI_4_5B, False),
+    "4.5B_distill_quant": (
+        "magi_4_5b_quant", magi("inference_weight.fp8.distill"), "magi distilled", MAGI_4_5B, False,
+    ),
+    "24B_base": ("magi_24b", magi("inference_weight"), "magi", MAGI_24B, False),
+    "24B_distill_quant": ("magi_24b_quant", magi("inference_weight.fp8.distill"), "magi distilled", MAGI_24B, False),
+    "diffusers SkyReels 1.3B": ("diffusers_skyreels_1_3b", folder("model", 1), "skyreels", SKYREELS, False),
+    "diffusers SkyReels 14B": ("diffusers_skyreels_14b", folder("model", 12), "skyreels", SKYREELS_14B, False),
+    "diffusers Wan": ("diffusers_wan_1_3b", folder("model", 2), "wan", WAN, True),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", FILES)
+def test_a_published_file_is_what_it_is(name, tmp_path, monkeypatch):
+    monkeypatch.setattr(weight_files, "safe_open", Headers)
+    listed, write, family, config, guessed = FILES[name]
+    write(tmp_path / name, *stored(listed))
+    info = inspect(tmp_path / name)
+    assert (info.family, info.guessed) == (family, guessed)
+    left_out = [warning for warning in info.warnings[guessed:] if "compute nothing" not in warning]
+    assert not left_out
+    if isinstance(config, WanConfig):
+        assert info.config == config
+    else:
+        sizes = (config.layers, config.width, config.ffn_width, config.heads, config.gated, config.doubled)
+        found = info.config
+        assert (found.layers, found.width, found.ffn_width, found.heads, found.gated, found.doubled) == sizes
+        assert (found.distilled, found.fp8) == (family == "magi distilled", "quant" in name)
+
+
+def test_no_file_of_the_docs_is_missing_here():
+    models = (ROOT / "docs" / "models.md").read_text().partition("The networks go to")[2].partition("## Settings")[0]
+    named = {Path(name).name for name in re.findall(r"`([\w./-]+(?:\.pt|\.safetensors)|SkyReels-[\w.-]+)`", models)}
+    assert len(named) > 8 and named - {"OUT.safetensors"} <= FILES.keys()
+    magi_folders = set(re.findall(r"`(?:ckpt/magi/)?([\d.]+B_\w+)`", (ROOT / "docs" / "magi.md").read_text()))
+    assert len(magi_folders) > 2 and magi_folders <= FILES.keys()
