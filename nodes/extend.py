@@ -4,9 +4,9 @@ from dataclasses import replace
 
 from comfy_api.latest import io
 
-from ..flowcache_core.checkpoints import MAGI_FAMILIES
+from ..flowcache_core.checkpoints import MAGI_FAMILIES, wan_families
 from ..flowcache_core.errors import UserError
-from ..flowcache_core.models.families import SOLVERS, family
+from ..flowcache_core.models import families
 from .comfyui import magi as host_magi
 from .comfyui import patch as host
 from .comfyui.extend import Extended, Extension, Sampling, extend
@@ -32,7 +32,7 @@ class AutoregressiveExtend(io.ComfyNode):
                 io.Int.Input("lag", default=-1, min=-1, max=1000),
                 io.Int.Input("width", default=0, min=0, max=8192, step=16),
                 io.Int.Input("height", default=0, min=0, max=8192, step=16),
-                advanced(io.Combo.Input("solver", options=["auto", *SOLVERS], default="auto")),
+                advanced(io.Combo.Input("solver", options=["auto", *families.SOLVERS], default="auto")),
                 advanced(io.Combo.Input("attention", options=["auto", "causal", "joint"], default="auto")),
                 advanced(io.Float.Input("shift", default=0.0, min=0.0, max=100.0, step=0.1)),
                 advanced(io.Float.Input("condition_noise", default=-1.0, min=-1.0, max=1.0, step=0.01)),
@@ -41,6 +41,7 @@ class AutoregressiveExtend(io.ComfyNode):
                 StateType.Input("state", optional=True),
                 StreamType.Input("stream", optional=True),
                 ResumeType.Input("resume", optional=True),
+                advanced(io.Combo.Input("family", options=["auto", *wan_families()], default="auto")),
             ],
             outputs=[
                 io.Latent.Output(display_name="latent"),
@@ -54,7 +55,7 @@ class AutoregressiveExtend(io.ComfyNode):
     @classmethod
     def execute(
         cls, model, positive, negative, seed, chunks, steps, guidance, frames_per_chunk, lag, width, height,
-        solver, attention, shift, condition_noise, prefix, end, state, stream, resume,
+        solver, attention, shift, condition_noise, prefix, end, state, stream, resume, family,
     ) -> io.NodeOutput:  # fmt: skip
         if prefix is not None and state is not None:
             raise UserError(
@@ -65,6 +66,7 @@ class AutoregressiveExtend(io.ComfyNode):
             positive, negative, seed, chunks, (width, height), prefix, end, state, stream, resume,
             metadata=workflow_metadata(cls.hidden), node_id=cls.hidden.unique_id,
         )  # fmt: skip
+        model = host.with_family(model, family)
         name = host.family_of(model)
         if name in MAGI_FAMILIES:
             host_magi.check_fixed(
@@ -72,7 +74,7 @@ class AutoregressiveExtend(io.ComfyNode):
                 condition_noise=condition_noise,
             )  # fmt: skip
             return _output(host_magi.extend(model, asked, steps, guidance))
-        usual = family(name)
+        usual = families.family(name)
         steps = steps or usual.steps
         how = Sampling(
             levels=usual.shifted_levels(steps, shift) if shift else usual.levels(steps),

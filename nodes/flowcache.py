@@ -4,6 +4,7 @@ from dataclasses import replace
 
 from comfy_api.latest import io
 
+from ..flowcache_core.checkpoints import wan_families
 from ..flowcache_core.models.families import family_preset, fitted
 from ..flowcache_core.models.presets import DEFAULT_PRESET, PRESETS, quality_settings
 from ..flowcache_core.settings import Between, Compression, Drift, Every, HistorySettings, Settings
@@ -37,6 +38,7 @@ class FlowCache(io.ComfyNode):
                 advanced(io.Float.Input("quality", default=0.5, min=0.0, max=1.0, step=0.05)),
                 advanced(io.Combo.Input("history_memory", options=["auto", "system"], default="auto")),
                 advanced(io.Boolean.Input("overlap", default=True)),
+                advanced(io.Combo.Input("family", options=["auto", *wan_families()], default="auto")),
             ],
             outputs=[io.Model.Output()],
             found_by=("cache", "speed up", "teacache", "easycache", "kv cache", "faster video"),
@@ -45,7 +47,7 @@ class FlowCache(io.ComfyNode):
     @classmethod
     def execute(
         cls, model, preset, history_budget, policy, every, threshold, warmup, forecast, granularity, importance_weight,
-        keep_first_chunk, positions, history_rule, correct, quality, history_memory, overlap,
+        keep_first_chunk, positions, history_rule, correct, quality, history_memory, overlap, family,
     ) -> io.NodeOutput:  # fmt: skip
         compression = Compression(
             rule=history_rule, weight=importance_weight, granularity=granularity, protect_first=keep_first_chunk
@@ -53,6 +55,7 @@ class FlowCache(io.ComfyNode):
         history = HistorySettings(
             history_budget or None, compression, relative=positions == "relative", memory=history_memory
         )
+        model = host.with_family(model, family)
         family, width = host.family_of(model), getattr(model.model.diffusion_model, "dim", 0)
         if preset == CUSTOM:
             if policy == "even":

@@ -2,5 +2,5 @@
 
 from .backbone import Loaded, load_backbone
 from .conversion import convert, stamp
-from .family import CAUSAL_FAMILIES, FAMILIES, MAGI_FAMILIES, STAMP
+from .family import CAUSAL_FAMILIES, FAMILIES, MAGI_FAMILIES, STAMP, wan_families
 from .reading import CheckpointInfo, inspect, load

@@ -23,6 +23,7 @@ import torch
 from comfy.patcher_extension import WrappersMP, add_wrapper_with_key
 from torch import Tensor
 
+from ...flowcache_core.checkpoints import MAGI_FAMILIES
 from ...flowcache_core.errors import UserError
 from ...flowcache_core.history.plan import plan_memory
 from ...flowcache_core.models.wan import WanBackbone
@@ -98,6 +99,22 @@ def family_of(model: comfy.model_patcher.ModelPatcher) -> str:
     """What our loader found, or what can be told from a stock loader's model."""
     named = model.model_options.get("transformer_options", {}).get(FAMILY)
     return named or ("causal" if hasattr(model.model.diffusion_model, "init_kv_caches") else "wan")
+
+
+def with_family(model: comfy.model_patcher.ModelPatcher, family: str) -> comfy.model_patcher.ModelPatcher:
+    """Gives a clone of the model that runs as a family of the Wan 2.1 layout; for "auto" the model itself.
+
+    Raises:
+        UserError: the network cannot be of that family.
+    """
+    if family == "auto":
+        return model
+    found, network = family_of(model), model.model.diffusion_model
+    if found in MAGI_FAMILIES or (hasattr(network, "fps_embedding") and family != "skyreels"):
+        raise UserError(f"The family is set to {family}, and the model is {found} by its file; set the family to auto.")
+    clone = model.clone()
+    clone.model_options.setdefault("transformer_options", {})[FAMILY] = family
+    return clone
 
 
 def model_name(model: comfy.model_patcher.ModelPatcher) -> str:

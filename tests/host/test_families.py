@@ -12,7 +12,7 @@ from flowcache_core.demo.captions import embed_caption
 from flowcache_core.models.families import FAMILIES, SOLVERS, family_preset
 from flowcache_core.models.wan import WanNetwork
 from flowcache_core.settings import OFF, HistorySettings
-from tests.helpers.host.graph import SMALL, Graph, random_network, sample, write_network
+from tests.helpers.host.graph import SMALL, Graph, fails, random_network, sample, write_network
 
 UNTOLD = json.dumps({"transformer": {"num_heads": SMALL.num_heads, "text_dim": SMALL.text_dim}})
 CONFIGS = {"causal": SMALL, "skyreels": replace(SMALL, fps=True), "rolling": SMALL, "wan": SMALL}
@@ -218,3 +218,37 @@ def test_windows_equal_a_chain_of_stock_nodes(server):
     ours = sample(server, Graph(graph), node)
     assert ours.shape[2] == 4
     assert torch.allclose(ours, sample(server, Graph(graph), chained), atol=1e-4)
+
+
+@pytest.mark.parametrize("family", ["causal", "rolling", "skyreels"])
+def test_a_stock_loaded_model_runs_as_the_family_that_is_named(server, family):
+    """ComfyUI's own loader tells no family; the nodes are told it instead, and do what our loader's model does."""
+    folder = server.base / "models" / "diffusion_models"
+    save_file(random_network(2, SMALL), folder / "untold.safetensors", {"config": UNTOLD})
+
+    def made(loader: str, named: dict, **loading) -> torch.Tensor:
+        graph = Graph()
+        model = graph.add(loader, **loading)
+        patched = graph.add("FlowCache", model=(model, 0), preset="paper fast", history_budget=0, **named)
+        words = [graph.add("FlowCacheDemoPrompt", caption=caption) for caption in ("a red circle", "")]
+        return sample(server, graph, graph.add(
+            "FlowCacheAutoregressiveExtend", model=(patched, 0), positive=(words[0], 0), negative=(words[1], 0),
+            guidance=1.0, seed=4, chunks=2, steps=0 if family != "skyreels" else 10, frames_per_chunk=2, lag=-1, width=64,
+            height=64,
+        ))  # fmt: skip
+
+    stock = dict(unet_name="untold.safetensors", weight_dtype="default")
+    ours = dict(model_name="untold.safetensors", family=family, weight_type="default")
+    expected = made("FlowCacheLoadARVideoModel", {}, **ours)
+    assert torch.equal(made("UNETLoader", {"family": family}, **stock), expected)
+    assert not torch.equal(made("UNETLoader", {}, **stock), expected)
+
+
+def test_a_family_that_the_network_cannot_be(server):
+    graph = Graph()
+    loaded = graph.add(
+        "FlowCacheLoadARVideoModel", model_name="skyreels.safetensors", family="auto", weight_type="default"
+    )
+    patched = graph.add("FlowCache", model=(loaded, 0), preset="high", history_budget=0, family="causal")
+    graph.add("PreviewAny", source=(patched, 0))
+    assert "set to causal, and the model is skyreels by its file" in fails(server, graph, patched)
