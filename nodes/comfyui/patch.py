@@ -18,14 +18,16 @@ from pathlib import Path
 
 import comfy.k_diffusion.sampling
 import comfy.model_patcher
+import comfy.ops
 import comfy.samplers
 import torch
 from comfy.patcher_extension import WrappersMP, add_wrapper_with_key
 from torch import Tensor
 
-from ...flowcache_core.checkpoints import MAGI_FAMILIES
+from ...flowcache_core.checkpoints import MAGI_FAMILIES, load
 from ...flowcache_core.errors import UserError
 from ...flowcache_core.history.plan import plan_memory
+from ...flowcache_core.models.skyreels import add_frame_rate
 from ...flowcache_core.models.wan import WanBackbone
 from ...flowcache_core.report import Report
 from ...flowcache_core.reuse.calibration import Calibration
@@ -39,6 +41,7 @@ from .native import NativeRun
 KEY = "flowcache"  # our wrappers' key on a patched model, and the patch's in transformer_options
 NATIVE = "flowcache_native"  # key of a run of the host's own sampler in transformer_options, while it goes on
 CHUNK = "flowcache_chunk_frames"  # frames that go through the network at once, told to the memory estimate
+SMALL_WIDTH = 1536  # of SkyReels-V2 1.3B, the one with frame-rate layers
 MEMORY = "flowcache_history_bytes"  # and what the history will take
 
 
@@ -112,9 +115,23 @@ def with_family(model: comfy.model_patcher.ModelPatcher, family: str) -> comfy.m
     found, network = family_of(model), model.model.diffusion_model
     if found in MAGI_FAMILIES or (hasattr(network, "fps_embedding") and family != "skyreels"):
         raise UserError(f"The family is set to {family}, and the model is {found} by its file; set the family to auto.")
+    if family == "skyreels" and not hasattr(network, "fps_embedding"):
+        _find_frame_rate(model)
     clone = model.clone()
     clone.model_options.setdefault("transformer_options", {})[FAMILY] = family
     return clone
+
+
+def _find_frame_rate(model: comfy.model_patcher.ModelPatcher) -> None:
+    """Gives a SkyReels-V2 network the frame-rate layers of its file, which the host's loader passes over. Nothing but
+    a run as SkyReels-V2 asks them, so the network may keep them."""
+    try:
+        weights = load(file_of(model), "skyreels")[1]
+    except UserError as error:
+        if model.model.diffusion_model.dim == SMALL_WIDTH:
+            logging.warning("FlowCache: SkyReels-V2 1.3B runs without its frame-rate layers. %s", error)
+        return
+    add_frame_rate(model.model.diffusion_model, weights, comfy.ops.manual_cast)
 
 
 def model_name(model: comfy.model_patcher.ModelPatcher) -> str:

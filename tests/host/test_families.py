@@ -222,9 +222,10 @@ def test_windows_equal_a_chain_of_stock_nodes(server):
 
 @pytest.mark.parametrize("family", ["causal", "rolling", "skyreels"])
 def test_a_stock_loaded_model_runs_as_the_family_that_is_named(server, family):
-    """ComfyUI's own loader tells no family; the nodes are told it instead, and do what our loader's model does."""
+    """ComfyUI's own loader tells no family; the nodes are told it instead, and do what our loader's model does,
+    SkyReels-V2's frame-rate layers included."""
     folder = server.base / "models" / "diffusion_models"
-    save_file(random_network(2, SMALL), folder / "untold.safetensors", {"config": UNTOLD})
+    save_file(random_network(2, CONFIGS[family]), folder / f"untold {family}.safetensors", {"config": UNTOLD})
 
     def made(loader: str, named: dict, **loading) -> torch.Tensor:
         graph = Graph()
@@ -233,12 +234,12 @@ def test_a_stock_loaded_model_runs_as_the_family_that_is_named(server, family):
         words = [graph.add("FlowCacheDemoPrompt", caption=caption) for caption in ("a red circle", "")]
         return sample(server, graph, graph.add(
             "FlowCacheAutoregressiveExtend", model=(patched, 0), positive=(words[0], 0), negative=(words[1], 0),
-            guidance=1.0, seed=4, chunks=2, steps=0 if family != "skyreels" else 10, frames_per_chunk=2, lag=-1, width=64,
-            height=64,
+            guidance=1.0, seed=4, chunks=2, steps=0 if family != "skyreels" else 10, frames_per_chunk=2, lag=-1,
+            width=64, height=64,
         ))  # fmt: skip
 
-    stock = dict(unet_name="untold.safetensors", weight_dtype="default")
-    ours = dict(model_name="untold.safetensors", family=family, weight_type="default")
+    stock = dict(unet_name=f"untold {family}.safetensors", weight_dtype="default")
+    ours = dict(model_name=f"untold {family}.safetensors", family=family, weight_type="default")
     expected = made("FlowCacheLoadARVideoModel", {}, **ours)
     assert torch.equal(made("UNETLoader", {"family": family}, **stock), expected)
     assert not torch.equal(made("UNETLoader", {}, **stock), expected)
