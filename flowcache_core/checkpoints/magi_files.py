@@ -10,7 +10,7 @@ from ..errors import UserError
 from ..models.magi.text import SpecialTokens
 from ..models.magi.vae import MagiVae, MagiVaeConfig, load_vae
 from ..storage.files import parse_json
-from .weight_files import Progress, open_weights, write_safetensors
+from .weight_files import UPSTREAMS_FOLDERS, Progress, open_weights, write_safetensors
 
 STAMP = "flowcache_magi_vae"  # metadata key: the autoencoder's config.json, in a file that `convert_vae` wrote
 TOKENS_FILE = "special_tokens.npz"
@@ -43,11 +43,14 @@ def convert_vae(path: str | Path, out: str | Path, progress: Progress | None = N
 
 
 def find_tokens(path: str | Path, tensors: Mapping[str, Tensor]) -> SpecialTokens | None:
-    """Finds a network's special tokens: in its own file, or in the special_tokens.npz beside it; None if in neither."""
+    """Finds a network's special tokens: in its own file, or in the special_tokens.npz beside it or beside upstream's
+    inner folder; None if in neither."""
     path = Path(path)
-    beside = (path if path.is_dir() else path.parent) / TOKENS_FILE
+    folder = path if path.is_dir() else path.parent
+    inner = [folder.parent] if folder.match(UPSTREAMS_FOLDERS) else sorted(folder.glob(UPSTREAMS_FOLDERS))
     inside = SpecialTokens.from_tensors(tensors)
-    return SpecialTokens.from_file(beside) if inside is None and beside.is_file() else inside
+    beside = [place / TOKENS_FILE for place in (folder, *inner) if (place / TOKENS_FILE).is_file()]
+    return SpecialTokens.from_file(beside[0]) if inside is None and beside else inside
 
 
 def _vae(path: Path) -> tuple[dict[str, Tensor], dict]:

@@ -81,7 +81,13 @@ def open_weights(path: Path, use_ema: bool = True) -> WeightFile:
     file = _index_of(file)
     several = file.suffix == ".json" or SHARD.fullmatch(file.name)
     held = _open_shards(file, use_ema) if several else _open_file(file, use_ema)
-    return replace(held, settings=folder_settings(file.parent), folder=file.absolute().parent.name, notes=notes)
+    try:
+        settings = folder_settings(file.parent)
+    except UserError:
+        if several or path.is_dir():
+            raise
+        settings = {}  # of another model, most likely
+    return replace(held, settings=settings, folder=file.absolute().parent.name, notes=notes)
 
 
 def write_safetensors(

@@ -10,8 +10,9 @@ SHIPPED = Path(__file__).parents[1] / "demo" / "network.flowcache.json"
 
 
 def calibration_path(model: Path | str) -> Path:
-    """Says where a model's calibration lies."""
-    return Path(model).with_suffix(".flowcache.json")
+    """Says where a model's calibration lies: beside its file, or in its folder."""
+    model = Path(model)
+    return model / "model.flowcache.json" if model.is_dir() else model.with_suffix(".flowcache.json")
 
 
 def save_calibration(calibration: Calibration, path: Path) -> None:

@@ -9,6 +9,7 @@ from safetensors.torch import load_file, save_file
 
 from flowcache_core.checkpoints import convert, inspect, load, load_backbone
 from flowcache_core.checkpoints.backbone import Loaded
+from flowcache_core.errors import UserError
 from flowcache_core.models.wan import WanConfig, WanNetwork
 from tests.checkpoints.test_load_backbone import velocity
 
@@ -117,8 +118,11 @@ def test_a_config_of_another_model_does_not_count(tmp_path):
     path = folder(tmp_path, num_layers=30, eps=1e-5) / "diffusion_pytorch_model.safetensors"
     info = inspect(path, "wan")
     assert info.config.eps == 1e-6 and "is of another network" in info.warnings[0]
-    (tmp_path / "config.json").write_text(json.dumps({"num_attention_heads": 2, "eps": 1e-5}))  # a text encoder's
-    assert inspect(path, "wan").config.eps == 1e-6 and not inspect(path, "wan").warnings
+    for words in (json.dumps({"num_attention_heads": 2, "eps": 1e-5}), "no JSON"):  # of a text encoder, say
+        (tmp_path / "config.json").write_text(words)
+        assert inspect(path, "wan").config.eps == 1e-6 and not inspect(path, "wan").warnings
+    with pytest.raises(UserError, match="is not valid JSON"):
+        inspect(tmp_path, "wan")
 
 
 @pytest.mark.parametrize(

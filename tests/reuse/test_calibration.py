@@ -41,6 +41,14 @@ def test_impossible_qualities_are_refused(wrong):
         quality_settings(wrong, MADE)
 
 
+def test_of_a_folder_it_lies_inside(tmp_path):
+    """A folder's name may hold a dot, as SkyReels-V2-DF-1.3B-540P's does."""
+    folder = tmp_path / "SkyReels-V2-DF-1.3B-540P"
+    assert calibration_path(folder.with_suffix(".safetensors")).parent == tmp_path
+    folder.mkdir()
+    assert calibration_path(folder).parent == folder
+
+
 def test_saved_and_read_again(tmp_path):
     path = calibration_path(tmp_path / "model.safetensors")
     assert path.name == "model.flowcache.json"

@@ -131,6 +131,18 @@ def test_special_tokens_beside_the_weights(network, tokens, tmp_path):
     assert magi_files.find_tokens(tmp_path, {}).other.shape == (100, 48)
 
 
+def test_special_tokens_beside_upstreams_inner_folder(network, tokens, tmp_path):
+    inner = tmp_path / "inference_weight"
+    inner.mkdir()
+    network.rename(inner / "model.safetensors")
+    tokens.rename(tmp_path / "special_tokens.npz")
+    for path in (tmp_path, inner, inner / "model.safetensors"):
+        assert magi_files.find_tokens(path, {}).other.shape == (100, 48)
+    (tmp_path / "special_tokens.npz").rename(inner / "special_tokens.npz")
+    for path in (tmp_path, inner, inner / "model.safetensors"):
+        assert magi_files.find_tokens(path, {}).other.shape == (100, 48)
+
+
 def test_the_autoencoders_sizes(vae, tmp_path):
     expected = codec("heads", tile=256).encode(VIDEO[:, :, :4])
     file = vae / "diffusion_pytorch_model.safetensors"
