@@ -130,10 +130,11 @@ def own_tensors(
 
 def _left_out(path: Path, others: list[str], layout: str) -> str:
     unknown = [name for name in others if not IDLE.search(name)]
-    names = ", ".join((unknown or others)[:3]) + (", …" if len(unknown or others) > 3 else "")
+    first, more = ", ".join((unknown or others)[:3]), len(unknown or others) - 3
+    names = first + (f" and {more} more" if more > 0 else "")
     if unknown:
         return one_line(
-            f"{path.name} has {len(unknown)} tensors beyond the {layout} layout ({names}), which are left out; if its "
-            "videos look wrong, it is another kind of model."
+            f"Left out of {path.name}, as beyond the {layout} layout: {names}; if its videos look wrong, it is another "
+            "kind of model."
         )
-    return one_line(f"{path.name} has {len(others)} tensors that compute nothing ({names}), which are left out.")
+    return one_line(f"Left out of {path.name}, as computing nothing: {names}.")

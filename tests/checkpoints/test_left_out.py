@@ -27,10 +27,16 @@ def magi() -> dict[str, torch.Tensor]:
 @pytest.mark.parametrize(
     "extra, words",
     [
-        ({"freqs": torch.zeros(1024, 64, dtype=torch.complex64)}, "1 tensors that compute nothing (freqs)"),
-        ({"blocks.0.self_attn.inv_freq": torch.zeros(4), "global_step": torch.ones(())}, "2 tensors that compute"),
-        ({"blocks.0.novelty.weight": torch.zeros(2)}, "1 tensors beyond the Wan 2.1 layout (blocks.0.novelty.weight)"),
-        ({f"{n}\n": torch.zeros(2) for n in "abcd"} | {"freqs": torch.ones(1)}, "4 tensors beyond the Wan 2.1 layout"),
+        ({"freqs": torch.zeros(1024, 64, dtype=torch.complex64)}, "computing nothing: freqs."),
+        (
+            {"blocks.0.self_attn.inv_freq": torch.zeros(4), "global_step": torch.ones(())},
+            "computing nothing: blocks.0.self_attn.inv_freq, global_step.",
+        ),
+        ({"blocks.0.novelty.weight": torch.zeros(2)}, "beyond the Wan 2.1 layout: blocks.0.novelty.weight;"),
+        (
+            {f"{n}\n": torch.zeros(2) for n in "abcd"} | {"freqs": torch.ones(1)},
+            "beyond the Wan 2.1 layout: a , b , c and 1 more;",
+        ),
     ],
 )
 def test_of_wan(extra, words, tmp_path):
@@ -55,7 +61,7 @@ def test_a_repackers_mark_tells_skyreels(tmp_path):
 def test_of_magi_which_upstream_loads_the_same_way(tmp_path):
     save_file(magi() | {"more": torch.ones(1)}, tmp_path / "magi.safetensors")
     loaded = load_backbone(tmp_path / "magi.safetensors", "magi")
-    assert "1 tensors beyond the MAGI-1 layout (more)" in loaded.info.warnings[0]
+    assert "beyond the MAGI-1 layout: more;" in loaded.info.warnings[0]
 
 
 def test_what_is_missing_is_no_warning(tmp_path):
