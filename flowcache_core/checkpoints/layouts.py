@@ -83,7 +83,7 @@ def renamed(tensors: dict[str, Tensor], prefix: str, layout: str) -> dict[str, T
             name = name.replace(wrapper, "")
         name = _from_diffusers(name) if layout == "diffusers" else name
         fused = FUSED.fullmatch(name) if layout != "magi" else None
-        if fused and tensor.ndim:
+        if fused:
             front, letters, end = fused.groups()
             shared = tensor.numel() == 1 or end == "comfy_quant"
             parts = len(letters) * [tensor] if shared else tensor.chunk(len(letters))

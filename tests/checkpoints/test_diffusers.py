@@ -192,6 +192,20 @@ def test_fused_projections_are_split(kept, tmp_path):
     assert all(torch.equal(t, load_file(tmp_path / "out.safetensors")[n]) for n, t in load(plain, "wan")[1].items())
 
 
+def test_the_scale_of_a_fused_fp8_weight_is_that_of_its_parts(tmp_path):
+    tensors = weights()
+    front = "blocks.0.attn1.to_"
+    parts = [tensors.pop(f"{front}{letter}.weight") for letter in "qkv"]
+    tensors |= {
+        f"{front}qkv.weight": torch.cat(parts).to(torch.float8_e4m3fn),
+        f"{front}qkv.scale_weight": torch.ones(()),
+    }
+    loaded = load(folder(tmp_path, tensors), "wan")[1]
+    for letter, part in zip("qkv", parts, strict=True):
+        assert torch.equal(loaded[f"blocks.0.self_attn.{letter}.weight"], part.to(torch.float8_e4m3fn))
+        assert loaded[f"blocks.0.self_attn.{letter}.scale_weight"] == 1
+
+
 def test_a_network_without_the_norm_before_the_text_runs(tmp_path):
     path = folder(tmp_path, weights(cross_attn_norm=False), cross_attn_norm=False)
     loaded = load_backbone(path, "wan")

@@ -245,6 +245,27 @@ def test_a_stock_loaded_model_runs_as_the_family_that_is_named(server, family):
     assert not torch.equal(made("UNETLoader", {}, **stock), expected)
 
 
+def test_the_family_named_on_extend_alone(server):
+    folder = server.base / "models" / "diffusion_models"
+    save_file(random_network(2, SMALL), folder / "untold.safetensors", {"config": UNTOLD})
+
+    def made(loader: str, named: dict, **loading) -> torch.Tensor:
+        graph = Graph()
+        model = graph.add(loader, **loading)
+        words = [graph.add("FlowCacheDemoPrompt", caption=caption) for caption in ("a red circle", "")]
+        settings = dict(seed=4, chunks=2, steps=0, guidance=0.0, frames_per_chunk=2, lag=-1, width=64, height=64)
+        return sample(server, graph, graph.add(
+            "FlowCacheAutoregressiveExtend", model=(model, 0), positive=(words[0], 0), negative=(words[1], 0),
+            **settings, **named,
+        ))  # fmt: skip
+
+    expected = made(
+        "FlowCacheLoadARVideoModel", {}, model_name="untold.safetensors", family="causvid", weight_type="default"
+    )
+    stock = dict(unet_name="untold.safetensors", weight_dtype="default")
+    assert torch.equal(made("UNETLoader", {"family": "causvid"}, **stock), expected)
+
+
 def test_a_family_that_the_network_cannot_be(server):
     graph = Graph()
     loaded = graph.add(
