@@ -1,4 +1,4 @@
-# `make demo`, `make bench`, `make test`, `make lint`: each sets itself up in .venv first, once.
+# `make demo`, `make bench`, `make scale`, `make test`, `make lint`: each sets itself up in .venv first, once.
 
 PYTHON ?= python3
 VENV ?= .venv
@@ -6,7 +6,7 @@ PACKAGES = torch==2.13.0 "numpy>=1.26,<3" "pillow>=11" "safetensors>=0.5,<1" "av
 TOOLS = "pytest>=8,<10" "pytest-xdist>=3.6,<4" "matplotlib>=3.9,<4" "scikit-image>=0.24,<1"
 LINTERS = "ruff>=0.15,<1" "mypy>=1.19,<3"
 
-.PHONY: demo bench bench-smoke calibrate test lint clean
+.PHONY: demo bench bench-smoke scale calibrate test lint clean
 
 demo: $(VENV)/ready
 	$(VENV)/bin/python -m flowcache_core demo --out out/demo
@@ -19,6 +19,9 @@ bench: $(VENV)/tools
 bench-smoke: $(VENV)/tools
 	$(VENV)/bin/python -m flowcache_core.lab.bench --smoke --out out/bench_smoke
 	$(VENV)/bin/python tests/host/bench_host.py --out out/bench_smoke --chunks 2 --pairs 1
+
+scale: $(VENV)/tools
+	$(VENV)/bin/python -m flowcache_core.lab.scale --out out/scale --docs docs
 
 calibrate: $(VENV)/ready
 	$(VENV)/bin/python -m flowcache_core.lab.search

@@ -157,3 +157,51 @@ def _smoothed(values: Sequence[float]) -> list[float]:
     width = _stretch(values)
     parts = [values[max(0, end - width) : end] for end in range(1, len(values) + 1)]
     return [sum(part) / len(part) for part in parts]
+
+
+def scale_chart(report: dict) -> Figure:
+    """Draws where a chunk's time goes on a 24 GB card, plain and with preset and budget, from `lab.scale`'s report."""
+    from .roofline import RTX_4090
+
+    card = RTX_4090.name
+    shown = [row for row in report["rows"] if (row["preset"], row["budget"]) == ("plain", None)]
+    rows = [row for plain in shown for row in (plain, _lightest(report, plain))]
+    figure, (axes,) = _page(
+        "Where a chunk's time goes",
+        f"Least time by the roofline on an {card}, mean over a minute of video. Counted, not measured.",
+        1,
+    )
+    names = ("matrix products", "attention", "elementwise and copies", "cutting the history")
+    shares = [_shares(row, card) for row in rows]
+    for number, (name, colour) in enumerate(zip(names, (COLOURS[1], COLOURS[6], COLOURS[5], COLOURS[2]), strict=True)):
+        left = [sum(parts[:number]) for parts in shares]
+        axes.barh(range(len(rows)), [parts[number] for parts in shares], left=left, color=colour, label=name)
+    for place, row in enumerate(rows):
+        total = row["chunk"]["seconds"][card]
+        axes.text(1.01, place, f"{total:,.1f} s" if total < 100 else f"{total:,.0f} s", va="center", fontsize=9)
+    axes.set_yticks(range(len(rows)), [_label(row) for row in rows])
+    axes.invert_yaxis()
+    axes.set_xlim(0, 1)
+    axes.set_xticks([0, 0.25, 0.5, 0.75, 1], ["0%", "25%", "50%", "75%", "100%"])
+    figure.legend(loc="outside lower left", ncols=4, frameon=False, fontsize=9)
+    return figure
+
+
+def _lightest(report: dict, plain: dict) -> dict:
+    """The same model at `balanced` with a budget, or plain with one where the preset changes nothing."""
+    same = [row for row in report["rows"] if (row["model"], row["size"]) == (plain["model"], plain["size"])]
+    bounded = {row["preset"]: row for row in same if row["budget"] is not None}
+    return bounded.get("balanced", bounded["plain"])
+
+
+def _shares(row: dict, card: str) -> list[float]:
+    chunk, cut = row["chunk"]["seconds_by_kind"][card], row["cut"]["seconds_by_kind"][card]
+    parts = [chunk[kind] - cut[kind] for kind in ("product", "attention", "elementwise")]
+    parts.append(sum(cut.values()))
+    return [part / sum(parts) for part in parts]
+
+
+def _label(row: dict) -> str:
+    width, height = row["size"]
+    how = row["preset"] + ("" if row["budget"] is None else f", budget {row['budget']}")
+    return f"{row['model']} {width}x{height}\n{how}"

@@ -1,0 +1,399 @@
+"""The models that people run, with their real shapes on the "meta" device, and what their runs ask of a device.
+
+No run is gone through whole. In the middle of a run every chunk costs the same, but for the history that it sees: the
+real forward is driven through the ticks of one lag, in which one chunk begins and one becomes clean, with one layer and
+with two, for layers are alike. What each forward of a run sees of the past follows from the schedule alone.
+"""
+
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass, replace
+from functools import cached_property, partial
+from typing import Any
+from unittest.mock import patch
+
+import torch
+from torch import Tensor, nn
+
+from ..engine.build import RunSettings, build_engine
+from ..engine.causal import CausalForward
+from ..engine.forward import Step, Velocity
+from ..engine.guidance import classifier_free
+from ..engine.loop import Engine, Sampling
+from ..history import cache
+from ..history.cache import History
+from ..models.families import SOLVERS, Family, family
+from ..models.magi.config import MAGI_4_5B, MAGI_24B, MagiConfig, magi_usual
+from ..models.magi.forward import magi_engine, magi_schedule
+from ..models.magi.network import MagiBackbone, MagiNetwork, MagiText
+from ..models.magi.sampling import CHUNK_FRAMES
+from ..models.magi.text import null_text
+from ..models.memory import FRAME_STRIDE, latent_size
+from ..models.presets import preset
+from ..models.wan import WanConfig, WanNetwork
+from ..schedule import ChunkSchedule, Place
+from ..settings import OFF, Settings
+from .meter import Meter, Work, attention_kernel, in_layers
+
+META = torch.device("meta")
+TEXT_TOKENS = 512  # of Wan's captions
+WAN_1_3B = WanConfig(dim=1536, ffn_dim=8960, num_heads=12, num_layers=30)
+WAN_14B = WanConfig(dim=5120, ffn_dim=13824, num_heads=40, num_layers=40)
+
+
+@dataclass(frozen=True)
+class Model:
+    """A model at one size, as its makers run it, in bfloat16.
+
+    Attributes:
+        family_name: a key of `models.families.FAMILIES`.
+        config: of its network.
+        size: width and height in pixels.
+        budget: clean chunks, where there is a budget.
+    """
+
+    name: str
+    family_name: str
+    config: WanConfig | MagiConfig
+    size: tuple[int, int]
+    budget: int
+
+    @property
+    def family(self) -> Family:
+        return family(self.family_name)
+
+    @property
+    def layers(self) -> int:
+        return self.config.layers if isinstance(self.config, MagiConfig) else self.config.num_layers
+
+    @property
+    def chunk_frames(self) -> int:
+        return CHUNK_FRAMES if isinstance(self.config, MagiConfig) else self.family.chunk_frames
+
+    @property
+    def shape(self) -> tuple[int, int, int, int, int]:
+        """Of a chunk's latent, [1, C, T, H, W]."""
+        width, height = latent_size(self.size)
+        channels = self.config.channels if isinstance(self.config, MagiConfig) else self.config.in_dim
+        return 1, channels, self.chunk_frames, height, width
+
+    def chunks(self, minutes: float = 1.0) -> int:
+        """Counts the chunks of a video of so many minutes, the last one whole."""
+        return -int(-60 * minutes * self.family.fps // (FRAME_STRIDE * self.chunk_frames))
+
+    def schedule(self, chunks: int) -> ChunkSchedule:
+        """Makes the schedule of a run of so many chunks."""
+        if isinstance(self.config, MagiConfig):
+            return magi_schedule(chunks * CHUNK_FRAMES, magi_usual(self.config)[0])
+        return ChunkSchedule(chunks, self.family.steps, self.family.lag)
+
+    def settings(self, preset_name: str, bounded: bool) -> Settings:
+        """Gives a preset with or without the model's budget; "plain" recomputes every step."""
+        named = preset("off" if preset_name == "plain" else preset_name, self.budget if bounded else None)
+        return named if bounded else replace(named, history=OFF.history)
+
+    def recomputes_all(self, settings: Settings) -> bool:
+        """Says whether these settings reuse nothing on this model's schedule."""
+        schedule = self.schedule(self.chunks())
+        return settings.reuse.policy(schedule).recomputed(schedule.steps) == frozenset(range(schedule.steps))
+
+    def network(self, layers: int) -> nn.Module:
+        """Makes the network with so many layers, without data."""
+        with META:
+            network: nn.Module
+            if isinstance(self.config, MagiConfig):
+                network = MagiNetwork(replace(self.config, layers=layers), torch.bfloat16)
+            else:
+                network = WanNetwork(replace(self.config, num_layers=layers)).to(torch.bfloat16)
+                network.patch_embedding.float()  # as in ComfyUI
+        return network.requires_grad_(False).eval()
+
+    def weight_bytes(self, itemsize: int = 2) -> int:
+        """Adds up the weights' bytes, those of the blocks' matrices at so many bytes a number."""
+        one, two = (_weight_bytes(self.network(layers), itemsize) for layers in (1, 2))
+        return one + (self.layers - 1) * (two - one)
+
+    def engine(self, layers: int, settings: Settings, chunks: int, meter: Meter) -> Engine:
+        """Puts a run together on a network with so many layers; what it computes is counted by the meter.
+
+        Attention over the history is counted as a part of its own, "attention".
+        """
+
+        def over_history(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+            with meter.part("attention"):
+                return meter.attention(q, k, v)
+
+        network, schedule = self.network(layers), self.schedule(chunks)
+        with meter:
+            if isinstance(network, MagiNetwork):
+                embedding = _empty(1, network.config.caption_tokens, network.config.caption_width)
+                text = MagiText(embedding, torch.ones(1, network.config.caption_tokens, dtype=torch.bool))
+                return magi_engine(
+                    MagiBackbone(network, meter.attention), schedule, settings, lambda chunk: text,
+                    null_text(embedding[0]), lambda chunk: _empty(*self.shape),
+                    shape=self.shape, device=META, attention=over_history,
+                )  # fmt: skip
+            assert isinstance(self.config, WanConfig)
+            usual, width = self.family, self.config.text_dim
+            guidance = classifier_free(_empty(1, TEXT_TOKENS, width), _empty(1, TEXT_TOKENS, width), usual.guidance)
+            noise = _empty(*self.shape)
+            sampling = Sampling(
+                usual.levels(usual.steps), lambda chunk: noise, lambda chunk, step: noise,
+                SOLVERS[usual.solver(usual.steps)],
+            )  # fmt: skip
+            run = RunSettings(
+                usual.backbone(network, usual.fps, meter.attention), guidance, schedule, settings, sampling, "causal",
+                self.shape, len(guidance.texts), torch.bfloat16, META, attention=over_history,
+            )  # fmt: skip
+            return build_engine(run)
+
+
+def _empty(*shape: int) -> Tensor:
+    return torch.empty(shape, dtype=torch.bfloat16, device=META)
+
+
+def _weight_bytes(network: nn.Module, itemsize: int) -> int:
+    narrow = {name for name, weight in network.named_parameters() if "blocks." in name and weight.ndim > 1}
+    return sum(
+        weight.numel() * (min(itemsize, weight.itemsize) if name in narrow else weight.itemsize)
+        for name, weight in network.named_parameters()
+    )
+
+
+MODELS = (
+    Model("Self-Forcing 1.3B", "causal", WAN_1_3B, (832, 480), 3),
+    Model("SkyReels-V2 1.3B", "skyreels", replace(WAN_1_3B, fps=True), (960, 544), 2),
+    Model("SkyReels-V2 14B", "skyreels", WAN_14B, (960, 544), 1),
+    Model("SkyReels-V2 14B", "skyreels", WAN_14B, (1280, 720), 1),
+    Model("MAGI-1 4.5B", "magi", MAGI_4_5B, (720, 720), 5),
+    Model("MAGI-1 4.5B", "magi", MAGI_4_5B, (1280, 720), 5),
+    Model("MAGI-1 24B", "magi", MAGI_24B, (1280, 720), 5),
+)
+
+
+@dataclass(frozen=True)
+class Tick:
+    """What the loop asks of its forward in one tick: the places to recompute, and the chunk that is finished then."""
+
+    places: Sequence[Place]
+    finished: int | None
+
+
+@dataclass(frozen=True)
+class Steady:
+    """The ticks of one lag in the middle of a run, as counted with one number of layers.
+
+    Attributes:
+        ticks: what was asked for.
+        network: all work of the forwards but what follows.
+        attention: over the history.
+        cut: of the one chunk that goes over the budget.
+        solver: everything beside the forwards.
+        passes: chunks that went through the network, a batch of branches counted once.
+        history, held, activations: bytes of the history; of what else stayed (texts' keys, tables); the peak above.
+    """
+
+    ticks: Sequence[Tick]
+    network: Work
+    attention: Work
+    cut: Work
+    solver: Work
+    passes: int
+    history: int
+    held: int
+    activations: int
+
+    @cached_property
+    def whole(self) -> Work:
+        return self.network + self.attention + self.cut + self.solver
+
+    def in_layers(self, two: "Steady", layers: int) -> "Steady":
+        """Gives what a network with so many layers takes, from one layer (this) and two."""
+        assert (self.ticks, self.passes) == (two.ticks, two.passes)
+
+        def work(name: str) -> Work:
+            return in_layers(getattr(self, name), getattr(two, name), layers)
+
+        def size(name: str) -> int:
+            return getattr(self, name) + (layers - 1) * (getattr(two, name) - getattr(self, name))
+
+        return Steady(
+            self.ticks,
+            work("network"),
+            work("attention"),
+            work("cut"),
+            work("solver"),
+            self.passes,
+            size("history"),
+            size("held"),
+            two.activations,
+        )
+
+
+def count_steady(model: Model, layers: int, settings: Settings) -> Steady:
+    """Counts the ticks of one lag in the middle of a run of a minute."""
+    meter, chunks = Meter(), model.chunks()
+    engine = model.engine(layers, settings, chunks, meter)
+    history, forward = meter.alive, engine.forward
+    meter.take()
+    first = _first_steady(engine)
+    with torch.inference_mode(), _cuts_apart(meter):
+        solver, ticks = _asked(engine, first, meter)
+    with torch.inference_mode(), _cuts_apart(meter), meter:
+        empty = _empty(*model.shape)
+        oldest = first - engine.schedule.max_active
+        for chunk in range(1 if _fills_at_once(forward) else 0, oldest):
+            forward.give(chunk, empty, 0.0)
+        last = engine.schedule.active(first * engine.schedule.lag - 1)
+        _drive(engine, Tick(last, last[0].chunk), empty)  # type: ignore[arg-type]
+        meter.take()
+        meter.reset_peak()
+        before = meter.alive
+        passes = _passes(engine)
+        for tick in ticks:
+            _drive(engine, tick, empty)
+        counted = meter.take()
+    nothing = Work()
+    return Steady(
+        ticks,
+        counted[""],
+        counted.get("attention", nothing),
+        counted.get("cut", nothing),
+        solver,
+        passes=len(passes),
+        history=forward.history_bytes[1],
+        held=before - history,
+        activations=meter.peak - before,
+    )
+
+
+def _first_steady(engine: Engine) -> int:
+    """The chunk that begins when the window is full, and so is a budget."""
+    budget = getattr(engine.forward, "settings").history.budget  # noqa: B009
+    return engine.schedule.max_active + (1 if budget is None else budget)
+
+
+def _fills_at_once(forward) -> bool:
+    """Whether the chunk that is finished right before the lag is in the history when it begins, and may fill it."""
+    plan = forward.plan
+    return isinstance(forward, CausalForward) and plan.kind == "shared"
+
+
+def _asked(engine: Engine, first: int, meter: Meter) -> tuple[Work, list[Tick]]:
+    """Runs the loop up to the end of the lag in which chunk `first` begins, on a forward that does nothing.
+
+    Returns:
+        What the solvers did in that lag, and what the loop asked for.
+    """
+    asked: list[Place] = []
+    finished: list[int] = []
+
+    def velocities(steps: Sequence[Step]) -> list[Velocity]:
+        asked.extend(step.place for step in steps)
+        return [Velocity(torch.empty_like(step.x), ("",)) for step in steps]
+
+    ticks: list[Tick] = []
+    lag, forward = engine.schedule.lag, engine.forward
+    finish = patch.object(forward, "finish", lambda chunk, latent: finished.append(chunk))
+    with patch.object(forward, "velocities", velocities), finish:
+        for number in range((first + 1) * lag):
+            asked.clear()
+            finished.clear()
+            with meter if number >= first * lag else nullcontext():
+                engine._tick(number, engine.schedule.active(number))
+            if number >= first * lag:
+                ticks.append(Tick(tuple(asked), finished[0] if finished else None))
+    engine.active, engine.advanced = [], []
+    return meter.take()[""], ticks
+
+
+def _drive(engine: Engine, tick: Tick, latent: Tensor) -> None:
+    """Asks the real forward for a tick."""
+    sigmas, forward = engine.sampling.sigmas, engine.forward
+    steps = [Step(latent, sigmas[place.step or 0], place) for place in tick.places]
+    if steps:
+        forward.velocities(steps)
+    if tick.finished is not None:
+        forward.finish(tick.finished, latent)
+
+
+def _passes(engine: Engine) -> list[int]:
+    """A list that grows by one whenever a chunk goes through the first layer."""
+    backbone: Any = engine.forward.backbone  # type: ignore[attr-defined]
+    block, passes = backbone.block, list[int]()
+
+    def counted(layer: int, *what) -> Tensor:
+        if layer == 0:
+            passes.append(layer)
+        return block(layer, *what)
+
+    backbone.block = counted
+    return passes
+
+
+@contextmanager
+def _cuts_apart(meter: Meter) -> Iterator[None]:
+    """Inside, what histories do to cut themselves is counted as a part of its own, "cut"."""
+
+    def apart(work):
+        def counted(*what):
+            with meter.part("cut"):
+                return work(*what)
+
+        return counted
+
+    def evict(compression, keys, parts, queries, keep, frame_tokens, chunk_tokens, layer) -> list[Tensor]:
+        """All layers, and all runs with the same budget, cut alike."""
+        shapes = [None if part is None else (part.shape, part.stride(), part.dtype) for part in (keys, queries, *parts)]
+        key = ("evict", compression, *shapes, keep, frame_tokens, chunk_tokens)
+        work = partial(evict_all, compression, keys, parts, queries, keep, frame_tokens, chunk_tokens, layer)
+        return list(meter.once(key, work))
+
+    evict_all = cache.evict
+    with (
+        patch.object(cache, "evict", evict),
+        patch.multiple(History, _cut_layer=apart(History._cut_layer), close_layer=apart(History.close_layer)),
+    ):
+        yield
+
+
+def seen_chunks(schedule: ChunkSchedule, recomputed: frozenset[int], budget: int | None) -> Counter[int]:
+    """Counts a causal run's forwards by how many chunks they see, their own included; clean passes count.
+
+    Args:
+        recomputed: steps of a chunk, the same for all; on the same ticks for all active chunks.
+        budget: clean chunks that are kept.
+    """
+    seen: Counter[int] = Counter()
+    clean = waiting = 0
+    most = schedule.total_chunks if budget is None else budget
+    at_once = budget is not None or schedule.max_active == 1
+    for places in schedule:
+        asked = sum(place.step in recomputed for place in places)
+        if asked:
+            seen.update(clean + number + 1 for number in range(waiting + asked))
+            clean, waiting = min(clean + waiting, most), 0
+        for place in places:
+            if place.step == schedule.steps - 1:
+                if at_once:
+                    seen[clean + 1] += 1
+                    clean = min(clean + 1, most)
+                else:
+                    waiting += 1
+    seen.update(clean + number + 1 for number in range(waiting))
+    return seen
+
+
+def attention_work(model: Model, seen: Counter[int], branches: int) -> Work:
+    """Gives the attention over the history of forwards that see so many chunks, in all layers and branches."""
+    assert isinstance(model.config, WanConfig)
+    heads, (_, _, frames, height, width) = model.config.num_heads, model.shape
+    _, patch_height, patch_width = model.config.patch_size
+    tokens = frames * -(-height // patch_height) * -(-width // patch_width)
+    work = Work()
+    for count, times in seen.items():
+        past = torch.Size((1, heads, count * tokens, model.config.dim // heads))
+        kernel = attention_kernel(torch.Size((*past[:2], tokens, past[3])), past, past, 2)
+        work.kernels[kernel] += times * branches * model.layers
+    return work

@@ -1,0 +1,398 @@
+"""Counts what runs of the models that people use ask of a GPU, without one: `python -m flowcache_core.lab.scale`.
+
+Launches, operations, bytes and memory of a forward, a tick, a cut, a chunk and a minute of video, for every preset,
+with and without a budget, beside ComfyUI's own forward; a roofline estimate of the time; what fits which card. Writes
+report.json, and the page and its plot (docs/scale.md, docs/scale.png).
+"""
+
+import argparse
+import json
+import sys
+from collections.abc import Sequence
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import asdict, dataclass
+from functools import partial
+from pathlib import Path
+
+from ..models.magi.config import MagiConfig
+from ..models.magi.memory import plan_magi
+from ..models.memory import FRAME_STRIDE, plan_wan
+from ..models.wan import WanConfig
+from ..settings import Settings
+from ..storage.files import write_whole
+from .meter import Work
+from .real_size import MODELS, Model, Steady, attention_work, count_steady, seen_chunks
+from .roofline import CONSUMER, H100, RTX_4090, Card, seconds
+from .stock import count_stock
+
+PRESETS = ("plain", "high", "balanced", "fast")
+PAPER = ("paper slow", "paper fast")
+CARDS = (RTX_4090, H100)
+BESIDE = 1.0  # GiB that CUDA and a desktop take
+LINK = 20e9  # bytes a second from system memory over PCIe 4.0, for weights and history that live there
+HISTORY_TYPE = "as computed"
+
+
+@dataclass(frozen=True)
+class Case:
+    """A model with one preset, with its budget or the whole history."""
+
+    model: Model
+    preset: str
+    bounded: bool
+
+    @property
+    def settings(self) -> Settings:
+        return self.model.settings(self.preset, self.bounded)
+
+    def __str__(self) -> str:
+        width, height = self.model.size
+        budget = f"budget {self.model.budget}" if self.bounded else "whole history"
+        return f"{self.model.name} {width}x{height}, {self.preset}, {budget}"
+
+
+@dataclass(frozen=True)
+class Counted:
+    """What a case takes.
+
+    Attributes:
+        steady: one lag in the middle of a run, all layers.
+        a_layer: launches a layer and forward.
+        minute: all work of a minute of video.
+    """
+
+    case: Case
+    steady: Steady
+    a_layer: float
+    minute: Work
+
+    @property
+    def chunks(self) -> int:
+        return self.case.model.chunks()
+
+    @property
+    def chunk(self) -> Work:
+        """A chunk's mean over the minute."""
+        return self.minute * (1 / self.chunks)
+
+    @property
+    def forward(self) -> Work:
+        """One chunk through the network once, a batch of branches together: the mean over the minute."""
+        steady = self.steady
+        beside = steady.cut + steady.solver
+        return (self.chunk - beside) * (1 / steady.passes)
+
+    @property
+    def past(self) -> Work:
+        """Of that, attention over the history."""
+        cross = self.steady.network.only("attention") * (1 / self.steady.passes)
+        return self.forward.only("attention") - cross
+
+    @property
+    def tick(self) -> Work:
+        """The mean tick in the middle of a run."""
+        return self.steady.whole * (1 / len(self.steady.ticks))
+
+    @property
+    def planned(self) -> int:
+        """Bytes of history that a run of a minute plans."""
+        return planned_history(self.case.model, self.case.settings, self.chunks)
+
+    @property
+    def busy(self) -> int:
+        """Ticks of a lag in which the network is run."""
+        return sum(bool(tick.places) for tick in self.steady.ticks)
+
+
+HELD = (  # what a test holds the counts of
+    Case(MODELS[0], "plain", True),
+    Case(MODELS[1], "balanced", True),
+    Case(MODELS[4], "balanced", False),
+)
+
+
+def held_figures(counted: Counted) -> dict[str, float]:
+    """Gives the figures that may not grow."""
+    steady = counted.steady
+    figures: dict[str, float] = {"launches a layer": round(counted.a_layer, 4)}
+    for name, work in (("a lag's forwards", steady.network + steady.attention), ("cut", steady.cut)):
+        figures |= {
+            f"{name}: launches": work.launches,
+            f"{name}: elementwise bytes": work.only("elementwise").bytes,
+            f"{name}: operations": work.flops,
+            f"{name}: 32-bit operations": work.flops_by_bits.get(32, 0),
+        }
+    figures |= {"solver: launches": steady.solver.launches, "read-backs": steady.whole.read_backs}
+    return figures | {"history bytes": steady.history, "activation bytes": steady.activations}
+
+
+def grown(recorded: dict[str, dict[str, float]], found: dict[str, dict[str, float]]) -> list[str]:
+    """Says which figures are larger than recorded, and by how much."""
+    told = []
+    for case, figures in found.items():
+        if case not in recorded:
+            told.append(f"{case} was not recorded")
+            continue
+        for name, value in figures.items():
+            before = recorded[case][name]
+            if value > before * (1 + 1e-9):
+                more = f"+{value / before - 1:.1%}" if before else "there was none"
+                told.append(f"{case}: {name} grew from {before:,.10g} to {value:,.10g} ({more})")
+    return told
+
+
+def cases(models: Sequence[Model] = MODELS) -> list[Case]:
+    """Lists every model with every preset that differs from plain on its schedule, without and with a budget."""
+    every = [Case(model, preset, bounded) for model in models for preset in PRESETS for bounded in (False, True)]
+    return [case for case in every if case.preset == "plain" or not case.model.recomputes_all(case.settings)]
+
+
+def count(case: Case) -> Counted:
+    """Counts one case."""
+    model, settings = case.model, case.settings
+    one, two = (count_steady(model, layers, settings) for layers in (1, 2))
+    steady = one.in_layers(two, model.layers)
+    each = (two.network - one.network) + (two.attention - one.attention)
+    chunks = model.chunks()
+    minute = steady.whole * chunks
+    if isinstance(model.config, WanConfig):  # what its chunks see grows
+        minute = (steady.network + steady.cut + steady.solver) * chunks + past_work(model, settings, chunks)
+    return Counted(case, steady, each.launches / steady.passes, minute)
+
+
+def count_model(model: Model) -> list[Counted]:
+    """Counts all cases of a model."""
+    return [count(case) for case in cases([model])]
+
+
+def past_work(model: Model, settings: Settings, chunks: int) -> Work:
+    """Gives the attention over the history in a whole run of so many chunks of a causal model."""
+    schedule = model.schedule(chunks)
+    recomputed = settings.reuse.policy(schedule).recomputed(schedule.steps)
+    assert recomputed is not None
+    seen = seen_chunks(schedule, recomputed, settings.history.budget)
+    return attention_work(model, seen, branches=1 if model.family.guidance == 1.0 else 2)
+
+
+def planned_history(model: Model, settings: Settings, chunks: int) -> int:
+    """Bytes that a run of so many chunks plans for its history, on the device that computes."""
+    frames = chunks * model.chunk_frames * FRAME_STRIDE
+    if isinstance(model.config, MagiConfig):
+        plan = plan_magi(model.config, model.size, frames, settings)
+    else:
+        plan = plan_wan(model.config, model.family, model.size, frames - FRAME_STRIDE + 1, settings)
+    return plan.scratch_bytes + plan.query_bytes if plan.away else plan.history_bytes
+
+
+@dataclass(frozen=True)
+class Fit:
+    """How a model fits a card.
+
+    Attributes:
+        weights: "bf16", "fp8", or "fp8, streamed" from system memory.
+        preset, budget, history: what it is run with; the budget in chunks, or None for all that the model looks at.
+        gigabytes: GiB of the card that are used.
+        minutes: of video that fit; None for any length.
+        minutes_whole: the same without a budget.
+        seconds: a chunk, by the roofline.
+    """
+
+    model: Model
+    card: Card
+    weights: str
+    preset: str
+    budget: int | None
+    history: str
+    gigabytes: float
+    minutes: float | None
+    minutes_whole: float | None
+    seconds: float
+
+
+def fits(whole: Counted, bounded: Counted, card: Card) -> Fit | None:
+    """Finds how a model fits a card: with the widest weights and the largest budget up to the model's that it can.
+
+    Args:
+        whole, bounded: its counted run, without and with a budget.
+
+    Returns:
+        None where nothing helps.
+    """
+    model, preset = whole.case.model, whole.case.preset
+    free = (card.memory - BESIDE) * 2**30
+    looks_back = isinstance(model.config, MagiConfig)  # keeps what its chunks look back on, whatever the length
+    for weights, size in _weights(model):
+        room = free - size - whole.steady.held - whole.steady.activations
+        minutes = _minutes(model, preset, room)
+        for budget in [None] if looks_back else range(model.budget, 0, -1):
+            settings = Case(_with_budget(model, budget), preset, budget is not None).settings
+            history = planned_history(model, settings, model.chunks())
+            if history <= room:
+                run = whole if looks_back else bounded
+                time = _chunk_seconds(run, settings, card, streamed="streamed" in weights)
+                used = (size + history + run.steady.held + run.steady.activations) / 2**30 + BESIDE
+                return Fit(model, card, weights, preset, budget, HISTORY_TYPE, used, None, minutes, time)
+    return None
+
+
+def _with_budget(model: Model, budget: int | None) -> Model:
+    return Model(model.name, model.family_name, model.config, model.size, budget or model.budget)
+
+
+def _weights(model: Model) -> list[tuple[str, int]]:
+    """How weights may lie, and the bytes on the card: all of them, or those of two layers at a time."""
+    streamed = 2 * model.weight_bytes(1) // model.layers
+    return [("bf16", model.weight_bytes()), ("fp8", model.weight_bytes(1)), ("fp8, streamed", streamed)]
+
+
+def _minutes(model: Model, preset: str, room: float) -> float | None:
+    """Minutes of video that fit without a budget; None for any length."""
+    settings = model.settings(preset, bounded=False)
+    if isinstance(model.config, MagiConfig):
+        return None if planned_history(model, settings, model.chunks()) <= room else 0.0
+    chunks, least = int(max(0, room) // planned_history(model, settings, 1)), 1 / model.chunks()
+    return chunks * least
+
+
+def _chunk_seconds(run: Counted, settings: Settings, card: Card, streamed: bool) -> float:
+    """Time of a chunk with the budget that was found, or of the weights' way to the card where that takes longer."""
+    model, steady = run.case.model, run.steady
+    work = run.chunk
+    if isinstance(model.config, WanConfig):
+        past = past_work(model, settings, model.chunks()) * (1 / model.chunks())
+        work = steady.network + steady.cut + steady.solver + past
+    moved = run.busy * model.weight_bytes(1) / LINK if streamed else 0.0
+    return max(seconds(work, card), moved)
+
+
+def work_row(work: Work) -> dict:
+    """Figures of some work in a form that JSON takes; bytes are those of elementwise work and copies."""
+    return {
+        "launches": round(work.launches, 2),
+        "flops": round(work.flops),
+        "flops_by_bits": {str(bits): round(flops) for bits, flops in work.flops_by_bits.items()},
+        "attention_flops": round(work.only("attention").flops),
+        "bytes": round(work.only("elementwise").bytes),
+        "product_bytes": round(work.only("product", "attention").bytes),
+        "read_backs": round(work.read_backs, 2),
+        "seconds": {card.name: seconds(work, card) for card in CARDS},
+        "seconds_by_kind": {
+            card.name: {kind: seconds(work.only(kind), card) for kind in ("product", "attention", "elementwise")}
+            for card in CARDS
+        },
+    }
+
+
+def row(counted: Counted) -> dict:
+    """One line of the report."""
+    case, steady = counted.case, counted.steady
+    model = case.model
+    schedule = model.schedule(counted.chunks)
+    recomputed = case.settings.reuse.policy(schedule).recomputed(schedule.steps)
+    return {
+        "model": model.name,
+        "size": list(model.size),
+        "preset": case.preset,
+        "budget": model.budget if case.bounded else None,
+        "history_type": HISTORY_TYPE,
+        "steps": schedule.steps,
+        "recomputed": None if recomputed is None else len(recomputed),
+        "chunks_a_minute": counted.chunks,
+        "forwards_a_chunk": steady.passes,
+        "layers": model.layers,
+        "launches_a_layer": round(counted.a_layer, 2),
+        "forward": {
+            **work_row(counted.forward),
+            "past_seconds": {card.name: seconds(counted.past, card) for card in CARDS},
+        },
+        "tick": work_row(counted.tick),
+        "cut": work_row(steady.cut),
+        "chunk": work_row(counted.chunk),
+        "minute": work_row(counted.minute),
+        "memory": {
+            "weights": model.weight_bytes(),
+            "history": steady.history,
+            "texts_and_tables": steady.held,
+            "activations": steady.activations,
+        },
+    }
+
+
+def paper_rows(models: Sequence[Model]) -> list[dict]:
+    """Memory of the published rules, whose forwards depend on the video and are not counted."""
+    asked = [model for model in models if model.family.steps > 10]
+    return [
+        {
+            "model": model.name,
+            "size": list(model.size),
+            "preset": name,
+            "budget": model.budget if bounded else None,
+            "history": planned_history(model, _published(model, name, bounded), model.chunks()),
+        }
+        for model in asked
+        for name in PAPER
+        for bounded in (False, True)
+    ]
+
+
+def _published(model: Model, name: str, bounded: bool) -> Settings:
+    dim = model.config.width if isinstance(model.config, MagiConfig) else model.config.dim
+    own = model.family.published(name, dim)
+    named = model.settings(name, bounded)
+    return named if own is None else Settings(own.reuse, own.between, named.history, own.clean_pass)
+
+
+def measure(models: Sequence[Model], jobs: int) -> dict:
+    """Makes the whole report."""
+    with ProcessPoolExecutor(jobs) as pool:
+        counted = {one.case: one for some in pool.map(count_model, models) for one in some}
+    stock = count_stock(models)
+    found = []
+    for model in models:
+        preset = "balanced" if Case(model, "balanced", True) in counted else "plain"
+        whole, bounded = counted[Case(model, preset, False)], counted[Case(model, preset, True)]
+        for card in CONSUMER:
+            fit = fits(whole, bounded, card)
+            given = {"model": model.name, "size": list(model.size), "card": card.name, "memory": card.memory}
+            found.append({**given, "fits": fit is not None, **(_fit_row(fit) if fit else {})})
+    return {
+        "rows": [row(one) for one in counted.values()],
+        "stock": [
+            {"model": model.name, "size": list(model.size), "forward": work_row(work)} for model, work in stock.items()
+        ],
+        "published_rules": paper_rows(models),
+        "fits": found,
+    }
+
+
+def _fit_row(fit: Fit) -> dict:
+    return {name: value for name, value in asdict(fit).items() if name not in ("model", "card")}
+
+
+def main(arguments: list[str] | None = None) -> int:
+    from .charts import scale_chart
+    from .scale_page import page
+
+    parser = argparse.ArgumentParser(prog="python -m flowcache_core.lab.scale", description=__doc__.split("\n")[0])
+    parser.add_argument("--out", type=Path, default=Path("out/scale"), help="for report.json (default: %(default)s)")
+    parser.add_argument("--docs", type=Path, default=Path("docs"), help="for the page and plot (default: %(default)s)")
+    parser.add_argument("--jobs", type=int, default=2, help="processes (default: %(default)s)")
+    parser.add_argument("--record", type=Path, help="only writes what tests/lab/test_scale.py holds the counts against")
+    options = parser.parse_args(arguments)
+    if options.record:
+        words = json.dumps({str(case): held_figures(count(case)) for case in HELD}, indent=1) + "\n"
+        write_whole(options.record, partial(Path.write_text, data=words, encoding="utf-8"))
+        return 0
+    report = measure(MODELS, options.jobs)
+    options.out.mkdir(parents=True, exist_ok=True)
+    words = json.dumps(report, indent=1)
+    write_whole(options.out / "report.json", partial(Path.write_text, data=words, encoding="utf-8"))
+    write_whole(options.docs / "scale.md", partial(Path.write_text, data=page(report), encoding="utf-8"))
+    scale_chart(report).savefig(options.docs / "scale.png")
+    if not report["stock"]:
+        print("ComfyUI's own forward is left out: set COMFYUI_PATH to one with a .venv.", file=sys.stderr)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

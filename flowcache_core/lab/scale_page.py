@@ -1,0 +1,281 @@
+"""docs/scale.md: what `lab.scale` counted, as tables and words."""
+
+from collections.abc import Iterable, Sequence
+
+from .roofline import H100, RTX_4090, assumptions
+from .scale import BESIDE, LINK
+
+GIB = 2**30
+MAIN = (
+    "preset", "budget", "steps", "a forward: launches", "TFLOP", "GB", "a tick: launches", "TFLOP", "GB",
+    "a cut: launches", "TFLOP", "GB", "share", "a chunk: PFLOP", "in 32 bit", "GB", "4090", "H100",
+    "a minute: PFLOP", "4090", "reads", "memory, GiB",
+)  # fmt: skip
+
+
+def page(report: dict) -> str:
+    """Writes the whole page."""
+    parts = [
+        "# At real size",
+        _introduction(report),
+        "![Where a chunk's time goes](scale.png)",
+        "## What counts",
+        WHAT_COUNTS,
+        "## Every model, every preset",
+        _legend(),
+        *_main(report["rows"]),
+        "## Beside ComfyUI's own forward",
+        _stock(report),
+        "## Memory",
+        _memory(report),
+        "## What fits",
+        _fits(report),
+        "## What the estimates stand on",
+        f"{assumptions()} Weights and history that live in system memory come at {LINK / 1e9:.0f} GB/s. No figure on "
+        "this page was measured on a GPU.",
+    ]
+    return "\n\n".join(parts) + "\n"
+
+
+WHAT_COUNTS = """\
+Counted on tensors with the real shapes and no data, with the engine's own code, so that the figures are the same on
+every machine. A test holds them (`tests/lab/test_scale.py`): more launches, bytes or operations than were recorded
+fail, with what grew.
+
+- **A launch** is a call of one of torch's operations that computes: neither a view nor an allocation. Attention, RMS
+  norm and a fused rotary product are one each. A layer norm whose input does not lie in order copies it first: that is
+  one more.
+- **FLOP** are those of matrix products and attention, two a multiply-add; no model here has products in 8 bit.
+- **GB** are bytes of elementwise work and copies, distinct elements read and written; those of products and attention
+  come on top.
+- **A forward** is one chunk through the network once. Branches of guidance that go through in one batch (SkyReels-V2:
+  two) count as one; MAGI-1 runs its branches one after another, so there each is one. Figures are means over a minute
+  of video.
+- **A tick** is the mean one in the middle of a run; **a cut** is all layers and branches; **a chunk** is a minute's
+  work over its chunks.
+- **Reads** are numbers that the host waits for, a chunk.
+- Only what is in steady use counts: one lag in the middle of a run, in which a chunk begins and a chunk becomes clean.
+  What chunks see of the past is added up over the whole minute. Text encoder, decoder and saving are left out."""
+
+
+def _introduction(report: dict) -> str:
+    lines = []
+    for model in _models(report["rows"]):
+        plain = _row(report, model, "plain", bounded=False)
+        best = _row(report, model, "balanced", bounded=True) or _row(report, model, "plain", bounded=True)
+        assert plain and best
+        lines.append(
+            f"- {_title(model)}: a plain chunk takes at least {_time(plain['chunk']['seconds'][RTX_4090.name])} on an "
+            f"RTX 4090; {_named(best)} {_time(best['chunk']['seconds'][RTX_4090.name])}, of which the cut takes "
+            f"{_share(best):.1%}."
+        )
+    return (
+        "What runs of the models that people use ask of a GPU: `make scale` counts it in minutes, without one, and "
+        "writes this page and `out/scale/report.json`, which has every figure. Times are estimates by the roofline "
+        "(last section).\n\n" + "\n".join(lines)
+    )
+
+
+def _legend() -> str:
+    return (
+        "A budget is in clean chunks; *steps* are those of a chunk that are recomputed. *Share* is the cut's of its "
+        f"chunk's time on an {RTX_4090.name}. *4090* and *H100* are the least seconds a chunk (minutes a minute of "
+        "video) by the roofline. *Memory* is all beside the weights: history, texts' keys and values, tables, "
+        "activations at their peak."
+    )
+
+
+def _main(rows: Sequence[dict]) -> Iterable[str]:
+    for model in _models(rows):
+        mine = [row for row in rows if _model(row) == model]
+        first = mine[0]
+        yield (
+            f"**{_title(model)}**: {first['steps']} steps, {first['chunks_a_minute']} chunks a minute, weights "
+            f"{first['memory']['weights'] / GIB:.1f} GiB in bf16"
+            + ("" if len(mine) > 2 else "; every preset recomputes all of so few steps")
+        )
+        yield _markdown(MAIN, [_cells(row) for row in mine])
+
+
+def _cells(row: dict) -> list[str]:
+    forward, tick, cut, chunk, minute = (row[name] for name in ("forward", "tick", "cut", "chunk", "minute"))
+    beside = sum(size for name, size in row["memory"].items() if name != "weights")
+    return [
+        row["preset"],
+        _budget(row),
+        f"{row['recomputed']}",
+        *_three(forward),
+        *_three(tick),
+        *(_three(cut) if cut["launches"] else ("", "", "")),
+        f"{_share(row):.1%}" if cut["launches"] else "",
+        _number(chunk["flops"] / 1e15),
+        f"{chunk['flops_by_bits'].get('32', 0) / chunk['flops']:.1%}",
+        _number(chunk["bytes"] / 1e9),
+        *(_number(chunk["seconds"][card.name]) for card in (RTX_4090, H100)),
+        _number(minute["flops"] / 1e15),
+        _number(minute["seconds"][RTX_4090.name] / 60),
+        f"{chunk['read_backs']:.0f}",
+        _number(beside / GIB),
+    ]
+
+
+def _three(work: dict) -> tuple[str, str, str]:
+    return f"{work['launches']:,.0f}", _number(work["flops"] / 1e12), _number(work["bytes"] / 1e9)
+
+
+def _stock(report: dict) -> str:
+    if not report["stock"]:
+        return "No ComfyUI was found when this was written: set COMFYUI_PATH to one with a `.venv`."
+    cells = []
+    for stock in report["stock"]:
+        ours = _row(report, _model(stock), "plain", bounded=False)
+        assert ours
+        theirs, mine = stock["forward"], ours["forward"]
+        theirs_beside, ours_beside = (
+            work["seconds"][RTX_4090.name] - (0 if work is theirs else _past_seconds(work)) for work in (theirs, mine)
+        )
+        cells.append(
+            [
+                _title(_model(stock)),
+                f"{theirs['launches'] + ours['layers']:,.0f}",
+                f"{mine['launches']:,.0f}",
+                f"{ours['launches_a_layer']:.1f}",
+                _number(theirs["bytes"] / 1e9),
+                _number(mine["bytes"] / 1e9),
+                _number(1000 * theirs_beside),
+                _number(1000 * ours_beside),
+                f"{ours_beside / theirs_beside:.2f}x",
+            ]
+        )
+    names = (
+        "model",
+        "launches: stock",
+        "ours",
+        "ours a layer",
+        "GB: stock",
+        "ours",
+        "ms on a 4090: stock",
+        "ours",
+        "ratio",
+    )
+    return (
+        "WanModel and CausalWanModel (Self-Forcing) with the same weights, on one chunk with all branches of guidance. "
+        "Attention over the history costs the same in both: it counts as a launch a layer, and not in the times. Stock "
+        "has a fused rotary product and makes the text's keys anew in every WanModel forward.\n\n"
+        + _markdown(names, cells)
+    )
+
+
+def _past_seconds(work: dict) -> float:
+    """Attention's time but the text's, which is a few percent of it at most."""
+    return work["past_seconds"][RTX_4090.name]
+
+
+def _memory(report: dict) -> str:
+    names = ("model", "preset", "budget", "history", "texts and tables", "activations", "weights in bf16")
+    cells = []
+    for row in report["rows"]:
+        if row["preset"] in ("plain", "balanced"):
+            sizes = row["memory"]
+            order = ("history", "texts_and_tables", "activations", "weights")
+            cells.append(
+                [_title(_model(row)), row["preset"], _budget(row), *(_number(sizes[name] / GIB) for name in order)]
+            )
+    published = [
+        [_title(_model(row)), row["preset"], _budget(row), _number(row["history"] / GIB)]
+        for row in report["published_rules"]
+        if row["preset"] == "paper slow"
+    ]
+    return (
+        "GiB for a minute of video. With a budget the keys of active chunks need room in one layer alone.\n\n"
+        + _markdown(names, cells)
+        + "\n\nThe published thresholds let every chunk recompute on ticks of its own, so active chunks keep their "
+        "keys in every layer (planned; how often they recompute depends on the video: their work is not counted):\n\n"
+        + _markdown(("model", "preset", "budget", "history"), published)
+    )
+
+
+def _fits(report: dict) -> str:
+    names = (
+        "model", "card", "weights", "preset", "budget", "history", "GiB used", "minutes of video", "without a budget",
+        "seconds a chunk",
+    )  # fmt: skip
+    cells = []
+    for row in report["fits"]:
+        start = [_title(_model(row)), f"{row['memory']} GB ({row['card']})"]
+        if not row["fits"]:
+            cells.append([*start, "does not fit", *[""] * 7])
+            continue
+        cells.append(
+            [
+                *start,
+                row["weights"],
+                row["preset"],
+                "–" if row["budget"] is None else str(row["budget"]),
+                row["history"],
+                f"{row['gigabytes']:.1f}",
+                _minutes(row["minutes"]),
+                _minutes(row["minutes_whole"]),
+                _number(row["seconds"]),
+            ]
+        )
+    return (
+        "The widest weights with which a budget fits, then the largest budget up to the one above. *Streamed* weights "
+        "lie in system memory, two layers of them on the card, as ComfyUI does when they do not fit. MAGI-1 keeps what "
+        f"its chunks look back on, so it needs no budget. {BESIDE:.0f} GiB is set aside for CUDA and the desktop.\n\n"
+        + _markdown(names, cells)
+    )
+
+
+def _minutes(minutes: float | None) -> str:
+    return "any" if minutes is None else f"{minutes:.1f}"
+
+
+def _model(row: dict) -> tuple:
+    return row["model"], *row["size"]
+
+
+def _models(rows: Sequence[dict]) -> list[tuple]:
+    return list(dict.fromkeys(map(_model, rows)))
+
+
+def _title(model: tuple) -> str:
+    name, width, height = model
+    return f"{name} {width}x{height}"
+
+
+def _row(report: dict, model: tuple, preset: str, bounded: bool) -> dict | None:
+    for row in report["rows"]:
+        if (_model(row), row["preset"], row["budget"] is not None) == (model, preset, bounded):
+            return row
+    return None
+
+
+def _named(row: dict) -> str:
+    return (
+        f"`{row['preset']}` with a budget of {row['budget']}"
+        if row["preset"] != "plain"
+        else f"with a budget of {row['budget']}"
+    )
+
+
+def _budget(row: dict) -> str:
+    return "–" if row["budget"] is None else str(row["budget"])
+
+
+def _share(row: dict) -> float:
+    return row["cut"]["seconds"][RTX_4090.name] / row["chunk"]["seconds"][RTX_4090.name]
+
+
+def _time(seconds: float) -> str:
+    return f"{seconds:.1f} s" if seconds < 120 else f"{seconds / 60:.1f} min"
+
+
+def _number(value: float) -> str:
+    """Three digits that matter."""
+    return f"{value:,.0f}" if value >= 99.95 else f"{value:.1f}" if value >= 9.995 else f"{value:.2f}"
+
+
+def _markdown(names: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+    lines = [list(names), ["---"] * len(names), *rows]
+    return "\n".join("| " + " | ".join(cells) + " |" for cells in lines)

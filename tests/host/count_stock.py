@@ -1,0 +1,69 @@
+"""Counts ComfyUI's own forward of a Wan network without data, for `flowcache_core.lab.stock`, in the host's Python.
+
+Reads cases from the standard input and writes what it counted to the standard output, both as JSON. A causal model goes
+on from a cache of earlier chunks; any other one sees the chunk alone. Attention, except over the text, is left out.
+"""
+
+import json
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+HOST, CASES = Path(sys.argv[1]), json.load(sys.stdin)
+sys.path[:0] = [str(HOST), str(Path(__file__).resolve().parents[2])]
+
+import comfy.cli_args  # noqa: E402
+
+comfy.cli_args.args.cpu = True  # nothing is computed, and there may be no GPU
+
+import comfy.ldm.wan.ar_model as causal  # noqa: E402
+import comfy.ldm.wan.model as plain  # noqa: E402
+import comfy.ops  # noqa: E402
+import torch  # noqa: E402
+
+from flowcache_core.lab.meter import Meter  # noqa: E402
+
+WHERE = {"device": "meta", "dtype": torch.bfloat16}
+
+
+def attention_of(meter: Meter, text_tokens: int) -> Callable:
+    """In the place of the host's: the same layouts, one launch, counted apart where it is not over the text."""
+
+    def attention(q, k, v, heads, *what, **more):
+        parts = [part.unflatten(-1, (heads, -1)).transpose(1, 2) for part in (q, k, v)]
+        with meter.part("text" if k.shape[1] == text_tokens else "attention"):
+            answer = meter.attention(*parts)
+        return answer.transpose(1, 2).flatten(2)
+
+    return attention
+
+
+@torch.inference_mode()
+def count(case: dict, layers: int) -> list:
+    meter = Meter()
+    for module in (plain, causal):
+        module.optimized_attention = attention_of(meter, case["text_tokens"])
+    kind = causal.CausalWanModel if case["causal"] else plain.WanModel
+    model = kind(**case["config"], num_layers=layers, operations=comfy.ops.disable_weight_init, **WHERE)
+    x = torch.empty(case["shape"], **WHERE)
+    rows, tokens = x.shape[0], x.shape[2] * -(-x.shape[3] // 2) * -(-x.shape[4] // 2)
+    text = torch.empty(rows, case["text_tokens"], 4096, **WHERE)
+    options: dict = {}
+    if case["causal"]:
+        caches = model.init_kv_caches(rows, (case["past"] + 1) * tokens, **WHERE)
+        options["ar_state"] = {
+            "start_frame": case["past"] * x.shape[2],
+            "kv_caches": caches,
+            "crossattn_caches": model.init_crossattn_caches(rows, **WHERE),
+        }
+    for _ in range(2):  # the text's keys and values are made the first time
+        for cache in options.get("ar_state", {}).get("kv_caches", []):
+            cache["end"] = case["past"] * tokens
+        meter.take()
+        with meter:
+            model(x, torch.empty(rows, device="meta"), text, transformer_options=options)
+    counted = meter.take()
+    return (counted[""] + counted["text"]).to_list()
+
+
+json.dump([[count(case, layers) for layers in (1, 2)] for case in CASES], sys.stdout)

@@ -1,0 +1,133 @@
+"""The counts at real size, held against what was recorded; more of anything fails and says what grew.
+
+`.venv/bin/python -m flowcache_core.lab.scale --record tests/lab/scale_budget.json` records them anew.
+"""
+
+import json
+from dataclasses import fields, replace
+from pathlib import Path
+
+import pytest
+import torch
+
+from flowcache_core.lab.meter import Meter, Work
+from flowcache_core.lab.real_size import MODELS, Model, Steady, attention_work, count_steady, seen_chunks
+from flowcache_core.lab.roofline import CONSUMER, H100, RTX_4060
+from flowcache_core.lab.scale import HELD, Case, Counted, count, fits, grown, held_figures, row
+from flowcache_core.lab.scale_page import page
+from flowcache_core.lab.stock import count_stock
+from flowcache_core.models.wan import WanConfig
+
+BUDGET = Path(__file__).with_name("scale_budget.json")
+TINY = Model("tiny", "skyreels", WanConfig(96, 192, 2, 3), (64, 64), 2)
+
+
+@pytest.fixture(scope="module")
+def counted() -> dict[Case, Counted]:
+    return {case: count(case) for case in HELD}
+
+
+def test_counts_have_not_grown(counted):
+    recorded = json.loads(BUDGET.read_text())
+    assert grown(recorded, {str(case): held_figures(one) for case, one in counted.items()}) == []
+
+
+def test_growth_is_told_with_what_grew_and_by_how_much():
+    recorded = {"a": {"cut: launches": 100.0, "forward: bytes": 10.0}}
+    assert grown(recorded, {"a": {"cut: launches": 100.0, "forward: bytes": 9.0}}) == []
+    told = grown(recorded, {"a": {"cut: launches": 103.0, "forward: bytes": 10.0}})
+    assert told == ["a: cut: launches grew from 100 to 103 (+3.0%)"]
+    assert grown(recorded, {"b": {}}) == ["b was not recorded"]
+
+
+def figures(steady: Steady) -> dict:
+    """Of all parts; a launch over all layers at once is another kernel for each number of them."""
+    values = {field.name: getattr(steady, field.name) for field in fields(steady)}
+    return {
+        name: (value.launches, value.bytes, value.flops, value.read_backs) if isinstance(value, Work) else value
+        for name, value in values.items()
+    }
+
+
+def test_layers_are_alike():
+    model = MODELS[0]
+    settings = model.settings("plain", bounded=True)
+    one, two, three = (count_steady(model, layers, settings) for layers in (1, 2, 3))
+    assert figures(one.in_layers(two, 3)) == figures(three)
+
+
+@pytest.mark.parametrize(
+    ("preset", "bounded"), [("plain", False), ("plain", True), ("balanced", False), ("fast", True)]
+)
+@pytest.mark.parametrize("family", ["skyreels", "causal"])
+def test_what_forwards_see_follows_from_the_schedule(family, preset, bounded):
+    """A small network's whole run, gone through."""
+    model = replace(TINY, family_name=family)
+    settings, meter = model.settings(preset, bounded), Meter()
+    engine = model.engine(1, settings, 12, meter)
+    with meter:
+        list(engine.run())
+        with torch.inference_mode():
+            engine.forward.settle()
+    recomputed = settings.reuse.policy(engine.schedule).recomputed(engine.schedule.steps)
+    seen = seen_chunks(engine.schedule, recomputed, settings.history.budget)
+    worked_out = attention_work(
+        replace(model, config=replace(model.config, num_layers=1)), seen, len(engine.forward.histories)
+    )
+    assert meter.parts["attention"] == worked_out
+
+
+def test_a_bounded_run_goes_on_as_in_its_middle(counted):
+    """Every lag of ticks is like the one that was counted."""
+    for case, one in counted.items():
+        model, settings = case.model, case.settings
+        if case.bounded and isinstance(model.config, WanConfig):
+            schedules = [model.schedule(chunks) for chunks in (20, 21)]
+            recomputed = settings.reuse.policy(schedules[0]).recomputed(schedules[0].steps)
+            short, long = (seen_chunks(schedule, recomputed, model.budget) for schedule in schedules)
+            long.subtract(short)
+            branches = 1 if model.family.guidance == 1.0 else 2
+            assert attention_work(model, +long, branches) == one.steady.attention
+
+
+def test_products_are_those_of_the_formulas(counted):
+    """In a causal block: four products of the width and two of the inner layer; of the text's, two are made once."""
+    one = counted[Case(MODELS[0], "plain", True)]
+    tokens, dim, inner = 3 * 30 * 52, 1536, 8960
+    a_layer = 2 * tokens * (6 * dim * dim + 2 * dim * inner) + 4 * tokens * 512 * dim
+    found = one.steady.network.flops / one.steady.passes / 30
+    assert found == pytest.approx(a_layer, rel=0.01)
+
+
+def test_planned_memory_is_what_was_counted(counted):
+    for case, one in counted.items():
+        assert one.steady.history == pytest.approx(one.planned, rel=1e-6), case
+
+
+def test_the_page_has_every_row(counted):
+    rows = [row(one) for one in counted.values()]
+    other = [row(count(Case(MODELS[0], "plain", False)))]
+    words = page({"rows": [*rows[:1], *other], "stock": [], "published_rules": [], "fits": []})
+    assert "| plain | 3 |" in words and "| plain | – |" in words
+
+
+def test_a_smaller_card_holds_less(counted):
+    bounded = counted[Case(MODELS[0], "plain", True)]
+    whole = count(Case(MODELS[0], "plain", False))
+    found = [fits(whole, bounded, card) for card in (*CONSUMER, H100)]
+    minutes = [fit.minutes_whole for fit in found if fit]
+    assert len(minutes) == 5 and minutes == sorted(minutes)
+    assert all(fit.gigabytes <= fit.card.memory for fit in found if fit)
+    assert fits(whole, bounded, replace(RTX_4060, memory=1)) is None
+
+
+def test_stock_is_counted_where_there_is_a_host(monkeypatch):
+    monkeypatch.setattr("flowcache_core.lab.stock.HOST", Path("/nowhere"))
+    assert count_stock(MODELS) == {}
+
+
+def test_work_survives_json():
+    work = Work()
+    with Meter() as meter:
+        torch.empty(3, device="meta") + 1
+    assert Work.from_list(json.loads(json.dumps(meter.work.to_list()))) == meter.work != work
