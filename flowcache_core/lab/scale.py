@@ -10,10 +10,11 @@ import json
 import sys
 from collections.abc import Sequence
 from concurrent.futures import ProcessPoolExecutor
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
 
+from ..history.plan import MemoryPlan
 from ..models.magi.config import MagiConfig
 from ..models.magi.memory import plan_magi
 from ..models.memory import FRAME_STRIDE, plan_wan
@@ -90,8 +91,8 @@ class Counted:
 
     @property
     def tick(self) -> Work:
-        """The mean tick in the middle of a run."""
-        return self.steady.whole * (1 / len(self.steady.ticks))
+        """The mean over the minute."""
+        return self.chunk * (1 / len(self.steady.ticks))
 
     @property
     def planned(self) -> int:
@@ -176,24 +177,29 @@ def past_work(model: Model, settings: Settings, chunks: int) -> Work:
 
 def planned_history(model: Model, settings: Settings, chunks: int) -> int:
     """Bytes that a run of so many chunks plans for its history, on the device that computes."""
+    plan = _plan(model, settings, chunks)
+    return plan.scratch_bytes + plan.query_bytes if plan.away else plan.history_bytes
+
+
+def _plan(model: Model, settings: Settings, chunks: int) -> MemoryPlan:
     frames = chunks * model.chunk_frames * FRAME_STRIDE
     if isinstance(model.config, MagiConfig):
-        plan = plan_magi(model.config, model.size, frames, settings)
-    else:
-        plan = plan_wan(model.config, model.family, model.size, frames - FRAME_STRIDE + 1, settings)
-    return plan.scratch_bytes + plan.query_bytes if plan.away else plan.history_bytes
+        return plan_magi(model.config, model.size, frames, settings)
+    return plan_wan(model.config, model.family, model.size, frames - FRAME_STRIDE + 1, settings)
 
 
 @dataclass(frozen=True)
 class Fit:
-    """How a model fits a card.
+    """One way to run a model on a card.
 
     Attributes:
         weights: "bf16", "fp8", or "fp8, streamed" from system memory.
-        preset, budget, history: what it is run with; the budget in chunks, or None for all that the model looks at.
+        preset, budget: what it is run with; the budget in chunks, or None for all that the model looks back on.
+        history: its type.
+        place: where it lives, "card" or "system memory".
         gigabytes: GiB of the card that are used.
         minutes: of video that fit; None for any length.
-        minutes_whole: the same without a budget.
+        seconds_whole: seconds of video that fit without a budget; None for any length.
         seconds: a chunk, by the roofline.
     """
 
@@ -203,36 +209,46 @@ class Fit:
     preset: str
     budget: int | None
     history: str
+    place: str
     gigabytes: float
     minutes: float | None
-    minutes_whole: float | None
+    seconds_whole: float | None
     seconds: float
 
 
-def fits(whole: Counted, bounded: Counted, card: Card) -> Fit | None:
-    """Finds how a model fits a card: with the widest weights and the largest budget up to the model's that it can.
+def fits(whole: Counted, bounded: Counted, card: Card) -> tuple[Fit | None, float]:
+    """Finds how a model fits a card: the first way of the widest weights on the card and the largest budget up to the
+    model's; then weights, then the history in system memory.
 
     Args:
         whole, bounded: its counted run, without and with a budget.
 
     Returns:
-        None where nothing helps.
+        None where none fits, and the GiB that the smallest takes.
     """
     model, preset = whole.case.model, whole.case.preset
-    free = (card.memory - BESIDE) * 2**30
     looks_back = isinstance(model.config, MagiConfig)  # keeps what its chunks look back on, whatever the length
-    for weights, size in _weights(model):
-        room = free - size - whole.steady.held - whole.steady.activations
-        minutes = _minutes(model, preset, room)
-        for budget in [None] if looks_back else range(model.budget, 0, -1):
-            settings = Case(_with_budget(model, budget), preset, budget is not None).settings
-            history = planned_history(model, settings, model.chunks())
-            if history <= room:
-                run = whole if looks_back else bounded
-                time = _chunk_seconds(run, settings, card, streamed="streamed" in weights)
-                used = (size + history + run.steady.held + run.steady.activations) / 2**30 + BESIDE
-                return Fit(model, card, weights, preset, budget, HISTORY_TYPE, used, None, minutes, time)
-    return None
+    run = whole if looks_back else bounded
+    beside = run.steady.held + run.steady.activations + BESIDE * 2**30
+    least = float("inf")
+    for memory in ("auto", "system"):
+        for weights, size in _weights(model):
+            for budget in [None] if looks_back else range(model.budget, 0, -1):
+                named = Case(_with_budget(model, budget), preset, budget is not None).settings
+                settings = replace(named, history=replace(named.history, memory=memory))
+                used = (size + beside + planned_history(model, settings, model.chunks())) / 2**30
+                least = min(least, used)
+                if used <= card.memory:
+                    time = _chunk_seconds(run, settings, card, "streamed" in weights)
+                    place = "card" if memory == "auto" else "system memory"
+                    room = card.memory * 2**30 - size - beside
+                    fit = Fit(
+                        model, card, weights, preset, budget, HISTORY_TYPE, place, used,
+                        minutes=None, seconds_whole=None if looks_back else _seconds_whole(model, preset, room),
+                        seconds=time,
+                    )  # fmt: skip
+                    return fit, least
+    return None, least
 
 
 def _with_budget(model: Model, budget: int | None) -> Model:
@@ -245,24 +261,23 @@ def _weights(model: Model) -> list[tuple[str, int]]:
     return [("bf16", model.weight_bytes()), ("fp8", model.weight_bytes(1)), ("fp8, streamed", streamed)]
 
 
-def _minutes(model: Model, preset: str, room: float) -> float | None:
-    """Minutes of video that fit without a budget; None for any length."""
-    settings = model.settings(preset, bounded=False)
-    if isinstance(model.config, MagiConfig):
-        return None if planned_history(model, settings, model.chunks()) <= room else 0.0
-    chunks, least = int(max(0, room) // planned_history(model, settings, 1)), 1 / model.chunks()
-    return chunks * least
+def _seconds_whole(model: Model, preset: str, room: float) -> float:
+    """Seconds of video whose whole history fits into so many bytes."""
+    chunks = max(0, room) // planned_history(model, model.settings(preset, bounded=False), 1)
+    return chunks * model.chunk_frames * FRAME_STRIDE / model.family.fps
 
 
 def _chunk_seconds(run: Counted, settings: Settings, card: Card, streamed: bool) -> float:
-    """Time of a chunk with the budget that was found, or of the weights' way to the card where that takes longer."""
+    """Time of a chunk with the budget that was found, or of the way to the card where that takes longer."""
     model, steady = run.case.model, run.steady
     work = run.chunk
     if isinstance(model.config, WanConfig):
         past = past_work(model, settings, model.chunks()) * (1 / model.chunks())
         work = steady.network + steady.cut + steady.solver + past
-    moved = run.busy * model.weight_bytes(1) / LINK if streamed else 0.0
-    return max(seconds(work, card), moved)
+    moved = model.weight_bytes(1) if streamed else 0
+    if settings.history.memory == "system":
+        moved += _plan(model, settings, model.chunks()).stored_bytes
+    return max(seconds(work, card), run.busy * moved / LINK)
 
 
 def work_row(work: Work) -> dict:
@@ -352,9 +367,9 @@ def measure(models: Sequence[Model], jobs: int) -> dict:
         preset = "balanced" if Case(model, "balanced", True) in counted else "plain"
         whole, bounded = counted[Case(model, preset, False)], counted[Case(model, preset, True)]
         for card in CONSUMER:
-            fit = fits(whole, bounded, card)
+            fit, least = fits(whole, bounded, card)
             given = {"model": model.name, "size": list(model.size), "card": card.name, "memory": card.memory}
-            found.append({**given, "fits": fit is not None, **(_fit_row(fit) if fit else {})})
+            found.append({**given, "fits": fit is not None, "least": least, **(_fit_row(fit) if fit else {})})
     return {
         "rows": [row(one) for one in counted.values()],
         "stock": [
