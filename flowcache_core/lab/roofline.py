@@ -10,6 +10,8 @@ from dataclasses import dataclass
 from .meter import Work
 
 OF_PRODUCTS, OF_ATTENTION, OF_MEMORY = 0.7, 0.6, 0.8  # shares of the published rates that good kernels reach
+BESIDE = 1.0  # GiB that CUDA and a desktop take
+LINK = 20e9  # bytes a second from system memory over PCIe 4.0, for weights and history that live there
 LAUNCH = 4e-6  # seconds that a launch takes at least, with what Python does for it
 
 

@@ -23,14 +23,13 @@ from ..settings import Settings
 from ..storage.files import write_whole
 from .meter import Work
 from .real_size import MODELS, Model, Steady, attention_work, count_steady, seen_chunks
-from .roofline import CONSUMER, H100, RTX_4090, Card, seconds
+from .roofline import BESIDE, CONSUMER, H100, LINK, RTX_4090, Card, seconds
+from .scale_page import page
 from .stock import count_stock
 
 PRESETS = ("plain", "high", "balanced", "fast")
 PAPER = ("paper slow", "paper fast")
 CARDS = (RTX_4090, H100)
-BESIDE = 1.0  # GiB that CUDA and a desktop take
-LINK = 20e9  # bytes a second from system memory over PCIe 4.0, for weights and history that live there
 HISTORY_TYPE = "as computed"
 
 
@@ -385,8 +384,7 @@ def _fit_row(fit: Fit) -> dict:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    from .charts import scale_chart
-    from .scale_page import page
+    from .charts import scale_chart  # matplotlib, which what is counted does not need
 
     parser = argparse.ArgumentParser(prog="python -m flowcache_core.lab.scale", description=__doc__.split("\n")[0])
     parser.add_argument("--out", type=Path, default=Path("out/scale"), help="for report.json (default: %(default)s)")

@@ -2,8 +2,7 @@
 
 from collections.abc import Iterable, Sequence
 
-from .roofline import H100, RTX_4090, assumptions
-from .scale import BESIDE, LINK
+from .roofline import BESIDE, H100, LINK, RTX_4090, assumptions
 
 GIB = 2**30
 MAIN = (
@@ -197,15 +196,16 @@ def _memory(report: dict) -> str:
 
 def _fits(report: dict) -> str:
     names = (
-        "model", "card", "weights", "preset", "budget", "history", "GiB used", "minutes of video", "without a budget",
-        "seconds a chunk",
+        "model", "card", "weights", "preset", "budget", "history", "lives in", "GiB used", "video of any length",
+        "whole history up to", "seconds a chunk",
     )  # fmt: skip
     cells = []
     for row in report["fits"]:
         start = [_title(_model(row)), f"{row['memory']} GB ({row['card']})"]
         if not row["fits"]:
-            cells.append([*start, "does not fit", *[""] * 7])
+            cells.append([*start, f"does not fit: {row['least']:.1f} GiB at least", *[""] * 8])
             continue
+        whole = row["seconds_whole"]
         cells.append(
             [
                 *start,
@@ -213,22 +213,20 @@ def _fits(report: dict) -> str:
                 row["preset"],
                 "–" if row["budget"] is None else str(row["budget"]),
                 row["history"],
+                row["place"],
                 f"{row['gigabytes']:.1f}",
-                _minutes(row["minutes"]),
-                _minutes(row["minutes_whole"]),
+                "yes" if row["minutes"] is None else f"{row['minutes']:.1f} min",
+                "any length" if whole is None else f"{whole:.0f} s",
                 _number(row["seconds"]),
             ]
         )
     return (
-        "The widest weights with which a budget fits, then the largest budget up to the one above. *Streamed* weights "
-        "lie in system memory, two layers of them on the card, as ComfyUI does when they do not fit. MAGI-1 keeps what "
-        f"its chunks look back on, so it needs no budget. {BESIDE:.0f} GiB is set aside for CUDA and the desktop.\n\n"
-        + _markdown(names, cells)
+        "The first that fits of: history on the card, then in system memory; of these, weights in bf16, then fp8, then "
+        "fp8 *streamed*, two layers of them on the card and the rest in system memory, as ComfyUI does when they do "
+        "not fit; of these, the largest budget up to the one above. *Whole history up to* is the length of a video "
+        "that fits beside the same weights without a budget. MAGI-1 keeps what its chunks look back on, so it needs no "
+        f"budget. {BESIDE:.0f} GiB is set aside for CUDA and the desktop.\n\n" + _markdown(names, cells)
     )
-
-
-def _minutes(minutes: float | None) -> str:
-    return "any" if minutes is None else f"{minutes:.1f}"
 
 
 def _model(row: dict) -> tuple:
