@@ -29,7 +29,7 @@ from torch import Tensor
 from ..errors import UserError
 from ..schedule import Given
 from ..settings import HistorySettings
-from .compression import asking_queries, evict
+from .compression import asking_queries, evict, sink_tokens
 from .offload import OUT_OF_MEMORY, OffloadableBuffer, attempts, runs_out_of_memory
 from .plan import MemoryPlan
 from .positions import Positions, RotaryTable, rotate
@@ -261,7 +261,7 @@ class History:
         old = torch.cat([stored, keys], dim=2) if self.positions.relative else seen
         whole = self._open.values.here[:, :, given:end]
         tokens = torch.cat([self.tokens[layer, :, :, given : self.clean], numbers], dim=2)
-        self._write(layer, given, *self._evicted(layer, seen, [old, whole, tokens]))
+        self._write(layer, given + self._sink, *self._evicted(layer, seen, [old, whole, tokens]))
 
     def commit(self, chunks: Sequence[Chunk]) -> None:
         """Ends a forward: these chunks are clean from now on. One that this branch was never run for has no slot, and
@@ -299,19 +299,30 @@ class History:
         seen = clean[0]
         if self.positions.relative:
             seen = self.positions.turn(clean[0], clean[2])
-        evicted = self._evicted(layer, seen, clean)
-        fresh = [
-            torch.cat([new, part.read(self.clean, filled)], dim=2) for new, part in zip(evicted, parts, strict=True)
-        ]
-        self._write(layer, given, *fresh)
+        fresh = self._evicted(layer, seen, clean)
+        if self.slots:
+            moved = [part.read(self.clean, filled) for part in parts]
+            fresh = [torch.cat(pair, dim=2) for pair in zip(fresh, moved, strict=True)]
+        self._write(layer, given + self._sink, *fresh)
 
     def _evicted(self, layer: int, seen: Tensor, parts: list[Tensor], queries: Tensor | None = None) -> list[Tensor]:
-        """What stays of a layer's tokens but the given ones, by the queries that were kept unless told others."""
+        """What stays of a layer's tokens but the given ones and the sink, by the queries that were kept unless told
+        others."""
         plan = self.plan
         if queries is None and self.queries is not None and self.asked:
             queries = self.queries[layer]
-        keep = plan.clean_tokens - plan.given_tokens
-        return evict(self.settings.compression, seen, parts, queries, keep, plan.frame_tokens, plan.chunk_tokens, layer)
+        return evict(
+            self.settings.compression, seen, parts, queries, self._keep, plan.frame_tokens, plan.chunk_tokens, layer
+        )  # fmt: skip
+
+    @property
+    def _keep(self) -> int:
+        """Tokens that stay at a cut, given ones apart."""
+        return self.plan.clean_tokens - self.plan.given_tokens
+
+    @property
+    def _sink(self) -> int:
+        return sink_tokens(self.settings.compression, self._keep, self.plan.chunk_tokens)
 
     def _write(self, layer: int, start: int, keys: Tensor, values: Tensor, tokens: Tensor) -> None:
         """Changes stored tokens; everything that needs memory is made before the first of them is changed."""
@@ -452,7 +463,8 @@ class History:
             rest = [part[:, :, lead:] for part in parts]
             queries = saved.queries[layer] if len(saved.queries) else None
             cut = self._evicted(layer, rest[0], rest, queries)
-            parts = [torch.cat([part[:, :, :lead], new], dim=2) for part, new in zip(parts, cut, strict=True)]
+            fixed = lead + self._sink
+            parts = [torch.cat([part[:, :, :fixed], new], dim=2) for part, new in zip(parts, cut, strict=True)]
         keys, values, tokens = parts[0], parts[1], parts[2].to(self.device)
         if self.positions.relative:
             keys = self.positions.turn_back(keys.to(self.device, self.dtype), tokens)

@@ -1,8 +1,8 @@
 """Which tokens of the clean history stay: importance x redundancy (FlowCache, arXiv 2602.10825, section on KV
 compression).
 
-All arithmetic is linear in the history's length and done in tiles, so that the extra memory stays bounded. Ties are
-broken by age, the older token stays, which makes the choice deterministic.
+All arithmetic is linear in the history's length, all heads together, and done in pieces, so that the extra memory stays
+bounded. Ties are broken by age, the older token stays, which makes the choice deterministic.
 """
 
 from collections.abc import Sequence
@@ -13,18 +13,18 @@ from torch import Tensor
 
 from ..errors import UserError
 from ..settings import Compression
-
-TILE_BYTES = 8 * 2**20  # of float32 numbers in one piece of work; what is alive at once stays below 64 MB
+from .products import wide_product
 
 
 def importance(queries: Tensor, keys: Tensor, pool: int) -> Tensor:
     """Measures how much the queries look at each key.
 
     Softmax over the keys of q.k / sqrt(D), averaged over the queries, then max-pooled along the tokens. Query heads
-    that share a key head are joined by the maximum of their logits before the softmax.
+    that share a key head are joined by the maximum of their logits before the softmax. Logits are rounded to the keys'
+    dtype; over many queries that averages out.
 
     Args:
-        queries: [B, query heads, Q, D].
+        queries: [B, query heads, Q, D], of the keys' dtype.
         keys: [B, key heads, N, D]; query heads are a multiple of key heads.
 
     Returns:
@@ -32,15 +32,25 @@ def importance(queries: Tensor, keys: Tensor, pool: int) -> Tensor:
     """
     batch, heads, count, width = keys.shape
     group = queries.shape[1] // heads
-    total = keys.new_zeros(batch, heads, count, dtype=torch.float32)
-    asked = queries.unflatten(1, (heads, group))
-    tile = max(1, TILE_BYTES // (4 * batch * heads * group * count))
-    for part in asked.split(tile, dim=3):  # [B, heads, group, tile, D]
-        part = part.float() * width**-0.5
-        logits = torch.cat([part @ some.float().transpose(-1, -2)[:, :, None] for some in _tiles(keys)], dim=-1)
-        total += logits.amax(dim=2).softmax(dim=-1).sum(dim=2)
-    total /= queries.shape[2]
+    across = keys.flatten(0, 1).mT  # [B * heads, D, N]
+    asked = (queries * width**-0.5).unflatten(1, (heads, group)).flatten(0, 1)  # [B * heads, group, Q, D]
+    row_bytes = 2 * keys.itemsize * batch * heads * group * count  # logits of a query, and their softmax
+    total = torch.zeros(batch * heads, count, device=keys.device)
+    for part in asked.split(max(1, tile_bytes(keys.device) // row_bytes), dim=2):
+        logits = part.flatten(1, 2) @ across
+        if group > 1:
+            logits = logits.unflatten(1, (group, -1)).amax(dim=1)
+        total += logits.softmax(dim=-1).sum(dim=1, dtype=torch.float32)
+    total = total.unflatten(0, (batch, heads)) / queries.shape[2]
     return F.max_pool1d(total, pool, stride=1, padding=pool // 2) if pool > 1 else total
+
+
+def tile_bytes(device: torch.device) -> int:
+    """Says how large the numbers of one piece of work may be: what a processor's cache holds, or a share of a GPU's
+    memory, which is the same in every run; tensors without data stand for those of a card of 24 GB."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_properties(device).total_memory // 64
+    return 24 * 2**30 // 64 if device.type == "meta" else 8 * 2**20
 
 
 def redundancy(keys: Tensor) -> Tensor:
@@ -54,15 +64,12 @@ def redundancy(keys: Tensor) -> Tensor:
     Returns:
         float32 [B, heads, N].
     """
-    total = sum(F.normalize(some.float(), dim=-1).sum(dim=2, keepdim=True) for some in _tiles(keys))
-    similarity = torch.cat([(F.normalize(some.float(), dim=-1) * total).sum(dim=-1) for some in _tiles(keys)], dim=-1)
-    return ((similarity - 1.0) / keys.shape[2]).softmax(dim=-1)
-
-
-def _tiles(keys: Tensor) -> tuple[Tensor, ...]:
-    """Keys [B, heads, N, D] cut along the tokens, so that a float32 copy of a piece is small."""
-    batch, heads, _, width = keys.shape
-    return keys.split(max(1, TILE_BYTES // (4 * batch * heads * width)), dim=2)
+    batch, heads, count, _ = keys.shape
+    flat = keys.flatten(0, 1)
+    scale = 1 / torch.linalg.vector_norm(flat, dim=-1, dtype=torch.float32).clamp(min=1e-12)  # [B * heads, N]
+    total = wide_product(scale[:, None].to(keys.dtype), flat).mT  # [B * heads, D, 1]
+    similarity = wide_product(flat, total.to(keys.dtype))[..., 0] * scale
+    return ((similarity - 1.0) / count).softmax(dim=-1).unflatten(0, (batch, heads))
 
 
 def score(queries: Tensor, keys: Tensor, weight: float, pool: int) -> Tensor:
@@ -101,6 +108,11 @@ def asking_queries(settings: Compression, count: int) -> slice:
     return slice(stride // 2, stride // 2 + asked * stride, stride)
 
 
+def sink_tokens(settings: Compression, keep: int, chunk_tokens: int) -> int:
+    """Counts the tokens at the front that every cut leaves where they are, of `keep` that stay."""
+    return chunk_tokens if settings.protect_first and keep > chunk_tokens else 0
+
+
 def choose(
     settings: Compression,
     queries: Tensor | None,
@@ -127,7 +139,7 @@ def choose(
         UserError: more chunks are protected than stay.
     """
     batch, heads, count, _ = keys.shape
-    head = chunk_tokens if settings.protect_first and keep > chunk_tokens else 0
+    head = sink_tokens(settings, keep, chunk_tokens)
     tail = chunk_tokens if settings.protect_newest else 0
     free = keep - head - tail
     if free < 0:
@@ -172,8 +184,9 @@ def evict(
         layer: its number.
 
     Returns:
-        New tensors with `keep` tokens, for each part.
+        New tensors with the `keep` tokens but those of the sink, for each part.
     """
     kept = choose(compression, queries, keys, keep, frame_tokens, chunk_tokens, seed=layer)
+    kept = kept[..., sink_tokens(compression, keep, chunk_tokens) :]
     wide = kept[..., None].expand(*kept.shape, keys.shape[-1])
     return [part.gather(2, kept if part.ndim == 3 else wide) for part in parts]

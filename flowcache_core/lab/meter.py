@@ -35,6 +35,7 @@ Kind = Literal["elementwise", "product", "attention"]
 READ_NUMBER = 0.0123  # what every number that is read back seems to be
 ALLOCATIONS = {aten.empty, aten.empty_like, aten.empty_strided, aten.new_empty, aten.new_empty_strided}
 OVERWRITES = {aten.copy_, aten.fill_, aten.zero_, aten.normal_, aten.uniform_}  # do not read what they change
+NEW = {aten.new_zeros, aten.new_ones, aten.new_full, aten.zeros_like, aten.ones_like, aten.full_like}  # read nothing
 PICKS = {aten.gather, aten.index, aten.index_select, aten.embedding}  # read no more of the first than they give
 WHOLE = {aten.rms_norm}  # one kernel on a device, although torch has it in parts for others
 NEEDS_CONTIGUOUS = {aten.native_layer_norm, aten.rms_norm}  # copy their input first where it is not
@@ -286,6 +287,7 @@ class Meter(TorchDispatchMode):
 
     def _count(self, operation, args, kwargs, given: list[Tensor], fresh: list[Tensor], changed: list[Tensor], result):
         unread = {id(tensor) for tensor in changed if operation in OVERWRITES or tensor is kwargs.get("out")}
+        unread |= {id(tensor) for tensor in given if operation in NEW}
         reads = [distinct_bytes(tensor) for tensor in given if id(tensor) not in unread]
         writes = sum(distinct_bytes(tensor) for tensor in (*fresh, *changed))
         if operation in PICKS:
@@ -295,7 +297,8 @@ class Meter(TorchDispatchMode):
         if operation in NEEDS_CONTIGUOUS and not first.is_contiguous():
             self._now.kernels[Kernel("elementwise", "contiguous", bits, 0, 2 * first.nbytes)] += 1
         if operation in flop_registry:
-            flops = flop_registry[operation](*args, **kwargs, out_val=result)
+            inputs = [value for value in args if not isinstance(value, torch.dtype)]  # the formulas take no out_dtype
+            flops = flop_registry[operation](*inputs, **kwargs, out_val=result)
             bits = 8 * max(tensor.itemsize for tensor in given if tensor.ndim > 1)
             kernel = Kernel("product", name, bits, flops, sum(reads) + writes)
         else:
