@@ -103,7 +103,7 @@ def run_info(options: argparse.Namespace) -> None:
     info = checkpoints.inspect(options.file, options.family)
     print(f"family    {info.family}: {checkpoints.FAMILIES[info.family]}")
     config = info.config
-    sizes = config.sizes if isinstance(config, MagiConfig) else config.sizes()
+    sizes = config.sizes
     print(f"network   width {sizes.dim}, {sizes.layers} blocks, {sizes.heads} heads")
     print(f"layout    {info.layout}" + (f", names begin with {info.prefix}" if info.prefix else ""))
     print(f"weights   {str(info.dtype).removeprefix('torch.')}, {megabytes(info.bytes)}")

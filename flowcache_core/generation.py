@@ -145,6 +145,7 @@ def generate(
     run = RunSettings(
         backbone, guidance, schedule, settings, sampling, way, shape, len(guidance.texts), dtype, device,
         texts=len(texts),
+        text_tokens=max(text.shape[1] for text in [*texts, *(against or [])]),
         lead=lead,
         end=0 if end is None else end.shape[2],
         loaded=None if state is None else state.by_branch,

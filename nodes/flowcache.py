@@ -39,6 +39,8 @@ class FlowCache(io.ComfyNode):
                 advanced(io.Combo.Input("history_memory", options=["auto", "system"], default="auto")),
                 advanced(io.Boolean.Input("overlap", default=True)),
                 advanced(io.Combo.Input("family", options=["auto", *wan_families()], default="auto")),
+                advanced(io.Int.Input("queries", default=Compression.queries, min=0, max=1_000_000)),
+                advanced(io.Combo.Input("asked_from", options=["spread", "last"], default="spread")),
             ],
             outputs=[io.Model.Output()],
             found_by=("cache", "speed up", "teacache", "easycache", "kv cache", "faster video"),
@@ -48,10 +50,12 @@ class FlowCache(io.ComfyNode):
     def execute(
         cls, model, preset, history_budget, policy, every, threshold, warmup, forecast, granularity, importance_weight,
         keep_first_chunk, positions, history_rule, correct, quality, history_memory, overlap, family,
+        queries, asked_from,
     ) -> io.NodeOutput:  # fmt: skip
         compression = Compression(
-            rule=history_rule, weight=importance_weight, granularity=granularity, protect_first=keep_first_chunk
-        )
+            rule=history_rule, weight=importance_weight, granularity=granularity, protect_first=keep_first_chunk,
+            queries=queries, asked_from=asked_from,
+        )  # fmt: skip
         history = HistorySettings(
             history_budget or None, compression, relative=positions == "relative", memory=history_memory
         )

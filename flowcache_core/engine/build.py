@@ -1,7 +1,7 @@
 """A run, put together: the memory planned, the forward that fits, the loop around it."""
 
 from collections.abc import Callable, Hashable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, Literal
 
@@ -11,6 +11,7 @@ from torch import Tensor
 
 from ..history.cache import Attention
 from ..history.plan import MemoryPlan, plan_memory
+from ..history.positions import RotaryTables
 from ..history.snapshot import Snapshot
 from ..report import Report
 from ..reuse.policies import Policy, aligned
@@ -38,6 +39,7 @@ class RunSettings:
             ("rolling").
         shape: of a chunk, [B, C, T, H, W].
         branches, texts: how many branches of guidance there are, and different texts for each.
+        text_tokens: of a text at most.
         dtype, device: that is computed with.
         lead, end: given frames that fill no chunk.
         attention: over the history.
@@ -58,6 +60,7 @@ class RunSettings:
     dtype: torch.dtype
     device: torch.device
     texts: int = 1
+    text_tokens: int = 0
     lead: int = 0
     end: int = 0
     attention: Attention = F.scaled_dot_product_attention
@@ -80,10 +83,13 @@ def build_engine(run: RunSettings, make: Callable[..., CausalForward] = CausalFo
     if run.seeing == "joint":
         first, start = run.sampling.sigmas[0], run.sampling.start
         forward = JointForward(
-            run.backbone, run.guidance, report, schedule, first, start, run.grain, **_shared(run, report)
-        )
+            run.backbone, run.guidance, report, schedule, first, start, run.grain,
+            tables=_tables(run), **_shared(run, report),
+        )  # fmt: skip
     elif run.seeing == "rolling":
-        forward = RollingForward(run.backbone, run.guidance, report, run.shape[2], **_shared(run, report))
+        forward = RollingForward(
+            run.backbone, run.guidance, report, run.shape[2], tables=_tables(run), **_shared(run, report)
+        )
         batch, _, frames, *size = run.shape
         sizes, grid = run.backbone.sizes, run.backbone.grid(*size)
         a_branch = rolling_bytes(sizes, grid, schedule, frames, batch, run.dtype.itemsize)
@@ -112,6 +118,12 @@ def causal_forward(
     )
 
 
+def _tables(run: RunSettings) -> RotaryTables:
+    """Rotary tables of a window's frames; those that are given may come on top."""
+    grid, frames = run.backbone.grid(*run.shape[3:]), run.schedule.total_chunks * run.shape[2]
+    return RotaryTables(run.backbone.rotary, grid, run.device, frames)
+
+
 def _shared(run: RunSettings, report: Report) -> dict[str, Any]:
     """What every forward is made from."""
     return {"attention": run.attention, "check": partial(check_cancelled, run.cancelled, report)}
@@ -120,7 +132,7 @@ def _shared(run: RunSettings, report: Report) -> dict[str, Any]:
 def plan_run(run: RunSettings, policy: Policy) -> MemoryPlan:
     """Plans the memory of a run over a history."""
     return plan_memory(
-        run.backbone.sizes,
+        replace(run.backbone.sizes, text_tokens=run.text_tokens),
         run.schedule,
         run.settings,
         policy,

@@ -11,13 +11,14 @@ from ..errors import UserError
 from ..history.cache import Attention, History, begin_delta, moved_note
 from ..history.offload import OUT_OF_MEMORY, attempts
 from ..history.plan import MemoryPlan
+from ..history.positions import Positions
 from ..history.snapshot import Snapshot, SnapshotDelta
 from ..history.streams import SideStream
 from ..report import Report
 from ..reuse.forecast import Forecast
 from ..schedule import Given, Place
 from ..settings import Settings
-from ..solvers.weights import joined
+from ..solvers.weights import joined, joined_heads
 from .contexts import Contexts
 from .forward import Step, Velocity
 from .guidance import Guidance, Texts
@@ -62,6 +63,7 @@ class CausalForward:
         self.dtype, self.device = dtype, device
         self.keeps_slots = not (aligned and guidance.at_once and settings.clean_pass)
         self.stream = SideStream(device, settings.overlap)
+        self.positions = Positions(plan, backbone.rotary, device)
         self.loaded = dict(loaded or {})
         self.histories: dict[Hashable, History] = {}
         self.spare = [self._history() for _ in range(plan.branches)]  # not yet of a branch
@@ -167,7 +169,7 @@ class CausalForward:
                 history.attend(layer, chunk, q, k, v, self.attention, keep_queries=chunk == asking)
                 for history, q, k, v in parts
             ]
-            return joined(answers)
+            return joined_heads(answers)
 
         groups = run_layers(
             self.backbone, steps, contexts, self.plan.together, histories, attend, stored,
@@ -223,12 +225,4 @@ class CausalForward:
         return self.histories[branch]
 
     def _history(self) -> History:
-        return History(
-            self.plan,
-            self.backbone.rotary,
-            self.settings.history,
-            self.dtype,
-            self.device,
-            self.keeps_slots,
-            self.stream,
-        )
+        return History(self.plan, self.positions, self.settings.history, self.dtype, self.keeps_slots, self.stream)

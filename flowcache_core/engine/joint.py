@@ -16,7 +16,7 @@ from torch import Tensor
 
 from ..errors import UserError
 from ..history.cache import Attention
-from ..history.positions import rotate
+from ..history.positions import RotaryTables
 from ..history.snapshot import Snapshot, SnapshotDelta
 from ..report import Report
 from ..schedule import ChunkSchedule, Given, Place
@@ -31,7 +31,12 @@ MOST_BRANCHES = 16  # of guidance, whose texts are kept: a window has one text f
 
 
 class WindowForward:
-    """A forward whose chunks go through the network as one: what joint and rolling windows have in common."""
+    """A forward whose chunks go through the network as one: what joint and rolling windows have in common.
+
+    Args:
+        backbone, guidance, report, attention, check: as for `CausalForward`.
+        tables: rotary, of the video's frames.
+    """
 
     holds_residual = False
 
@@ -40,12 +45,14 @@ class WindowForward:
         backbone,
         guidance: Guidance,
         report: Report,
+        tables: RotaryTables,
         attention: Attention = F.scaled_dot_product_attention,
         check: Callable[[], None] = lambda: None,
     ):
         self.backbone, self.guidance, self.report = backbone, guidance, report
         self.attention, self.check = attention, check
         self.contexts = Contexts(backbone.context, MOST_BRANCHES)
+        self.tables, self.turn = tables, backbone.rotary.product.turn
 
     def mix(self, step: Step, oldest: bool) -> Hashable:
         """Names the sum of branches that a step's velocity will be."""
@@ -75,11 +82,6 @@ class WindowForward:
         velocity = self.backbone.head(x, levels, self.backbone.residual(x, hidden))
         return list(velocity.split([step.x.shape[2] for step in steps], dim=2))
 
-    def table(self, x: Tensor, first: int) -> Tensor:
-        """The rotary table of latents [rows, C, T, H, W] whose first frame has a number."""
-        frames = torch.arange(first, first + x.shape[2], device=x.device)
-        return self.backbone.rotary.table(frames, *self.backbone.grid(*x.shape[-2:]))
-
     def settle(self) -> None:
         """Stores nothing: no history is left for a later run."""
 
@@ -96,7 +98,7 @@ class JointForward(WindowForward):
     """The forwards of one window.
 
     Args:
-        backbone, guidance, report, attention, check: as for `CausalForward`.
+        backbone, guidance, report, tables, attention, check: as for `WindowForward`.
         schedule: lag 0 denoises all chunks together (synchronous), a lag above that one after another. Its prefix is 0.
         first_level: noise level of chunks that wait.
         start: gives a chunk's latent at that level.
@@ -164,7 +166,7 @@ class JointForward(WindowForward):
 
     def _network(self, steps: Sequence[Step], branches: Sequence[Hashable], texts: Texts) -> list[Tensor]:
         whole = sum(step.x.shape[2] for step in steps)
-        table = self.table(steps[0].x[:, :, :1].expand(-1, -1, whole, -1, -1), 0)
+        table = self.tables.of(0, whole)
         return self.run(
-            steps, branches, texts, lambda layer, q, k, v: self.attention(rotate(q, table), rotate(k, table), v)
+            steps, branches, texts, lambda layer, q, k, v: self.attention(self.turn(q, table), self.turn(k, table), v)
         )

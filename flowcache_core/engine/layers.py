@@ -15,7 +15,7 @@ from torch import Tensor
 from ..history.cache import Attention, History
 from ..history.offload import Movable, attempts
 from ..schedule import Given
-from ..solvers.weights import joined
+from ..solvers.weights import joined, joined_heads
 from .forward import Step
 
 
@@ -121,7 +121,7 @@ def run_layers(
             def attended(q: Tensor, k: Tensor, v: Tensor, layer: int = layer, group: Group = group) -> Tensor:
                 chunks = zip(*(part.chunk(len(group.steps), dim=2) for part in (q, k, v)), strict=True)
                 answers = [attend(layer, step, *qkv) for step, qkv in zip(group.steps, chunks, strict=True)]
-                return joined(answers, dim=2)
+                return joined_heads(answers, dim=2)
 
             for attempt in attempts(movable):
                 with attempt:

@@ -13,7 +13,6 @@ from torch import Tensor
 
 from ..errors import UserError
 from ..history.plan import NetworkSizes
-from ..history.positions import rotate
 from ..report import Report
 from ..schedule import ChunkSchedule, Given, Place
 from .forward import Step, Velocity
@@ -82,7 +81,7 @@ class RollingForward(WindowForward):
     the length of the video.
 
     Args:
-        backbone, guidance, report, attention, check: as for `CausalForward`.
+        backbone, guidance, report, tables, attention, check: as for `WindowForward`.
         chunk_frames: latent frames of a chunk.
     """
 
@@ -114,10 +113,9 @@ class RollingForward(WindowForward):
     def _network(self, steps: Sequence[Step], branches: Sequence[Hashable], texts: Texts) -> list[Tensor]:
         chunk, whole = steps[0].place.chunk, sum(step.x.shape[2] for step in steps)
         assert isinstance(chunk, int)
-        x, first = steps[0].x, chunk * self.chunk_frames
-        rows = x.shape[0] // len(branches)
+        first, rows = chunk * self.chunk_frames, steps[0].x.shape[0] // len(branches)
         histories = [self._history_of(name) for name in branches]
-        window = partial(self._attend_clean if steps[0].place.is_clean_pass else self._attend, first, whole, x)
+        window = partial(self._attend_clean if steps[0].place.is_clean_pass else self._attend, first, whole)
 
         def attend(layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
             parts = zip(histories, q.split(rows), k.split(rows), v.split(rows), strict=True)
@@ -125,21 +123,21 @@ class RollingForward(WindowForward):
 
         return self.run(steps, branches, texts, attend)
 
-    def _attend(self, first: int, frames: int, x: Tensor, history: RollingHistory, layer: int, q, k, v) -> Tensor:
-        table = self.table(x[:, :, :1].expand(-1, -1, frames, -1, -1), first)
-        q, k = rotate(q, table), rotate(k, table)
+    def _attend(self, first: int, frames: int, history: RollingHistory, layer: int, q, k, v) -> Tensor:
+        table = self.tables.of(first, frames)
+        q, k = self.turn(q, table), self.turn(k, table)
         sink = history.sink[layer]
         if first > 0 and sink is not None:
             seen, place = history.before_window(layer, first, frames)
-            turned = rotate(sink[0], self.table(x[:, :, : self.chunk_frames], place))
+            turned = self.turn(sink[0], self.tables.of(place, self.chunk_frames))
             k = torch.cat([turned, *(keys for keys, _ in seen), k], dim=2)
             v = torch.cat([sink[1], *(values for _, values in seen), v], dim=2)
         return self.attention(q, k, v)
 
-    def _attend_clean(self, first: int, frames: int, x: Tensor, history: RollingHistory, layer: int, q, k, v) -> Tensor:
+    def _attend_clean(self, first: int, frames: int, history: RollingHistory, layer: int, q, k, v) -> Tensor:
         """A clean chunk sees as many of the chunks before it as the span allows, with no sink beside them."""
-        table = self.table(x, first)
-        q, rotated = rotate(q, table), rotate(k, table)
+        table = self.tables.of(first, frames)
+        q, rotated = self.turn(q, table), self.turn(k, table)
         seen = list(history.recent[layer])
         history.add(layer, k, rotated, v)
         keys = torch.cat([*(keys for keys, _ in seen), rotated], dim=2)

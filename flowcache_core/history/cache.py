@@ -32,7 +32,7 @@ from ..settings import HistorySettings
 from .compression import asking_queries, evict, sink_tokens
 from .offload import OUT_OF_MEMORY, OffloadableBuffer, attempts, runs_out_of_memory
 from .plan import MemoryPlan
-from .positions import Positions, RotaryTable, rotate
+from .positions import Positions
 from .snapshot import Snapshot, SnapshotDelta
 from .streams import AT_ONCE, Pending, SideStream
 
@@ -52,9 +52,9 @@ class History:
 
     Args:
         plan: sizes.
-        rotary: of the network.
+        positions: of the run, which all of its branches share.
         settings: budget, compression, where it lives.
-        dtype, device: of the keys.
+        dtype: of the keys.
         keeps_slots: chunks keep their slots, and what is written there, from tick to tick.
         stream: takes copies to and from system memory.
     """
@@ -62,25 +62,24 @@ class History:
     def __init__(
         self,
         plan: MemoryPlan,
-        rotary: RotaryTable,
+        positions: Positions,
         settings: HistorySettings,
         dtype: torch.dtype,
-        device: torch.device,
         keeps_slots: bool = True,
         stream: SideStream = AT_ONCE,
     ):
         network = plan.network
         self.plan, self.settings = plan, settings
-        self.dtype, self.device = dtype, device
+        self.dtype, self.device = dtype, positions.device
         self.keeps_slots, self.stream = keeps_slots, stream
-        self.positions = Positions(plan, rotary, device)
+        self.positions = positions
         rows = (plan.batch, network.kv_heads)
         # Number of each token in the whole video: frame x tokens a frame + place in the frame.
-        self.tokens = torch.zeros(network.layers, *rows, plan.layer_tokens, dtype=torch.int32, device=device)
+        self.tokens = torch.zeros(network.layers, *rows, plan.layer_tokens, dtype=torch.int32, device=self.device)
         self.queries: Tensor | None = None  # [layers, B, heads, Q, D] of the chunk that asks at the next cut
         if plan.asking:
             size = (network.layers, plan.batch, network.heads, plan.asking, network.head_dim)
-            self.queries = torch.zeros(size, dtype=dtype, device=device)
+            self.queries = torch.zeros(size, dtype=dtype, device=self.device)
         self.asked = False  # whether they are there yet
         self.scratch = self._scratch() if plan.needs_scratch else None
         self.layers: list[Layer] = []
@@ -207,14 +206,15 @@ class History:
         keys, values = (part.here for part in self._open)
         start, end = self.slot(chunk)
         table = self.positions.table(chunk)
-        q = rotate(q, table)
-        keys[:, :, start:end] = rotate(k, table)
+        q = self.positions.rotate(q, table)
+        keys[:, :, start:end] = turned = self.positions.rotate(k, table)
         values[:, :, start:end] = v
-        self._store(layer, chunk, k, v, start)
+        self._store(layer, chunk, k, turned, v, start)
         if keep_queries and self.queries is not None:
             self._keep_queries(layer, q)
         if self.captured is not None and chunk == self.slots[0]:
-            self.captured[layer] = rotate(k, self.positions.absolute_table(chunk)).cpu(), v.cpu()
+            placed = self.positions.rotate(k, self.positions.absolute_table(chunk))
+            self.captured[layer] = placed.cpu(), v.cpu()
         if chunk is Given.END:
             first, end = 0, self.clean
         else:
@@ -223,16 +223,17 @@ class History:
                 first = max(first, start - visible * self.plan.chunk_tokens)
         return attention(q, keys[:, :, first:end], values[:, :, first:end])
 
-    def _store(self, layer: int, chunk: Chunk, k: Tensor, v: Tensor, start: int) -> None:
-        """Keeps what a later forward needs, where the slot lies in the scratch."""
+    def _store(self, layer: int, chunk: Chunk, k: Tensor, turned: Tensor, v: Tensor, start: int) -> None:
+        """Keeps what a later forward needs, where the slot lies in the scratch; k as given, and turned."""
         if self._open is self.layers[layer] or not (chunk in self.storing or self.keeps_slots):
             return
-        keys = rotate(k, self.positions.still_table(chunk) if self.positions.relative else self.positions.table(chunk))
+        if self.positions.relative:
+            turned = self.positions.rotate(k, self.positions.still_table(chunk))
         if self.plan.kind == "stored" or chunk is Given.END:
-            self.layers[layer].keys.write(start, keys)
+            self.layers[layer].keys.write(start, turned)
             self.layers[layer].values.write(start, v)
         elif self.positions.relative:
-            self._unturned[chunk] = keys
+            self._unturned[chunk] = turned
 
     def _keep_queries(self, layer: int, q: Tensor) -> None:
         picked = q[:, :, asking_queries(self.settings.compression, q.shape[2])]

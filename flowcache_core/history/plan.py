@@ -21,8 +21,10 @@ class NetworkSizes:
 
     Attributes:
         layers, heads, kv_heads, head_dim: blocks; query heads, key and value heads, width of each.
-        dim, inner_dim: widths of the tokens and of the feed-forward's inner layer.
-        context_bytes: of one text's keys and values in all layers.
+        dim: width of the tokens.
+        inside: numbers that a token needs inside a block, where it needs most.
+        text_width: numbers that a token of text needs in all layers.
+        text_tokens: of a text.
     """
 
     layers: int
@@ -30,8 +32,9 @@ class NetworkSizes:
     kv_heads: int
     head_dim: int
     dim: int
-    inner_dim: int
-    context_bytes: int = 0
+    inside: int
+    text_width: int = 0
+    text_tokens: int = 0
 
 
 @dataclass(frozen=True)
@@ -163,25 +166,38 @@ class MemoryPlan:
 
     @property
     def activation_bytes(self) -> int:
-        """About what a tick's activations take at their peak: the hidden states of all its chunks, and what the tokens
-        of one product need inside a block."""
+        """What a tick's activations take at their peak: the hidden states of all its chunks, and what the tokens of one
+        product need inside a block; at most 15% above what the meter counts (`lab.meter`)."""
         network, rows = self.network, self.branches * self.batch
         at_once = max(self.chunk_tokens, self.together // max(1, rows))
-        hidden = self.max_active * self.chunk_tokens * network.dim
-        inside = min(at_once, self.max_active * self.chunk_tokens) * max(
-            network.inner_dim + network.dim, 6 * network.dim
-        )
-        return rows * self.itemsize * (hidden + inside)
+        active = self.max_active * self.chunk_tokens
+        return rows * self.itemsize * (active * network.dim + min(at_once, active) * network.inside)
 
     @property
     def context_bytes(self) -> int:
         """Of texts' keys and values."""
-        return self.texts * self.branches * self.batch * self.network.context_bytes
+        numbers = self.network.text_width * self.network.text_tokens
+        return self.texts * self.branches * self.batch * numbers * self.itemsize
+
+    @property
+    def tables(self) -> int:
+        """Rotary tables that are kept at once: of the active chunks, of one that becomes clean, of given frames."""
+        return self.max_active + 2
+
+    @property
+    def table_bytes(self) -> int:
+        """Of those, as matrices of float32."""
+        return 4 * self.tables * self.chunk_tokens * self.network.head_dim // 2 * 4
+
+    @property
+    def device_bytes(self) -> int:
+        """Of all that, what lies on the device that computes."""
+        return self.bytes - (self.stored_bytes if self.away else 0)
 
     @property
     def bytes(self) -> int:
         """Of all that a run takes beside the network's weights."""
-        return self.history_bytes + self.activation_bytes + self.context_bytes
+        return self.history_bytes + self.activation_bytes + self.context_bytes + self.table_bytes
 
 
 FORWARD_TOKENS = 4096  # of several chunks that go through a product at once: enough to keep a device busy

@@ -1,7 +1,8 @@
 """Where a token stands for the network: rotary positions, counted from the video's start or from the window's."""
 
-from functools import lru_cache
-from typing import Protocol
+from collections.abc import Callable
+from functools import lru_cache, partial
+from typing import NamedTuple, Protocol
 
 import torch
 from torch import Tensor
@@ -10,19 +11,76 @@ from ..schedule import Given
 from .plan import MemoryPlan
 
 
-class RotaryTable(Protocol):
-    """A family's rotary positions.
+class RotaryProduct(NamedTuple):
+    """How pairs of numbers are turned; ComfyUI has it as one kernel.
+
+    Attributes:
+        table: brings cosines and sines, float32 [2, tokens, D / 2], into the form that `turn` takes.
+        turn: x [B, heads, tokens, D] by such a table -> the same of x's dtype.
+    """
+
+    table: Callable[[Tensor], Tensor]
+    turn: Callable[[Tensor, Tensor], Tensor]
+
+
+class Rotary(Protocol):
+    """A family's rotary positions, worked out on the CPU, since not every device has float64.
 
     Attributes:
         parts: widths of a head's parts for time, rows and columns; time comes first.
+        product: that the tables are made for.
     """
 
     @property
     def parts(self) -> tuple[int, int, int]: ...
 
-    def angles(self, positions: Tensor, width: int) -> Tensor: ...
+    @property
+    def product(self) -> RotaryProduct: ...
 
-    def table(self, frames: Tensor, rows: int, columns: int) -> Tensor: ...
+    def axes(self, frames: Tensor, rows: int, columns: int) -> list[Tensor]: ...
+
+    def grid(self, axes: list[Tensor]) -> Tensor: ...
+
+
+class RotaryTables:
+    """Tables of a run's tokens: those of its axes go to the device once, and are put together there.
+
+    Args:
+        rotary: of the network.
+        grid: rows and columns of tokens of a frame.
+        device: where tables are used.
+        frames: that are known to be asked for; more are made when they are.
+        kept: tables that are kept at once.
+    """
+
+    def __init__(self, rotary: Rotary, grid: tuple[int, int], device: torch.device, frames: int = 1, kept: int = 8):
+        self.rotary, self.size, self.device = rotary, grid, device
+        self._axes = self._made(frames)
+        self.of = lru_cache(kept)(self._of)
+        self.still = lru_cache(kept)(self._still)
+
+    def time(self, frames: int) -> Tensor:
+        """Cosines and sines in time of at least so many frames, float32 [2, frames, pairs]."""
+        made = self._axes[0].shape[1]
+        if frames > made:
+            self._axes = self._made(max(frames, 2 * made))
+        return self._axes[0]
+
+    def _made(self, frames: int) -> list[Tensor]:
+        return [axis.to(self.device) for axis in self.rotary.axes(torch.arange(frames), *self.size)]
+
+    def _still(self, frames: int) -> Tensor:
+        """The table of frames that all stand at 0."""
+        time, *sides = self._axes
+        return self._put_together([time[:, :1].expand(-1, frames, -1), *sides])
+
+    def _of(self, first: int, frames: int) -> Tensor:
+        """The table of consecutive frames' tokens, in the form that the rotary's product takes."""
+        time = self.time(first + frames)
+        return self._put_together([time[:, first : first + frames], *self._axes[1:]])
+
+    def _put_together(self, axes: list[Tensor]) -> Tensor:
+        return self.rotary.product.table(self.rotary.grid(axes))
 
 
 def rotate(x: Tensor, table: Tensor) -> Tensor:
@@ -30,6 +88,9 @@ def rotate(x: Tensor, table: Tensor) -> Tensor:
     cosine, sine = table
     even, odd = x.float().unflatten(-1, (-1, 2)).unbind(-1)
     return torch.stack([even * cosine - odd * sine, even * sine + odd * cosine], dim=-1).flatten(-2).to(x.dtype)
+
+
+IN_TORCH = RotaryProduct(lambda table: table, rotate)
 
 
 class Positions:
@@ -44,17 +105,15 @@ class Positions:
         device: where tables are used.
     """
 
-    def __init__(self, plan: MemoryPlan, rotary: RotaryTable, device: torch.device):
-        self.plan, self.rotary, self.device = plan, rotary, device
+    def __init__(self, plan: MemoryPlan, rotary: Rotary, device: torch.device):
+        self.plan, self.device = plan, device
         self.relative = plan.relative
         self.time_dims = rotary.parts[0]
         self.shift = 0  # frames by which positions are moved towards zero
-
-        @lru_cache(2 * plan.max_active + 5)
-        def table(first: int, frames: int) -> Tensor:
-            return rotary.table(torch.arange(first, first + frames, device=device), *plan.grid)
-
-        self._table = table  # by first position and number of frames
+        self.rotate = rotary.product.turn
+        seen = self.window + plan.lead + plan.end if self.relative else self._whole
+        self._tables = RotaryTables(rotary, plan.grid, device, seen, plan.tables)
+        self._on_cpu = partial(RotaryTables, rotary, plan.grid, torch.device("cpu"))
 
     @property
     def window(self) -> int:
@@ -74,16 +133,15 @@ class Positions:
     def table(self, chunk: int | Given) -> Tensor:
         """The rotary table of a chunk's tokens, [2, tokens, D / 2]."""
         moved = self.shift + (self._beyond() if chunk is Given.END else 0)
-        return self._table(self.plan.first_frame(chunk) - moved, self.plan.frames_of(chunk))
+        return self._tables.of(self.plan.first_frame(chunk) - moved, self.plan.frames_of(chunk))
 
     def absolute_table(self, chunk: int | Given) -> Tensor:
         """The same, counted from the start of the video."""
-        return self._table(self.plan.first_frame(chunk), self.plan.frames_of(chunk))
+        return self._tables.of(self.plan.first_frame(chunk), self.plan.frames_of(chunk))
 
     def still_table(self, chunk: int | Given) -> Tensor:
         """The same without a turn in time."""
-        frames = self.plan.frames_of(chunk)
-        return self.rotary.table(torch.zeros(frames, device=self.device), *self.plan.grid)
+        return self._tables.still(self.plan.frames_of(chunk))
 
     def turn(self, keys: Tensor, tokens: Tensor, front: int = 0) -> Tensor:
         """Turns stored keys in time, to where they stand in the window.
@@ -96,15 +154,15 @@ class Positions:
         frames = self.frames(tokens) - self.shift
         if front:
             frames[:, :, :front] -= self._beyond()
-        return self._turned(keys, frames.clamp(min=0))
+        return self._turned(keys, frames.clamp(min=0), self._tables.time(1))
 
     def turn_absolute(self, keys: Tensor, tokens: Tensor) -> Tensor:
         """Turns stored keys in time, to where they stand in the video."""
-        return self._turned(keys, self.frames(tokens))
+        return self._turned(keys, self.frames(tokens), self._absolute(keys))
 
     def turn_back(self, keys: Tensor, tokens: Tensor) -> Tensor:
         """Takes the turn in time from keys that stand where they do in the video."""
-        return self._turned(keys, -self.frames(tokens))
+        return self._turned(keys, self.frames(tokens), self._absolute(keys), back=True)
 
     def frames(self, tokens: Tensor) -> Tensor:
         """Frames that tokens belong to."""
@@ -116,9 +174,19 @@ class Positions:
             return 0
         return max(0, self.plan.first_frame(Given.END) - self.shift - self.window - self.plan.lead)
 
-    def _turned(self, keys: Tensor, positions: Tensor) -> Tensor:
-        angles = self.rotary.angles(positions, self.time_dims)
+    @property
+    def _whole(self) -> int:
+        """Frames of the whole video."""
+        return self.plan.first_frame(Given.END) + self.plan.end
+
+    def _absolute(self, keys: Tensor) -> Tensor:
+        """Cosines and sines in time of the whole video where keys are: on the device, or on the CPU, to be stored."""
+        return (self._tables if keys.device == self.device else self._on_cpu()).time(self._whole)
+
+    def _turned(self, keys: Tensor, frames: Tensor, time: Tensor, back: bool = False) -> Tensor:
+        """Turns keys [B, heads, N, D] in time by frames [B, heads, N]."""
+        cosine, sine = time[:, frames]
         turned = keys.clone()
-        table = torch.stack([angles.cos(), angles.sin()]).float()
+        table = torch.stack([cosine, -sine if back else sine])
         turned[..., : self.time_dims] = rotate(keys[..., : self.time_dims], table)
         return turned

@@ -17,7 +17,7 @@ from torch import Tensor
 from ..engine.forward import Step
 from ..engine.layers import run_layers
 from ..history.cache import History
-from ..history.positions import rotate
+from ..history.positions import Positions, rotate
 from ..models.magi.config import MagiConfig
 from ..models.magi.forward import MagiSampling, magi_engine, magi_plan, magi_schedule
 from ..models.magi.network import MagiBackbone, MagiContext, MagiNetwork, grouped_attention
@@ -116,7 +116,7 @@ def forward_ratio(repeats: int) -> tuple[float, float]:
     context, x = backbone.context(text), torch.randn(SHAPE)
     schedule = magi_schedule(CHUNK_FRAMES, steps=8, given_frames=PAST * CHUNK_FRAMES)
     plan = magi_plan(CONFIG, schedule, OFF, MagiSampling(visible=()), SHAPE, itemsize=4)
-    history = History(plan, backbone.rotary, OFF.history, torch.float32, x.device)
+    history = History(plan, Positions(plan, backbone.rotary, x.device), OFF.history, torch.float32)
     for chunk in range(PAST):
         forward(backbone, history, Step(torch.randn(SHAPE), 0.4, Place(chunk, None, 0)), context)
         history.commit([chunk])

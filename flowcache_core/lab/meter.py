@@ -5,8 +5,9 @@ are real, numbers are not there, so a network of any size is counted in seconds 
 
 What counts:
 
-- A launch is a call of one of torch's operations that computes: neither a view nor an allocation. Attention is one, and
-  so is RMS norm, which CUDA builds of torch have as one kernel. What a call sorts or pads inside is not looked into.
+- A launch is a call of one of torch's operations that computes: neither a view nor an allocation. Attention is one; so
+  are RMS norm, which CUDA builds of torch have as one kernel, and the rotary product, which ComfyUI has as one. What a
+  call sorts or pads inside is not looked into.
 - Operations are those of matrix products, two a multiply-add, by the width of their inputs: torch's own formulas
   (torch.utils.flop_counter), and for attention 4 x batch x heads x queries x keys x head width.
 - Bytes are those of distinct elements read and written, so that a broadcast input counts once. Elementwise work and
@@ -187,6 +188,12 @@ class Meter(TorchDispatchMode):
         """Stands in for a fused kernel: q [B, heads, n, D], k and v [B, key heads, m, D] -> q's shape and layout."""
         self._now.kernels[attention_kernel(q.shape, k.shape, v.shape, q.itemsize)] += 1
         return torch.empty_like(q)
+
+    def turn(self, x: Tensor, table: Tensor) -> Tensor:
+        """Stands in for a fused rotary product of x [B, heads, tokens, D] with a table of matrices."""
+        moved = 2 * distinct_bytes(x) + distinct_bytes(table)
+        self._now.kernels[Kernel("elementwise", "rotary", 8 * x.itemsize, 0, moved)] += 1
+        return torch.empty_like(x)
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None) -> Any:
         kwargs = kwargs or {}

@@ -23,6 +23,7 @@ from ..engine.guidance import classifier_free
 from ..engine.loop import Engine, Sampling
 from ..history import cache
 from ..history.cache import History
+from ..history.positions import RotaryProduct
 from ..models.families import SOLVERS, Family, family
 from ..models.magi.config import MAGI_4_5B, MAGI_24B, MagiConfig, magi_usual
 from ..models.magi.forward import magi_engine, magi_schedule
@@ -125,12 +126,15 @@ class Model:
                 return meter.attention(q, k, v)
 
         network, schedule = self.network(layers), self.schedule(chunks)
+        product = RotaryProduct(partial(torch.repeat_interleave, repeats=2, dim=0), meter.turn)  # a matrix has four
         with meter:
             if isinstance(network, MagiNetwork):
                 embedding = _empty(1, network.config.caption_tokens, network.config.caption_width)
                 text = MagiText(embedding, torch.ones(1, network.config.caption_tokens, dtype=torch.bool))
+                magi = MagiBackbone(network, meter.attention)
+                magi.rotary = replace(magi.rotary, product=product)
                 return magi_engine(
-                    MagiBackbone(network, meter.attention), schedule, settings, lambda chunk: text,
+                    magi, schedule, settings, lambda chunk: text,
                     null_text(embedding[0]), lambda chunk: _empty(*self.shape),
                     shape=self.shape, device=META, attention=over_history,
                 )  # fmt: skip
@@ -142,8 +146,10 @@ class Model:
                 usual.levels(usual.steps), lambda chunk: noise, lambda chunk, step: noise,
                 SOLVERS[usual.solver(usual.steps)],
             )  # fmt: skip
+            wan = usual.backbone(network, usual.fps, meter.attention)
+            wan.rotary = replace(wan.rotary, product=product)
             run = RunSettings(
-                usual.backbone(network, usual.fps, meter.attention), guidance, schedule, settings, sampling, "causal",
+                wan, guidance, schedule, settings, sampling, "causal",
                 self.shape, len(guidance.texts), torch.bfloat16, META, attention=over_history,
             )  # fmt: skip
             return build_engine(run)

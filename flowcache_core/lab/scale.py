@@ -94,6 +94,11 @@ class Counted:
         return self.chunk * (1 / len(self.steady.ticks))
 
     @property
+    def plan(self) -> MemoryPlan:
+        """Memory that a run of a minute plans."""
+        return _plan(self.case.model, self.case.settings, self.chunks)
+
+    @property
     def planned(self) -> int:
         """Bytes of history that a run of a minute plans."""
         return planned_history(self.case.model, self.case.settings, self.chunks)

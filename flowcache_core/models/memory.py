@@ -30,7 +30,7 @@ def plan_wan(
     """
     schedule = _wan_schedule(family, frames, lag)
     return plan_memory(
-        config.sizes(),
+        config.sizes,
         schedule,
         settings,
         settings.reuse.policy(schedule),
@@ -47,7 +47,7 @@ def rolling_history_bytes(config: WanConfig, family: Family, size: tuple[int, in
         size, frames: as for `plan_wan`.
     """
     schedule, grid = _wan_schedule(family, frames, None), _grid(config, size)
-    return _branches(family) * rolling_bytes(config.sizes(), grid, schedule, family.chunk_frames, rows=1, itemsize=2)
+    return _branches(family) * rolling_bytes(config.sizes, grid, schedule, family.chunk_frames, rows=1, itemsize=2)
 
 
 def wan_frames(family: Family, frames: int) -> int:

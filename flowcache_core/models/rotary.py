@@ -7,8 +7,9 @@ position x theta^(-2i / part). Angles are computed in float64, so that a run may
 from dataclasses import dataclass
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
+
+from ..history.positions import IN_TORCH, RotaryProduct
 
 
 @dataclass(frozen=True)
@@ -17,6 +18,7 @@ class Rotary:
 
     head_dim: int
     theta: float = 10000.0
+    product: RotaryProduct = IN_TORCH
 
     @property
     def parts(self) -> tuple[int, int, int]:
@@ -25,37 +27,44 @@ class Rotary:
         return self.head_dim - 2 * side, side, side
 
     def angles(self, positions: Tensor, width: int) -> Tensor:
-        """Positions [...] to angles [..., width / 2] in float64."""
-        exponents = torch.arange(0, width, 2, dtype=torch.float64, device=positions.device) / width
+        """Positions [...] on the CPU to angles [..., width / 2] in float64."""
+        exponents = torch.arange(0, width, 2, dtype=torch.float64) / width
         return positions.double()[..., None] * self.theta**-exponents
 
+    def axes(self, frames: Tensor, rows: int, columns: int) -> list[Tensor]:
+        """Cosines and sines of frames at positions [T], rows and columns, float32 [2, places, pairs], on the CPU."""
+        places = (frames, torch.arange(rows), torch.arange(columns))
+        return cosines([self.angles(place, part) for place, part in zip(places, self.parts, strict=True)])
+
+    def grid(self, axes: list[Tensor]) -> Tensor:
+        """Puts axes together to a table of every token, float32 [2, T * rows * columns, head_dim / 2]."""
+        return grid_table(axes, self.head_dim // 2)
+
     def table(self, frames: Tensor, rows: int, columns: int) -> Tensor:
-        """Cosines and sines of every token of a run of frames.
-
-        Args:
-            frames: [T] position of each frame.
-
-        Returns:
-            float32 [2, T * rows * columns, head_dim / 2].
-        """
-        at = frames.device
-        places = (frames, torch.arange(rows, device=at), torch.arange(columns, device=at))
-        return grid_table([self.angles(place, part) for place, part in zip(places, self.parts, strict=True)])
+        """The table of a run of frames at positions [T], on the CPU."""
+        return self.grid(self.axes(frames, rows, columns))
 
 
-def grid_table(angles: list[Tensor], pairs: int | None = None) -> Tensor:
-    """Cosines and sines of every token of a grid, from the angles along each axis.
+def cosines(angles: list[Tensor]) -> list[Tensor]:
+    """Cosines and sines, float32 [2, ...], of float64 angles."""
+    return [torch.stack([each.cos(), each.sin()]).float() for each in angles]
+
+
+def grid_table(axes: list[Tensor], pairs: int) -> Tensor:
+    """Cosines and sines of every token of a grid, from those along each axis.
 
     Args:
-        angles: for frames, rows and columns, [places on the axis, pairs of its part].
-        pairs: of a whole head, where some are not turned; those come last.
+        axes: of frames, rows and columns, [2, places on the axis, pairs of its part].
+        pairs: of a whole head; those that are not turned come last.
 
     Returns:
         float32 [2, T * rows * columns, pairs].
     """
-    time, row, column = angles
-    shape = (len(time), len(row), len(column))
-    axes = (time[:, None, None], row[:, None], column)
-    whole = torch.cat([axis.expand(*shape, -1) for axis in axes], dim=-1).flatten(0, 2)
-    whole = F.pad(whole, (0, (pairs or whole.shape[-1]) - whole.shape[-1]))
-    return torch.stack([whole.cos(), whole.sin()]).float()
+    time, row, column = axes
+    shape = (2, time.shape[1], row.shape[1], column.shape[1])
+    parts = [axis.expand(*shape, -1) for axis in (time[:, :, None, None], row[:, None, :, None], column[:, None, None])]
+    turned = sum(part.shape[-1] for part in parts)
+    if turned < pairs:
+        still = torch.eye(2, 1, device=time.device)[..., None, None, None]  # cosine 1, sine 0
+        parts.append(still.expand(*shape, pairs - turned))
+    return torch.cat(parts, dim=-1).flatten(1, 3)

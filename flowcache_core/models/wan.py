@@ -21,9 +21,10 @@ from torch import Tensor, nn
 
 from ..history.cache import Attention
 from ..history.plan import NetworkSizes
-from ..solvers.weights import joined
+from ..solvers.weights import joined_heads
 from .rotary import Rotary
 
+TEXT_TOKENS = 512
 Attend = Callable[[int, Tensor, Tensor, Tensor], Tensor]  # the same behind a layer number, over the history
 Context = list[tuple[Tensor, Tensor]]  # a text's cross-attention keys and values [B, H, tokens, D], a pair a layer
 
@@ -62,11 +63,20 @@ class WanConfig:
     fps: bool = False
     cross_attn_norm: bool = True
 
-    def sizes(self, text_tokens: int = 512, itemsize: int = 2) -> NetworkSizes:
-        """Says what decides how much memory a run takes; published models read 512 text tokens."""
-        head_dim = self.dim // self.num_heads
-        context = 2 * self.num_layers * text_tokens * self.dim * itemsize
-        return NetworkSizes(self.num_layers, self.num_heads, self.num_heads, head_dim, self.dim, self.ffn_dim, context)
+    @property
+    def sizes(self) -> NetworkSizes:
+        """What decides how much memory a run takes."""
+        return wan_sizes(self.num_layers, self.num_heads, self.dim, self.ffn_dim)
+
+
+def wan_sizes(layers: int, heads: int, dim: int, inner_dim: int) -> NetworkSizes:
+    """Says what decides how much memory a run takes; published models read 512 tokens of text.
+
+    Inside a block the feed-forward needs most: its inner layer twice, tokens as they came, with attention, with the
+    text, modulated, and one more where there are several branches.
+    """
+    inside = 2 * inner_dim + 5 * dim
+    return NetworkSizes(layers, heads, heads, dim // heads, dim, inside, 2 * layers * dim, TEXT_TOKENS)
 
 
 class WanAttention(nn.Module):
@@ -166,8 +176,7 @@ class WanBackbone:
     @property
     def sizes(self) -> NetworkSizes:
         """What decides how much memory a run takes."""
-        inner = self.network.blocks[0].ffn[0].out_features
-        return NetworkSizes(self.layers, self.heads, self.heads, self.head_dim, self.dim, inner)
+        return wan_sizes(self.layers, self.heads, self.dim, self.network.blocks[0].ffn[0].out_features)
 
     @property
     def channels(self) -> int:
@@ -233,7 +242,8 @@ class WanBackbone:
         head = self.network.head
         embedding, _ = self._time(sigma, x.dtype)  # [B, T or 1, dim]
         shift, scale = (head.modulation.to(x) + embedding[:, :, None]).split(1, dim=2)
-        patches = head.head(modulate(head.norm(self.embed(x) + residual), shift, scale))
+        tokens = modulate(head.norm(self.embed(x) + residual), shift, scale)
+        patches = head.head(tokens.flatten(1, 2)).unflatten(1, tokens.shape[1:3])
         height, width = x.shape[-2:]
         latent = unpatched(patches, self.grid(height, width), self.network.patch_size[1:])
         return latent[:, :, :, :height, :width]
@@ -251,7 +261,9 @@ class WanBackbone:
             x = F.pad(x, (0, columns * patch_width - width, 0, rows * patch_height - height, 0, 0), mode="circular")
         layer = self.network.patch_embedding
         tokens = layer(x.to(layer.weight.dtype) if type(layer) is nn.Conv3d else x.float())  # all others cast
-        return tokens.to(x.dtype).flatten(3).permute(0, 2, 3, 1)
+        # In order in memory, or every layer norm would copy it; the second call does that where the type stays.
+        tokens = tokens.flatten(3).permute(0, 2, 3, 1)
+        return tokens.to(x.dtype, memory_format=torch.contiguous_format).contiguous()
 
     def timestep(self, sigma: Tensor) -> Tensor:
         """Gives what the network is told of a noise level."""
@@ -283,7 +295,8 @@ class WanBackbone:
         cross = block.cross_attn
         y = self._split(cross.norm_q(cross.q(block.norm3(x).flatten(1, 2))))
         x = x + cross.o(self._join(self._read(layer, y, conditioning.texts))).view_as(x)
-        return torch.addcmul(x, block.ffn(modulate(block.norm2(x), shift2, scale2)), gate2)
+        y = block.ffn(modulate(block.norm2(x), shift2, scale2).flatten(1, 2))
+        return torch.addcmul(x, y.view_as(x), gate2)
 
     def _read(self, layer: int, q: Tensor, texts: Sequence[Sequence[Context]]) -> Tensor:
         """Cross-attention [rows, H, tokens, D], at once over neighbouring chunks that have the same text."""
@@ -293,8 +306,8 @@ class WanBackbone:
             tokens = q.shape[2] // len(texts)
             asked = part.split([tokens * len(run) for run in runs], dim=2)
             answers = [self.attention(some, *run[0][layer]) for some, run in zip(asked, runs, strict=True)]
-            branches.append(joined(answers, dim=2))
-        return joined(branches)
+            branches.append(joined_heads(answers, dim=2))
+        return joined_heads(branches)
 
     def _split(self, x: Tensor) -> Tensor:
         return x.unflatten(-1, (self.heads, self.head_dim)).transpose(1, 2)

@@ -19,6 +19,14 @@ def joined(parts: list[Tensor], dim: int = 0) -> Tensor:
     return parts[0] if len(parts) == 1 else torch.cat(parts, dim)
 
 
+def joined_heads(answers: list[Tensor], dim: int = 0) -> Tensor:
+    """Puts attended values [B, heads, tokens, D] behind one another, in the batch (dim 0) or in the tokens (2). In
+    memory tokens come before heads, so that heads are joined without a copy."""
+    if len(answers) == 1:
+        return answers[0]
+    return torch.cat([answer.transpose(1, 2) for answer in answers], dim // 2).transpose(1, 2)
+
+
 def weighted(tensors: Sequence[Tensor], weights: Sequence[float]) -> Tensor:
     """Gives the weighted sum. What has weight 0 is left out, and what alone has weight 1 is given back as it is."""
     (total, first), *rest = [pair for pair in zip(tensors, weights, strict=True) if pair[1]]

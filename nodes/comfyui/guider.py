@@ -1,7 +1,9 @@
 """The host's guider as guidance of our forwards: it combines branches, we run the network for them."""
 
 from collections.abc import Callable, Hashable, Sequence
+from dataclasses import replace
 
+import comfy.ldm.flux.math
 import comfy.ldm.modules.attention
 import comfy.samplers
 import torch
@@ -11,6 +13,7 @@ from torch import Tensor
 from ...flowcache_core.engine.forward import Step
 from ...flowcache_core.engine.guidance import Network
 from ...flowcache_core.errors import UserError
+from ...flowcache_core.history.positions import RotaryProduct
 from ...flowcache_core.models.families import family
 from ...flowcache_core.schedule import Given
 from ...flowcache_core.solvers.weights import joined
@@ -62,15 +65,18 @@ def is_plain_sum(guider, options: dict, own: str) -> bool:
 def host_attention(options: dict) -> Callable[[Tensor, Tensor, Tensor], Tensor]:
     """Gives the host's attention, over q, k, v [B, heads, tokens, D].
 
-    Several heads of q may share one of k and v; only torch's attention takes them as they are.
+    Several heads of q may share one of k and v, as MAGI-1's do. Torch's, Sage's and Flash's attention take them so; for
+    any other, those of k and v are repeated.
     """
     module = comfy.ldm.modules.attention
-    shares = getattr(module, "TORCH_HAS_GQA", False) and module.optimized_attention is module.attention_pytorch
+    known = [getattr(module, f"attention_{name}", None) for name in ("pytorch", "sage", "flash")]
+    shares = getattr(module, "TORCH_HAS_GQA", False) and module.optimized_attention in known
     shares = shares and "optimized_attention_override" not in options
+    only_16_bit = module.optimized_attention is known[-1]  # Flash's; what stands in for it elsewhere knows no sharing
 
     def attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         shared, more = q.shape[1] // k.shape[1], {}
-        if shared > 1 and shares:
+        if shared > 1 and shares and (q.itemsize == 2 or not only_16_bit):
             more = {"enable_gqa": True}
         elif shared > 1:
             k, v = (part.repeat_interleave(shared, dim=1) for part in (k, v))
@@ -79,6 +85,28 @@ def host_attention(options: dict) -> Callable[[Tensor, Tensor, Tensor], Tensor]:
         )
 
     return attention
+
+
+def _rotation_matrices(table: Tensor) -> Tensor:
+    """Brings cosines and sines [2, tokens, D / 2] into the host's form, [1, tokens, 1, D / 2, 2, 2]. Tokens come before
+    heads: there its kernel copies nothing, and takes no part of a table for the whole."""
+    cosine, sine = table
+    return torch.stack([cosine, -sine, sine, cosine], dim=-1).unflatten(-1, (2, 2))[None, :, None]
+
+
+def _turned_by_host(x: Tensor, table: Tensor) -> Tensor:
+    return comfy.ldm.flux.math.apply_rope1(x.transpose(1, 2), table).transpose(1, 2)
+
+
+# The host's rotary product, one kernel where it has one.
+HOST_ROTARY = RotaryProduct(_rotation_matrices, _turned_by_host)
+
+
+def text_tokens(guider) -> int:
+    """Tokens of the longest prompt of a guider."""
+    conds = guider.conds or guider.original_conds
+    texts = [one.get("cross_attn") for side in conds.values() for one in side or []]
+    return max((text.shape[1] for text in texts if text is not None), default=0)
 
 
 class GuiderGuidance:
@@ -108,6 +136,7 @@ class GuiderGuidance:
         self.last_chunk = total_chunks - 1
         self.attention = host_attention(options)
         self.backbone = family(options.get(FAMILY, "wan")).backbone(network, options.get(FPS, 24), self.attention)
+        self.backbone.rotary = replace(self.backbone.rotary, product=HOST_ROTARY)
         self._uuids: dict[int, list] = {}  # by side of guidance, in order of appearance
         self._texts: dict[tuple, Tensor] = {}  # as the network takes them
         # Of the call that goes on: what is asked for, who answers, and the branches that were seen.

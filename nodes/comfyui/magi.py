@@ -37,7 +37,7 @@ from .captions import ChunkCaptions
 from .checks import check_finite, leave_out_others
 from .extend import Extended, Extension, Layout, carry_out, chunk_shape, kept_run, run_guider
 from .finished import FinishedChunks
-from .guider import host_attention
+from .guider import HOST_ROTARY, host_attention
 from .listener import RunListener
 
 PROMPT = "flowcache_magi"  # key of a `Prompt` in a conditioning
@@ -121,8 +121,10 @@ class MagiSampler(host.ChunkSampler):
                 shown = engine.advanced[0].estimate()
                 callback(told.tick - 1, shown, shown, told.ticks)
 
+        backbone = MagiBackbone(network, attention)
+        backbone.rotary = replace(backbone.rotary, product=HOST_ROTARY)
         engine = magi_engine(
-            MagiBackbone(network, attention),
+            backbone,
             schedule,
             patch.settings,
             text,
@@ -148,13 +150,11 @@ class MagiSampler(host.ChunkSampler):
         return chunk.latent
 
     def planned_bytes(self, guider, noise: Tensor, sigmas: Tensor, settings: Settings) -> int:
-        """Works out what its history takes of the device's memory."""
-        if settings.history.memory == "system":
-            return 0
+        """Works out what a run takes of the device's memory beside the network's weights."""
         network = guider.model_patcher.model.diffusion_model
         kept = magi_settings(settings, self.sampling, self.schedule)
         plan = magi_plan(network.config, self.schedule, kept, self.sampling, noise.shape, network.dtype.itemsize)
-        return plan.history_bytes
+        return plan.device_bytes
 
 
 def extend(model: comfy.model_patcher.ModelPatcher, asked: Extension, steps: int, guidance: float) -> Extended:

@@ -14,7 +14,7 @@ from ...flowcache_core.settings import Settings
 from ...flowcache_core.solvers.one_step import Renoise
 from .captions import ChunkCaptions
 from .checks import check_frames
-from .guider import GuiderGuidance
+from .guider import GuiderGuidance, text_tokens
 
 
 class NativeRun:
@@ -61,7 +61,7 @@ class NativeRun:
         guidance = self.guidance
         run = RunSettings(
             guidance.backbone, guidance, self.schedule, self.settings, sampling, "causal", self.shape, self.branches,
-            self.dtype, self.device, attention=guidance.attention,
+            self.dtype, self.device, attention=guidance.attention, text_tokens=text_tokens(self.guider),
         )  # fmt: skip
         return build_engine(run)
 

@@ -13,7 +13,7 @@ import time
 from abc import ABC, abstractmethod
 from collections import OrderedDict
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import comfy.k_diffusion.sampling
@@ -25,6 +25,8 @@ from comfy.patcher_extension import WrappersMP, add_wrapper_with_key
 from torch import Tensor
 
 from ...flowcache_core.checkpoints import MAGI_FAMILIES, load
+from ...flowcache_core.engine.build import Seeing
+from ...flowcache_core.engine.rolling import rolling_bytes
 from ...flowcache_core.errors import UserError
 from ...flowcache_core.history.plan import plan_memory
 from ...flowcache_core.models.skyreels import add_frame_rate
@@ -35,12 +37,11 @@ from ...flowcache_core.schedule import ChunkSchedule
 from ...flowcache_core.settings import OFF, Settings
 from ...flowcache_core.storage.calibrations import calibration_path, load_calibration
 from .checks import check_finite, leave_out_others
-from .guider import FAMILY, RUN
+from .guider import FAMILY, RUN, text_tokens
 from .native import NativeRun
 
 KEY = "flowcache"  # our wrappers' key on a patched model, and the patch's in transformer_options
 NATIVE = "flowcache_native"  # key of a run of the host's own sampler in transformer_options, while it goes on
-CHUNK = "flowcache_chunk_frames"  # frames that go through the network at once, told to the memory estimate
 SMALL_WIDTH = 1536  # of SkyReels-V2 1.3B, the one with frame-rate layers
 MEMORY = "flowcache_history_bytes"  # and what the history will take
 
@@ -174,13 +175,12 @@ def compute_dtype(model) -> torch.dtype:
 
 
 class ChunkSampler(comfy.samplers.Sampler, ABC):
-    """A sampler of ours, which makes its own run; `chunk_frames` go through the network at once."""
-
-    chunk_frames: int
+    """A sampler of ours, which makes its own run."""
 
     @abstractmethod
-    def planned_bytes(self, guider, noise: Tensor, sigmas: Tensor, settings: Settings) -> int:
-        """Works out what its history takes of the device's memory."""
+    def planned_bytes(self, guider, noise: Tensor, sigmas: Tensor, settings: Settings) -> int | None:
+        """Works out what a run takes of the device's memory beside the network's weights; None for as much as the
+        host's own forward over all frames takes."""
 
 
 def _outer_sample(executor, noise, latent_image, sampler, sigmas, *args, **kwargs):
@@ -188,7 +188,6 @@ def _outer_sample(executor, noise, latent_image, sampler, sigmas, *args, **kwarg
     patch = patch_on(guider.model_options)
     options = guider.model_options.setdefault("transformer_options", {})
     if isinstance(sampler, ChunkSampler):
-        options[CHUNK] = sampler.chunk_frames
         options[MEMORY] = sampler.planned_bytes(guider, noise, sigmas, patch.settings)
         return executor(noise, latent_image, sampler, sigmas, *args, **kwargs)
     native = getattr(comfy.k_diffusion.sampling, "sample_ar_video", None)
@@ -201,8 +200,8 @@ def _outer_sample(executor, noise, latent_image, sampler, sigmas, *args, **kwarg
     notes = leave_out_others(guider.model_options)
     model = guider.model_patcher.model
     run = NativeRun(guider, patch.settings, sampler, sigmas, noise, options, compute_dtype(model), branches_of(guider))
-    options[NATIVE], options[CHUNK] = run, run.chunk_frames
-    options[MEMORY] = planned_bytes(guider, run.schedule, run.shape, patch.settings, at_once=False)
+    options[NATIVE] = run
+    options[MEMORY] = planned_bytes(guider, run.schedule, run.shape, patch.settings, "causal", at_once=False)
     add_wrapper_with_key(WrappersMP.APPLY_MODEL, KEY, _apply_model, options)
     add_wrapper_with_key(WrappersMP.DIFFUSION_MODEL, KEY, diffusion_model, options)
     layers, network = len(model.diffusion_model.blocks), model.diffusion_model
@@ -245,15 +244,15 @@ def diffusion_model(
 
 
 def _prepare_sampling(executor, model, noise_shape, conds, *args, **kwargs):
-    """Asks for the memory of one chunk's forward and of the history, not of a forward over the whole video."""
+    """Asks for the memory that the run has planned, not for that of a forward over the whole video."""
     options = (kwargs.get("model_options") or {}).get("transformer_options", {})
-    chunk_frames = options.get(CHUNK)
-    if chunk_frames is None or len(noise_shape) != 5:
+    planned = options.get(MEMORY)
+    if planned is None or len(noise_shape) != 5:
         return executor(model, noise_shape, conds, *args, **kwargs)
     batch, channels, _, height, width = noise_shape
-    # The host only takes a shape, so the history is put in as so many more frames.
+    # The host only takes a shape: one of so many frames that it comes to the same.
     a_frame = max(1, model.memory_required([batch, channels, 1, height, width]))
-    shape = [batch, channels, chunk_frames + math.ceil(options[MEMORY] / a_frame), height, width]
+    shape = [batch, channels, math.ceil(planned / a_frame), height, width]
     return executor(model, shape, conds, *args, **kwargs)
 
 
@@ -263,19 +262,20 @@ def branches_of(guider) -> int:
     return sum(len(conds[side] or []) for side in conds if side != "negative" or scale != 1.0)
 
 
-def planned_bytes(guider, schedule: ChunkSchedule, chunk: Sequence[int], settings: Settings, at_once: bool) -> int:
-    """Works out what the history of a run of the Wan layout takes of the device's memory.
+def planned_bytes(
+    guider, schedule: ChunkSchedule, chunk: Sequence[int], settings: Settings, seeing: Seeing, at_once: bool = True
+) -> int:
+    """Works out what a run of the Wan layout takes of the device's memory beside the network's weights.
 
     Args:
         chunk: shape of a chunk, [B, C, T, H, W].
+        seeing: how chunks see each other, "causal" or "rolling".
         at_once: whether all of a tick's chunks are asked for in one call.
     """
-    if settings.history.memory == "system":
-        return 0
     model = guider.model_patcher.model
     backbone = WanBackbone(model.diffusion_model)
     plan = plan_memory(
-        backbone.sizes,
+        replace(backbone.sizes, text_tokens=text_tokens(guider)),
         schedule,
         settings,
         settings.reuse.policy(schedule),
@@ -286,4 +286,8 @@ def planned_bytes(guider, schedule: ChunkSchedule, chunk: Sequence[int], setting
         itemsize=compute_dtype(model).itemsize,
         at_once=at_once,
     )
-    return plan.history_bytes
+    if seeing == "causal":
+        return plan.device_bytes
+    kept = rolling_bytes(plan.network, plan.grid, schedule, chunk[2], plan.batch, plan.itemsize)
+    window = replace(plan, together=plan.max_active * plan.chunk_tokens * plan.batch * plan.branches)
+    return plan.branches * kept + window.activation_bytes + window.context_bytes + window.table_bytes

@@ -19,7 +19,7 @@ from ...flowcache_core.storage.state import State
 from . import patch as host
 from .captions import ChunkCaptions
 from .checks import check_finite, check_frames, leave_out_others
-from .guider import RUN, GuiderGuidance, is_plain_sum
+from .guider import RUN, GuiderGuidance, is_plain_sum, text_tokens
 from .listener import RunListener
 
 LEAD_NOISE = -1  # stands for a chunk's number where noise is drawn for given frames that fill none
@@ -90,13 +90,13 @@ class ARSampler(host.ChunkSampler):
         first = None if done or self.first_levels is None else len(self.first_levels) - 1
         return ChunkSchedule(chunks, steps, min(self.lag, steps), done, first)
 
-    def planned_bytes(self, guider, noise: Tensor, sigmas: Tensor, settings: Settings) -> int:
-        """Works out what its history takes of the device's memory."""
+    def planned_bytes(self, guider, noise: Tensor, sigmas: Tensor, settings: Settings) -> int | None:
+        """Works out what a run takes of the device's memory; None for a joint window, a forward like the host's."""
+        if self.seeing == "joint":
+            return None
         schedule = self.schedule(self.new_chunks(noise), len(sigmas) - 1)
-        if self.seeing != "causal":
-            return 0
         shape = (*noise.shape[:2], self.chunk_frames, *noise.shape[3:])
-        return host.planned_bytes(guider, schedule, shape, settings, at_once=True)
+        return host.planned_bytes(guider, schedule, shape, settings, self.seeing)
 
     def new_chunks(self, noise: Tensor) -> int:
         """Counts the chunks that are generated from a noise [B, C, T, H, W]."""
@@ -155,6 +155,7 @@ class SamplerCall:
             guidance.backbone, guidance, self.schedule, settings, sampling, seeing, self.shape,
             host.branches_of(self.guider), host.compute_dtype(self.model), self.noise.device,
             texts=self.captions.texts,
+            text_tokens=text_tokens(self.guider),
             lead=lead,
             end=0 if end is None else end.shape[2],
             attention=guidance.attention,

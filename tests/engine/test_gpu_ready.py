@@ -114,11 +114,14 @@ def ticks(log: Log, engine) -> list[Tick]:
     """Runs an engine."""
     seen = []
 
-    def after(progress) -> None:
-        seen.append(Tick(len(log.read_backs), len(log.sent), sum(log.made)))
+    def clear() -> None:
         log.read_backs.clear(), log.sent.clear(), log.made.clear()
 
-    log.made.clear()
+    def after(progress) -> None:
+        seen.append(Tick(len(log.read_backs), len(log.sent), sum(log.made)))
+        clear()
+
+    clear()  # of what is sent before the first tick
     engine.on_progress = after
     assert list(engine.run())
     return seen

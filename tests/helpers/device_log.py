@@ -1,7 +1,7 @@
 """A pretended GPU: tensors without data that know their device, and a log of what a real one would have waited for.
 
-Torch's fake tensors refuse to mix devices, as a GPU does, so a tensor that was made on the wrong one is an error here.
-Numbers that are read back are made up.
+Torch's fake tensors refuse to mix devices, as a GPU does, so one that was made on the wrong one is an error here. So is
+float64 there, which Apple's and Intel's devices do not have. Numbers that are read back are made up.
 """
 
 from contextlib import contextmanager
@@ -51,6 +51,8 @@ class _Watch(TorchDispatchMode):
             if made.untyped_storage()._cdata in shared:
                 continue
             if made.device == GPU:
+                if made.dtype == torch.float64:
+                    raise TypeError(f"{func} makes float64 numbers, which this device has not.")
                 self.log.made.append(made.nbytes)
             if on_gpu and made.device.type == "cpu":
                 self.log.read_backs.append(str(func))

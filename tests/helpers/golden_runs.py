@@ -15,8 +15,8 @@ def relative_error(found: torch.Tensor, expected: torch.Tensor) -> float:
 class StretchedRotary(Rotary):
     """Wrong on purpose: frames twice as far apart."""
 
-    def table(self, frames, rows, columns):
-        return super().table(2 * frames, rows, columns)
+    def axes(self, frames, rows, columns):
+        return super().axes(2 * frames, rows, columns)
 
 
 def frames_of(name: str, frames: int) -> torch.Tensor:

@@ -25,9 +25,9 @@ def watch_positions(backbone) -> list[int]:
     seen: list[int] = []
 
     class Watched(type(backbone.rotary)):
-        def table(self, frames, rows, columns):
+        def axes(self, frames, rows, columns):
             seen.extend(frames.tolist())
-            return super().table(frames, rows, columns)
+            return super().axes(frames, rows, columns)
 
         def angles(self, positions, width):
             seen.extend(positions.unique().tolist())

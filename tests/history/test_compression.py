@@ -10,6 +10,7 @@ from flowcache_core.history import compression
 from flowcache_core.history.cache import History
 from flowcache_core.history.compression import asking_queries, choose, importance, keep_best, redundancy
 from flowcache_core.history.plan import NetworkSizes, plan_memory
+from flowcache_core.history.positions import Positions
 from flowcache_core.lab.allocation import Peak
 from flowcache_core.models.rotary import Rotary
 from flowcache_core.schedule import ChunkSchedule
@@ -89,11 +90,12 @@ def test_a_budget_must_hold_what_is_protected():
 def test_a_cut_takes_little_memory_whatever_the_length(chunks, heads, frame, lag, kind):
     """Of a layer whose clean tokens are `chunks` chunks, and one more comes."""
     schedule, settings = ChunkSchedule(chunks + 2, 4, lag), Settings(history=HistorySettings(chunks))
-    sizes = NetworkSizes(1, heads, heads, 64, heads * 64, 4 * heads * 64)
+    sizes = NetworkSizes(1, heads, heads, 64, heads * 64, 16 * heads * 64)
     policy = settings.reuse.policy(schedule)
     plan = plan_memory(sizes, schedule, settings, policy, grid=frame, chunk_frames=1)
     assert plan.kind == kind
-    history = History(plan, Rotary(64), settings.history, torch.bfloat16, torch.device("cpu"), keeps_slots=False)
+    positions = Positions(plan, Rotary(64), torch.device("cpu"))
+    history = History(plan, positions, settings.history, torch.bfloat16, keeps_slots=False)
     history.layers[0].keys.here.normal_(generator=torch.Generator().manual_seed(0))
     history.layers[0].values.here.zero_()
     history.clean = chunks * plan.chunk_tokens

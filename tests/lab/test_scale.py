@@ -101,7 +101,11 @@ def test_products_are_those_of_the_formulas(counted):
 
 def test_planned_memory_is_what_was_counted(counted):
     for case, one in counted.items():
-        assert one.steady.history == pytest.approx(one.planned, rel=1e-6), case
+        plan, steady = one.plan, one.steady
+        assert steady.history == pytest.approx(one.planned, rel=1e-6), case
+        assert 1.0 <= plan.activation_bytes / steady.activations <= 1.15, case
+        assert 0.97 <= (plan.context_bytes + plan.table_bytes) / steady.held <= 1.15, case
+        assert 1.0 <= plan.bytes / (steady.history + steady.activations + steady.held) <= 1.15, case
 
 
 def test_the_page_has_every_row(counted):

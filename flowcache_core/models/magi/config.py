@@ -52,9 +52,13 @@ class MagiConfig:
     @property
     def sizes(self) -> NetworkSizes:
         """What decides how much memory a run takes."""
-        inner = self.ffn_width * (2 if self.gated else 1)
-        context = 2 * self.layers * self.caption_tokens * self.kv_heads * self.head_dim * 2
-        return NetworkSizes(self.layers, self.heads, self.kv_heads, self.head_dim, self.width, inner, context)
+        inside = (
+            self.ffn_width * (2 if self.gated else 1) + 17 * self.width
+        )  # attention's past and text, merged, projected and gated in float32
+        texts = 2 * self.layers * self.kv_heads * self.head_dim
+        return NetworkSizes(
+            self.layers, self.heads, self.kv_heads, self.head_dim, self.width, inside, texts, self.caption_tokens
+        )
 
     @property
     def fed_channels(self) -> int:

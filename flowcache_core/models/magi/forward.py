@@ -25,7 +25,7 @@ from ...errors import UserError
 from ...history.cache import History, begin_delta, moved_note
 from ...history.offload import OUT_OF_MEMORY, attempts
 from ...history.plan import MemoryPlan, plan_memory
-from ...history.positions import rotate
+from ...history.positions import Positions, RotaryTables
 from ...history.snapshot import Snapshot, SnapshotDelta
 from ...history.streams import SideStream
 from ...report import Report
@@ -152,7 +152,7 @@ def magi_plan(
         itemsize=itemsize,
         waiting=settings.clean_pass,
         also=mix_changes(config, schedule, sampling),
-        texts=schedule.max_active,
+        texts=schedule.max_active + 2,  # the empty one, and that of a chunk that becomes clean
     )
 
 
@@ -228,7 +228,9 @@ class MagiForward:
         keeps_slots = not (same_ticks and settings.clean_pass)
         stream = SideStream(device, settings.overlap)
         rotary, dtype = backbone.rotary, backbone.network.dtype
-        self.history = History(plan, rotary, settings.history, dtype, device, keeps_slots, stream)
+        positions = Positions(plan, rotary, device)
+        self.history = History(plan, positions, settings.history, dtype, keeps_slots, stream)
+        self.tables = RotaryTables(rotary, plan.grid, device, CHUNK_FRAMES)  # of a chunk that sees itself alone
         if loaded is not None:
             self.history.load(loaded)
 
@@ -400,13 +402,12 @@ class MagiForward:
     def _alone(self, step: Step) -> Tensor:
         """The velocity of a chunk that sees itself alone, at position 0."""
         x, level = step.x, row_levels(step.sigma, step.x)
-        frames = torch.arange(x.shape[2], device=x.device)
-        table = self.backbone.rotary.table(frames, *self.backbone.grid(*x.shape[-2:]))
+        table, turn = self.tables.of(0, x.shape[2]), self.backbone.rotary.product.turn
         context = self._context(step.place, "alone")
         self.check()
 
         def attend(layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-            return self.attention(rotate(q, table), rotate(k, table), v)
+            return self.attention(turn(q, table), turn(k, table), v)
 
         for attempt in attempts([self.history]):
             with attempt:

@@ -15,7 +15,7 @@ Source: MAGI-1, inference/model/dit/dit_model.py and dit_module.py.
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from functools import partial
+from functools import cached_property, partial
 from typing import NamedTuple, cast
 
 import torch
@@ -24,9 +24,10 @@ from torch import Tensor, nn
 
 from ...errors import UserError
 from ...history.plan import NetworkSizes
-from ...solvers.weights import joined
+from ...history.positions import IN_TORCH, RotaryProduct
+from ...solvers.weights import joined_heads
 from ..fit import fit
-from ..rotary import grid_table
+from ..rotary import cosines, grid_table
 from ..wan import Attend, Attention, CastingConv3d, unpatched
 from .config import MagiConfig
 from .fp8 import Fp8Linear, SmoothFp8Linear
@@ -229,37 +230,38 @@ class MagiRotary:
     what a frame of 16 x 16 tokens of the same shape spans.
     """
 
-    rope: MagiRope  # asked anew each time: a host may move its parameter
+    rope: MagiRope
     head_dim: int
+    product: RotaryProduct = IN_TORCH
 
-    @property
+    @cached_property
     def bands(self) -> Tensor:
-        """Frequencies, [head_dim / 8]."""
-        return self.rope.bands.detach()
+        """Frequencies, float64 [head_dim / 8] on the CPU."""
+        return self.rope.bands.detach().cpu().double()
 
     @property
     def parts(self) -> tuple[int, int, int]:
         """Widths of the parts for time, rows and columns; they come first in a head."""
-        part = 2 * len(self.bands)
+        part = 2 * len(self.rope.bands)
         return part, part, part
 
     def angles(self, positions: Tensor, width: int) -> Tensor:
-        """Positions [...] to angles [..., width / 2] in float64."""
-        return positions.double()[..., None] * self.bands.to(positions.device).double()
+        """Positions [...] on the CPU to angles [..., width / 2] in float64."""
+        return positions.double()[..., None] * self.bands
+
+    def axes(self, frames: Tensor, rows: int, columns: int) -> list[Tensor]:
+        """Cosines and sines of frames at positions [T], rows and columns, float32 [2, places, bands], on the CPU."""
+        unit = math.sqrt(rows * columns / BASE_AREA)
+        places = (frames, centred(rows, unit), centred(columns, unit))
+        return cosines([self.angles(place, part) for place, part in zip(places, self.parts, strict=True)])
+
+    def grid(self, axes: list[Tensor]) -> Tensor:
+        """Puts axes together to a table of every token, float32 [2, T * rows * columns, head_dim / 2]."""
+        return grid_table(axes, self.head_dim // 2)
 
     def table(self, frames: Tensor, rows: int, columns: int) -> Tensor:
-        """Cosines and sines of every token of a run of frames.
-
-        Args:
-            frames: [T] position of each frame.
-
-        Returns:
-            float32 [2, T * rows * columns, head_dim / 2].
-        """
-        unit = math.sqrt(rows * columns / BASE_AREA)
-        places = (frames, centred(rows, unit, frames.device), centred(columns, unit, frames.device))
-        angles = [self.angles(place, part) for place, part in zip(places, self.parts, strict=True)]
-        return grid_table(angles, self.head_dim // 2)
+        """The table of a run of frames at positions [T], on the CPU."""
+        return self.grid(self.axes(frames, rows, columns))
 
     def paired(self, x: Tensor) -> Tensor:
         """Heads [..., D] from upstream's order, where partners are 3 D / 8 apart, to neighbouring pairs.
@@ -271,9 +273,9 @@ class MagiRotary:
         return torch.cat([pairs, x[..., rotated:]], dim=-1)
 
 
-def centred(count: int, unit: float, device: torch.device) -> Tensor:
-    """Positions [count] around zero that span count / unit - 1, in float64."""
-    places = torch.arange(count, dtype=torch.float64, device=device) - (count - 1) / 2
+def centred(count: int, unit: float) -> Tensor:
+    """Positions [count] around zero that span count / unit - 1, in float64 on the CPU."""
+    places = torch.arange(count, dtype=torch.float64) - (count - 1) / 2
     return places / max(1, count - 1) * (count / unit - 1)
 
 
@@ -437,11 +439,12 @@ class MagiBackbone:
         x = x.float() * self.config.input_scale
         if self.config.doubled:
             x = torch.cat([x, x], dim=1)
-        return self.network.x_embedder(x).flatten(3).permute(0, 2, 3, 1).to(self.network.dtype)
+        tokens = self.network.x_embedder(x).flatten(3).permute(0, 2, 3, 1)
+        return tokens.to(self.network.dtype, memory_format=torch.contiguous_format).contiguous()
 
     def condition(self, sigma: Tensor, context: MagiContext) -> Tensor:
         """Makes what the gates come from, [B, condition_width], of noise level [B] and context."""
-        embedding = self._time((1.0 - sigma.double()).float())
+        embedding = self._time(1.0 - sigma)
         return (embedding + context.kind).to(self.network.dtype)
 
     def _time(self, t: Tensor) -> Tensor:
@@ -483,7 +486,7 @@ class MagiBackbone:
 
     def _read(self, q: Tensor, captions: list[CaptionKeys]) -> Tensor:
         """Cross-attention [B, heads, tokens, D]; row by row, because captions differ in length."""
-        return joined([self.attention(row, *caption) for row, caption in zip(q.split(1), captions, strict=True)])
+        return joined_heads([self.attention(row, *caption) for row, caption in zip(q.split(1), captions, strict=True)])
 
     def _split(self, x: Tensor) -> Tensor:
         return x.unflatten(-1, (-1, self.head_dim)).transpose(1, 2)

@@ -11,6 +11,7 @@ from flowcache_core import checkpoints
 from flowcache_core.errors import UserError
 from flowcache_core.history.cache import History
 from flowcache_core.history.plan import plan_memory
+from flowcache_core.history.positions import Positions
 from flowcache_core.models.magi.config import MAGI_4_5B, MAGI_24B, MagiConfig
 from flowcache_core.models.magi.fp8 import Fp8Linear, SmoothFp8Linear
 from flowcache_core.models.magi.network import (
@@ -58,8 +59,8 @@ def latent(config: MagiConfig) -> torch.Tensor:
 class StretchedRotary(MagiRotary):
     """Wrong on purpose: frames twice as far apart."""
 
-    def table(self, frames, rows, columns):
-        return super().table(2 * frames, rows, columns)
+    def axes(self, frames, rows, columns):
+        return super().axes(2 * frames, rows, columns)
 
 
 def history(model: MagiBackbone, rotary=MagiRotary) -> History:
@@ -69,7 +70,7 @@ def history(model: MagiBackbone, rotary=MagiRotary) -> History:
         grid=(ROWS, COLUMNS), chunk_frames=FRAMES, itemsize=itemsize,
     )  # fmt: skip
     rotary = rotary(model.network.rope, model.head_dim)
-    return History(plan, rotary, OFF.history, model.network.dtype, torch.device("cpu"))
+    return History(plan, Positions(plan, rotary, torch.device("cpu")), OFF.history, model.network.dtype)
 
 
 def attending(past: History, chunk: int):
