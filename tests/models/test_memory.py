@@ -100,7 +100,7 @@ def test_the_scratch_is_for_all_layers():
     twice = plan_wan(replace(WAN_1_3B, num_layers=60), FAMILIES["skyreels"], (960, 544), 737, settings, lag=5)
     assert twice.stored_bytes == 2 * plan.stored_bytes and twice.scratch_bytes == plan.scratch_bytes > 0
     assert plan.history_bytes == plan.stored_bytes + plan.scratch_bytes + plan.query_bytes
-    assert plan.bytes == plan.history_bytes + plan.activation_bytes + plan.context_bytes
+    assert plan.bytes == plan.history_bytes + plan.activation_bytes + plan.context_bytes + plan.table_bytes
 
 
 def finished(family: Family, size: tuple[int, int], frames: int, settings: Settings) -> Engine:
