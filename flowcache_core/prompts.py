@@ -10,32 +10,69 @@ segment also holds for chunks before it, the last one for all that follow.
 
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import pairwise
 
-import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from .errors import UserError, shortened
 
-LINE = re.compile(r"(\d+)\s*(?:(-)\s*(\d+)?)?\s*:(.*)", re.DOTALL)
-WEIGHT = re.compile(r"(.*)\*\s*(\S+)", re.DOTALL)
+WEIGHT = re.compile(r"\d{1,6}(\.\d{0,20})?|\.\d{1,20}")
 FOREVER = 2**31  # as the last chunk of a span: it holds to the end
-LONGEST_BLEND = 1000  # chunks: each has an embedding of its own
+DIGITS = 9  # of a chunk's number, at most
+MOST_CAPTIONS = 1000  # each is encoded, and its embedding kept: 8 MB of Wan's
 
 
 @dataclass(frozen=True)
 class Span:
-    """Chunks that show the same.
+    """Chunks that show the same, or that lead from one segment to the next.
 
     Attributes:
         first, last: their numbers, both included.
-        weights: for each caption its share; they add up to 1.
+        weights: for each caption its share; they add up to 1. Of chunks that blend: what is shown before them.
+        towards: of chunks that blend, what is shown after them; else None.
     """
 
     first: int
     last: int
     weights: Mapping[str, float]
+    towards: Mapping[str, float] | None = None
+
+    @property
+    def nearest(self) -> list[tuple[int, int, Mapping[str, float]]]:
+        """Stretches of chunks, first and last, with the segment's weights that each is nearest to."""
+        middle = self.first + (self.last - self.first) // 2 if self.towards else self.last
+        parts = [(self.first, middle, self.weights), (middle + 1, self.last, self.towards or self.weights)]
+        return [part for part in parts if part[0] <= part[1]]
+
+    def at(self, chunk: int) -> Mapping[str, float]:
+        """Gives what a chunk of the span shows: for each caption its share."""
+        if self.towards is None:
+            return self.weights
+        share = (chunk - self.first + 1) / (self.last - self.first + 2)
+        weights = {caption: (1 - share) * weight for caption, weight in self.weights.items()}
+        for caption, weight in self.towards.items():
+            weights[caption] = weights.get(caption, 0.0) + share * weight
+        return weights
+
+
+@dataclass(frozen=True, repr=False)
+class Blend:
+    """What the chunks of a span show, as embeddings that are mixed when a chunk asks for one.
+
+    Attributes:
+        span: of the chunks.
+        embeddings: of each of its captions, [B, tokens, width].
+        stands_in: the embedding that a host is shown in its place.
+    """
+
+    span: Span
+    embeddings: Mapping[str, Tensor]
+    stands_in: Tensor
+
+    def at(self, chunk: int) -> Tensor:
+        """Mixes a chunk's embedding [B, tokens, width]."""
+        return mix(self.embeddings, self.span.at(chunk))
 
 
 def parse(text: str) -> list[Span]:
@@ -52,38 +89,42 @@ def parse(text: str) -> list[Span]:
             _check_order(segments, f"Line {number}")
     if not segments:
         raise UserError("There are no prompts; write one line a segment, for example '0-4: a red circle'.")
+    if (count := len(captions(segments))) > MOST_CAPTIONS:
+        raise UserError(f"There are {count} different captions, expected at most {MOST_CAPTIONS}; write fewer.")
     spans = [segments[0]]
     for before, after in pairwise(segments):
         spans += [*_blend(before, after), after]
-    spans[0] = Span(0, spans[0].last, spans[0].weights)
-    spans[-1] = Span(spans[-1].first, FOREVER, spans[-1].weights)
+    spans[0] = replace(spans[0], first=0)
+    spans[-1] = replace(spans[-1], last=FOREVER)
     return spans
 
 
 def captions(spans: list[Span]) -> list[str]:
     """Lists every caption once, in order of appearance."""
-    return list(dict.fromkeys(caption for span in spans for caption in span.weights))
+    return list(dict.fromkeys(caption for span in spans for caption in [*span.weights, *(span.towards or ())]))
 
 
 def mix(embeddings: Mapping[str, Tensor], weights: Mapping[str, float]) -> Tensor:
     """Gives the weighted sum of captions' embeddings [B, tokens, width]; shorter ones are filled up with zeros."""
     if len(weights) == 1:
         return embeddings[next(iter(weights))]
-    longest = max(embeddings[caption].shape[1] for caption in weights)
-    shares = []
+    longest = max((embeddings[caption] for caption in weights), key=lambda tokens: tokens.shape[1])
+    mixed = longest.new_zeros(longest.shape)
     for caption, weight in weights.items():
         tokens = embeddings[caption]
-        shares.append(weight * nn.functional.pad(tokens, (0, 0, 0, longest - tokens.shape[1])))
-    return torch.stack(shares).sum(dim=0)
+        mixed[:, : tokens.shape[1]] += weight * tokens
+    return mixed
 
 
 def _segment(line: str, where: str) -> Span:
-    found = LINE.fullmatch(line)
-    if found is None:
+    chunks, colon, said = line.partition(":")
+    first, dash, last = (part.strip() for part in chunks.partition("-"))
+    if not (colon and first.isdecimal() and (last.isdecimal() or not last)):
         raise UserError(
             f"{where} is '{shortened(line, 40)}', expected chunks and a prompt, for example '0-4: a red circle'."
         )
-    first, dash, last, said = found.groups()
+    if max(len(first), len(last)) > DIGITS:
+        raise UserError(f"{where} names chunk {shortened(max(first, last, key=len), 20)}; at most {DIGITS} digits can.")
     end = int(last) if last else FOREVER if dash else int(first)
     if end < int(first):
         raise UserError(f"{where} goes from chunk {first} to {end}; write the smaller number first.")
@@ -94,10 +135,9 @@ def _weights(said: str, where: str) -> dict[str, float]:
     weights: dict[str, float] = {}
     for part in said.split("|"):
         caption, weight = part.strip(), 1.0
-        found = WEIGHT.fullmatch(caption)
-        if found is not None:
-            caption = found[1].strip()
-            weight = _number(found[2], where)
+        before, star, after = caption.rpartition("*")
+        if star and len(after.split()) == 1:
+            caption, weight = before.strip(), _number(after.strip(), where)
         weights[caption] = weights.get(caption, 0.0) + weight
     total = sum(weights.values())
     if total <= 0:
@@ -106,7 +146,7 @@ def _weights(said: str, where: str) -> dict[str, float]:
 
 
 def _number(text: str, where: str) -> float:
-    if not re.fullmatch(r"\d{1,6}(\.\d*)?|\.\d+", text):
+    if not WEIGHT.fullmatch(text):
         raise UserError(
             f"{where} has the weight '{shortened(text, 40)}', expected a number after '*', for example '*0.7'."
         )
@@ -123,19 +163,10 @@ def _check_order(segments: list[Span], where: str) -> None:
         raise UserError(
             f"{where} begins at chunk {after.first}, but the one before it holds up to chunk {before.last}."
         )
-    between = after.first - before.last - 1
-    if between > LONGEST_BLEND and after.weights != before.weights:
-        raise UserError(f"{where} leaves {between} chunks to blend; at most {LONGEST_BLEND} can.")
 
 
 def _blend(before: Span, after: Span) -> list[Span]:
-    if before.weights == after.weights:
-        return [Span(before.last + 1, after.first - 1, before.weights)] if after.first - before.last > 1 else []
-    spans = []
-    for chunk in range(before.last + 1, after.first):
-        share = (chunk - before.last) / (after.first - before.last)
-        weights = {caption: (1 - share) * weight for caption, weight in before.weights.items()}
-        for caption, weight in after.weights.items():
-            weights[caption] = weights.get(caption, 0.0) + share * weight
-        spans.append(Span(chunk, chunk, weights))
-    return spans
+    first, last = before.last + 1, after.first - 1
+    if first > last:
+        return []
+    return [Span(first, last, before.weights, None if before.weights == after.weights else after.weights)]

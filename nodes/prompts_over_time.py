@@ -3,8 +3,8 @@
 from comfy_api.latest import io
 
 from ..flowcache_core.demo.captions import embed_caption
-from ..flowcache_core.prompts import captions, mix, parse
-from .comfyui.captions import CHUNKS
+from ..flowcache_core.prompts import Blend, captions, parse
+from .comfyui.captions import BLEND, CHUNKS
 from .comfyui.widgets import schema
 
 EXAMPLE = "0-3: a red circle\n6-: a blue square"
@@ -27,12 +27,15 @@ class PromptsOverTime(io.ComfyNode):
     def execute(cls, text: str, clip) -> io.NodeOutput:
         spans = parse(text)
         encoded = {caption: _encode(clip, caption) for caption in captions(spans)}
-        embeddings = {caption: embedding for caption, (embedding, _) in encoded.items()}
         conditioning = []
         for span in spans:
-            heaviest = max(span.weights, key=span.weights.get)
-            more = encoded[heaviest][1] | {CHUNKS: (span.first, span.last)}
-            conditioning.append([mix(embeddings, span.weights), more])
+            shown = {caption: encoded[caption][0] for caption in captions([span])}
+            for first, last, weights in span.nearest:
+                embedding, said = encoded[max(weights, key=weights.get)]
+                more = said | {CHUNKS: (first, last)}
+                if len(shown) > 1:
+                    more[BLEND] = Blend(span, shown, embedding)
+                conditioning.append([embedding, more])
         return io.NodeOutput(conditioning)
 
 

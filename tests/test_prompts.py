@@ -1,15 +1,18 @@
 """Prompts over time: which chunk shows what, and what is said about lines that cannot be read."""
 
+import time
+from contextlib import suppress
+
 import pytest
 import torch
 
 from flowcache_core.errors import UserError
-from flowcache_core.prompts import captions, mix, parse
+from flowcache_core.prompts import Blend, captions, mix, parse
 
 
 def shown(text: str, chunk: int) -> dict[str, float]:
     (span,) = [span for span in parse(text) if span.first <= chunk <= span.last]
-    return dict(span.weights)
+    return dict(span.at(chunk))
 
 
 def test_every_chunk_has_exactly_one_span():
@@ -46,6 +49,38 @@ def test_one_caption_is_its_embedding_to_the_bit_and_mixes_are_sums():
 
 
 @pytest.mark.parametrize(
+    "text",
+    [
+        "0" + 24_000 * " " + "a",
+        "0 -" + 24_000 * " ",
+        "0: " + 24_000 * "*" + "a b c",
+        "0: a" + 12_000 * "* ",
+        "0: a *" + 24_000 * "1",
+        "0: " + 24_000 * "|",
+    ],
+)
+def test_a_long_text_is_read_or_refused_at_once(text):
+    begun = time.process_time()
+    with suppress(UserError):
+        parse(text)
+    assert time.process_time() - begun < 0.2
+
+
+def test_blends_take_no_more_than_their_lines_do():
+    text = "\n".join(f"{100_000 * number}: {'ab'[number % 2]}" for number in range(1000))
+    spans = parse(text)
+    assert len(spans) == 1999 and shown("0: a\n100000: b", 25_000) == {"a": 0.75, "b": 0.25}
+
+
+def test_a_blend_is_mixed_when_it_is_asked_for():
+    red, blue = torch.ones(1, 2, 4), torch.zeros(1, 3, 4)
+    span = parse("0: a\n4-: b")[1]
+    blend = Blend(span, {"a": red, "b": blue}, red)
+    assert torch.allclose(blend.at(1)[:, :2], 0.75 * red) and blend.at(3).shape == (1, 3, 4)
+    assert span.nearest == [(1, 2, {"a": 1.0}), (3, 3, {"b": 1.0})]
+
+
+@pytest.mark.parametrize(
     "text, words",
     [
         ("", "no prompts"),
@@ -55,7 +90,9 @@ def test_one_caption_is_its_embedding_to_the_bit_and_mixes_are_sums():
         ("4-2: a", "smaller number first"),
         ("0: a *b*x", "weight 'x'"),
         ("0: a *0", "add up to 0"),
-        ("0: a\n5000: b", "Line 2 leaves"),
+        (f"{9 * '1'}1: a", "Line 1 names chunk 1111111111"),
+        (f"0: a\n1-{5000 * '9'}: b", "Line 2 names chunk 999"),
+        ("0: " + "|".join(map(str, range(1001))), "1001 different captions"),
     ],
 )
 def test_what_cannot_be_read_is_said_in_one_line(text, words):

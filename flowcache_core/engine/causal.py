@@ -19,7 +19,7 @@ from ..reuse.forecast import Forecast
 from ..schedule import Given, Place
 from ..settings import Settings
 from ..solvers.weights import joined, joined_heads
-from .contexts import Contexts
+from .contexts import Contexts, texts_kept
 from .forward import Step, Velocity
 from .guidance import Guidance, Texts
 from .layers import Group, row_levels, run_layers
@@ -67,7 +67,7 @@ class CausalForward:
         self.loaded = dict(loaded or {})
         self.histories: dict[Hashable, History] = {}
         self.spare = [self._history() for _ in range(plan.branches)]  # not yet of a branch
-        self.contexts = Contexts(backbone.context, 2 * plan.max_active + 2)
+        self.contexts = Contexts(backbone.context, texts_kept(plan.max_active))
         self.holds_residual = settings.holds_residual
         self.order = order
         self.held: dict[tuple[int | Given, Hashable], Forecast] = {}  # residuals, by chunk and branch

@@ -5,6 +5,11 @@ from collections.abc import Callable
 from torch import Tensor
 
 
+def texts_kept(max_active: int) -> int:
+    """Says how many texts are kept for so many active chunks: two branches of each, and of one that becomes clean."""
+    return 2 * (max_active + 1)
+
+
 class Contexts:
     """Cross-attention keys and values of the texts that were used last.
 

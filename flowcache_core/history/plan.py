@@ -233,7 +233,7 @@ def plan_memory(
         at_once: whether all chunks of a tick are asked for in one call; otherwise they need their keys between calls.
         waiting: whether a finished chunk's clean pass always waits for the next tick (MAGI-1).
         also: steps that are recomputed whatever the policy says.
-        texts: different ones that are kept at once, for each branch.
+        texts: different ones that each branch is shown in the run; no more are kept than chunks are active.
     """
     total, budget = schedule.total_chunks, settings.history.budget
     bounded = budget is not None and budget < total
@@ -262,6 +262,6 @@ def plan_memory(
         asking=asking,
         relative=settings.history.relative,
         together=FORWARD_TOKENS,
-        texts=texts,
+        texts=min(texts, schedule.max_active + 1),
         away=settings.history.memory == "system",
     )

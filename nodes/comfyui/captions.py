@@ -1,11 +1,15 @@
 """Conditions that hold for some chunks only: what Prompts over Time gives, as the host's guider meets it."""
 
+from collections.abc import Hashable
+from itertools import accumulate
+
 from torch import Tensor
 
 from ...flowcache_core.errors import UserError
 from ...flowcache_core.prompts import FOREVER
 
 CHUNKS = "flowcache_chunks"  # of a condition: first and last chunk that it holds for
+BLEND = "flowcache_blend"  # of a condition: a `Blend` of what its chunks are shown
 WHOLE = ("area", "mask", "control", "concat_latent_image")  # of a condition: they are made for a whole video at once
 
 Conditions = dict[str, list[dict]]  # the host's: for each side of guidance a list, each with "uuid" and what it says
@@ -18,7 +22,8 @@ class ChunkCaptions:
         conditions: as the guider has processed them for a run.
 
     Raises:
-        UserError: a condition brings something that is made for the whole video and cannot be cut into chunks.
+        UserError: a condition brings something that is made for the whole video and cannot be cut into chunks, or is a
+            blend that another node has changed.
     """
 
     def __init__(self, conditions: Conditions):
@@ -28,6 +33,11 @@ class ChunkCaptions:
                 raise UserError(
                     f"The {side} prompt brings '{what}', which is for a whole video and does not go with chunks; leave "
                     f"that node out (images are given as a prefix)."
+                )
+            if any(BLEND in one and one["cross_attn"] is not one[BLEND].stands_in for one in held or []):
+                raise UserError(
+                    f"The {side} prompt is a blend of Prompts over Time that another node has changed; connect it "
+                    f"straight to the node that samples."
                 )
 
     def of(self, chunk: int) -> Conditions:
@@ -45,9 +55,17 @@ class ChunkCaptions:
         return chosen
 
     def text(self, chunk: int, uuid) -> Tensor:
-        """Gives the embedding [B, tokens, width] of a branch of a chunk."""
-        held = [one for conditions in self.of(chunk).values() for one in conditions if one["uuid"] == uuid]
-        return held[0]["model_conds"]["c_crossattn"].cond
+        """Gives the embedding [B, tokens, width] of a branch of a chunk; a blend is mixed anew at every call."""
+        one = self._held(chunk, uuid)
+        return embedding_of(one, chunk, one["model_conds"]["c_crossattn"].cond)
+
+    def shown(self, chunk: int, uuid) -> Hashable:
+        """Names what `text` gives; the same for chunks that are shown the same."""
+        one = self._held(chunk, uuid)
+        return (id(one[BLEND]), chunk) if BLEND in one else id(one["model_conds"]["c_crossattn"].cond)
+
+    def _held(self, chunk: int, uuid) -> dict:
+        return next(one for conditions in self.of(chunk).values() for one in conditions if one["uuid"] == uuid)
 
     @property
     def alike(self) -> bool:
@@ -57,16 +75,16 @@ class ChunkCaptions:
             timed = [one for one in conditions or [] if CHUNKS in one]
             if not timed:
                 continue
-            counts = {sum(_holds(one, chunk) for one in conditions) for chunk in _borders(timed)}
             extras = [set(one["model_conds"]) ^ {"c_crossattn"} for one in conditions]
-            if len(counts) > 1 or any(extra != extras[0] for extra in extras):
+            if len(set(_counts(conditions))) > 1 or any(extra != extras[0] for extra in extras):
                 return False
         return True
 
     @property
     def texts(self) -> int:
         """How many different embeddings a branch has at most."""
-        return max((len(conditions or []) for conditions in self.conditions.values()), default=1)
+        sides = (conditions or [] for conditions in self.conditions.values())
+        return max((sum(_chunks(one) if BLEND in one else 1 for one in side) for side in sides), default=1)
 
     def refuse(self, what: str) -> None:
         """Raises UserError where a condition is limited to some chunks."""
@@ -74,11 +92,30 @@ class ChunkCaptions:
             raise UserError(f"Prompts over time need chunks one after another, not {what}; connect a single prompt.")
 
 
+def embedding_of(condition: dict, chunk: int, plain: Tensor) -> Tensor:
+    """Gives what a condition shows a chunk [B, tokens, width]: its blend if it is one, else `plain`."""
+    return condition[BLEND].at(chunk) if BLEND in condition else plain
+
+
+def at_once(conditions: list[dict]) -> int:
+    """Counts the conditions of one side of guidance that hold for the same chunk, at most."""
+    return max(_counts(conditions))
+
+
+def _chunks(condition: dict) -> int:
+    first, last = condition[CHUNKS]
+    return last - first + 1
+
+
 def _holds(condition: dict, chunk: int) -> bool:
     first, last = condition.get(CHUNKS, (0, FOREVER))
     return first <= chunk <= last
 
 
-def _borders(conditions: list[dict]) -> set[int]:
-    """A chunk of every stretch in which the same conditions hold."""
-    return {0} | {one[CHUNKS][0] for one in conditions} | {one[CHUNKS][1] + 1 for one in conditions} - {FOREVER + 1}
+def _counts(conditions: list[dict]) -> list[int]:
+    """How many conditions hold at once, for every stretch of chunks in which they are the same."""
+    changes = {0: 0}  # by chunk: how many more hold from it on
+    for first, last in (one.get(CHUNKS, (0, FOREVER)) for one in conditions):
+        changes[first] = changes.get(first, 0) + 1
+        changes[last + 1] = changes.get(last + 1, 0) - 1
+    return list(accumulate(changes[chunk] for chunk in sorted(changes) if chunk <= FOREVER))

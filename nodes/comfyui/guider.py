@@ -10,12 +10,13 @@ import torch
 from comfy.patcher_extension import WrappersMP
 from torch import Tensor
 
+from ...flowcache_core.engine.contexts import texts_kept
 from ...flowcache_core.engine.forward import Step
 from ...flowcache_core.engine.guidance import Network
 from ...flowcache_core.errors import UserError
 from ...flowcache_core.history.positions import RotaryProduct
 from ...flowcache_core.models.families import family
-from ...flowcache_core.schedule import Given
+from ...flowcache_core.schedule import ChunkSchedule, Given
 from ...flowcache_core.solvers.weights import joined
 from .captions import ChunkCaptions
 
@@ -119,7 +120,7 @@ class GuiderGuidance:
         captions: of the run.
         ask: calls the guider.
         at_once: whether all of a tick's chunks may be asked for in one call.
-        total_chunks: of the video; a given end is shown what its last chunk is.
+        schedule: of the run; a given end is shown what its last chunk is.
     """
 
     def __init__(
@@ -130,15 +131,15 @@ class GuiderGuidance:
         captions: ChunkCaptions,
         ask: Ask,
         at_once: bool,
-        total_chunks: int,
+        schedule: ChunkSchedule,
     ):
         self.guider, self.captions, self.ask, self.at_once = guider, captions, ask, at_once
-        self.last_chunk = total_chunks - 1
+        self.last_chunk, self.texts_kept = schedule.total_chunks - 1, texts_kept(schedule.max_active)
         self.attention = host_attention(options)
         self.backbone = family(options.get(FAMILY, "wan")).backbone(network, options.get(FPS, 24), self.attention)
         self.backbone.rotary = replace(self.backbone.rotary, product=HOST_ROTARY)
         self._uuids: dict[int, list] = {}  # by side of guidance, in order of appearance
-        self._texts: dict[tuple, Tensor] = {}  # as the network takes them
+        self._texts: dict[tuple, Tensor] = {}  # as the network takes them, oldest first
         # Of the call that goes on: what is asked for, who answers, and the branches that were seen.
         self._steps: Sequence[Step] = []
         self._network: Network | None = None
@@ -202,10 +203,11 @@ class GuiderGuidance:
         return joined(self._network(steps, names, texts), dim=2)
 
     def _text(self, chunk: int, uuid, rows: int, x: Tensor) -> Tensor:
-        text = self.captions.text(chunk, uuid)
-        key = (id(text), rows, x.dtype, x.device)
+        key = (self.captions.shown(chunk, uuid), rows, x.dtype, x.device)
         if key not in self._texts:
-            text = text.to(x.device, x.dtype)
+            text = self.captions.text(chunk, uuid).to(x.device, x.dtype)
+            while len(self._texts) >= self.texts_kept * sum(map(len, self._uuids.values())):
+                del self._texts[next(iter(self._texts))]
             self._texts[key] = text if text.shape[0] == rows else text[:1].expand(rows, -1, -1)
         return self._texts[key]
 

@@ -104,7 +104,7 @@ def _conditioning(value) -> str | None:
         return f"holds a {_kind(value)}, no prompt; connect the output of a prompt node"
     if not value:
         return "holds no prompt; connect the output of a prompt node"
-    for embedding, _ in value:
+    for embedding in {id(embedding): embedding for embedding, _ in value}.values():
         if embedding.ndim != 3 or 0 in embedding.shape:
             return f"holds an embedding of shape {list(embedding.shape)}, expected [batch, tokens, width]"
         if not isfinite(embedding).all():

@@ -33,7 +33,7 @@ from ...flowcache_core.settings import Settings
 from ...flowcache_core.solvers.one_step import chunk_noise
 from ...flowcache_core.storage.state import State
 from . import patch as host
-from .captions import ChunkCaptions
+from .captions import ChunkCaptions, embedding_of
 from .checks import check_finite, leave_out_others
 from .extend import Extended, Extension, Layout, carry_out, chunk_shape, kept_run, run_guider
 from .finished import FinishedChunks
@@ -56,11 +56,12 @@ class Prompt:
     tokens: tuple[str, ...]
 
 
-def text_of(condition: dict, width: int, tokens: SpecialTokens | None, remaining: int) -> MagiText:
+def text_of(condition: dict, embedding: Tensor, width: int, tokens: SpecialTokens | None, remaining: int) -> MagiText:
     """A chunk's text from one of the host's conditions, made by MAGI-1 Prompt or by another node that gives T5 v1.1
     XXL's output.
 
     Args:
+        embedding: that it shows the chunk, [1, tokens, width].
         width: of the embeddings that the network reads.
         tokens: special tokens, or None.
         remaining: chunks after this one.
@@ -68,7 +69,7 @@ def text_of(condition: dict, width: int, tokens: SpecialTokens | None, remaining
     Raises:
         UserError: another text encoder's.
     """
-    embedding, mask = condition["cross_attn"], condition.get("attention_mask")
+    mask = condition.get("attention_mask")
     if embedding.ndim != 3 or embedding.shape[0] != 1 or embedding.shape[-1] != width:
         raise UserError(
             f"The caption's embedding is {list(embedding.shape)}, expected [1, tokens, {width}] of T5 v1.1 XXL: "
@@ -113,7 +114,8 @@ class MagiSampler(host.ChunkSampler):
             if len(positive) != 1:
                 raise UserError(f"There are {len(positive)} positive captions for chunk {chunk}; MAGI-1 takes one.")
             width, remaining = network.config.caption_width, schedule.total_chunks - 1 - chunk
-            return _rows(text_of(positive[0], width, model.special_tokens, remaining), batch, device)
+            shown = embedding_of(positive[0], chunk, positive[0]["cross_attn"])
+            return _rows(text_of(positive[0], shown, width, model.special_tokens, remaining), batch, device)
 
         def progress(told: Progress) -> None:
             self.listener.progress(told, engine)

@@ -51,8 +51,8 @@ class NativeRun:
     def guidance(self) -> GuiderGuidance:
         """Made at the first call, when the guider has prepared its conditions."""
         network = self.guider.model_patcher.model.diffusion_model
-        captions, total = ChunkCaptions(self.guider.conds), self.schedule.total_chunks
-        return GuiderGuidance(self.guider, network, self.options, captions, lambda x, sigma: x, False, total)
+        captions = ChunkCaptions(self.guider.conds)
+        return GuiderGuidance(self.guider, network, self.options, captions, lambda x, sigma: x, False, self.schedule)
 
     @cached_property
     def engine(self) -> Engine:

@@ -36,6 +36,7 @@ from ...flowcache_core.reuse.calibration import Calibration
 from ...flowcache_core.schedule import ChunkSchedule
 from ...flowcache_core.settings import OFF, Settings
 from ...flowcache_core.storage.calibrations import calibration_path, load_calibration
+from .captions import at_once
 from .checks import check_finite, leave_out_others
 from .guider import FAMILY, RUN, text_tokens
 from .native import NativeRun
@@ -259,7 +260,7 @@ def _prepare_sampling(executor, model, noise_shape, conds, *args, **kwargs):
 def branches_of(guider) -> int:
     """Counts the branches of guidance that a guider will ask for."""
     conds, scale = guider.conds or guider.original_conds, getattr(guider, "cfg", None)
-    return sum(len(conds[side] or []) for side in conds if side != "negative" or scale != 1.0)
+    return sum(at_once(conds[side] or []) for side in conds if side != "negative" or scale != 1.0)
 
 
 def planned_bytes(

@@ -146,7 +146,7 @@ class SamplerCall:
         one_sum = is_plain_sum(self.guider, self.options, host.KEY) and self.captions.alike
         guidance = GuiderGuidance(
             self.guider, self.model.diffusion_model, options, self.captions, self._ask,
-            at_once=one_sum or seeing != "causal", total_chunks=self.schedule.total_chunks,
+            at_once=one_sum or seeing != "causal", schedule=self.schedule,
         )  # fmt: skip
         first_levels = sampler.first_levels if self.schedule.first_steps else None
         sampling = Sampling(self.levels, self._start, self._fresh, SOLVERS[sampler.solver], first_levels)

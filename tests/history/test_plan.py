@@ -165,3 +165,8 @@ def test_what_is_not_aligned_does_need_more():
     for kept in (HistorySettings(), HistorySettings(2)):
         settings = Settings(Fixed((0, 1, 2, 5)), history=kept)
         assert torch.isnan(spoiled(wan_engine(schedule, settings))).any()
+
+
+def test_texts_of_chunks_that_are_never_active_together_take_no_memory():
+    planned = {texts: wan_engine(ChunkSchedule(8, 4, 4), OFF, texts=texts).forward.plan for texts in (2, 1000)}
+    assert planned[1000].texts == planned[2].texts == 2

@@ -17,7 +17,7 @@ from safetensors.torch import load_file
 from flowcache_core.demo import vae as demo_vae
 from flowcache_core.storage.state import load_state, save_state
 from tests.helpers.host.comfy_server import Refused, Server
-from tests.helpers.host.graph import Graph, random_network, sample, write_network
+from tests.helpers.host.graph import Graph, fails, random_network, sample, write_network
 from tests.helpers.host.videos import frames_of
 from tests.host.test_extend import extend, flowcache
 
@@ -170,6 +170,26 @@ def test_blends_lie_between_and_begin_alike(server):
     assert torch.equal(blend[:, :, :2], first[:, :, :2])
     for other in (first, second):
         assert 0 < (blend[:, :, 2:] - other[:, :, 2:]).norm() < (first[:, :, 2:] - second[:, :, 2:]).norm()
+
+
+def test_memory_is_planned_for_the_prompts_that_hold_at_once(server):
+    def planned(text: str) -> str:
+        graph = Graph()
+        node = over_time(graph, text, guidance=3.0, seed=57)
+        graph.add("FlowCacheReport", report=(node, 2))
+        return next(text for name, text in server.run(graph).texts if name == node and "planned" in text)
+
+    lines = "\n".join(f"{2 * number}: a {['red', 'blue'][number % 2]} circle" for number in range(40))
+    assert planned(lines) == planned("0: a red circle\n1-: a blue circle")
+
+
+def test_a_blend_that_another_node_changes_is_refused(server):
+    graph = Graph()
+    prompts = graph.add("FlowCachePromptsOverTime", text="0: a red circle | a blue square")
+    emptied = graph.add("ConditioningZeroOut", conditioning=(prompts, 0))
+    node = extend(graph, seed=57)
+    graph[node]["inputs"]["positive"] = [emptied, 0]
+    assert "another node has changed" in fails(server, graph, node)
 
 
 def test_prompts_that_cannot_be_read_fail_on_their_node(server):
