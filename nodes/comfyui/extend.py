@@ -19,8 +19,9 @@ from ...flowcache_core.storage.run_folder import RunFolder
 from ...flowcache_core.storage.state import State, make_state
 from . import patch as host
 from .checks import check_latent, check_network, check_size
+from .digest import digest
 from .finished import FinishedChunks
-from .resume import ResumeSettings, digest, root, weights_of
+from .resume import ResumeSettings, patches_of, root, weights_of
 from .sampler import ARSampler
 from .stream import OutputFile, StreamSettings, VideoOutlet
 
@@ -245,7 +246,7 @@ def kept_run(
         return None
     before = (asked.prefix, asked.state and (asked.state.latents, asked.state.histories))
     run = digest(
-        name, weights_of(model), first, chunk_frames, lead,
+        name, weights_of(model), patches_of(model), first, chunk_frames, lead,
         asked.positive, asked.negative, asked.seed, asked.chunks, shape, before, *how,
     )  # fmt: skip
     return RunFolder(root(), run, asked.resume.limit, first, chunk_frames, name, lead)

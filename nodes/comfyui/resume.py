@@ -1,20 +1,23 @@
-"""Where runs are kept on disk, and what tells one run from another."""
+"""Where runs are kept on disk, and what of a model tells one run from another."""
 
-import hashlib
-import uuid
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, fields, is_dataclass, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import folder_paths
-import torch
-from torch import Tensor
 
 from ...flowcache_core.settings import Settings
 from . import patch as host
+from .checks import COMPILED
 from .guider import FAMILY, FPS
 
-LARGE = 2**22  # elements; of larger tensors so many are looked at
+PLACES = (  # of the host's patcher, where nodes hang what changes a run
+    "object_patches",
+    "weight_wrapper_patches",
+    "hook_patches",
+    "injections",
+    "callbacks",
+    "attachments",
+)
 
 
 @dataclass(frozen=True)
@@ -48,31 +51,15 @@ def _deciding(settings: Settings) -> Settings:
     return replace(settings, overlap=True, history=replace(settings.history, memory="auto"))
 
 
-def digest(*what) -> str:
-    """32 hexadecimal digits. What cannot be looked into counts as different every time."""
-    found = hashlib.sha256()
-    for part in what:
-        _feed(found, part)
-    return found.hexdigest()[:32]
-
-
-def _feed(found, part) -> None:
-    if isinstance(part, Tensor):
-        flat = part.detach().flatten()
-        flat = flat[:: max(1, flat.numel() // LARGE)].contiguous().cpu()
-        found.update(f"tensor {tuple(part.shape)} {part.dtype}".encode())
-        found.update(flat.view(torch.uint8).numpy().tobytes() if flat.numel() else b"")
-    elif isinstance(part, Mapping):
-        _feed(found, [(name, part[name]) for name in sorted(part, key=str)])
-    elif is_dataclass(part) and not isinstance(part, type):
-        _feed(found, [type(part).__name__, *((field.name, getattr(part, field.name)) for field in fields(part))])
-    elif isinstance(part, Sequence) and not isinstance(part, (str, bytes)):
-        found.update(f"list {len(part)}".encode())
-        for item in part:
-            _feed(found, item)
-    elif hasattr(part, "weights"):  # the host's weight adapters
-        _feed(found, [type(part).__name__, part.weights])
-    elif part is None or isinstance(part, (str, bytes, int, float, bool)):
-        found.update(repr((type(part).__name__, part)).encode())
-    else:
-        found.update(uuid.uuid4().bytes)
+def patches_of(model) -> list:
+    """Everything that other nodes have hung on a model and that a run of ours heeds."""
+    options = dict(model.model_options)
+    inside = options.pop("transformer_options", {})
+    ours = (host.KEY, COMPILED)
+    wrappers = [
+        {kind: {key: one for key, one in held.items() if key not in ours} for kind, held in found.items()}
+        for found in (inside.get("wrappers", {}), model.wrappers)
+    ]
+    other = {name: value for name, value in inside.items() if name not in (host.KEY, FAMILY, FPS, "wrappers")}
+    more = set(model.additional_models) - {"multigpu"}  # copies of the same on other devices
+    return [options, other, wrappers, more, [getattr(model, name, None) for name in PLACES]]

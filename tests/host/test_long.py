@@ -263,6 +263,58 @@ def test_another_seed_or_length_starts_anew(server):
         assert "interrupted" not in text
 
 
+def was_kept(server, node: str = "", settings: dict | None = None) -> bool:
+    """Whether a run was there to resume; what `node` hangs on its model is made anew, as after a restart."""
+    graph = Graph()
+    resume = graph.add("FlowCacheResume", limit_gb=1.0)
+    model = flowcache(graph, preset="off", history_budget=0)
+    if node:
+        model = graph.add(node, model=model, **settings), 0
+    extended = extend(graph, model=model, resume=(resume, 0), seed=66, guidance=3.0, steps=1, lag=1)
+    graph.add("FlowCacheReport", report=(extended, 2))
+    server.post("/free", {"free_memory": True})
+    outcome = server.run(graph)
+    assert outcome.error is None, outcome.error["exception_message"]
+    return "interrupted run" in str(outcome.outputs)
+
+
+@pytest.fixture(scope="module")
+def kept_plain(server) -> bool:
+    return not was_kept(server) and was_kept(server)
+
+
+SKIP_LAYERS = {
+    **{"double_layers": "0", "single_layers": "0", "scale": 3.0},
+    **{"start_percent": 0.0, "end_percent": 1.0, "rescaling_scale": 0.0},
+}
+
+
+@pytest.mark.parametrize(
+    ("node", "settings"),
+    [
+        ("TCFG", {}),
+        ("CFGNorm", {"strength": 1.0, "pre_cfg": False}),
+        ("RescaleCFG", {"multiplier": 0.7}),
+        ("RescaleCFG", {"multiplier": 0.6}),
+        ("Mahiro", {}),
+        ("CFGZeroStar", {}),
+        ("SkipLayerGuidanceDiT", SKIP_LAYERS),
+        ("Epsilon Scaling", {"scaling_factor": 1.1}),
+        ("ScaleROPE", {f"{what}_{axis}": float(what == "scale") for what in ("scale", "shift") for axis in "xyt"}),
+        ("ModelSamplingSD3", {"shift": 2.0}),
+    ],
+)
+def test_a_run_with_another_node_on_the_model_is_another_run(server, kept_plain, node, settings):
+    assert kept_plain and not was_kept(server, node, settings) and was_kept(server, node, settings)
+
+
+def test_resume_is_refused_where_a_node_cannot_be_looked_into(server):
+    graph = Graph()
+    resume = graph.add("FlowCacheResume", limit_gb=1.0)
+    model = graph.add("TestSeeEveryStep", model=flowcache(graph, preset="off", history_budget=0), opaque=True), 0
+    assert "cannot be told from others" in fails(server, graph, extend(graph, model=model, resume=(resume, 0)))
+
+
 def test_a_run_of_an_earlier_version_starts_anew_and_says_so(server):
     """Its folder has the name of settings that are no more."""
     runs = server.base / "user" / "flowcache" / "runs"

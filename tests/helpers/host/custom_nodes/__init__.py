@@ -58,16 +58,19 @@ def config() -> dict:
 
 
 class SeeEveryStep:
-    """Patches a model with a function that is shown each of the guider's results and leaves it as it is."""
+    """Patches a model with a function that is shown each of the guider's results and leaves it as it is; it may hold
+    something that cannot be looked into."""
 
-    INPUT_TYPES = classmethod(lambda cls: {"required": {"model": ("MODEL",)}})
+    INPUT_TYPES = classmethod(
+        lambda cls: {"required": {"model": ("MODEL",), "opaque": ("BOOLEAN", {"default": False})}}
+    )
     RETURN_TYPES = ("MODEL",)
     FUNCTION = "patch"
     CATEGORY = "test"
 
-    def patch(self, model):
-        model = model.clone()
-        model.set_model_sampler_post_cfg_function(lambda args: args["denoised"])
+    def patch(self, model, opaque: bool = False):
+        model, held = model.clone(), iter(()) if opaque else None
+        model.set_model_sampler_post_cfg_function(lambda args: (held, args["denoised"])[1])
         return (model,)
 
 
