@@ -113,6 +113,11 @@ class CausalForward:
         for step in passes:
             self._run([step])
 
+    @property
+    def settled(self) -> bool:
+        """Whether all finished chunks have had their clean pass."""
+        return not self.waiting
+
     def save(self) -> dict[Hashable, Snapshot]:
         """Copies the clean history of every branch to the CPU."""
         return {name: history.save() for name, history in self.histories.items()}

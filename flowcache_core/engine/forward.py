@@ -51,6 +51,10 @@ class Forward(Protocol):
     report: Report
     holds_residual: bool
 
+    @property
+    def settled(self) -> bool:
+        """Whether what has grown can be copied without another pass that would change what follows."""
+
     def mix(self, step: Step, oldest: bool) -> Hashable:
         """Names the sum of branches that a step's velocity will be; a new one starts a new forecast."""
 

@@ -82,6 +82,8 @@ class WindowForward:
         velocity = self.backbone.head(x, levels, self.backbone.residual(x, hidden))
         return list(velocity.split([step.x.shape[2] for step in steps], dim=2))
 
+    settled = True
+
     def settle(self) -> None:
         """Stores nothing: no history is left for a later run."""
 

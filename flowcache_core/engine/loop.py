@@ -147,6 +147,12 @@ class Engine:
             self.forward.settle()
         return self.forward.save()
 
+    @property
+    def settled(self) -> bool:
+        """Whether `begin_delta` changes nothing of what follows. Where several chunks are active, a finished one's keys
+        come with the next forward."""
+        return self.forward.settled
+
     @torch.inference_mode()
     def begin_delta(self, full: bool) -> Callable[[], SnapshotDelta]:
         """Begins to copy what that history has grown by since the last call or since it was loaded; `full`: all of it.

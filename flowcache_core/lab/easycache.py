@@ -117,6 +117,11 @@ class EasyCacheForward:
         """Runs given frames."""
         self.inner.give(chunk, latent, condition)
 
+    @property
+    def settled(self) -> bool:
+        """Whether all finished chunks have had their clean pass."""
+        return self.inner.settled
+
     def settle(self) -> None:
         """Stores what was left for the next forward."""
         self.inner.settle()

@@ -4,9 +4,10 @@ One folder holds all runs, each in a folder named by what determines it:
 
     <root>/<name>/chunk-00007.safetensors     latent of a finished chunk
     <root>/<name>/history-00005.safetensors   state after that chunk: the whole history, and the chunk's latent
-    <root>/<name>/added-00006.safetensors     the same, but only with what that chunk has added to the history
+    <root>/<name>/added-00006.safetensors     the same, but only with what chunks have added to the history
 
-As long as nothing is dropped from the history, each chunk adds as much to it. Where a budget has it cut, it is written
+As long as nothing is dropped from the history, each chunk adds as much to it. Chunks whose keys came with one forward
+have one addition, named by the newest of them. Where a budget has it cut, it is written
 anew, as large as the budget, and what was written before is removed. A chunk is written before the state that counts
 it, and each file appears whole or not at all.
 
@@ -19,6 +20,7 @@ import re
 import shutil
 from collections.abc import Sequence
 from contextlib import suppress
+from functools import partial
 from pathlib import Path
 from typing import Literal
 
@@ -68,8 +70,13 @@ class RunFolder:
         last = None if newest is None else self._read(newest)
         if newest is None or last is None:
             return None
-        parts, layout = [last.histories], _layout(last)
-        while (added := self._read(self._file("added", last.chunks))) is not None and _layout(added) == layout:
+        parts = [last.histories]
+        for file in sorted(self.path.glob("added-*")):
+            if file < self._file("added", last.chunks):
+                continue
+            added = self._read(file)
+            if added is None or not self._follows(added, last):
+                break
             parts.append(added.histories)
             last = added
         if not all(self._file("chunk", chunk).exists() for chunk in range(self.first, last.chunks)):
@@ -101,8 +108,11 @@ class RunFolder:
             )
         return latent
 
-    def add(self, chunk: Chunk, delta: SnapshotDelta) -> None:
+    def add(self, chunk: Chunk, delta: SnapshotDelta, before: Sequence[Chunk] = ()) -> None:
         """Keeps a finished chunk [B, C, T, H, W] and what the clean history has grown by.
+
+        Args:
+            before: chunks that finished before it, of which the history holds as much and no file yet.
 
         Raises:
             UserError: the folder cannot be written to.
@@ -110,10 +120,10 @@ class RunFolder:
         if self.full:
             return
         latent = chunk.latent.to("cpu").contiguous()
-        before = self.lead + chunk.number * self.chunk_frames
-        state = make_state(latent, delta.histories, self.chunk_frames, self.model, dropped=before)
+        dropped = self.lead + chunk.number * self.chunk_frames
+        state = make_state(latent, delta.histories, self.chunk_frames, self.model, dropped=dropped)
         # What a whole history replaces stays until that is written.
-        needed = 2 * latent.nbytes + sum(part.nbytes for clean in state.histories for part in clean)
+        needed = (2 + len(before)) * latent.nbytes + sum(part.nbytes for clean in state.histories for part in clean)
         needed += sum(file.st_size for file in _files(self.path))
         self.full = needed > self.limit
         if self.full:
@@ -121,9 +131,11 @@ class RunFolder:
         self._make_room(needed)
         added = list(self.path.glob("added-*"))
         written = self._file("history" if delta.full else "added", chunk.number)
-        write_whole(self._file("chunk", chunk.number), lambda partial: save_file({"latent": latent}, partial))
+        for number, part in [*before, Chunk(chunk.number, latent)]:
+            write_whole(self._file("chunk", number), partial(_save_latent, part.to("cpu").contiguous()))
         # What follows an addition that could not be read is of the run before the interrupt.
-        replaced = [*self.path.glob("history-*"), *added] if delta.full else [file for file in added if file > written]
+        oldest = self._file("added", min([chunk.number, *(one.number for one in before)]))
+        replaced = [*self.path.glob("history-*"), *added] if delta.full else [file for file in added if file >= oldest]
         save_state(state, written, run=FORMAT)
         for file in replaced:
             if file != written:
@@ -144,6 +156,19 @@ class RunFolder:
         mine = (state.chunk_frames, state.model) == (self.chunk_frames, self.model)
         return state if mine and file.stem.endswith(f"-{state.chunks - 1:05}") else None
 
+    def _follows(self, added: State, last: State) -> bool:
+        """Whether an addition holds the tokens of just the chunks that come after a state."""
+        frames = (added.chunks - last.chunks) * self.chunk_frames
+        if _layout(added) != _layout(last) or frames <= 0:
+            return False
+        for clean in added.histories:
+            a_frame, rest = divmod(clean.tokens.shape[3], frames)
+            first = a_frame * (self.lead + last.chunks * self.chunk_frames)
+            expected = torch.arange(first, first + a_frame * frames, dtype=torch.int32)
+            if rest or not torch.equal(clean.tokens, expected.expand_as(clean.tokens)):
+                return False
+        return True
+
     def _is_outdated(self, file: Path) -> bool:
         told = state_metadata(file) if NAME.fullmatch(file.parent.name) else {}
         with suppress(ValueError, TypeError, AttributeError):
@@ -161,6 +186,10 @@ class RunFolder:
         sizes = {folder: sum(file.st_size for file in _files(folder)) for folder in others}
         while others and sum(sizes[folder] for folder in others) + needed > self.limit:
             shutil.rmtree(others.pop(0), ignore_errors=True)
+
+
+def _save_latent(latent: Tensor, file: Path) -> None:
+    save_file({"latent": latent}, file)
 
 
 def _layout(state: State) -> list:

@@ -58,6 +58,7 @@ class FinishedChunks(RunListener):
         self.begun = time.perf_counter()
         self.earlier = range(0)
         self.outdated = False
+        self.unkept: list[tuple[int, Pending[Tensor]]] = []  # finished chunks whose keys come with the next forward
         self.tick = self.ticks = 1  # of the run, for the preview
 
     @property
@@ -88,22 +89,35 @@ class FinishedChunks(RunListener):
 
     def progress(self, told: Progress, engine: Engine) -> None:
         self.settle()
+        self._begin_to_keep(engine)
         self.tick, self.ticks = told.tick, told.ticks
         progress_text(describe(told, engine, self.begun, len(self.earlier)), self.node_id)
 
     def chunk(self, chunk: Chunk, engine: Engine) -> None:
         self.settle()
-        delta = None
-        if self.folder is not None and not self.folder.full:
-            delta = engine.begin_delta(full=not self.folder.begun)
-        self.side.later(partial(self._keep, chunk.number, self.side.to_cpu(chunk.latent), delta))
+        latent = self.side.to_cpu(chunk.latent)
+        if self.folder is not None:
+            self.unkept.append((chunk.number, latent))
+        self._begin_to_keep(engine)
+        self.side.later(partial(self._hand_on, chunk.number, latent))
         self.count += 1
 
-    def _keep(self, number: int, latent: Pending[Tensor], delta: Callable[[], SnapshotDelta] | None) -> None:
-        chunk = Chunk(number, latent.on_cpu())
-        if self.folder is not None and delta is not None:
-            self.folder.add(chunk, delta())
-        frames = self._take(self._generated(chunk))
+    def _begin_to_keep(self, engine: Engine) -> None:
+        if self.folder is None or not self.unkept or not engine.settled:
+            return
+        if not self.folder.full:
+            delta = engine.begin_delta(full=not self.folder.begun)
+            self.side.later(partial(self._keep, self.folder, self.unkept, delta))
+        self.unkept = []
+
+    def _keep(
+        self, folder: RunFolder, unkept: list[tuple[int, Pending[Tensor]]], delta: Callable[[], SnapshotDelta]
+    ) -> None:
+        *before, newest = [Chunk(number, latent.on_cpu()) for number, latent in unkept]
+        folder.add(newest, delta(), before)
+
+    def _hand_on(self, number: int, latent: Pending[Tensor]) -> None:
+        frames = self._take(self._generated(Chunk(number, latent.on_cpu())))
         if frames is not None:
             show(frames, self.tick, self.ticks)
 
@@ -113,6 +127,8 @@ class FinishedChunks(RunListener):
     def done(self, engine: Engine, keeps_history: bool) -> None:
         self.settle()
         self.report, self.histories = engine.report, engine.save() if keeps_history else {}
+        self._begin_to_keep(engine)
+        self.settle()
 
     def _generated(self, chunk: Chunk) -> Tensor:
         """A chunk's frames that were not given."""

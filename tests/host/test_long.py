@@ -254,6 +254,15 @@ def test_interrupted_run_goes_on_to_the_same_bits(server):
     assert len(frames_of(file)) == 12 * 8 - 3
 
 
+def test_resume_changes_no_bit_where_several_chunks_are_active(server):
+    latents = []
+    for resume in (False, True):
+        graph = Graph()
+        kept = {"resume": (graph.add("FlowCacheResume", limit_gb=1.0), 0)} if resume else {}
+        latents.append(sample(server, graph, extend(graph, chunks=5, steps=6, lag=1, seed=67, guidance=3.0, **kept)))
+    assert torch.equal(*latents)
+
+
 def test_another_seed_or_length_starts_anew(server):
     for seed, chunks in ((61, 2), (62, 2), (61, 3)):
         graph = Graph()

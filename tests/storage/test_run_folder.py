@@ -13,11 +13,11 @@ from flowcache_core.errors import UserError
 from flowcache_core.history.snapshot import Snapshot, SnapshotDelta
 from flowcache_core.models.presets import preset
 from flowcache_core.schedule import ChunkSchedule
-from flowcache_core.settings import OFF
+from flowcache_core.settings import OFF, Every, Settings
 from flowcache_core.solvers.noise_levels import magi
 from flowcache_core.solvers.one_step import chunk_noise
 from flowcache_core.storage.run_folder import RunFolder
-from tests.helpers.runs import build
+from tests.helpers.runs import build, video
 from tests.helpers.tiny import TINY
 
 NAME = "0123456789abcdef" * 2
@@ -39,7 +39,8 @@ def run(backbone, chunks, **kwargs):
 
 def one(size: int = 4, index: int = 0) -> tuple[Chunk, SnapshotDelta]:
     keys = torch.zeros(1, 1, 1, size, 4)
-    clean = Snapshot(keys, keys.clone(), torch.zeros(1, 1, 1, size, dtype=torch.int32), keys.new_empty(0))
+    tokens = torch.arange(4 * index, 4 * index + size, dtype=torch.int32).expand(1, 1, 1, -1)
+    clean = Snapshot(keys, keys.clone(), tokens, keys.new_empty(0))
     return Chunk(index, torch.zeros(1, 4, 2, 6, 4)), SnapshotDelta({"0.0": clean}, full=index == 0)
 
 
@@ -150,6 +151,36 @@ def test_state_in_the_middle_is_that_of_a_shorter_run(backbone):
     assert torch.equal(middle.tokens, shorter.tokens)
     for ours, other in zip(middle[:2], shorter[:2], strict=True):
         assert torch.allclose(ours, other, atol=1e-4)  # chunks that follow go through the network with them
+
+
+@pytest.mark.parametrize("lag", [1, 2, 6])
+def test_keeping_a_run_changes_none_of_its_bits(backbone, tmp_path, lag):
+    """A finished chunk's keys are copied from the pass that the run makes anyway, some ticks later if need be."""
+    settings = Settings(Every(3))
+    schedule = ChunkSchedule(5, 6, lag)
+    expected = video(engine_of(backbone, schedule, settings))
+    engine = engine_of(backbone, schedule, settings)
+    kept, finished, latents = folder(tmp_path), [], []
+    engine.on_progress = lambda told: keep(engine, kept, finished)
+    for chunk in engine.run():
+        latents.append(chunk.latent)
+        finished.append(chunk)
+        keep(engine, kept, finished)
+    (saved,) = engine.save().values()
+    keep(engine, kept, finished)
+    assert torch.equal(torch.cat(latents, dim=2), expected)
+    again = folder(tmp_path)
+    state = again.load()
+    assert state.chunks == 5 and all(torch.equal(again.latent(index), latents[index]) for index in range(5))
+    assert all(torch.equal(part, its) for part, its in zip(*state.histories, saved, strict=True))
+    assert lag > 1 or len(list(kept.path.glob("added-*"))) < 4  # several chunks came with one forward
+
+
+def keep(engine: Engine, kept: RunFolder, finished: list[Chunk]) -> None:
+    if finished and engine.settled:
+        *before, newest = finished
+        kept.add(newest, engine.begin_delta(full=not kept.begun)(), before)
+        finished.clear()
 
 
 def test_chunks_that_were_tampered_with_are_refused(tmp_path):

@@ -291,6 +291,8 @@ class MagiForward:
         else:
             self._commit([chunk])
 
+    settled = True  # the copy of a chunk that waits comes from a pass of its own, which changes nothing
+
     def settle(self) -> None:
         """Makes the clean pass that waits."""
         if self.waiting:
