@@ -1,10 +1,15 @@
-"""Files that appear whole or not at all, and JSON that nobody vouches for."""
+"""Files that appear whole or not at all, and what is checked before a file is believed."""
 
 import json
 import os
+import stat
 import tempfile
-from collections.abc import Callable
+import zlib
+from collections.abc import Callable, Mapping
 from pathlib import Path
+
+import torch
+from torch import Tensor
 
 from ..errors import UserError
 
@@ -17,6 +22,26 @@ def check_writable(path: Path | str) -> None:
     folder = next(parent for parent in path.absolute().parents if parent.exists())
     if not folder.is_dir() or not os.access(folder, os.W_OK | os.X_OK):
         raise UserError(f"Cannot write {path}: {folder} is no folder that may be written to; choose another one.")
+
+
+def check_regular(path: Path | str, follow: bool = True) -> None:
+    """Raises OSError where `path` is no regular file: a pipe or a device may never end.
+
+    Args:
+        follow: links to regular files count as such.
+    """
+    if not stat.S_ISREG(os.stat(path, follow_symlinks=follow).st_mode):
+        raise OSError(f"{Path(path).name} is no regular file")
+
+
+def checksum(tensors: Mapping[str, Tensor]) -> str:
+    """Gives the CRC-32 of contiguous tensors on the CPU, by which a flipped or swapped one is found."""
+    found = 0
+    for name in sorted(tensors):
+        found = zlib.crc32(name.encode(), found)
+        if tensors[name].numel():
+            found = zlib.crc32(tensors[name].flatten().view(torch.uint8).numpy().data, found)
+    return f"{found:08x}"
 
 
 def write_whole(path: Path | str, write: Callable[[Path], object]) -> Path:

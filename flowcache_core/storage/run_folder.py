@@ -9,7 +9,8 @@ One folder holds all runs, each in a folder named by what determines it:
 As long as nothing is dropped from the history, each chunk adds as much to it. Chunks whose keys came with one forward
 have one addition, named by the newest of them. Where a budget has it cut, it is written
 anew, as large as the budget, and what was written before is removed. A chunk is written before the state that counts
-it, and each file appears whole or not at all.
+it, and each file appears whole or not at all. It says whose it is, and has a checksum: one that was flipped, swapped or
+put there is not believed. Links are not followed.
 
 A state's file says which format the run is of. Runs of another one are not gone on from, for a version with another
 format computes other bits; they are removed like all others when there is no room.
@@ -25,17 +26,17 @@ from pathlib import Path
 from typing import Literal
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
 from torch import Tensor
 
 from ..engine.loop import Chunk
 from ..errors import UserError
 from ..history.snapshot import Snapshot, SnapshotDelta
-from .files import parse_json, write_whole
+from .files import check_regular, checksum, parse_json, write_whole
 from .state import State, load_state, make_state, save_state, state_metadata
 
-FORMAT = "flowcache-run-2"  # runs of version 0.1.0 say none
+FORMAT = "flowcache-run-3"  # runs of version 0.1.0 say none
 NAME = re.compile(r"[0-9a-f]{32}")  # of a run; nothing else in the root is ever touched
 Kind = Literal["chunk", "history", "added"]
 
@@ -65,7 +66,12 @@ class RunFolder:
         self.full = False  # this run alone is larger than the limit: no more chunks are kept
 
     def load(self) -> State | None:
-        """Reads the history after the newest finished chunk, with that chunk's latent alone; None to start anew."""
+        """Reads the history after the newest finished chunk, with that chunk's latent alone; None to start anew.
+
+        Raises:
+            UserError: the run's folder is a link.
+        """
+        self._check_link()
         newest = max(self.path.glob("history-*"), default=None)
         last = None if newest is None else self._read(newest)
         if newest is None or last is None:
@@ -94,13 +100,18 @@ class RunFolder:
         """Reads a finished chunk's latent [B, C, T, H, W], after `load`.
 
         Raises:
-            UserError: its file is missing or damaged.
+            UserError: its file is missing, damaged or another chunk's.
         """
         again = f"delete the folder {self.path.name} in flowcache/runs to start anew"
+        file = self._file("chunk", chunk)
         try:
-            latent = load_file(self._file("chunk", chunk))["latent"]
-        except (SafetensorError, OSError, KeyError) as error:
+            check_regular(file, follow=False)
+            with safe_open(file, "pt") as opened:
+                latent, told = opened.get_tensor("latent"), opened.metadata() or {}
+        except (SafetensorError, OSError) as error:
             raise UserError(f"Chunk {chunk} of the interrupted run cannot be read ({error}); {again}.") from error
+        if told != self._told(chunk, latent):
+            raise UserError(f"Chunk {chunk} of the interrupted run is damaged or another chunk; {again}.")
         if latent.shape != self._shape or not torch.isfinite(latent).all():
             raise UserError(
                 f"Chunk {chunk} of the interrupted run is {list(latent.shape)}, expected finite numbers of shape "
@@ -115,10 +126,11 @@ class RunFolder:
             before: chunks that finished before it, of which the history holds as much and no file yet.
 
         Raises:
-            UserError: the folder cannot be written to.
+            UserError: the folder cannot be written to or is a link, or the history is not finite.
         """
         if self.full:
             return
+        self._check_link()
         latent = chunk.latent.to("cpu").contiguous()
         dropped = self.lead + chunk.number * self.chunk_frames
         state = make_state(latent, delta.histories, self.chunk_frames, self.model, dropped=dropped)
@@ -132,11 +144,13 @@ class RunFolder:
         added = list(self.path.glob("added-*"))
         written = self._file("history" if delta.full else "added", chunk.number)
         for number, part in [*before, Chunk(chunk.number, latent)]:
-            write_whole(self._file("chunk", number), partial(_save_latent, part.to("cpu").contiguous()))
+            part = part.to("cpu").contiguous()
+            write = partial(save_file, {"latent": part}, metadata=self._told(number, part))
+            write_whole(self._file("chunk", number), write)
         # What follows an addition that could not be read is of the run before the interrupt.
         oldest = self._file("added", min([chunk.number, *(one.number for one in before)]))
         replaced = [*self.path.glob("history-*"), *added] if delta.full else [file for file in added if file >= oldest]
-        save_state(state, written, run=FORMAT)
+        save_state(state, written, run=FORMAT, of=self.path.name)
         for file in replaced:
             if file != written:
                 file.unlink(missing_ok=True)  # by another server that does the same run
@@ -145,9 +159,20 @@ class RunFolder:
     def _file(self, kind: Kind, chunk: int) -> Path:
         return self.path / f"{kind}-{chunk:05}.safetensors"
 
+    def _check_link(self) -> None:
+        if self.path.is_symlink():
+            raise UserError(
+                f"The folder {self.path.name} in flowcache/runs is a link, which is not followed; remove it."
+            )
+
+    def _told(self, chunk: int, latent: Tensor) -> dict[str, str]:
+        """What a chunk's file says of itself."""
+        return {"run": FORMAT, "of": self.path.name, "chunk": str(chunk), "checksum": checksum({"latent": latent})}
+
     def _read(self, file: Path) -> State | None:
         """A state of this run; None where it is not there, of another, or damaged by a failing disk or by hand."""
-        if not file.exists() or state_metadata(file).get("run") != FORMAT:
+        told = {} if file.is_symlink() else state_metadata(file)
+        if (told.get("run"), told.get("of")) != (FORMAT, self.path.name):
             return None
         try:
             state = load_state(file)
@@ -170,7 +195,8 @@ class RunFolder:
         return True
 
     def _is_outdated(self, file: Path) -> bool:
-        told = state_metadata(file) if NAME.fullmatch(file.parent.name) else {}
+        ours = NAME.fullmatch(file.parent.name) and not file.parent.is_symlink()
+        told = state_metadata(file) if ours else {}
         with suppress(ValueError, TypeError, AttributeError):
             return (
                 "state" in told and told.get("run") != FORMAT and parse_json(told["state"]).get("model") == self.model
@@ -186,10 +212,6 @@ class RunFolder:
         sizes = {folder: sum(file.st_size for file in _files(folder)) for folder in others}
         while others and sum(sizes[folder] for folder in others) + needed > self.limit:
             shutil.rmtree(others.pop(0), ignore_errors=True)
-
-
-def _save_latent(latent: Tensor, file: Path) -> None:
-    save_file({"latent": latent}, file)
 
 
 def _layout(state: State) -> list:

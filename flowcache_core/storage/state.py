@@ -17,9 +17,14 @@ from torch import Tensor
 
 from ..errors import UserError
 from ..history.snapshot import Snapshot
-from .files import parse_json, write_whole
+from .files import check_regular, checksum, parse_json, write_whole
 
 FORMAT = "flowcache-state-1"
+PARTS = Snapshot._fields
+FLOATS = ("keys", "values", "queries")  # of them
+COMPUTED = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+MOST_BRANCHES = 64
+LARGEST = 2**31  # frames; token numbers are 32 bits
 
 
 class State(NamedTuple):
@@ -86,21 +91,28 @@ def save_state(state: State, path: Path | str, **more: str) -> None:
         more: is put beside what the file says of itself, see `state_metadata`.
 
     Raises:
-        UserError: the folder or file cannot be written.
+        UserError: the folder or file cannot be written, or the state holds NaN or infinite values.
     """
+    if fault := _fault(state):
+        raise UserError(
+            f"The run's state has {fault}, so nothing can go on from it: the model's weights are damaged, or overflow "
+            f"in this weight type; load the file again, or choose another weight type."
+        )
     tensors = {"latents": state.latents.contiguous()}
     for number, history in enumerate(state.histories):
         for name, tensor in history._asdict().items():
             tensors[f"history.{number}.{name}"] = tensor.contiguous()
     info = {name: getattr(state, name) for name in ("branches", "chunk_frames", "model", "dropped")}
-    metadata = {"format": FORMAT, "state": json.dumps(info), **more}
+    metadata = {"format": FORMAT, "state": json.dumps(info), "checksum": checksum(tensors), **more}
     write_whole(path, lambda partial: save_file(tensors, partial, metadata=metadata))
 
 
 def state_metadata(path: Path | str) -> dict[str, str]:
     """Reads what a state's file says of itself; nothing where it cannot be read."""
-    with suppress(SafetensorError, OSError), safe_open(path, "pt") as file:
-        return file.metadata() or {}
+    with suppress(SafetensorError, OSError):
+        check_regular(path)
+        with safe_open(path, "pt") as file:
+            return file.metadata() or {}
     return {}
 
 
@@ -112,46 +124,66 @@ def load_state(path: Path | str) -> State:
     """
     name = Path(path).name
     try:
+        check_regular(path)
         with safe_open(path, "pt") as file:
             metadata = file.metadata() or {}
             if metadata.get("format") != FORMAT:
                 raise UserError(f"'{name}' is a safetensors file but no FlowCache state; choose a saved state.")
-            tensors = {key: file.get_tensor(key) for key in file.keys()}
-        info = parse_json(metadata["state"])
-        histories = tuple(
-            Snapshot(*(tensors[f"history.{number}.{part}"] for part in Snapshot._fields))
-            for number in range(len(info["branches"]))
-        )
+            info = parse_json(metadata["state"])
+            if len(info["branches"]) > MOST_BRANCHES:
+                raise ValueError(f"{len(info['branches'])} branches")
+            names = ["latents", *(f"history.{at}.{part}" for at in range(len(info["branches"])) for part in PARTS)]
+            tensors = {name: file.get_tensor(name) for name in names}
+        if metadata.get("checksum", checksum(tensors)) != checksum(tensors):  # states of 0.1.0 have none
+            raise ValueError("its checksum is another")
+        latents, *parts = tensors.values()
+        histories = tuple(Snapshot(*parts[at : at + len(PARTS)]) for at in range(0, len(parts), len(PARTS)))
         more = info["chunk_frames"], info["model"], info.get("dropped", 0)
-        state = State(tensors["latents"], histories, tuple(info["branches"]), *more)
+        state = State(latents, histories, tuple(info["branches"]), *more)
+        fault = _fault(state)
     except UserError:
         raise
     except (SafetensorError, OSError) as error:
         raise UserError(f"Cannot read a state from '{name}': {error}. Choose a whole, saved state.") from error
     except (KeyError, TypeError, ValueError) as error:
         raise UserError(f"'{name}' is a damaged state ({error!r}); save it again.") from error
-    _check_parts(state, name)
+    if fault:
+        raise UserError(f"'{name}' is a damaged state: {fault}; save it again.")
     return state
 
 
-def _check_parts(state: State, name: str) -> None:
-    def fail(what: str):
-        raise UserError(f"'{name}' is a damaged state: {what}; save it again.")
-
-    if not isinstance(state.chunk_frames, int) or state.chunk_frames < 1:
-        fail(f"{state.chunk_frames!r} frames a chunk")
-    if not isinstance(state.dropped, int) or state.dropped < 0:
-        fail(f"{state.dropped!r} frames let go")
+def _fault(state: State) -> str | None:
+    """What of a state does not fit together, if anything."""
+    latents, frames = state.latents, state.chunk_frames
+    if not isinstance(frames, int) or not 1 <= frames <= LARGEST:
+        return f"{frames!r:.20} frames a chunk"
+    if not isinstance(state.dropped, int) or not 0 <= state.dropped <= LARGEST:
+        return f"{state.dropped!r:.20} frames let go"
     if not isinstance(state.model, str) or not all(isinstance(branch, str) for branch in state.branches):
-        fail("names that are no text")
-    if state.latents.ndim != 5 or state.latents.shape[2] == 0:
-        fail(f"latents of shape {tuple(state.latents.shape)} for {state.chunk_frames} frames a chunk")
-    if not torch.isfinite(state.latents).all():
-        fail("latents that are not finite")
+        return "names that are no text"
+    if latents.ndim != 5 or 0 in latents.shape:
+        return f"latents of shape {tuple(latents.shape)} for {frames} frames a chunk"
+    for what, tensor in [
+        ("latents", latents),
+        *((part, getattr(one, part)) for one in state.histories for part in FLOATS),
+    ]:
+        if tensor.dtype not in COMPUTED:
+            return f"{what} of type {tensor.dtype}"
+        if not all(torch.isfinite(part).all() for part in tensor):
+            return f"{what} that are not finite"
     for history in state.histories:
-        if history.keys.ndim != 5 or history.values.shape != history.keys.shape:
-            fail(f"keys {tuple(history.keys.shape)} and values {tuple(history.values.shape)}")
-        if history.tokens.shape != history.keys.shape[:4] or history.tokens.dtype != torch.int32:
-            fail(f"token numbers {tuple(history.tokens.shape)} of type {history.tokens.dtype}")
-        if history.queries.numel() and (history.queries.ndim != 5 or history.queries.shape[0] != history.keys.shape[0]):
-            fail(f"queries {tuple(history.queries.shape)}")
+        keys, queries = history.keys, history.queries
+        if keys.ndim != 5 or history.values.shape != keys.shape or keys.shape[1] != latents.shape[0]:
+            return f"keys {tuple(keys.shape)} and values {tuple(history.values.shape)}"
+        if history.tokens.shape != keys.shape[:4] or history.tokens.dtype != torch.int32:
+            return f"token numbers {tuple(history.tokens.shape)} of type {history.tokens.dtype}"
+        most = state.frames * latents.shape[3] * latents.shape[4]
+        if history.tokens.numel() and not (0 <= history.tokens.min() and history.tokens.max() < most):
+            return f"token numbers that are not below {most}"
+        if not all((part[..., 1:] > part[..., :-1]).all() for part in history.tokens):
+            return "token numbers out of order"
+        if queries.numel() and (
+            queries.ndim != 5 or queries.shape[:2] != keys.shape[:2] or queries.shape[4] != keys.shape[4]
+        ):
+            return f"queries {tuple(queries.shape)}"
+    return None

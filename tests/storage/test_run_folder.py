@@ -4,6 +4,7 @@ import os
 
 import pytest
 import torch
+from safetensors import safe_open
 from safetensors.torch import save_file
 
 from flowcache_core import generate
@@ -16,12 +17,14 @@ from flowcache_core.schedule import ChunkSchedule
 from flowcache_core.settings import OFF, Every, Settings
 from flowcache_core.solvers.noise_levels import magi
 from flowcache_core.solvers.one_step import chunk_noise
+from flowcache_core.storage.files import checksum
 from flowcache_core.storage.run_folder import RunFolder
 from tests.helpers.runs import build, video
 from tests.helpers.tiny import TINY
 
 NAME = "0123456789abcdef" * 2
 ROOM = 2**30
+NAN = float("nan")
 
 
 def folder(path, name=NAME, limit=ROOM, first=0) -> RunFolder:
@@ -38,8 +41,8 @@ def run(backbone, chunks, **kwargs):
 
 
 def one(size: int = 4, index: int = 0) -> tuple[Chunk, SnapshotDelta]:
-    keys = torch.zeros(1, 1, 1, size, 4)
-    tokens = torch.arange(4 * index, 4 * index + size, dtype=torch.int32).expand(1, 1, 1, -1)
+    keys = torch.zeros(1, 1, 1, 4, size)
+    tokens = torch.arange(4 * index, 4 * index + 4, dtype=torch.int32).expand(1, 1, 1, -1)
     clean = Snapshot(keys, keys.clone(), tokens, keys.new_empty(0))
     return Chunk(index, torch.zeros(1, 4, 2, 6, 4)), SnapshotDelta({"0.0": clean}, full=index == 0)
 
@@ -192,6 +195,85 @@ def test_chunks_that_were_tampered_with_are_refused(tmp_path):
         save_file({"latent": latent}, tmp_path / NAME / "chunk-00000.safetensors")
         with pytest.raises(UserError, match="Chunk 0"):
             kept.latent(0)
+
+
+def flip(file) -> None:
+    """The last bit of the file's last number."""
+    content = bytearray(file.read_bytes())
+    content[-1] ^= 1
+    file.write_bytes(content)
+
+
+def test_swapped_flipped_and_linked_chunks_are_found(tmp_path):
+    kept, other = folder(tmp_path), folder(tmp_path, "f" * 32)
+    for index in range(3):
+        kept.add(*one(index=index))
+        other.add(*one(index=index))
+    kept.load()
+    first, second, elsewhere = (each / f"chunk-{index:05}.safetensors" for each, index in (
+        (kept.path, 0), (kept.path, 1), (other.path, 1)
+    ))  # fmt: skip
+    whole = second.read_bytes()
+    for put in (first.read_bytes(), elsewhere.read_bytes()):
+        second.write_bytes(put)
+        with pytest.raises(UserError, match="Chunk 1 .* damaged or another chunk"):
+            kept.latent(1)
+    second.write_bytes(whole)
+    flip(second)
+    with pytest.raises(UserError, match="Chunk 1 .* damaged or another chunk"):
+        kept.latent(1)
+    second.unlink()
+    second.symlink_to(elsewhere)
+    with pytest.raises(UserError, match="no regular file"):
+        kept.latent(1)
+
+
+@pytest.mark.parametrize("kind, left", [("history-00000", None), ("added-00002", 2)])
+def test_a_flipped_or_strange_history_is_not_gone_on_from(tmp_path, kind, left):
+    kept, other = folder(tmp_path), folder(tmp_path, "f" * 32)
+    for index in range(4):
+        kept.add(*one(index=index))
+        other.add(*one(index=index))
+    file = kept.path / f"{kind}.safetensors"
+    whole = file.read_bytes()
+
+    def chunks() -> int | None:
+        state = folder(tmp_path).load()
+        return state and state.chunks
+
+    flip(file)
+    assert chunks() == left
+    file.write_bytes((other.path / file.name).read_bytes())
+    assert chunks() == left
+    file.write_bytes(whole)
+    assert chunks() == 4
+    with safe_open(file, "pt") as opened:
+        told, tensors = opened.metadata(), {name: opened.get_tensor(name) for name in opened.keys()}
+    tensors["history.0.keys"][..., -1] = NAN
+    save_file(tensors, file, metadata=told | {"checksum": checksum(tensors)})  # as a run of an earlier version kept it
+    assert chunks() == left
+
+
+def test_a_history_that_is_not_finite_is_not_kept(tmp_path):
+    kept = folder(tmp_path)
+    kept.add(*one())
+    chunk, grown = one(index=1)
+    broken = grown.histories["0.0"]._replace(values=torch.full((1, 1, 1, 4, 4), NAN))
+    with pytest.raises(UserError, match="values that are not finite.*weights are damaged"):
+        kept.add(chunk, SnapshotDelta({"0.0": broken}, full=False))
+    assert folder(tmp_path).load().chunks == 1
+
+
+def test_a_linked_folder_is_not_followed(tmp_path):
+    kept = folder(tmp_path / "elsewhere")
+    kept.add(*one())
+    (tmp_path / NAME).symlink_to(kept.path, target_is_directory=True)
+    before = set(kept.path.iterdir())
+    linked = folder(tmp_path)
+    for use in (linked.load, lambda: linked.add(*one(index=1))):
+        with pytest.raises(UserError, match="is a link, which is not followed"):
+            use()
+    assert set(kept.path.iterdir()) == before
 
 
 def test_nothing_there_or_damaged_starts_anew(tmp_path):
