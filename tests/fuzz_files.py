@@ -27,8 +27,9 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # a script has onl
 
 from flowcache_core import checkpoints
 from flowcache_core.checkpoints import magi_files  # noqa: E402
+from flowcache_core.engine.loop import Chunk  # noqa: E402
 from flowcache_core.errors import UserError  # noqa: E402
-from flowcache_core.history.snapshot import Snapshot  # noqa: E402
+from flowcache_core.history.snapshot import Snapshot, SnapshotDelta  # noqa: E402
 from flowcache_core.models.magi.config import MagiConfig  # noqa: E402
 from flowcache_core.models.magi.network import MagiNetwork, load_network  # noqa: E402
 from flowcache_core.models.magi.text import SpecialTokens  # noqa: E402
@@ -38,6 +39,7 @@ from flowcache_core.models.wan import WanConfig, WanNetwork  # noqa: E402
 from flowcache_core.reuse.calibration import Calibration, Measured  # noqa: E402
 from flowcache_core.schedule import ChunkSchedule  # noqa: E402
 from flowcache_core.storage.calibrations import load_calibration, save_calibration
+from flowcache_core.storage.run_folder import RunFolder  # noqa: E402
 from flowcache_core.storage.state import load_state, make_state, save_state  # noqa: E402
 
 SECONDS = 10  # that one file may take
@@ -256,9 +258,8 @@ def make_saved_state(folder: Path) -> tuple[Path, Path]:
 
 def clean() -> Snapshot:
     keys, values = torch.randn(2, 1, 1, 1, 8, 4)
-    return Snapshot(
-        keys.clone(), values.clone(), torch.zeros(1, 1, 1, 8, dtype=torch.int32), torch.randn(1, 1, 1, 4, 4)
-    )
+    tokens = torch.arange(8, dtype=torch.int32).expand(1, 1, 1, -1)
+    return Snapshot(keys.clone(), values.clone(), tokens, torch.randn(1, 1, 1, 4, 4))
 
 
 def make_tokens(folder: Path) -> tuple[Path, Path]:
@@ -273,6 +274,29 @@ def make_token_trap(folder: Path) -> tuple[Path, Path]:
     traps = np.array([Trap(folder.parent / "ran")], dtype=object)
     np.savez(path, caption_token=traps, logo_token=traps, other_tokens=traps)
     return path, path
+
+
+def run_folder(root: Path) -> RunFolder:
+    return RunFolder(root, "0" * 32, 2**30, first=0, chunk_frames=2)
+
+
+def make_run(folder: Path) -> tuple[Path, Path]:
+    kept = run_folder(folder)
+    for index in range(2):
+        keys = torch.randn(1, 1, 1, 4, 4)
+        tokens = torch.arange(4 * index, 4 * index + 4, dtype=torch.int32).expand(1, 1, 1, -1)
+        clean = Snapshot(keys, -keys, tokens, keys.new_empty(0))
+        kept.add(Chunk(index, torch.randn(1, 2, 2, 4, 4)), SnapshotDelta({"0.0": clean}, full=index == 0))
+    return folder, kept.path / f"{'history' if folder.name == 'run' else 'chunk'}-00000.safetensors"
+
+
+def read_run(root: Path) -> None:
+    kept = run_folder(root)
+    state = kept.load()
+    for index in range(state.chunks if state else 0):
+        kept.latent(index)
+    if state is None:
+        raise UserError("It starts anew.")
 
 
 def make_calibration(folder: Path) -> tuple[Path, Path]:
@@ -308,6 +332,8 @@ KINDS = {
     "torch file with code": Kind(make_trap, load_checkpoint, any_zip),
     "old torch file with code": Kind(make_old_trap, load_checkpoint, any_bytes),
     "state": Kind(make_saved_state, load_state, any_safetensors),
+    "run": Kind(make_run, read_run, any_safetensors),
+    "run's chunk": Kind(make_run, read_run, any_safetensors),
     "calibration": Kind(make_calibration, read_calibration, any_index),
     "special tokens": Kind(make_tokens, SpecialTokens.from_file, any_zip),
     "special tokens with code": Kind(make_token_trap, SpecialTokens.from_file, any_zip),
