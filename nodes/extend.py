@@ -79,7 +79,7 @@ class AutoregressiveExtend(io.ComfyNode):
         how = Sampling(
             levels=usual.shifted_levels(steps, shift) if shift else usual.levels(steps),
             chunk_frames=frames_per_chunk or usual.chunk_frames,
-            lag=usual.lag if lag < 0 else lag,
+            lag=min(usual.lag, steps) if lag < 0 else lag,
             solver=usual.solver(steps) if solver == "auto" else solver,
             scale=guidance or usual.guidance,
             first_levels=usual.first_levels(steps),

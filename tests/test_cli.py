@@ -4,6 +4,7 @@ import io
 import json
 import re
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
@@ -26,8 +27,11 @@ FAST = ["--chunks", "2", "--steps", "4", "--enlarge", "1"]
 @pytest.fixture(scope="module")
 def network(tmp_path_factory):
     torch.manual_seed(0)
-    path = tmp_path_factory.mktemp("network") / "small.safetensors"
-    info = checkpoints.CheckpointInfo("demo", SMALL, torch.float16, "wan", "", {}, 0)
+    return stamped(tmp_path_factory.mktemp("network") / "small.safetensors", "demo")
+
+
+def stamped(path: Path, family: str) -> Path:
+    info = checkpoints.CheckpointInfo(family, SMALL, torch.float16, "wan", "", {}, 0)
     write_safetensors(WanNetwork(SMALL).state_dict(), checkpoints.stamp(info), path, torch.float16)
     return path
 
@@ -93,8 +97,8 @@ def test_demo_writes_what_it_promises(network, tmp_path, capsys, monkeypatch):
 def test_info_and_convert(network, tmp_path, capsys):
     assert cli.main(["info", str(network)]) == 0
     assert "family    demo" in capsys.readouterr().out
-    out = tmp_path / "converted.safetensors"
-    assert cli.main(["convert", str(network), str(out), "--family", "causal", "--dtype", "bfloat16"]) == 0
+    plain, out = stamped(tmp_path / "plain.safetensors", "wan"), tmp_path / "converted.safetensors"
+    assert cli.main(["convert", str(plain), str(out), "--family", "causal", "--dtype", "bfloat16"]) == 0
     info = checkpoints.inspect(out)
     assert (info.family, info.dtype) == ("causal", torch.bfloat16)
 
@@ -109,10 +113,8 @@ def test_info_tells_the_memory_of_a_video(network, capsys):
     assert "9 frames (0.6 s), 1 chunks" in capsys.readouterr().out
 
 
-def test_info_of_rolling_forcing_tells_what_its_history_grows_to(network, tmp_path, capsys):
-    out = tmp_path / "rolling.safetensors"
-    assert cli.main(["convert", str(network), str(out), "--family", "rolling"]) == 0
-    capsys.readouterr()
+def test_info_of_rolling_forcing_tells_what_its_history_grows_to(tmp_path, capsys):
+    out = stamped(tmp_path / "rolling.safetensors", "rolling")
     assert cli.main(["info", str(out), "--width", "64", "--height", "64", "--seconds", "30"]) == 0
     # Keys and values of 7 chunks of 48 tokens in 2 layers, 48 wide, in bfloat16.
     assert f"history   {7 * 48 * 2 * 2 * 48 * 2 / 2**20:.1f} MB in bfloat16, whatever" in capsys.readouterr().out

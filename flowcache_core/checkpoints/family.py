@@ -87,11 +87,17 @@ def family_of(
     elif config.fps:
         possible = ["skyreels"]
     else:
-        possible = [*wan_families(), *(["demo"] if found == "demo" else [])]
+        possible = ["demo"] if found == "demo" else wan_families()
     family = found if asked == "auto" else asked
     if family not in possible:
         kind = "MAGI-1's names" if config is None else "an fps embedding" if config.fps else "the Wan 2.1 layout"
+        kind = "the demo model's stamp" if found == "demo" else kind
         raise UserError(f"{path.name} has {kind}, so it cannot be {family!r}; choose {' or '.join(possible)}.")
+    stamped = STAMP in file.metadata or family not in CAUSAL_FAMILIES  # ComfyUI's own flag tells no causal ones apart
+    if family != found and not warnings and stamped:
+        return family, (
+            f"{path.name} says that it is {found}, and is run as {family}, as you chose; auto takes {found}.",
+        )
     return family, warnings if asked == "auto" else ()
 
 

@@ -74,6 +74,8 @@ class ARSampler(host.ChunkSampler):
         engine = call.engine(patch.settings if patch else OFF)
         engine.report.settings = patch.label if patch else "FlowCache off"
         engine.report.notes += notes
+        if self.lag > (steps := len(sigmas) - 1):
+            engine.report.notes.append(f"lag is {self.lag}, above the {steps} steps: one chunk runs after the other")
         for chunk in engine.run():
             check_finite(chunk.latent, f"chunk {chunk.number}")
             call.samples = [chunk.latent] if self.chunks else [*call.samples, chunk.latent]

@@ -14,6 +14,7 @@ from safetensors.torch import save_file
 
 from flowcache_core.checkpoints import CAUSAL_FAMILIES, convert, inspect, load, weight_files
 from flowcache_core.checkpoints.weight_files import open_weights
+from flowcache_core.demo.shipped import NETWORK_FILE
 from flowcache_core.errors import UserError
 from flowcache_core.models.wan import WanConfig, WanNetwork
 from tests.helpers.paths import ROOT
@@ -51,6 +52,19 @@ def test_users_choice_wins(tmp_path, family):
     path = saved(tmp_path / "a.safetensors", weights())
     info = inspect(path, family)
     assert info.family == family and not info.warnings
+
+
+def test_a_choice_against_what_the_file_says_is_told(tmp_path):
+    stamped = saved(tmp_path / "a.safetensors", weights(), {"flowcache": '{"family": "rolling"}'})
+    assert not inspect(stamped, "rolling").warnings
+    (told,) = inspect(stamped, "skyreels").warnings
+    assert "says that it is rolling, and is run as skyreels" in told
+    flagged = saved(tmp_path / "b.safetensors", weights(), {"config": '{"transformer": {"causal_ar": true}}'})
+    assert not inspect(flagged, "causvid").warnings and inspect(flagged, "wan").warnings
+
+
+def test_the_demo_model_is_nothing_else():
+    refused("demo model's stamp, so it cannot be 'skyreels'; choose demo", NETWORK_FILE, family="skyreels")
 
 
 def test_impossible_choice(tmp_path):

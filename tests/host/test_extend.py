@@ -100,6 +100,13 @@ def test_a_prefix_is_kept_and_continued(server):
     assert torch.allclose(ours[:, :, :4], start, atol=1e-5)
 
 
+def test_a_lag_above_the_steps_is_told(server):
+    graph = Graph()
+    node = extend(graph, lag=30, seed=22)
+    report = graph.add("FlowCacheReport", report=(node, 2))
+    assert "lag is 30, above the 4 steps" in server.run(graph).outputs[report]["text"][0]
+
+
 def test_progress_is_told_in_ticks_and_in_words(server):
     graph = Graph()
     node = extend(graph, chunks=3, steps=6, lag=2, seed=21)
