@@ -35,6 +35,7 @@ class VideoStream:
         self.fps = Fraction(fps).limit_denominator(1000)
         self.metadata = dict(metadata or {})
         self.frames = 0
+        self.warning: str | None = None
         self._stream: Any = None
 
     def write(self, frames: np.ndarray) -> None:
@@ -48,12 +49,19 @@ class VideoStream:
         self.frames += len(frames)
 
     def finish(self, metadata: Mapping[str, object] | None = None) -> Path:
-        """Ends the file, with more metadata, as an ordinary mp4 whose index comes first. Nothing is encoded again."""
+        """Ends the file, with more metadata, as an ordinary mp4 whose index comes first. Nothing is encoded again.
+
+        Where that cannot be written (it needs the space once more), the file stays as it is, and `warning` says so.
+        """
         if self._stream is None:
             raise UserError("The video has no frames.")
         self.close()
         self.metadata |= metadata or {}
-        return write_whole(self.path, self._copy)
+        try:
+            write_whole(self.path, self._copy)
+        except (UserError, pyav().FFmpegError) as error:
+            self.warning = f"{self.path.name} plays, but has its index behind and no report inside: {error}"
+        return self.path
 
     def close(self) -> None:
         """Ends the file as it is, with what was written so far."""

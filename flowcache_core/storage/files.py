@@ -6,12 +6,14 @@ import stat
 import tempfile
 import zlib
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from pathlib import Path
 
 import torch
+from safetensors import SafetensorError
 from torch import Tensor
 
-from ..errors import UserError
+from ..errors import UserError, first_line
 
 
 def check_writable(path: Path | str) -> None:
@@ -47,24 +49,50 @@ def checksum(tensors: Mapping[str, Tensor]) -> str:
 def write_whole(path: Path | str, write: Callable[[Path], object]) -> Path:
     """Calls `write` with a temporary path beside the given one, and renames what it wrote once it is whole.
 
-    The folder is made where it is missing.
+    The folder is made where it is missing. When this returns, the file survives a power cut.
 
     Raises:
-        UserError: the folder or file cannot be written.
+        UserError: the folder or file cannot be written, or the disk is full.
     """
     path = Path(path)
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
+        _make_folder(path.parent)
         if path.is_dir():
             raise UserError(f"{path} is a folder; give the name of a file.")
         with tempfile.TemporaryDirectory(prefix=f".{path.stem}.", dir=path.parent) as folder:
             partial = Path(folder) / path.name
             write(partial)
+            _sync(partial)
             os.replace(partial, path)
-    except OSError as error:
-        reason = error.strerror or type(error).__name__
-        raise UserError(f"Cannot write {path} ({reason}); choose a folder that you can write to.") from error
+        _sync_folder(path.parent)
+    except (OSError, SafetensorError) as error:
+        reason = first_line(error) if isinstance(error, SafetensorError) else error.strerror or type(error).__name__
+        todo = "free some space or choose a folder that you can write to"
+        raise UserError(f"Cannot write {path} ({reason}); {todo}.") from error
     return path
+
+
+def _make_folder(folder: Path) -> None:
+    if not folder.exists():
+        _make_folder(folder.parent)
+        folder.mkdir(exist_ok=True)
+        _sync_folder(folder.parent)
+
+
+def _sync(path: Path) -> None:
+    """Waits until what was written is on the disk itself."""
+    with path.open("rb+") as file:
+        os.fsync(file.fileno())
+
+
+def _sync_folder(folder: Path) -> None:
+    """The same for the names in a folder, where the system can (Windows cannot)."""
+    with suppress(OSError):
+        opened = os.open(folder, os.O_RDONLY)
+        try:
+            os.fsync(opened)
+        finally:
+            os.close(opened)
 
 
 def parse_json(text: str | bytes):

@@ -205,7 +205,7 @@ class RunFolder:
 
     def _make_room(self, needed: int) -> None:
         """Removes other runs, the one that was not used for longest first."""
-        if not self.root.exists():
+        if not self.root.is_dir():
             return
         others = [folder for folder in self.root.iterdir() if NAME.fullmatch(folder.name) and folder != self.path]
         others = sorted((folder for folder in others if folder.is_dir() and not folder.is_symlink()), key=_last_used)
@@ -236,7 +236,7 @@ def _last_used(folder: Path) -> float:
 def _files(folder: Path) -> list[os.stat_result]:
     """Of what is in a folder; another server may be writing or removing that run."""
     found = []
-    with suppress(FileNotFoundError):
+    with suppress(FileNotFoundError, NotADirectoryError):
         for file in folder.iterdir():
             with suppress(FileNotFoundError):
                 found.append(file.stat())

@@ -177,8 +177,9 @@ def carry_out(
     side = SideStream(model.load_device, patch.settings.overlap)
     outlet = None if asked.stream is None else VideoOutlet(asked.stream, model, layout.shape, asked.metadata, side)
     keep = asked.stream is None or asked.stream.keep_latents
+    goes_on = asked.resume is not None and asked.resume.goes_on
     untouched = Report(layout.schedule, patch.label)
-    finished = FinishedChunks(folder, outlet, keep, asked.node_id, untouched, prefix, layout.inside, side)
+    finished = FinishedChunks(folder, outlet, keep, asked.node_id, untouched, prefix, layout.inside, goes_on, side)
     video = None
     try:
         if earlier is not None:

@@ -10,6 +10,7 @@ from comfy.model_management import throw_exception_if_processing_interrupted
 from torch import Tensor
 
 from ...flowcache_core.engine.loop import Chunk, Engine, Progress
+from ...flowcache_core.errors import UserError
 from ...flowcache_core.history.snapshot import Snapshot, SnapshotDelta
 from ...flowcache_core.history.streams import AT_ONCE, Pending, SideStream
 from ...flowcache_core.report import Report
@@ -36,6 +37,7 @@ class FinishedChunks(RunListener):
         report, histories: of the run, when it has ended; before that, of what an interrupted run left.
         first: number of the first generated chunk.
         inside: given frames that it begins with, where a sampler hands them out again.
+        goes_on: where a chunk cannot be kept, the run goes on without its folder.
         side: takes chunks to the CPU beside the run. What becomes of them there is left for the next tick, when the
             device has got more to do; `settle` does it.
         latents: on the CPU, in the network's latent space; what came before the run included.
@@ -49,6 +51,7 @@ class FinishedChunks(RunListener):
     report: Report
     first: int
     inside: int = 0
+    goes_on: bool = False
     side: SideStream = AT_ONCE
     histories: dict[Hashable, Snapshot] = field(default_factory=dict)
     latents: list[Tensor] = field(default_factory=list)
@@ -58,6 +61,7 @@ class FinishedChunks(RunListener):
         self.begun = time.perf_counter()
         self.earlier = range(0)
         self.outdated = False
+        self.lost = ""  # why chunks are not kept any more
         self.unkept: list[tuple[int, Pending[Tensor]]] = []  # finished chunks whose keys come with the next forward
         self.tick = self.ticks = 1  # of the run, for the preview
 
@@ -65,6 +69,8 @@ class FinishedChunks(RunListener):
     def notes(self) -> list[str]:
         """For the report."""
         notes = [f"{len(self.earlier)} chunks were there from an interrupted run"] if self.earlier else []
+        if self.lost:
+            notes.append(f"chunks were not kept to resume from any more: {self.lost}")
         if self.outdated:
             notes.append(OUTDATED)
         if self.folder is not None and self.folder.full:
@@ -114,7 +120,12 @@ class FinishedChunks(RunListener):
         self, folder: RunFolder, unkept: list[tuple[int, Pending[Tensor]]], delta: Callable[[], SnapshotDelta]
     ) -> None:
         *before, newest = [Chunk(number, latent.on_cpu()) for number, latent in unkept]
-        folder.add(newest, delta(), before)
+        try:
+            folder.add(newest, delta(), before)
+        except UserError as error:
+            if not self.goes_on:
+                raise
+            self.lost, self.folder = str(error), None
 
     def _hand_on(self, number: int, latent: Pending[Tensor]) -> None:
         frames = self._take(self._generated(Chunk(number, latent.on_cpu())))

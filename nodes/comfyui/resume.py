@@ -22,9 +22,15 @@ PLACES = (  # of the host's patcher, where nodes hang what changes a run
 
 @dataclass(frozen=True)
 class ResumeSettings:
-    """That a run is kept on disk, and how many bytes all such runs may take."""
+    """That a run is kept on disk.
+
+    Attributes:
+        limit: bytes that all such runs may take.
+        goes_on: where a chunk cannot be kept, the run goes on without being kept any more.
+    """
 
     limit: int
+    goes_on: bool = False
 
 
 def root() -> Path:

@@ -1,5 +1,7 @@
 """A run's video as it comes: decoded chunk by chunk, written to ComfyUI's output folder, shown on the node."""
 
+import json
+from collections.abc import Mapping
 from contextlib import nullcontext, suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,7 +15,7 @@ from comfy_api.latest import io, ui
 from server import PromptServer
 from torch import Tensor
 
-from ...flowcache_core.errors import UserError
+from ...flowcache_core.errors import UserError, first_line
 from ...flowcache_core.history.streams import SideStream
 from ...flowcache_core.media.pictures import filmstrip
 from ...flowcache_core.media.video import frames_of
@@ -102,7 +104,17 @@ def workflow_metadata(hidden) -> dict:
     if args.disable_metadata:
         return {}
     prompt = {} if hidden.prompt is None else {"prompt": hidden.prompt}
-    return {**(hidden.extra_pnginfo or {}), **prompt}
+    more = hidden.extra_pnginfo or {}
+    try:
+        if not isinstance(more, Mapping) or not all(isinstance(name, str) and name.isprintable() for name in more):
+            raise TypeError("no names with values")
+        json.dumps(more).encode()
+    except (TypeError, ValueError, RecursionError) as error:
+        raise UserError(
+            f"The request's extra_pnginfo cannot be written into a file ({first_line(error)}); send names with values "
+            f"that JSON can hold, or leave it out."
+        ) from error
+    return {**more, **prompt}
 
 
 def report_metadata(report: Report) -> dict:
@@ -151,6 +163,8 @@ class VideoOutlet:
     def finish(self, report: Report) -> OutputFile:
         self._write(self.decode.finish())
         self.stream.finish(report_metadata(report))
+        if self.stream.warning:
+            report.notes.append(self.stream.warning)
         if self.settings.node_id is not None:
             play(self.file, self.settings.node_id)
         return self.file

@@ -52,6 +52,16 @@ def test_prefixes_that_cannot_be_continued(server, latent, words):
     assert words in fails(server, graph, extend(graph, prefix=(prefix, 0)))
 
 
+@pytest.mark.parametrize("odd", [[1, 2], "words", {"a\0b": 1}])
+def test_a_workflow_that_no_file_can_hold(server, odd):
+    graph = Graph()
+    node = extend(graph, seed=1)
+    graph.add("FlowCacheReport", report=(node, 2))
+    error = server.run(graph, extra_data={"extra_pnginfo": odd}).error
+    assert error["node_id"] == node and error["exception_type"].endswith("UserError"), error["exception_message"]
+    assert "extra_pnginfo cannot be written" in error["exception_message"]
+
+
 def test_weights_that_are_not_finite(server):
     graph = Graph()
     loaded = graph.add(

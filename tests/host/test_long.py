@@ -263,6 +263,29 @@ def test_resume_changes_no_bit_where_several_chunks_are_active(server):
     assert torch.equal(*latents)
 
 
+def test_a_run_that_cannot_be_kept_stops_or_goes_on(server):
+    """Where the folder of all runs should be lies a file."""
+    runs = server.base / "user" / "flowcache" / "runs"
+    if runs.exists():
+        runs.rename(runs.with_name("aside"))
+    runs.parent.mkdir(exist_ok=True)
+    runs.write_bytes(b"")
+    try:
+        for choice in ("stop", "go on unkept"):
+            graph = Graph()
+            resume = graph.add("FlowCacheResume", limit_gb=1.0, on_full_disk=choice)
+            node = extend(graph, seed=68, resume=(resume, 0))
+            report = graph.add("FlowCacheReport", report=(node, 2))
+            if choice == "stop":
+                assert "Cannot write" in fails(server, graph, node)
+            else:
+                assert "not kept to resume from any more" in server.run(graph).outputs[report]["text"][0]
+    finally:
+        runs.unlink()
+        if runs.with_name("aside").exists():
+            runs.with_name("aside").rename(runs)
+
+
 def test_another_seed_or_length_starts_anew(server):
     for seed, chunks in ((61, 2), (62, 2), (61, 3)):
         graph = Graph()

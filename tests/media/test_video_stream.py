@@ -1,5 +1,6 @@
 """A video written while a run goes on: whole, cut short, and killed."""
 
+import errno
 import json
 import subprocess
 import sys
@@ -41,6 +42,22 @@ def test_whole_file_has_all_frames_and_both_metadata(tmp_path):
     assert [file.name for file in stream.path.parent.iterdir()] == ["a.mp4"]
     with av.open(str(stream.path)) as file:
         assert file.streams.video[0].average_rate == 16 and file.streams.video[0].frames == 7
+
+
+def test_a_full_disk_at_the_end_leaves_the_file_that_plays(tmp_path, monkeypatch):
+    stream = VideoStream(tmp_path / "a.mp4", 16, {"note": "words"})
+    for number in range(5):
+        stream.write(picture(number))
+
+    def full(whole: Path) -> None:
+        whole.write_bytes(b"begun")
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(stream, "_copy", full)
+    assert stream.finish({"report": "lost"}) == stream.path
+    assert "No space left on device" in stream.warning and "\n" not in stream.warning
+    assert greys(stream.path) == list(range(5)) and metadata(stream.path)["note"] == "words"
+    assert [file.name for file in tmp_path.iterdir()] == ["a.mp4"]
 
 
 def test_unfinished_file_plays_and_knows_its_metadata(tmp_path):

@@ -2,6 +2,7 @@
 
 import json
 import os
+import resource
 
 import pytest
 import torch
@@ -85,6 +86,18 @@ def test_parts_that_do_not_fit(tmp_path, part, value, words):
 )
 def test_words_that_make_no_state(tmp_path, told):
     assert "damaged state" in refused(tmp_path / "a.safetensors", told)
+
+
+def test_a_disk_that_takes_no_more_is_one_line(tmp_path):
+    """safetensors has an error of its own for it, which is no OSError."""
+    most = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (100, most[1]))
+    try:
+        with pytest.raises(UserError, match="Cannot write .* free some space") as caught:
+            save_state(state(), tmp_path / "a.safetensors")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, most)
+    assert "\n" not in str(caught.value) and not list(tmp_path.iterdir())
 
 
 def test_a_pipe_is_not_waited_for(tmp_path):

@@ -107,12 +107,12 @@ class Server:
         except urllib.error.HTTPError as error:
             raise Refused(error.read().decode()) from None
 
-    def run(self, prompt: dict, timeout: float = 300, on_event=lambda kind, data: None) -> Outcome:
-        """Posts a prompt and follows it on the websocket to its end."""
+    def run(self, prompt: dict, timeout: float = 300, on_event=lambda kind, data: None, **more) -> Outcome:
+        """Posts a prompt, and `more` beside it, and follows it on the websocket to its end."""
         client = uuid.uuid4().hex
         outcome = Outcome()
         with WebSocket("127.0.0.1", self.port, f"/ws?clientId={client}", timeout) as events:
-            prompt_id = self.post("/prompt", {"prompt": prompt, "client_id": client})["prompt_id"]
+            prompt_id = self.post("/prompt", {"prompt": prompt, "client_id": client, **more})["prompt_id"]
             deadline = time.monotonic() + timeout
             while time.monotonic() < deadline:
                 message = events.receive()
