@@ -2,6 +2,7 @@
 
 import math
 import re
+from dataclasses import replace
 from pathlib import Path
 from typing import cast
 
@@ -81,6 +82,26 @@ def wan_config(path: Path, tensors: dict[str, Tensor], settings: dict) -> WanCon
     )
 
 
+def _shapes(config: WanConfig | MagiConfig) -> dict[str, torch.Size]:
+    with torch.device("meta"):
+        network = MagiNetwork(config) if isinstance(config, MagiConfig) else WanNetwork(config)
+    return {name: weight.shape for name, weight in network.state_dict().items()}
+
+
+def _check_count(path: Path, tensors: dict[str, Tensor], config: WanConfig | MagiConfig) -> None:
+    """Raises UserError where there are too few tensors for the blocks that their names promise: to make a network of
+    that many may take minutes."""
+    one = replace(config, layers=1) if isinstance(config, MagiConfig) else replace(config, num_layers=1)
+    layers = config.layers if isinstance(config, MagiConfig) else config.num_layers
+    block = sum(bool(re.search(r"blocks\.(layers\.)?0\.", name)) for name in _shapes(one))
+    least = layers * block // 2  # fused ones are fewer, and told as what they are
+    if len(tensors) < least:
+        raise UserError(
+            f"{path.name} has {len(tensors)} tensors for {layers} blocks, expected at least {least}; it is cut down, "
+            "or one shard of several: give the folder or the index.json."
+        )
+
+
 def own_tensors(
     path: Path, tensors: dict[str, Tensor], config: WanConfig | MagiConfig
 ) -> tuple[dict[str, Tensor], tuple[str, ...]]:
@@ -93,9 +114,8 @@ def own_tensors(
         UserError: a tensor is missing or of another shape.
     """
     magi = isinstance(config, MagiConfig)
-    with torch.device("meta"):
-        network = MagiNetwork(config) if isinstance(config, MagiConfig) else WanNetwork(config)
-    expected = {name: weight.shape for name, weight in network.state_dict().items()}
+    _check_count(path, tensors, config)
+    expected = _shapes(config)
     lost = [name for name in expected if name not in tensors]
     layer = lost[0].rpartition(".")[0].rpartition(".")[0] if lost else ""
     instead = [name for name in tensors if name not in expected and layer and name.startswith(f"{layer}.")]

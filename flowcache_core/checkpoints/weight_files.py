@@ -11,6 +11,7 @@ import re
 import shutil
 import warnings
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
@@ -20,6 +21,7 @@ from torch import Tensor
 
 from ..errors import UserError, first_line
 from ..storage.files import parse_json, write_whole
+from .guards import check_claims, check_kind, check_pickle, read_json_text
 
 Progress = Callable[[int, int], None]  # bytes written, bytes in all
 
@@ -145,7 +147,7 @@ def folder_settings(folder: Path) -> dict:
     if not file.is_file():
         return {}
     try:
-        settings = parse_json(file.read_text())
+        settings = parse_json(read_json_text(file))
     except ValueError as error:
         raise UserError(f"{file} is not valid JSON ({error}); download it again.") from error
     return settings if isinstance(settings, dict) else {}
@@ -182,12 +184,14 @@ def _only_model(folder: Path) -> tuple[Path, tuple[str, ...]]:
 def _index_of(path: Path) -> Path:
     """The index that names a file as one of its shards; the file itself where there is none."""
     for index in sorted(path.parent.glob("*.index*.json")) if path.suffix in (".safetensors", ".bin") else ():
-        if json.dumps(path.name) in index.read_text():
-            return index
+        with suppress(ValueError):
+            if json.dumps(path.name) in read_json_text(index):
+                return index
     return path
 
 
 def _open_file(path: Path, use_ema: bool) -> WeightFile:
+    check_kind(path)
     return _open_torch(path, use_ema) if _first_bytes(path).startswith(b"PK\x03\x04") else _open_safetensors(path)
 
 
@@ -250,7 +254,7 @@ def _open_shards(index: Path, use_ema: bool) -> WeightFile:
         shards = [f"{front}-{number:05d}-of-{count}{end}" for number in range(1, int(count) + 1)]
     else:
         try:
-            places = parse_json(index.read_text())["weight_map"]
+            places = parse_json(read_json_text(index))["weight_map"]
             shards = sorted(set(places.values()))
         except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise UserError(f"{index.name} has no weight_map, expected an index of shards; check the file.") from error
@@ -306,6 +310,7 @@ def _unpack(shard: Path) -> None:
 
 def _open_torch(path: Path, use_ema: bool) -> WeightFile:
     try:
+        check_pickle(path)
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # read-only maps; nothing here writes into them
             content = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
@@ -328,6 +333,7 @@ def _open_torch(path: Path, use_ema: bool) -> WeightFile:
     if not tensors:
         entries = ", ".join(map(str, list(content)[:4])) or "nothing"
         raise UserError(f"{path.name} holds {entries}, expected named tensors; give a checkpoint's file.")
+    check_claims(path, tensors)
     return WeightFile(tensors, {}, path.stat().st_size, wrapper)
 
 

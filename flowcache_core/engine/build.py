@@ -12,6 +12,7 @@ from torch import Tensor
 from ..history.cache import Attention
 from ..history.plan import MemoryPlan, plan_memory
 from ..history.positions import RotaryTables
+from ..history.room import check_room
 from ..history.snapshot import Snapshot
 from ..report import Report
 from ..reuse.policies import Policy, aligned
@@ -94,6 +95,7 @@ def build_engine(run: RunSettings, make: Callable[..., CausalForward] = CausalFo
         sizes, grid = run.backbone.sizes, run.backbone.grid(*size)
         a_branch = rolling_bytes(sizes, grid, schedule, frames, batch, run.dtype.itemsize)
         report.history_bytes_planned = run.branches * a_branch
+        check_room(report.history_bytes_planned, run.device)
     else:
         forward = causal_forward(run, policy, report, make)
     return Engine(forward, schedule, policy, settings.between, run.sampling, run.on_progress, run.cancelled)
@@ -102,11 +104,17 @@ def build_engine(run: RunSettings, make: Callable[..., CausalForward] = CausalFo
 def causal_forward(
     run: RunSettings, policy: Policy, report: Report, make: Callable[..., CausalForward] = CausalForward
 ) -> CausalForward:
-    """Makes a run's forward over a history, with its memory planned."""
+    """Makes a run's forward over a history, with its memory planned.
+
+    Raises:
+        UserError: there is less memory than that.
+    """
+    plan = plan_run(run, policy)
+    check_room(plan.bytes, run.device)
     return make(
         run.backbone,
         run.guidance,
-        plan_run(run, policy),
+        plan,
         run.settings,
         report,
         aligned=aligned(policy, run.schedule),

@@ -11,6 +11,7 @@ from dataclasses import asdict, dataclass
 from ..errors import UserError
 
 FORMAT = "flowcache-calibration-1"
+MOST = 100_000  # of anything that a calibration counts
 # Quality by name; between them it is what number you like.
 QUALITIES = {"draft": 0.2, "balanced": 0.5, "high": 0.8, "lossless": 1.0}
 
@@ -90,10 +91,12 @@ def parse_calibration(text: str) -> Calibration:
             raise ValueError("another format")
         curve = tuple(Measured(tuple(one["steps"]), float(one["psnr"])) for one in told.pop("curve"))
         calibration = Calibration(**told, curve=curve)
+        if not all(type(told[name]) is int and 0 < told[name] <= MOST for name in ("steps", "lag", "chunks", "clips")):
+            raise ValueError(f"a steps, lag, chunks or clips that is no number from 1 to {MOST}")
         for one in curve:
             if list(one.steps) != sorted({*one.steps, 0}) or one.steps[-1] >= calibration.steps:
                 raise ValueError(f"a list of steps {one.steps}")
-    except (KeyError, TypeError, AttributeError, IndexError, RecursionError) as error:
+    except (KeyError, TypeError, AttributeError, IndexError, OverflowError, RecursionError) as error:
         raise ValueError(error) from error
     return calibration
 

@@ -11,8 +11,10 @@ import torch
 
 from flowcache_core.engine.guidance import classifier_free
 from flowcache_core.engine.loop import Engine
+from flowcache_core.errors import UserError
+from flowcache_core.history import room
 from flowcache_core.history.cache import History
-from flowcache_core.models.magi.forward import MagiSampling
+from flowcache_core.models.magi.forward import MagiForward, MagiSampling
 from flowcache_core.models.presets import PRESETS
 from flowcache_core.models.wan import WanBackbone
 from flowcache_core.schedule import ChunkSchedule, Given
@@ -170,3 +172,19 @@ def test_what_is_not_aligned_does_need_more():
 def test_texts_of_chunks_that_are_never_active_together_take_no_memory():
     planned = {texts: wan_engine(ChunkSchedule(8, 4, 4), OFF, texts=texts).forward.plan for texts in (2, 1000)}
     assert planned[1000].texts == planned[2].texts == 2
+
+
+def test_a_run_that_cannot_fit_is_refused_before_anything_is_allocated(monkeypatch):
+    monkeypatch.setattr(room, "system_memory", lambda: 2**10)
+    monkeypatch.setattr(History, "__init__", lambda *args: pytest.fail("it was allocated"))
+    monkeypatch.setattr(MagiForward, "__init__", lambda *args, **more: pytest.fail("it was allocated"))
+    for make in (
+        lambda: wan_engine(ChunkSchedule(8, 4, 4), OFF),
+        lambda: magi_run("base"),
+    ):
+        with pytest.raises(UserError, match=r"takes [\d.,]+ GiB beside the model, and this machine has 0.0 GiB"):
+            make()
+
+
+def test_the_memory_of_this_machine_is_known():
+    assert room.system_memory() > 2**28

@@ -26,6 +26,7 @@ from ...history.cache import History, begin_delta, moved_note
 from ...history.offload import OUT_OF_MEMORY, attempts
 from ...history.plan import MemoryPlan, plan_memory
 from ...history.positions import Positions, RotaryTables
+from ...history.room import check_room
 from ...history.snapshot import Snapshot, SnapshotDelta
 from ...history.streams import SideStream
 from ...report import Report
@@ -470,6 +471,7 @@ def magi_engine(
     settings = magi_settings(settings, sampling, schedule)
     policy, report = settings.reuse.policy(schedule), Report(schedule)
     plan = magi_plan(backbone.config, schedule, settings, sampling, shape, backbone.network.dtype.itemsize)
+    check_room(plan.bytes, device)
 
     check = partial(check_cancelled, cancelled, report)
     forward = MagiForward(
