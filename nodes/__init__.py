@@ -6,6 +6,7 @@ from .ar_sampler import ARSamplerNode
 from .calibrate import Calibrate
 from .comfyui.input_checks import checked
 from .comfyui.outputs import run_streams
+from .comfyui.states import register_folder
 from .compare_videos import CompareVideos
 from .demo_prompt import DemoPrompt
 from .extend import AutoregressiveExtend
@@ -14,10 +15,12 @@ from .flowcache import FlowCache
 from .load_demo_vae import LoadDemoVAE
 from .load_magi_vae import LoadMagiVAE
 from .load_model import LoadARVideoModel
+from .load_state import LoadState
 from .magi_prompt import MagiPrompt
 from .prompts_over_time import PromptsOverTime
 from .report import FlowCacheReport
 from .resume import Resume
+from .save_state import SaveState
 from .save_video import SaveVideo
 from .stream_video import StreamVideo
 
@@ -37,6 +40,8 @@ class FlowCacheExtension(ComfyExtension):
             ExtendInWindows,
             StreamVideo,
             Resume,
+            SaveState,
+            LoadState,
             ARSamplerNode,
             FlowCacheReport,
             SaveVideo,
@@ -47,4 +52,5 @@ class FlowCacheExtension(ComfyExtension):
 
 async def comfy_entrypoint() -> FlowCacheExtension:
     run_streams()
+    register_folder()
     return FlowCacheExtension()

@@ -5,6 +5,7 @@ from comfy_api.latest import io
 
 from ..flowcache_core.media.video import frames_of
 from ..flowcache_core.media.video_stream import VideoStream
+from .comfyui.progress import progress_text
 from .comfyui.stream import OutputFile, report_metadata, workflow_metadata
 from .comfyui.types import ReportType
 from .comfyui.widgets import schema
@@ -25,7 +26,7 @@ class SaveVideo(io.ComfyNode):
             ],
             outputs=[],
             found_by=("save video", "export video", "mp4", "metadata"),
-            hidden=[io.Hidden.prompt, io.Hidden.extra_pnginfo],
+            hidden=[io.Hidden.unique_id, io.Hidden.prompt, io.Hidden.extra_pnginfo],
             is_output_node=True,
         )
 
@@ -37,6 +38,8 @@ class SaveVideo(io.ComfyNode):
             for part in images[..., :3].split(AT_ONCE):
                 stream.write(frames_of(2 * part.movedim(-1, 0) - 1))
             stream.finish(report_metadata(report))
+            if stream.warning:
+                progress_text(stream.warning, cls.hidden.unique_id)
         finally:
             stream.close()
             file.drop_empty()

@@ -53,7 +53,7 @@ class OutputFile:
     subfolder: str
 
     @classmethod
-    def new(cls, prefix: str, width: int, height: int) -> "OutputFile":
+    def new(cls, prefix: str, width: int, height: int, ending: str = ".mp4") -> "OutputFile":
         """The next free number behind a prefix. The file is there from now on, so that no other run or server takes it.
 
         Raises:
@@ -64,7 +64,7 @@ class OutputFile:
         try:
             _, name, counter, subfolder, _ = folder_paths.get_save_image_path(prefix, root, width, height)
             while True:
-                file = cls(f"{name}_{counter:05}_.mp4", subfolder)
+                file = cls(f"{name}_{counter:05}_{ending}", subfolder)
                 with suppress(FileExistsError):
                     file.path.touch(exist_ok=False)
                     return file

@@ -15,6 +15,8 @@ NODES = [
     "FlowCachePromptsOverTime",
     "FlowCacheStreamVideo",
     "FlowCacheResume",
+    "FlowCacheSaveState",
+    "FlowCacheLoadState",
     "FlowCacheCompareVideos",
     "FlowCacheSaveVideo",
 ]
