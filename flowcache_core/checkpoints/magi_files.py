@@ -18,7 +18,7 @@ TOKENS_FILE = "special_tokens.npz"
 
 def is_vae(path: str | Path) -> bool:
     """Tells whether a file or folder holds MAGI-1's autoencoder."""
-    return {"encoder.cls_token", "decoder.cls_token"} <= open_weights(Path(path)).tensors.keys()
+    return {"encoder.cls_token", "decoder.cls_token"} <= open_weights(Path(path), mapped=False).tensors.keys()
 
 
 def read_vae(path: str | Path) -> MagiVae:

@@ -52,11 +52,11 @@ def inspect(path: str | Path, family: str = "auto") -> CheckpointInfo:
     Raises:
         UserError: not weights, another architecture, parts missing, or a family that the file cannot be.
     """
-    return load(path, family)[0]
+    return load(path, family, mapped=False)[0]
 
 
 def load(
-    path: str | Path, family: str = "auto", check_finite: bool = False, use_ema: bool = True
+    path: str | Path, family: str = "auto", check_finite: bool = False, use_ema: bool = True, mapped: bool = True
 ) -> tuple[CheckpointInfo, dict[str, Tensor]]:
     """Opens a checkpoint: what it is, and its weights, mapped from disk, under Wan 2.1's (or MAGI-1's) names.
 
@@ -64,6 +64,7 @@ def load(
         family: as for `inspect`.
         check_finite: also read every weight and refuse NaN and infinity.
         use_ema: of a torch file that has both, take "generator_ema" rather than "generator".
+        mapped: False gives tensors of the meta device, whose weights nobody can read.
 
     Raises:
         UserError: as for `inspect`; or a weight that is NaN or infinite, by name.
@@ -71,7 +72,7 @@ def load(
     path = Path(path)
     if family != "auto" and family not in FAMILIES:
         raise UserError(f"The family {family!r} is unknown; choose auto or one of {', '.join(FAMILIES)}.")
-    file = open_weights(path, use_ema)
+    file = open_weights(path, use_ema, mapped)
     prefix, layout = layout_of(path, file.tensors)
     tensors = renamed(file.tensors, prefix, layout)
     refuse_others(path, tensors)

@@ -78,7 +78,7 @@ def wan_config(path: Path, tensors: dict[str, Tensor], settings: dict) -> WanCon
         patch_size=cast(tuple[int, int, int], tuple(patch_size)),
         eps=eps,
         fps="fps_embedding.weight" in tensors,
-        cross_attn_norm="blocks.0.norm3.weight" in tensors,
+        cross_attn_norm=any(".norm3." in name for name in tensors),
     )
 
 
@@ -149,6 +149,7 @@ def own_tensors(
 
 
 def _left_out(path: Path, others: list[str], layout: str) -> str:
+    others = sorted(others)
     unknown = [name for name in others if not IDLE.search(name)]
     first, more = ", ".join((unknown or others)[:3]), len(unknown or others) - 3
     names = first + (f" and {more} more" if more > 0 else "")

@@ -33,6 +33,7 @@ NAMES = {  # in safetensors 0.8; torch 2.5 does not have them all
     "uint64": "U64", "uint32": "U32", "uint16": "U16", "uint8": "U8", "bool": "BOOL",
 }  # fmt: skip
 DTYPE_NAMES = {getattr(torch, name): code for name, code in NAMES.items() if hasattr(torch, name)}
+DTYPES = {code: dtype for dtype, code in DTYPE_NAMES.items()}
 FLOAT4 = getattr(torch, "float4_e2m1fn_x2", None)  # two numbers in a byte, which a header counts apart
 
 UPSTREAMS_FOLDERS = "inference_weight*"  # in which MAGI-1's loader looks for weights
@@ -66,13 +67,15 @@ class WeightFile:
     notes: tuple[str, ...] = ()
 
 
-def open_weights(path: Path, use_ema: bool = True) -> WeightFile:
+def open_weights(path: Path, use_ema: bool = True, mapped: bool = True) -> WeightFile:
     """Opens a safetensors file, a torch file, an index.json with its shards, a folder that holds one of them, or
     diffusers' folder of a pipeline. A shard stands for all of them, which an index beside it names, or its own number
     of so many. One that is there as .zst only is unpacked beside it, once, where a package for that is installed.
 
     Args:
         use_ema: of a torch file that has both, take "generator_ema" rather than "generator".
+        mapped: False reads names, shapes and types alone, and gives tensors on the meta device. Safetensors' own reader
+            maps the whole file, which a system may refuse, and has it read ahead.
 
     Raises:
         UserError: the file is missing, cut short, or of another kind.
@@ -82,7 +85,7 @@ def open_weights(path: Path, use_ema: bool = True) -> WeightFile:
     file, notes = _only_model(path) if path.is_dir() else (path, ())
     file = _index_of(file)
     several = file.suffix == ".json" or SHARD.fullmatch(file.name)
-    held = _open_shards(file, use_ema) if several else _open_file(file, use_ema)
+    held = (_open_shards if several else _open_file)(file, use_ema, mapped)
     try:
         settings = folder_settings(file.parent)
     except UserError:
@@ -190,14 +193,18 @@ def _index_of(path: Path) -> Path:
     return path
 
 
-def _open_file(path: Path, use_ema: bool) -> WeightFile:
+def _open_file(path: Path, use_ema: bool, mapped: bool) -> WeightFile:
     check_kind(path)
-    return _open_torch(path, use_ema) if _first_bytes(path).startswith(b"PK\x03\x04") else _open_safetensors(path)
+    if _first_bytes(path).startswith(b"PK\x03\x04"):
+        return _open_torch(path, use_ema, mapped)
+    return _open_safetensors(path, mapped)
 
 
-def _open_safetensors(path: Path) -> WeightFile:
+def _open_safetensors(path: Path, mapped: bool) -> WeightFile:
     size = path.stat().st_size
-    _check_header(path, _first_bytes(path), size)
+    header = _checked_header(path, _first_bytes(path), size)
+    if not mapped:
+        return _told(path, header, size)
     try:
         with safe_open(path, framework="pt") as file:
             return WeightFile({name: file.get_tensor(name) for name in file.keys()}, file.metadata() or {}, size)
@@ -211,8 +218,27 @@ def _open_safetensors(path: Path) -> WeightFile:
         ) from error
 
 
-def _check_header(path: Path, start: bytes, size: int) -> None:
-    """Says what a file is when it is no whole safetensors file."""
+def _told(path: Path, header: dict, size: int) -> WeightFile:
+    """What a header says of the tensors, without them."""
+    metadata = header.pop("__metadata__", {})
+    try:
+        tensors = {}
+        for name, entry in header.items():
+            dtype, shape = DTYPES[entry["dtype"]], entry["shape"]
+            shape = [*shape[:-1], shape[-1] // 2] if dtype == FLOAT4 else shape
+            tensors[name] = torch.empty(shape, dtype=dtype, device="meta")
+        if not all(isinstance(word, str) for pair in metadata.items() for word in pair):
+            raise TypeError("metadata that is no text")
+    except (KeyError, TypeError, ValueError, AttributeError, RuntimeError, IndexError) as error:
+        raise UserError(
+            f"{path.name} has a header that cannot be read ({first_line(error)}); download it again, or one of another "
+            "type."
+        ) from error
+    return WeightFile(tensors, metadata, size)
+
+
+def _checked_header(path: Path, start: bytes, size: int) -> dict:
+    """The header of a whole safetensors file; says what the file is when it is none."""
     kinds = {
         b"GGUF": "a GGUF file; load it with ComfyUI-GGUF's own loader node",
         b"\x80": "a pickle, which can run code when it is opened, so it is not; ask for a safetensors file",
@@ -243,9 +269,10 @@ def _check_header(path: Path, start: bytes, size: int) -> None:
             raise UserError(f"{path.name} has a broken safetensors header; download it again.") from error
     if expected > size:
         raise UserError(short.format(expected))
+    return header
 
 
-def _open_shards(index: Path, use_ema: bool) -> WeightFile:
+def _open_shards(index: Path, use_ema: bool, mapped: bool) -> WeightFile:
     """Opens all shards that an index names, or that go with one of them by their numbers."""
     places: dict[str, str] = {}
     numbers = SHARD.fullmatch(index.name)
@@ -274,7 +301,7 @@ def _open_shards(index: Path, use_ema: bool) -> WeightFile:
                 f"{index.name} goes with {name}, which is not beside it: one shard of several; put all {len(shards)} "
                 f"in {index.parent}."
             )
-        held = _open_file(shard, use_ema)
+        held = _open_file(shard, use_ema, mapped)
         tensors |= held.tensors
         metadata |= held.metadata
         size += held.bytes
@@ -300,7 +327,7 @@ def _unpack(shard: Path) -> None:
         def write(partial: Path) -> None:
             with open(partial, "wb") as file:
                 shutil.copyfileobj(source, file, 1 << 24)
-            _check_header(partial, _first_bytes(partial), partial.stat().st_size)  # zstandard ends early in silence
+            _checked_header(partial, _first_bytes(partial), partial.stat().st_size)  # zstandard ends early in silence
 
         try:
             write_whole(shard, write)
@@ -308,12 +335,12 @@ def _unpack(shard: Path) -> None:
             raise UserError(f"{packed.name} does not unpack ({first_line(error)}); download it again.") from error
 
 
-def _open_torch(path: Path, use_ema: bool) -> WeightFile:
+def _open_torch(path: Path, use_ema: bool, mapped: bool) -> WeightFile:
     try:
         check_pickle(path)
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # read-only maps; nothing here writes into them
-            content = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+            content = torch.load(path, map_location="cpu" if mapped else "meta", weights_only=True, mmap=True)
     except Exception as error:  # torch raises many kinds for what it will not read
         raise UserError(
             f"{path.name} is a zip but no torch file of plain tensors ({first_line(error)}); it may be cut short or "

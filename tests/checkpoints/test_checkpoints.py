@@ -235,6 +235,7 @@ def test_a_file_that_is_larger_than_memory(tmp_path, monkeypatch):
     path = saved(tmp_path / "a.safetensors", weights())
     monkeypatch.setattr(weight_files, "safe_open", refuse)
     refused("cannot be mapped .*Cannot allocate memory.*use shards", path)
+    assert inspect(path).config == CONFIG  # names and shapes are read without the weights
 
 
 def test_cut_short_anywhere(tmp_path):
@@ -367,6 +368,8 @@ def test_types_that_cannot_be_read_or_run(tmp_path):
     header = json.dumps({"x": {"dtype": "F6_E3M2", "shape": [4, 8], "data_offsets": [0, 24]}}).encode()
     (tmp_path / "a.safetensors").write_bytes(len(header).to_bytes(8, "little") + header + bytes(24))
     refused("cannot be read .*F6_E3M2.*another type", tmp_path / "a.safetensors")
+    with pytest.raises(UserError, match="cannot be read .*F6_E3M2.*another type"):
+        inspect(tmp_path / "a.safetensors")
     packed = weights()
     name = "blocks.0.self_attn.q.weight"
     packed[name] = torch.zeros(128, 64, dtype=torch.uint8)

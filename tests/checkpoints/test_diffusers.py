@@ -213,3 +213,7 @@ def test_a_network_without_the_norm_before_the_text_runs(tmp_path):
     assert not same(loaded, load_backbone(folder(tmp_path / "with"), "wan"))
     convert(path, tmp_path / "out.safetensors", "wan")
     assert inspect(tmp_path / "out.safetensors").config == loaded.info.config
+    tensors = weights()
+    del tensors["blocks.0.norm2.weight"]
+    with pytest.raises(UserError, match="lacks blocks.0.norm3.weight"):
+        inspect(folder(tmp_path / "damaged", tensors), "wan")

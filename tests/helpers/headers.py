@@ -40,31 +40,6 @@ def write_safetensors(path: Path, header: Header, metadata: dict[str, str] | Non
         file.truncate(8 + len(text) + end)
 
 
-class Headers:
-    """In place of safetensors' `safe_open`, which maps the whole file and so needs a machine with as much memory."""
-
-    def __init__(self, path: Path, framework: str):
-        with open(path, "rb") as file:
-            self.entries = json.loads(file.read(int.from_bytes(file.read(8), "little")))
-        self.told = self.entries.pop("__metadata__", None)
-
-    def __enter__(self) -> "Headers":
-        return self
-
-    def __exit__(self, *error) -> None:
-        pass
-
-    def keys(self) -> list[str]:
-        return list(self.entries)
-
-    def metadata(self) -> dict[str, str] | None:
-        return self.told
-
-    def get_tensor(self, name: str) -> torch.Tensor:
-        entry = self.entries[name]
-        return torch.empty(entry["shape"], dtype=TYPES[entry["dtype"]], device="meta")
-
-
 def write_shards(folder: Path, stem: str, count: int, header: Header) -> None:
     names = list(header)
     for number in range(count):

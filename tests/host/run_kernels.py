@@ -1,7 +1,7 @@
 """Runs in the host's Python: `run_kernels.py host pack` hands the host's kernels what our forwards do.
 
-Prints, as JSON, how far the host's rotary product is from ours and what it was handed; how many key heads each attention
-got; which linear layers of a network got inputs that the host's fp8 product takes, in its own forward and in ours.
+Prints, as JSON, how far the host's rotary product is from ours and what it was handed; how many key heads each
+attention got; which linear layers got inputs that the host's fp8 product takes, in its own forward and in ours.
 """
 
 import importlib

@@ -1,4 +1,4 @@
-"""The host's kernels get what they were made for: its rotary product, its attentions, its fp8 products; on both hosts."""
+"""The host's kernels get what they were made for: rotary product, attentions, fp8 products; on both hosts."""
 
 import json
 import subprocess

@@ -80,18 +80,18 @@ def test_packed_shards_are_unpacked_once(tmp_path, monkeypatch):
     whole = (tmp_path / "plain").read_bytes()
     places = dict.fromkeys(weights(), "model.safetensors")
     (tmp_path / "model.safetensors.index.json").write_text(json.dumps({"weight_map": places}))
-    packed.write_bytes(lzma.compress(whole))
+    packed.write_bytes(lzma.compress(whole, preset=0))
     for name in ("compression.zstd", "zstandard"):
         monkeypatch.setitem(sys.modules, name, None)
     with pytest.raises(UserError, match="no package unpacks it: install zstandard"):
         checkpoints.inspect(tmp_path)
     monkeypatch.setitem(sys.modules, "zstandard", SimpleNamespace(open=lzma.open, ZstdError=lzma.LZMAError))
-    for broken in (lzma.compress(whole[:-9]), lzma.compress(whole)[:-99], b"no such format"):
+    for broken in (lzma.compress(whole[:-9], preset=0), lzma.compress(whole, preset=0)[:-99], b"no such format"):
         packed.write_bytes(broken)
         with pytest.raises(UserError, match="cut short|does not unpack"):
             checkpoints.inspect(tmp_path)
         assert not (tmp_path / "model.safetensors").exists()
-    packed.write_bytes(lzma.compress(whole))
+    packed.write_bytes(lzma.compress(whole, preset=0))
     assert checkpoints.load(tmp_path)[1].keys() == weights().keys()
     packed.unlink()
     assert checkpoints.inspect(tmp_path).family == "magi"
