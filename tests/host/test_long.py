@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 from flowcache_core.demo import vae as demo_vae
 from flowcache_core.storage.state import load_state, save_state
@@ -312,6 +312,10 @@ def was_kept(server, node: str = "", settings: dict | None = None) -> bool:
 
 @pytest.fixture(scope="module")
 def kept_plain(server) -> bool:
+    loras = server.base / "models" / "loras"
+    loras.mkdir(exist_ok=True)
+    ends = {end: f"diffusion_model.blocks.0.self_attn.q.lora_{end}.weight" for end in "AB"}
+    save_file({ends["A"]: torch.ones(4, 96), ends["B"]: torch.ones(96, 4)}, loras / "kept.safetensors")
     return not was_kept(server) and was_kept(server)
 
 
@@ -334,6 +338,7 @@ SKIP_LAYERS = {
         ("Epsilon Scaling", {"scaling_factor": 1.1}),
         ("ScaleROPE", {f"{what}_{axis}": float(what == "scale") for what in ("scale", "shift") for axis in "xyt"}),
         ("ModelSamplingSD3", {"shift": 2.0}),
+        ("LoraLoaderModelOnly", {"lora_name": "kept.safetensors", "strength_model": 1.0}),
     ],
 )
 def test_a_run_with_another_node_on_the_model_is_another_run(server, kept_plain, node, settings):
