@@ -62,7 +62,7 @@ class SeeEveryStep:
     something that cannot be looked into."""
 
     INPUT_TYPES = classmethod(
-        lambda cls: {"required": {"model": ("MODEL",), "opaque": ("BOOLEAN", {"default": False})}}
+        lambda cls: {"required": {"model": ("MODEL",)}, "optional": {"opaque": ("BOOLEAN", {"default": False})}}
     )
     RETURN_TYPES = ("MODEL",)
     FUNCTION = "patch"
