@@ -78,6 +78,7 @@ def load(
     refuse_others(path, tensors)
     settings, unheeded = transformer_settings(path, file, tensors)
     wan = None if layout == "magi" else wan_config(path, tensors, settings)
+    chosen = family != "auto"
     family, open_question = family_of(path, file, wan, settings, family)
     config = wan or MagiConfig.from_tensors(tensors, distilled=family == "magi distilled")
     tensors, left_out = own_tensors(path, tensors, config)
@@ -85,7 +86,7 @@ def load(
     dtype = tensors[f"{first}.q.weight"].dtype
     if check_finite:
         _check_finite(path, tensors)
-    warnings, guessed = (*open_question, *file.notes, *unheeded, *left_out), bool(open_question)
+    warnings, guessed = (*open_question, *file.notes, *unheeded, *left_out), bool(open_question) and not chosen
     return CheckpointInfo(family, config, dtype, layout, prefix, file.metadata, file.bytes, warnings, guessed), tensors
 
 

@@ -85,6 +85,8 @@ def open_weights(path: Path, use_ema: bool = True, mapped: bool = True) -> Weigh
     file, notes = _only_model(path) if path.is_dir() else (path, ())
     file = _index_of(file)
     several = file.suffix == ".json" or SHARD.fullmatch(file.name)
+    if file.exists():  # of shards there may be only one that is packed
+        check_kind(file)
     held = (_open_shards if several else _open_file)(file, use_ema, mapped)
     try:
         settings = folder_settings(file.parent)
@@ -360,7 +362,8 @@ def _open_torch(path: Path, use_ema: bool, mapped: bool) -> WeightFile:
     if not tensors:
         entries = ", ".join(map(str, list(content)[:4])) or "nothing"
         raise UserError(f"{path.name} holds {entries}, expected named tensors; give a checkpoint's file.")
-    check_claims(path, tensors)
+    if mapped:
+        check_claims(path, tensors)
     return WeightFile(tensors, {}, path.stat().st_size, wrapper)
 
 

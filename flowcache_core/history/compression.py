@@ -6,6 +6,7 @@ bounded. Ties are broken by age, the older token stays, which makes the choice d
 """
 
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -13,6 +14,7 @@ from torch import Tensor
 
 from ..errors import UserError
 from ..settings import Compression
+from ..solvers.weights import weighted
 from .products import wide_product
 
 
@@ -33,16 +35,17 @@ def importance(queries: Tensor, keys: Tensor, pool: int) -> Tensor:
     batch, heads, count, width = keys.shape
     group = queries.shape[1] // heads
     across = keys.flatten(0, 1).mT  # [B * heads, D, N]
-    asked = (queries * width**-0.5).unflatten(1, (heads, group)).flatten(0, 1)  # [B * heads, group, Q, D]
+    asked = queries.unflatten(1, (heads, group)).flatten(0, 1)  # [B * heads, group, Q, D]
     row_bytes = 2 * keys.itemsize * batch * heads * group * count  # logits of a query, and their softmax
-    total = torch.zeros(batch * heads, count, device=keys.device)
+    means, weights = [], []
     for part in asked.split(max(1, tile_bytes(keys.device) // row_bytes), dim=2):
-        logits = part.flatten(1, 2) @ across
+        logits = torch.baddbmm(part.new_empty(1, 1, 1), part.flatten(1, 2), across, beta=0, alpha=width**-0.5)
         if group > 1:
             logits = logits.unflatten(1, (group, -1)).amax(dim=1)
-        total += logits.softmax(dim=-1).sum(dim=1, dtype=torch.float32)
-    total = total.unflatten(0, (batch, heads)) / queries.shape[2]
-    return F.max_pool1d(total, pool, stride=1, padding=pool // 2) if pool > 1 else total
+        means.append(logits.softmax(dim=-1).mean(dim=1, dtype=torch.float32))
+        weights.append(part.shape[2] / queries.shape[2])
+    mean = weighted(means, weights).unflatten(0, (batch, heads))
+    return F.max_pool1d(mean, pool, stride=1, padding=pool // 2) if pool > 1 else mean
 
 
 def tile_bytes(device: torch.device) -> int:
@@ -56,7 +59,8 @@ def tile_bytes(device: torch.device) -> int:
 def redundancy(keys: Tensor) -> Tensor:
     """Measures how alike each key is to all others: softmax over tokens of its mean cosine similarity to them.
 
-    The mean over the others equals (k_i . sum_j k_j - 1) / N for unit keys, so no N x N matrix is needed.
+    The mean over the others equals (k_i . sum_j k_j - 1) / N for unit keys, so no N x N matrix is needed. The 1 makes
+    no difference to the softmax.
 
     Args:
         keys: [B, heads, N, D].
@@ -66,35 +70,34 @@ def redundancy(keys: Tensor) -> Tensor:
     """
     batch, heads, count, _ = keys.shape
     flat = keys.flatten(0, 1)
-    scale = 1 / torch.linalg.vector_norm(flat, dim=-1, dtype=torch.float32).clamp(min=1e-12)  # [B * heads, N]
+    scale = torch.linalg.vector_norm(flat, dim=-1, dtype=torch.float32).clamp(min=1e-12).reciprocal()  # [B * heads, N]
     total = wide_product(scale[:, None].to(keys.dtype), flat).mT  # [B * heads, D, 1]
     similarity = wide_product(flat, total.to(keys.dtype))[..., 0] * scale
-    return ((similarity - 1.0) / count).softmax(dim=-1).unflatten(0, (batch, heads))
+    return (similarity / count).softmax(dim=-1).unflatten(0, (batch, heads))
 
 
 def score(queries: Tensor, keys: Tensor, weight: float, pool: int) -> Tensor:
-    """Weighs lambda * importance - (1 - lambda) * redundancy, float32 [B, key heads, N]; shapes as in `importance`."""
-    return weight * importance(queries, keys, pool) - (1.0 - weight) * redundancy(keys)
+    """Weighs lambda * importance - (1 - lambda) * redundancy, float32 [B, key heads, N], divided by lambda where that
+    is not 0; shapes as in `importance`."""
+    alike = redundancy(keys)
+    return torch.sub(importance(queries, keys, pool), alike, alpha=(1.0 - weight) / weight) if weight else -alike
 
 
-def keep_best(scores: Tensor, keep: int, unit: int = 1) -> Tensor:
-    """Finds the tokens with the highest scores, in time order.
+def best_units(scores: Tensor, count: int, unit: int = 1) -> Tensor:
+    """Finds the units of tokens with the highest scores, in time order.
 
     Args:
         scores: [B, heads, N].
-        keep: how many tokens stay, a multiple of `unit`.
+        count: how many units stay.
         unit: tokens that stay or go together (1, a frame's or a chunk's), by their mean score.
 
     Returns:
-        int64 [B, heads, keep], ascending.
+        int64 [B, heads, count], ascending.
     """
     if unit > 1:
         scores = scores.unflatten(-1, (-1, unit)).mean(dim=-1)
     order = scores.argsort(dim=-1, descending=True, stable=True)
-    best = order[..., : keep // unit].sort(dim=-1).values
-    if unit == 1:
-        return best
-    return (best[..., None] * unit + torch.arange(unit, device=best.device)).flatten(-2)
+    return order[..., :count].sort(dim=-1).values
 
 
 def asking_queries(settings: Compression, count: int) -> slice:
@@ -113,6 +116,34 @@ def sink_tokens(settings: Compression, keep: int, chunk_tokens: int) -> int:
     return chunk_tokens if settings.protect_first and keep > chunk_tokens else 0
 
 
+class Choice(NamedTuple):
+    """Which clean tokens stay: all of the sink, some units of the middle, all of the tail.
+
+    Attributes:
+        sink, tail: tokens at the front and at the end.
+        unit: tokens that stay or go together.
+        units: those of the middle that stay, int64 [B, key heads, kept], ascending.
+    """
+
+    sink: int
+    tail: int
+    unit: int
+    units: Tensor
+
+    def tokens(self, count: int) -> Tensor:
+        """Numbers of the tokens that stay of so many, int64 [B, key heads, kept], ascending."""
+        numbers = torch.arange(count, device=self.units.device).expand(*self.units.shape[:2], count)
+        return torch.cat([numbers[..., : self.sink], self.after_sink(numbers)], dim=2)
+
+    def after_sink(self, part: Tensor) -> Tensor:
+        """What stays of a part [B, heads, N] or [B, heads, N, D], but for the sink."""
+        end = part.shape[2] - self.tail
+        middle = part[:, :, self.sink : end].unflatten(2, (-1, self.unit))
+        places = self.units.view(*self.units.shape, *[1] * (middle.ndim - 3))
+        kept = middle.gather(2, places.expand(*self.units.shape, *middle.shape[3:])).flatten(2, 3)
+        return torch.cat([kept, part[:, :, end:]], dim=2) if self.tail else kept
+
+
 def choose(
     settings: Compression,
     queries: Tensor | None,
@@ -121,7 +152,7 @@ def choose(
     frame_tokens: int,
     chunk_tokens: int,
     seed: int = 0,
-) -> Tensor:
+) -> Choice:
     """Chooses the clean tokens that stay.
 
     Args:
@@ -132,36 +163,33 @@ def choose(
         frame_tokens, chunk_tokens: tokens of a frame and of a chunk.
         seed: of the "random" rule.
 
-    Returns:
-        Indices, int64 [B, key heads, keep], ascending.
-
     Raises:
         UserError: more chunks are protected than stay.
     """
     batch, heads, count, _ = keys.shape
-    head = sink_tokens(settings, keep, chunk_tokens)
+    sink = sink_tokens(settings, keep, chunk_tokens)
     tail = chunk_tokens if settings.protect_newest else 0
-    free = keep - head - tail
+    free = keep - sink - tail
     if free < 0:
         raise UserError(
             f"The history keeps {keep // chunk_tokens} clean chunks, but {settings.protected_chunks} of them are "
             "protected; raise the budget or protect fewer."
         )
     unit = {"token": 1, "frame": frame_tokens, "chunk": chunk_tokens}[settings.granularity]
-    middle = keys[:, :, head : count - tail]
+    middle, kept = keys[:, :, sink : count - tail], free // unit
     if settings.rule == "window":
-        best = torch.arange(middle.shape[2] - free, middle.shape[2], device=keys.device).expand(batch, heads, free)
-    elif settings.rule == "random":
+        all_units = middle.shape[2] // unit
+        newest = torch.arange(all_units - kept, all_units, device=keys.device).expand(batch, heads, kept)
+        return Choice(sink, tail, unit, newest)
+    if settings.rule == "random":
         generator = torch.Generator().manual_seed(seed)
         scores = torch.rand(batch, heads, middle.shape[2], generator=generator).to(keys.device)
-        best = keep_best(scores, free, unit)
     elif queries is None:
-        best = keep_best(-redundancy(middle), free, unit)
+        scores = -redundancy(middle)
     else:
         asked = queries[:, :, asking_queries(settings, queries.shape[2])]
-        best = keep_best(score(asked, middle, settings.weight, settings.pool), free, unit)
-    fixed = torch.arange(count, device=keys.device).expand(batch, heads, count)
-    return torch.cat([fixed[..., :head], best + head, fixed[..., count - tail :]], dim=-1)
+        scores = score(asked, middle, settings.weight, settings.pool)
+    return Choice(sink, tail, unit, best_units(scores, kept, unit))
 
 
 def evict(
@@ -186,7 +214,5 @@ def evict(
     Returns:
         New tensors with the `keep` tokens but those of the sink, for each part.
     """
-    kept = choose(compression, queries, keys, keep, frame_tokens, chunk_tokens, seed=layer)
-    kept = kept[..., sink_tokens(compression, keep, chunk_tokens) :]
-    wide = kept[..., None].expand(*kept.shape, keys.shape[-1])
-    return [part.gather(2, kept if part.ndim == 3 else wide) for part in parts]
+    choice = choose(compression, queries, keys, keep, frame_tokens, chunk_tokens, seed=layer)
+    return [choice.after_sink(part) for part in parts]

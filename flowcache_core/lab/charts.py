@@ -168,7 +168,7 @@ def scale_chart(report: dict) -> Figure:
     rows = [row for plain in shown for row in (plain, _lightest(report, plain))]
     figure, (axes,) = _page(
         "Where a chunk's time goes",
-        f"Least time by the roofline on an {card}, mean over a minute of video. Counted, not measured.",
+        f"Least time by the roofline on an {card}, mean over a minute. Not measured.",
         1,
     )
     names = ("matrix products", "attention", "elementwise and copies", "cutting the history")

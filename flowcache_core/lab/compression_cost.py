@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..history import cache
-from ..history.compression import choose, keep_best
+from ..history.compression import best_units, choose
 from ..settings import Compression
 from .allocation import Peak
 
@@ -36,7 +36,7 @@ def direct(queries: Tensor, keys: Tensor, keep: int, weight: float, pool: int) -
     units = F.normalize(keys, dim=-1)
     cosines = units @ units.transpose(-1, -2)
     alike = ((cosines.sum(dim=-1) - 1.0) / keys.shape[2]).softmax(dim=-1)
-    return keep_best(weight * looked_at - (1.0 - weight) * alike, keep)
+    return best_units(weight * looked_at - (1.0 - weight) * alike, keep)
 
 
 def cut_cost(tokens: int, repeats: int = 5) -> Cost:
@@ -47,7 +47,7 @@ def cut_cost(tokens: int, repeats: int = 5) -> Cost:
     settings, keep = Compression(), tokens - QUERIES
 
     def ours() -> Tensor:
-        return choose(settings, queries, keys, keep, QUERIES, QUERIES)
+        return choose(settings, queries, keys, keep, QUERIES, QUERIES).tokens(keys.shape[2])
 
     def written_out() -> Tensor:
         return direct(queries, keys, keep, settings.weight, settings.pool)

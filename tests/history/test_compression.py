@@ -8,7 +8,7 @@ import torch
 from flowcache_core.errors import UserError
 from flowcache_core.history import compression
 from flowcache_core.history.cache import History
-from flowcache_core.history.compression import asking_queries, choose, importance, keep_best, redundancy
+from flowcache_core.history.compression import asking_queries, best_units, choose, importance, redundancy
 from flowcache_core.history.plan import NetworkSizes, plan_memory
 from flowcache_core.history.positions import Positions
 from flowcache_core.lab.allocation import Peak
@@ -17,6 +17,11 @@ from flowcache_core.schedule import ChunkSchedule
 from flowcache_core.settings import Compression, HistorySettings, Settings
 
 FRAME, CHUNK = 4, 12
+
+
+def chosen(settings, queries, keys, *sizes) -> torch.Tensor:
+    """Numbers of the tokens that stay, [B, heads, kept]."""
+    return choose(settings, queries, keys, *sizes).tokens(keys.shape[2])
 
 
 def draw(*shape: int, seed: int = 0) -> torch.Tensor:
@@ -49,10 +54,10 @@ def test_scores_equal_the_formulas(monkeypatch, group, tile):
 def test_what_is_looked_at_stays_and_what_repeats_goes():
     keys = draw(1, 1, 36, 16)
     queries = keys[:, :, 5:6] * 8
-    kept = choose(Compression(weight=1.0, pool=1), queries, keys, CHUNK, FRAME, CHUNK)
+    kept = chosen(Compression(weight=1.0, pool=1), queries, keys, CHUNK, FRAME, CHUNK)
     assert 5 in kept
     keys[:, :, 20:32] = keys[:, :, 20:21]  # twelve copies of one token
-    kept = choose(Compression(weight=0.0), queries, keys, 2 * CHUNK, FRAME, CHUNK)[0, 0].tolist()
+    kept = chosen(Compression(weight=0.0), queries, keys, 2 * CHUNK, FRAME, CHUNK)[0, 0].tolist()
     assert sum(20 <= token < 32 for token in kept) == 0
 
 
@@ -60,10 +65,10 @@ def test_what_is_looked_at_stays_and_what_repeats_goes():
 def test_every_choice_is_whole_ordered_and_repeatable(rule, unit):
     keys, queries = draw(2, 3, 5 * CHUNK, 8), draw(2, 3, 7, 8, seed=2)
     settings = Compression(rule, granularity=unit)
-    kept = choose(settings, queries, keys, 3 * CHUNK, FRAME, CHUNK)
+    kept = chosen(settings, queries, keys, 3 * CHUNK, FRAME, CHUNK)
     assert kept.shape == (2, 3, 3 * CHUNK)
     assert (kept.diff(dim=-1) > 0).all() and kept.min() >= 0 and kept.max() < 5 * CHUNK
-    assert torch.equal(kept, choose(settings, queries, keys, 3 * CHUNK, FRAME, CHUNK))
+    assert torch.equal(kept, chosen(settings, queries, keys, 3 * CHUNK, FRAME, CHUNK))
     size = {"token": 1, "frame": FRAME, "chunk": CHUNK}[unit]
     assert (kept.unflatten(-1, (-1, size))[..., 0] % size == 0).all()
 
@@ -71,13 +76,13 @@ def test_every_choice_is_whole_ordered_and_repeatable(rule, unit):
 def test_protected_chunks_stay():
     keys, queries = draw(1, 2, 5 * CHUNK, 8), draw(1, 2, 7, 8, seed=2)
     settings = Compression(protect_first=True, protect_newest=True)
-    kept = choose(settings, queries, keys, 3 * CHUNK, FRAME, CHUNK)
+    kept = chosen(settings, queries, keys, 3 * CHUNK, FRAME, CHUNK)
     assert torch.equal(kept[0, 0, :CHUNK], torch.arange(CHUNK))
     assert torch.equal(kept[0, 1, -CHUNK:], torch.arange(4 * CHUNK, 5 * CHUNK))
 
 
 def test_ties_keep_the_older_token():
-    assert keep_best(torch.zeros(1, 1, 9), 3).tolist() == [[[0, 1, 2]]]
+    assert best_units(torch.zeros(1, 1, 9), 3).tolist() == [[[0, 1, 2]]]
 
 
 def test_a_budget_must_hold_what_is_protected():
@@ -120,5 +125,5 @@ def test_queries_that_ask_lie_spread_or_last():
 
 def test_half_precision_chooses_the_same():
     keys, queries = draw(1, 2, 36, 8).half(), draw(1, 2, 5, 8).half()
-    exact = choose(Compression(), queries.float(), keys.float(), CHUNK, FRAME, CHUNK)
-    assert torch.equal(choose(Compression(), queries, keys, CHUNK, FRAME, CHUNK), exact)
+    exact = chosen(Compression(), queries.float(), keys.float(), CHUNK, FRAME, CHUNK)
+    assert torch.equal(chosen(Compression(), queries, keys, CHUNK, FRAME, CHUNK), exact)

@@ -27,7 +27,7 @@ def inputs(name: str, clean: int, after: int, asked: int, heads: int, kv_heads: 
 def magi(settings: Compression) -> torch.Tensor:
     """5 clean chunks of 6 frames of 2 x 3 tokens, cut to 3; 2 active chunks, 6 query heads on 2 key heads."""
     keys, queries = inputs("magi", 5 * 36, 2 * 36, 72, 6, 2)
-    return choose(settings, queries, keys, 3 * 36, frame_tokens=6, chunk_tokens=36)[0]
+    return choose(settings, queries, keys, 3 * 36, frame_tokens=6, chunk_tokens=36).tokens(keys.shape[2])[0]
 
 
 @pytest.mark.parametrize(("granularity", "asked"), list(product(STRATEGIES, ASKED)))
@@ -39,7 +39,7 @@ def test_magi(granularity, asked):
 @pytest.mark.parametrize(("chunks", "budget"), [(2, 1), (6, 3)])
 def test_skyreels(chunks, budget):
     keys, queries = inputs("skyreels", chunks * 30, 0, 30, 3, 3)
-    kept = choose(Compression(), queries, keys, budget * 30, frame_tokens=6, chunk_tokens=30)[0]
+    kept = choose(Compression(), queries, keys, budget * 30, frame_tokens=6, chunk_tokens=30).tokens(keys.shape[2])[0]
     assert kept.tolist() == GOLDEN[f"skyreels.{chunks}.{budget}"].tolist()
 
 

@@ -142,7 +142,7 @@ def magi_plan(
         latent: shape of a chunk, [B, C, 6, H, W].
         itemsize: bytes of a number.
     """
-    return plan_memory(
+    plan = plan_memory(
         config.sizes,
         schedule,
         settings,
@@ -153,8 +153,8 @@ def magi_plan(
         itemsize=itemsize,
         waiting=settings.clean_pass,
         also=mix_changes(config, schedule, sampling),
-        texts=schedule.max_active + 2,  # the empty one, and that of a chunk that becomes clean
     )
+    return replace(plan, texts=schedule.max_active + 2)  # the empty one, and that of a chunk that becomes clean
 
 
 def mix_changes(config: MagiConfig, schedule: ChunkSchedule, sampling: MagiSampling) -> frozenset[int]:
