@@ -31,7 +31,7 @@ from .models.presets import DEFAULT_PRESET, PRESETS, preset, quality_settings
 from .models.wan import WanConfig
 from .report import megabytes
 from .reuse.calibration import QUALITIES
-from .settings import BY_FRAMES, HistorySettings
+from .settings import BY_FRAMES, HISTORY_TYPES, HistorySettings
 from .storage.calibrations import calibration_path, load_calibration
 from .storage.files import check_writable, write_whole
 from .storage.state import load_state, save_state
@@ -58,7 +58,8 @@ def run_generate(options: argparse.Namespace) -> None:
         own = calibration_path(options.network) if options.network else None
         measured = load_calibration(own) if own and own.is_file() else None
         settings = replace(quality_settings(options.quality, measured), history=settings.history)
-    settings = replace(settings, history=replace(settings.history, relative=options.relative))
+    history = replace(settings.history, relative=options.relative, type=options.history_type)
+    settings = replace(settings, history=history)
     state = load_state(options.state) if options.state else None
     backbone = load_network(options.network) if options.network else load_network()
     if options.chunks < 1:
@@ -130,7 +131,12 @@ def memory_lines(options: argparse.Namespace, name: str, config: WanConfig | Mag
         history = rolling_history_bytes(config, usual, size, asked)
         return [video, f"history   {megabytes(history)} in bfloat16, whatever the length"]
     dim = config.width if isinstance(config, MagiConfig) else config.dim
-    settings = family_preset(options.preset, name, dim, HistorySettings(options.budget, BY_FRAMES, options.relative))
+    settings = family_preset(
+        options.preset,
+        name,
+        dim,
+        HistorySettings(options.budget, BY_FRAMES, options.relative, type=options.history_type),
+    )
     if isinstance(config, MagiConfig):
         if options.lag is not None:
             raise UserError("MAGI-1's lag is a quarter of its steps; leave --lag away.")
@@ -143,9 +149,9 @@ def memory_lines(options: argparse.Namespace, name: str, config: WanConfig | Mag
 
 def plan_lines(plan: MemoryPlan, kept: str) -> list[str]:
     """Writes a plan of a run's memory in lines."""
-    layers = plan.network.layers
+    layers, stored = plan.network.layers, "bfloat16" if plan.packing is None else f"int{plan.packing.bits}"
     return [
-        f"history   {megabytes(plan.history_bytes)} in bfloat16, {kept}; {megabytes(plan.unbounded_bytes)} unbounded",
+        f"history   {megabytes(plan.history_bytes)} in {stored}, {kept}; {megabytes(plan.unbounded_bytes)} unbounded",
         f"          {megabytes(plan.stored_bytes // layers)} in each of {layers} layers, scratch "
         f"{megabytes(plan.scratch_bytes)}, queries {megabytes(plan.query_bytes)}",
         f"forward   about {megabytes(plan.activation_bytes)}, texts {megabytes(plan.context_bytes)}",
@@ -199,6 +205,7 @@ def parser() -> argparse.ArgumentParser:
     )
     option("--budget", type=int, metavar="CHUNKS", help="clean chunks that are kept in the history (default: all)")
     option("--relative", action="store_true", help="positions count from the start of the history (needs --budget)")
+    option("--history-type", choices=HISTORY_TYPES, default=HISTORY_TYPES[0], help="how finished chunks are stored")
     option("--seed", type=int, default=0)
     option("--steps", type=int, default=64, help="denoising steps of a chunk (default: %(default)s)")
     option("--lag", type=int, help="steps that a chunk is ahead of the next (default: a quarter of the steps)")
@@ -226,6 +233,7 @@ def parser() -> argparse.ArgumentParser:
     option("--seconds", type=float, default=5.0, help="likewise (default: %(default)g)")
     option("--budget", type=int, metavar="CHUNKS", help="clean chunks that are kept (default: all)")
     option("--relative", action="store_true", help="as for generate")
+    option("--history-type", choices=HISTORY_TYPES, default=HISTORY_TYPES[0], help="as for generate")
     option("--lag", type=int, help="steps that a chunk is ahead of the next (default: the model's own)")
     option("--preset", choices=PRESETS, default=DEFAULT_PRESET, help="(default: %(default)s)")
 

@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Literal, get_args
 
 from .errors import UserError
 from .reuse.placement import expected_error, place_steps
@@ -205,6 +205,10 @@ class Compression:
 BY_FRAMES = Compression(weight=0.15, granularity="frame", protect_first=True)
 
 
+HistoryType = Literal["as computed", "int8", "int4"]
+HISTORY_TYPES: tuple[HistoryType, ...] = get_args(HistoryType)
+
+
 @dataclass(frozen=True)
 class HistorySettings:
     """How much clean history a run keeps.
@@ -217,14 +221,19 @@ class HistorySettings:
         memory: "auto" keeps the history on the device that computes, and moves its oldest chunks to system memory, one
             after another, when that device runs out; "system" keeps all of it there from the start. What is there is
             brought back for attention, a layer at a time.
+        type: clean keys and values are stored as they are computed, or in 8 or 4 bits (`history.quantised`) and widened
+            when a layer is attended to.
     """
 
     budget: int | None = None
     compression: Compression = field(default_factory=Compression)
     relative: bool = False
     memory: Literal["auto", "system"] = "auto"
+    type: HistoryType = "as computed"
 
     def __post_init__(self):
+        if self.type not in HISTORY_TYPES:
+            raise UserError(f"The history type is '{self.type}', expected {', '.join(HISTORY_TYPES)}.")
         if self.budget is not None and self.budget < max(1, self.compression.protected_chunks):
             raise UserError(
                 f"The history budget is {self.budget} chunks, but at least {max(1, self.compression.protected_chunks)} "

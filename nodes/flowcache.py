@@ -7,7 +7,7 @@ from comfy_api.latest import io
 from ..flowcache_core.checkpoints import wan_families
 from ..flowcache_core.models.families import family_preset, fitted
 from ..flowcache_core.models.presets import DEFAULT_PRESET, PRESETS, quality_settings
-from ..flowcache_core.settings import Between, Compression, Drift, Every, HistorySettings, Settings
+from ..flowcache_core.settings import HISTORY_TYPES, Between, Compression, Drift, Every, HistorySettings, Settings
 from .comfyui import patch as host
 from .comfyui.widgets import advanced, schema
 
@@ -41,6 +41,7 @@ class FlowCache(io.ComfyNode):
                 advanced(io.Combo.Input("family", options=["auto", *wan_families()], default="auto")),
                 advanced(io.Int.Input("queries", default=Compression.queries, min=0, max=1_000_000)),
                 advanced(io.Combo.Input("asked_from", options=["spread", "last"], default="spread")),
+                advanced(io.Combo.Input("history_type", options=["auto", *HISTORY_TYPES], default="auto")),
             ],
             outputs=[io.Model.Output()],
             found_by=("cache", "speed up", "teacache", "easycache", "kv cache", "faster video"),
@@ -50,15 +51,16 @@ class FlowCache(io.ComfyNode):
     def execute(
         cls, model, preset, history_budget, policy, every, threshold, warmup, forecast, granularity, importance_weight,
         keep_first_chunk, positions, history_rule, correct, quality, history_memory, overlap, family,
-        queries, asked_from,
+        queries, asked_from, history_type,
     ) -> io.NodeOutput:  # fmt: skip
         compression = Compression(
             rule=history_rule, weight=importance_weight, granularity=granularity, protect_first=keep_first_chunk,
             queries=queries, asked_from=asked_from,
         )  # fmt: skip
         history = HistorySettings(
-            history_budget or None, compression, relative=positions == "relative", memory=history_memory
-        )
+            history_budget or None, compression, relative=positions == "relative", memory=history_memory,
+            type=HISTORY_TYPES[0] if history_type == "auto" else history_type,
+        )  # fmt: skip
         model = host.with_family(model, family)
         family, width = host.family_of(model), getattr(model.model.diffusion_model, "dim", 0)
         if preset == CUSTOM:

@@ -33,6 +33,7 @@ from .compression import asking_queries, evict, sink_tokens
 from .offload import OUT_OF_MEMORY, OffloadableBuffer, attempts, runs_out_of_memory
 from .plan import MemoryPlan
 from .positions import Positions
+from .quantised import PackedBuffer
 from .snapshot import Snapshot, SnapshotDelta
 from .streams import AT_ONCE, Pending, SideStream
 
@@ -108,6 +109,8 @@ class History:
         size = (plan.batch, network.kv_heads, plan.layer_tokens, network.head_dim)
 
         def buffer() -> OffloadableBuffer:
+            if plan.packing is not None:
+                return PackedBuffer.room_for(size, moved, plan.packing, self.dtype, self.device, self.stream)
             return OffloadableBuffer.empty(size, moved, self.dtype, self.device, self.stream)
 
         self.layers = [Layer(buffer(), buffer()) for _ in range(network.layers)]
@@ -477,8 +480,9 @@ class History:
 
 def _stacked(parts: Sequence[OffloadableBuffer], start: int, end: int, stream: SideStream) -> Tensor:
     """Tokens start to end of all layers, on the CPU: [layers, B, heads, tokens, ...]."""
-    batch, heads, _, *rest = parts[0].here.shape
-    whole = stream.cpu_like(parts[0].here, (len(parts), batch, heads, end - start, *rest))
+    alike = parts[0].read(0, 0)
+    batch, heads, _, *rest = alike.shape
+    whole = stream.cpu_like(alike, (len(parts), batch, heads, end - start, *rest))
     for copy, part in zip(whole, parts, strict=True):
         part.copy_to(copy, start, waits=not stream.overlaps)
     return whole

@@ -7,10 +7,12 @@ and layer only, as long as all active chunks recompute on the same ticks: then o
 from dataclasses import dataclass, replace
 from typing import Literal
 
+from ..errors import UserError
 from ..reuse.policies import Policy, aligned
 from ..schedule import ChunkSchedule, Given
 from ..settings import Settings
 from .compression import asking_queries
+from .quantised import Packing, packing_of
 
 Slots = Literal["shared", "stored"]
 
@@ -59,6 +61,7 @@ class MemoryPlan:
         together: tokens that go through a product at once, at most.
         texts: different ones that are kept at once, for each branch.
         away: all of it lives in system memory.
+        packing: of clean keys and values that are stored in fewer bits.
     """
 
     network: NetworkSizes
@@ -79,6 +82,7 @@ class MemoryPlan:
     together: int
     texts: int = 1
     away: bool = False
+    packing: Packing | None = None
 
     @property
     def frame_tokens(self) -> int:
@@ -113,7 +117,7 @@ class MemoryPlan:
     @property
     def needs_scratch(self) -> bool:
         """Whether a layer is read into a scratch before it is attended to."""
-        return self.kind == "shared" or self.relative or self.away
+        return self.kind == "shared" or self.relative or self.away or self.packing is not None
 
     def tokens_of(self, chunk: int | Given) -> int:
         return self.frame_tokens * self.frames_of(chunk)
@@ -131,14 +135,20 @@ class MemoryPlan:
 
     @property
     def token_bytes(self) -> int:
-        """Of a token's key and value in one layer and branch."""
+        """Of a token's key and value in one layer and branch, as they are computed."""
         return 2 * self.batch * self.network.kv_heads * self.network.head_dim * self.itemsize
+
+    @property
+    def stored_token_bytes(self) -> int:
+        """The same, as they are stored, and the token's number."""
+        rows = self.batch * self.network.kv_heads
+        kept = self.token_bytes if self.packing is None else 2 * rows * self.packing.bytes
+        return kept + 4 * rows
 
     @property
     def stored_bytes(self) -> int:
         """Of the keys and values, and the token numbers, that all layers and branches store."""
-        numbers = 4 * self.batch * self.network.kv_heads
-        return self.branches * self.network.layers * self.layer_tokens * (self.token_bytes + numbers)
+        return self.branches * self.network.layers * self.layer_tokens * self.stored_token_bytes
 
     @property
     def scratch_bytes(self) -> int:
@@ -162,7 +172,7 @@ class MemoryPlan:
     def unbounded_bytes(self) -> int:
         """Of the history of the same run without a budget."""
         whole = replace(self, clean_chunks=self.total_chunks, slots=0, kind="stored", asking=0)
-        return replace(whole, relative=False, away=False).history_bytes
+        return replace(whole, relative=False, away=False, packing=None).history_bytes
 
     @property
     def activation_bytes(self) -> int:
@@ -238,9 +248,15 @@ def plan_memory(
     total, budget = schedule.total_chunks, settings.history.budget
     bounded = budget is not None and budget < total
     alone = schedule.max_active + int(waiting) == 1
-    passing = settings.clean_pass and at_once and aligned(policy, schedule, also)
-    kind: Slots = "shared" if bounded and passing and not alone else "stored"
-    slots = min(total, schedule.max_active + int(waiting)) if bounded else 0
+    passing = settings.clean_pass and (alone or (at_once and aligned(policy, schedule, also)))
+    packing = packing_of(settings.history.type, network.head_dim)
+    if packing is not None and not passing:
+        raise UserError(
+            f"A history in {settings.history.type} needs chunks that recompute on the same ticks, a guider that is "
+            "asked for them at once, and clean passes; take the preset high, balanced or fast, or store it as computed."
+        )
+    kind: Slots = "shared" if packing is not None or (bounded and passing and not alone) else "stored"
+    slots = min(total, schedule.max_active + int(waiting)) if bounded or kind == "shared" else 0
     asking = 0
     if settings.history.keeps_queries and bounded:
         asked = asking_queries(settings.history.compression, grid[0] * grid[1] * chunk_frames)
@@ -264,4 +280,5 @@ def plan_memory(
         together=FORWARD_TOKENS,
         texts=min(texts, schedule.max_active + 1),
         away=settings.history.memory == "system",
+        packing=packing,
     )
