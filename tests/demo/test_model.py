@@ -1,13 +1,15 @@
 """What ships: small enough, whole, and read by ourselves as what it is; and how training exports it."""
 
 import json
+from dataclasses import replace
 
 import pytest
 import torch
 from safetensors import safe_open
+from safetensors.torch import load_file, save_file
 
 from flowcache_core import generate
-from flowcache_core.checkpoints import convert, inspect
+from flowcache_core.checkpoints import inspect, stamp
 from flowcache_core.demo import NETWORK_FILE, VAE_FILE, decode, embed_caption, load_network
 from flowcache_core.demo.export import export
 from flowcache_core.demo.train_network import CONFIG
@@ -66,7 +68,8 @@ def test_spoiled_training_is_not_exported(tmp_path):
 
 
 def test_networks_of_other_families_are_told(tmp_path):
-    convert(NETWORK_FILE, tmp_path / "other.safetensors", "causal")
+    info = replace(inspect(NETWORK_FILE), family="causal")
+    save_file(load_file(NETWORK_FILE), tmp_path / "other.safetensors", stamp(info))
     with pytest.raises(UserError, match="family 'causal', expected 'demo'"):
         load_network(tmp_path / "other.safetensors")
 
