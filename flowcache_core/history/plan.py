@@ -117,7 +117,7 @@ class MemoryPlan:
     @property
     def needs_scratch(self) -> bool:
         """Whether a layer is read into a scratch before it is attended to."""
-        return self.kind == "shared" or self.relative or self.away or self.packing is not None
+        return self.kind == "shared" or self.relative or self.away
 
     def tokens_of(self, chunk: int | Given) -> int:
         return self.frame_tokens * self.frames_of(chunk)

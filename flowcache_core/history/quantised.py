@@ -107,20 +107,16 @@ class PackedBuffer(OffloadableBuffer):
     def read(self, first: int, last: int) -> Tensor:
         """Reads tokens first to last, widened, on the device."""
         packed = super().read(first, last)
-        return self._widened(packed, packed.new_empty(*packed.shape[:-1], self.packing.width, dtype=self.dtype))
+        return self.packing.unpack(packed, packed.new_empty(*packed.shape[:-1], self.packing.width, dtype=self.dtype))
 
     def copy_to(self, target: Tensor, first: int, waits: bool = True) -> None:
         """Copies the tokens from `first` on, widened, as many as the target has."""
-        packed = super().read(first, first + target.shape[2])
+        last = first + target.shape[2]
         if target.device == self.device:
-            self._widened(packed, target)
+            self.packing.unpack(super().read(first, last), target)
         else:
-            wide = packed.new_empty(*packed.shape[:-1], self.packing.width, dtype=self.dtype)
-            target.copy_(self._widened(packed, wide), non_blocking=not waits)
+            target.copy_(self.read(first, last), non_blocking=not waits)
 
     def changes(self, first: int, values: Tensor) -> list[tuple[Tensor, Tensor]]:
         """Lists what `write` does: each part that changes and what comes there, packed, already beside it."""
         return super().changes(first, self.packing.pack(values))
-
-    def _widened(self, packed: Tensor, out: Tensor) -> Tensor:
-        return self.packing.unpack(packed, out)

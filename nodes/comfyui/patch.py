@@ -44,7 +44,7 @@ from .native import NativeRun
 KEY = "flowcache"  # our wrappers' key on a patched model, and the patch's in transformer_options
 NATIVE = "flowcache_native"  # key of a run of the host's own sampler in transformer_options, while it goes on
 SMALL_WIDTH = 1536  # of SkyReels-V2 1.3B, the one with frame-rate layers
-MEMORY = "flowcache_history_bytes"  # and what the history will take
+MEMORY = "flowcache_planned_bytes"  # what a run will take of the device, told to the memory estimate
 
 
 @dataclass

@@ -52,9 +52,8 @@ class MagiConfig:
     @property
     def sizes(self) -> NetworkSizes:
         """What decides how much memory a run takes."""
-        inside = (
-            self.ffn_width * (2 if self.gated else 1) + 17 * self.width
-        )  # attention's past and text, merged, projected and gated in float32
+        # Attention's past and text, merged, projected and gated in float32, need more than the feed-forward.
+        inside = self.ffn_width * (2 if self.gated else 1) + 17 * self.width
         texts = 2 * self.layers * self.kv_heads * self.head_dim
         return NetworkSizes(
             self.layers, self.heads, self.kv_heads, self.head_dim, self.width, inside, texts, self.caption_tokens

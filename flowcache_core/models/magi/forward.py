@@ -25,7 +25,7 @@ from ...errors import UserError
 from ...history.cache import History, begin_delta, moved_note
 from ...history.offload import OUT_OF_MEMORY, attempts
 from ...history.plan import MemoryPlan, plan_memory
-from ...history.positions import Positions, RotaryTables
+from ...history.positions import Positions
 from ...history.room import check_room
 from ...history.snapshot import Snapshot, SnapshotDelta
 from ...history.streams import SideStream
@@ -231,7 +231,6 @@ class MagiForward:
         rotary, dtype = backbone.rotary, backbone.network.dtype
         positions = Positions(plan, rotary, device)
         self.history = History(plan, positions, settings.history, dtype, keeps_slots, stream)
-        self.tables = RotaryTables(rotary, plan.grid, device, CHUNK_FRAMES)  # of a chunk that sees itself alone
         if loaded is not None:
             self.history.load(loaded)
 
@@ -405,7 +404,8 @@ class MagiForward:
     def _alone(self, step: Step) -> Tensor:
         """The velocity of a chunk that sees itself alone, at position 0."""
         x, level = step.x, row_levels(step.sigma, step.x)
-        table, turn = self.tables.of(0, x.shape[2]), self.backbone.rotary.product.turn
+        positions = self.history.positions
+        table, turn = positions.absolute_table(0), positions.rotate
         context = self._context(step.place, "alone")
         self.check()
 

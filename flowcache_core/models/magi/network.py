@@ -27,7 +27,7 @@ from ...history.plan import NetworkSizes
 from ...history.positions import IN_TORCH, RotaryProduct
 from ...solvers.weights import joined_heads
 from ..fit import fit
-from ..rotary import cosines, grid_table
+from ..rotary import GridRotary
 from ..wan import Attend, Attention, CastingConv3d, unpatched
 from .config import MagiConfig
 from .fp8 import Fp8Linear, SmoothFp8Linear
@@ -223,7 +223,7 @@ def load_network(
 
 
 @dataclass(frozen=True)
-class MagiRotary:
+class MagiRotary(GridRotary):
     """Rotary positions from learned frequencies, for heads in the order that `paired` brings them in.
 
     Frames count from the start of the video. Rows and columns are centred, and scaled so that a frame of any size spans
@@ -249,19 +249,10 @@ class MagiRotary:
         """Positions [...] on the CPU to angles [..., width / 2] in float64."""
         return positions.double()[..., None] * self.bands
 
-    def axes(self, frames: Tensor, rows: int, columns: int) -> list[Tensor]:
-        """Cosines and sines of frames at positions [T], rows and columns, float32 [2, places, bands], on the CPU."""
+    def sides(self, rows: int, columns: int) -> tuple[Tensor, Tensor]:
+        """Positions of rows and columns, on the CPU."""
         unit = math.sqrt(rows * columns / BASE_AREA)
-        places = (frames, centred(rows, unit), centred(columns, unit))
-        return cosines([self.angles(place, part) for place, part in zip(places, self.parts, strict=True)])
-
-    def grid(self, axes: list[Tensor]) -> Tensor:
-        """Puts axes together to a table of every token, float32 [2, T * rows * columns, head_dim / 2]."""
-        return grid_table(axes, self.head_dim // 2)
-
-    def table(self, frames: Tensor, rows: int, columns: int) -> Tensor:
-        """The table of a run of frames at positions [T], on the CPU."""
-        return self.grid(self.axes(frames, rows, columns))
+        return centred(rows, unit), centred(columns, unit)
 
     def paired(self, x: Tensor) -> Tensor:
         """Heads [..., D] from upstream's order, where partners are 3 D / 8 apart, to neighbouring pairs.
