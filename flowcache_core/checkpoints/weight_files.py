@@ -85,7 +85,7 @@ def open_weights(path: Path, use_ema: bool = True, mapped: bool = True) -> Weigh
     file, notes = _only_model(path) if path.is_dir() else (path, ())
     file = _index_of(file)
     several = file.suffix == ".json" or SHARD.fullmatch(file.name)
-    if file.exists():  # of shards there may be only one that is packed
+    if file.suffix == ".json":
         check_kind(file)
     held = (_open_shards if several else _open_file)(file, use_ema, mapped)
     try:

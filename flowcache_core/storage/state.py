@@ -134,7 +134,7 @@ def load_state(path: Path | str) -> State:
                 raise ValueError(f"{len(info['branches'])} branches")
             names = ["latents", *(f"history.{at}.{part}" for at in range(len(info["branches"])) for part in PARTS)]
             tensors = {name: file.get_tensor(name) for name in names}
-        if metadata.get("checksum", checksum(tensors)) != checksum(tensors):  # states of 0.1.0 have none
+        if "checksum" in metadata and metadata["checksum"] != checksum(tensors):  # states of 0.1.0 have none
             raise ValueError("its checksum is another")
         latents, *parts = tensors.values()
         histories = tuple(Snapshot(*parts[at : at + len(PARTS)]) for at in range(0, len(parts), len(PARTS)))
