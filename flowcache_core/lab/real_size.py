@@ -32,13 +32,12 @@ from ..models.magi.sampling import CHUNK_FRAMES
 from ..models.magi.text import null_text
 from ..models.memory import FRAME_STRIDE, latent_size
 from ..models.presets import preset
-from ..models.wan import WanConfig, WanNetwork
+from ..models.wan import TEXT_TOKENS, WanConfig, WanNetwork
 from ..schedule import ChunkSchedule, Place
 from ..settings import OFF, Settings
 from .meter import Meter, Work, attention_kernel, in_layers
 
 META = torch.device("meta")
-TEXT_TOKENS = 512  # of Wan's captions
 WAN_1_3B = WanConfig(dim=1536, ffn_dim=8960, num_heads=12, num_layers=30)
 WAN_14B = WanConfig(dim=5120, ffn_dim=13824, num_heads=40, num_layers=40)
 

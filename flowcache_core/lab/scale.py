@@ -101,7 +101,7 @@ class Counted:
     @property
     def planned(self) -> int:
         """Bytes of history that a run of a minute plans."""
-        return planned_history(self.case.model, self.case.settings, self.chunks)
+        return self.plan.history_bytes
 
     @property
     def busy(self) -> int:
@@ -202,7 +202,6 @@ class Fit:
         history: its type.
         place: where it lives, "card" or "system memory".
         gigabytes: GiB of the card that are used.
-        minutes: of video that fit; None for any length.
         seconds_whole: seconds of video that fit without a budget; None for any length.
         seconds: a chunk, by the roofline.
     """
@@ -215,7 +214,6 @@ class Fit:
     history: str
     place: str
     gigabytes: float
-    minutes: float | None
     seconds_whole: float | None
     seconds: float
 
@@ -248,7 +246,7 @@ def fits(whole: Counted, bounded: Counted, card: Card) -> tuple[Fit | None, floa
                     room = card.memory * 2**30 - size - beside
                     fit = Fit(
                         model, card, weights, preset, budget, HISTORY_TYPE, place, used,
-                        minutes=None, seconds_whole=None if looks_back else _seconds_whole(model, preset, room),
+                        seconds_whole=None if looks_back else _seconds_whole(model, preset, room),
                         seconds=time,
                     )  # fmt: skip
                     return fit, least

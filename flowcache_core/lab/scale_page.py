@@ -196,14 +196,14 @@ def _memory(report: dict) -> str:
 
 def _fits(report: dict) -> str:
     names = (
-        "model", "card", "weights", "preset", "budget", "history", "lives in", "GiB used", "video of any length",
-        "whole history up to", "seconds a chunk",
+        "model", "card", "weights", "preset", "budget", "history", "lives in", "GiB used", "whole history up to",
+        "seconds a chunk",
     )  # fmt: skip
     cells = []
     for row in report["fits"]:
         start = [_title(_model(row)), f"{row['memory']} GB ({row['card']})"]
         if not row["fits"]:
-            cells.append([*start, f"does not fit: {row['least']:.1f} GiB at least", *[""] * 8])
+            cells.append([*start, f"does not fit: {row['least']:.1f} GiB at least", *[""] * 7])
             continue
         whole = row["seconds_whole"]
         cells.append(
@@ -215,7 +215,6 @@ def _fits(report: dict) -> str:
                 row["history"],
                 row["place"],
                 f"{row['gigabytes']:.1f}",
-                "yes" if row["minutes"] is None else f"{row['minutes']:.1f} min",
                 "any length" if whole is None else f"{whole:.0f} s",
                 _number(row["seconds"]),
             ]
@@ -223,9 +222,10 @@ def _fits(report: dict) -> str:
     return (
         "The first that fits of: history on the card, then in system memory; of these, weights in bf16, then fp8, then "
         "fp8 *streamed*, two layers of them on the card and the rest in system memory, as ComfyUI does when they do "
-        "not fit; of these, the largest budget up to the one above. *Whole history up to* is the length of a video "
-        "that fits beside the same weights without a budget. MAGI-1 keeps what its chunks look back on, so it needs no "
-        f"budget. {BESIDE:.0f} GiB is set aside for CUDA and the desktop.\n\n" + _markdown(names, cells)
+        "not fit; of these, the largest budget up to the one above. Each runs a video of any length. *Whole history "
+        "up to* is the length of a video that fits beside the same weights without a budget. MAGI-1 keeps what its "
+        f"chunks look back on, so it needs no budget. {BESIDE:.0f} GiB is set aside for CUDA and the desktop.\n\n"
+        + _markdown(names, cells)
     )
 
 
