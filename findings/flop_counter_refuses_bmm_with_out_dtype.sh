@@ -47,4 +47,8 @@ bmm with out_dtype TypeError
 addmm with out_dtype TypeError
 baddbmm with out_dtype TypeError"
 echo "$seen"
-[ "$seen" = "$expected" ]
+if [ "$seen" != "$expected" ]; then
+    echo "This has changed; expected:"
+    echo "$expected"
+    exit 1
+fi
