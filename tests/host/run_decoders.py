@@ -3,27 +3,16 @@
 Prints, as JSON, for each decoder the shapes of both and their largest difference, all frames and the last ones.
 """
 
-import importlib
 import json
-import sys
-from pathlib import Path
 
-HOST, PACK = sys.argv[1:3]
-sys.path[:0] = [HOST, str(Path(PACK).parent)]
-sys.argv = [sys.argv[0], "--cpu"]
+from in_host import of_pack
 
-import comfy.options  # noqa: E402
+import comfy.ldm.wan.vae  # isort: skip
+import torch
 
-comfy.options.enable_args_parsing()
-
-import comfy.ldm.wan.vae  # noqa: E402
-import torch  # noqa: E402
-import utils.extra_config  # noqa: E402, F401  (first, as in main.py: another package's `utils` would be found later)
-
-PACKAGE = Path(PACK).name
-core_vae = importlib.import_module(f"{PACKAGE}.flowcache_core.demo.vae")
-host_decode = importlib.import_module(f"{PACKAGE}.nodes.comfyui.decode")
-host_models = importlib.import_module(f"{PACKAGE}.nodes.comfyui.models")
+core_vae = of_pack("flowcache_core.demo.vae")
+host_decode = of_pack("nodes.comfyui.decode")
+host_models = of_pack("nodes.comfyui.models")
 
 
 def stock() -> torch.nn.Module:

@@ -4,33 +4,22 @@ Prints, as JSON, how far the host's rotary product is from ours and what it was 
 attention got; which linear layers got inputs that the host's fp8 product takes, in its own forward and in ours.
 """
 
-import importlib
 import json
-import sys
 from functools import partial
-from pathlib import Path
 
-HOST, PACK = sys.argv[1:3]
-sys.path[:0] = [HOST, str(Path(PACK).parent)]
-sys.argv = [sys.argv[0], "--cpu"]
+from in_host import of_pack
 
-import comfy.options  # noqa: E402
+import comfy.ldm.flux.math as rope  # isort: skip
+import comfy.ldm.modules.attention as attention  # isort: skip
+import comfy.ldm.wan.model  # isort: skip
+import comfy.ops  # isort: skip
+import torch
+import torch.nn.functional as F
 
-comfy.options.enable_args_parsing()
-
-import comfy.ldm.flux.math as rope  # noqa: E402
-import comfy.ldm.modules.attention as attention  # noqa: E402
-import comfy.ldm.wan.model  # noqa: E402
-import comfy.ops  # noqa: E402
-import torch  # noqa: E402
-import torch.nn.functional as F  # noqa: E402
-import utils.extra_config  # noqa: E402, F401  (first, as in main.py: another package's `utils` would be found later)
-
-PACKAGE = Path(PACK).name
-guider = importlib.import_module(f"{PACKAGE}.nodes.comfyui.guider")
-positions = importlib.import_module(f"{PACKAGE}.flowcache_core.history.positions")
-wan = importlib.import_module(f"{PACKAGE}.flowcache_core.models.wan")
-rotary = importlib.import_module(f"{PACKAGE}.flowcache_core.models.rotary")
+guider = of_pack("nodes.comfyui.guider")
+positions = of_pack("flowcache_core.history.positions")
+wan = of_pack("flowcache_core.models.wan")
+rotary = of_pack("flowcache_core.models.rotary")
 
 
 def turned(dtype: torch.dtype) -> dict:

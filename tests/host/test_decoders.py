@@ -1,28 +1,15 @@
 """Latents decoded chunk by chunk by the host's VAE objects, on both hosts: as if they were decoded in one go."""
 
-import json
-import subprocess
-from pathlib import Path
-
 import pytest
 
-from tests.helpers.host.comfy_server import HOST, PACK, host_python
+from tests.helpers.host.comfy_server import HOST
+from tests.helpers.host.scripts import result_of
 from tests.host.test_old_host import OLD
 
 
 @pytest.fixture(scope="module", params=[HOST, OLD], ids=["newest", "oldest"])
 def found(request, tmp_path_factory) -> dict:
-    host: Path = request.param
-    if not (host / "main.py").exists():
-        pytest.skip(f"no ComfyUI at {host}")
-    link = tmp_path_factory.mktemp("pack") / "flowcache_pack"  # a name that an import takes
-    link.symlink_to(PACK, target_is_directory=True)
-    script = Path(__file__).with_name("run_decoders.py")
-    command = [str(host_python(host)), str(script), str(host), str(link)]
-    ended = subprocess.run(command, cwd=link.parent, capture_output=True, text=True, timeout=300, check=False)
-    assert ended.returncode == 0, ended.stderr[-3000:]
-    (line,) = (line for line in ended.stdout.splitlines() if line.startswith("RESULT "))
-    return json.loads(line.removeprefix("RESULT "))
+    return result_of("run_decoders.py", request.param, tmp_path_factory.mktemp("pack"))
 
 
 @pytest.mark.parametrize("chunk", [1, 2, 3])
