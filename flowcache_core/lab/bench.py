@@ -22,6 +22,7 @@ from ..storage.calibrations import SHIPPED, load_calibration
 from ..storage.files import check_writable, write_whole
 from . import charts, compression_cost, process
 from .aims import SPEED_AIMS
+from .compiled import compiled_runs
 from .likeness import Spread, decibels, pixels, pixels_by_vae
 from .long_run import long_run
 from .methods import (
@@ -134,6 +135,7 @@ class Bench:
         self.checks["balanced"] = self.balanced()
         report["compression"] = self.compression()
         report["short_history"] = self.short()
+        report["compiled"] = self.compiled()
         for setup, method in self.peers():
             self.peer(setup, method)
         report["points"] = [point.as_dict() for point in self.points]
@@ -265,6 +267,14 @@ class Bench:
         cost = compression_cost.cut_cost(self.size.tokens)
         self.say(f"a cut at {cost.tokens} tokens: {cost.seconds_direct / cost.seconds:.1f}x faster than written out")
         return {"share_of_run": round(watch.seconds / outcome.seconds, 5), **asdict(cost)}
+
+    def compiled(self) -> dict | None:
+        found = compiled_runs(replace(self.one, chunks=2), SETUPS["causal"], self.size.pairs)
+        if found is None:
+            self.left_out.append("compiled blocks: no C++ compiler is installed")
+            return None
+        self.say(f"compiled: {found.seconds / found.seconds_compiled:.2f}x as fast")
+        return asdict(found)
 
     def short(self) -> dict:
         setup = SETUPS["magi"]

@@ -155,6 +155,43 @@ def modulate(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
     return torch.addcmul(shift, x, 1 + scale)
 
 
+def split_heads(x: Tensor, heads: int) -> Tensor:
+    """[B, tokens, heads * D] to [B, heads, tokens, D]."""
+    return x.unflatten(-1, (heads, -1)).transpose(1, 2)
+
+
+def join_heads(x: Tensor) -> Tensor:
+    """[B, heads, tokens, D] to [B, tokens, heads * D]."""
+    return x.transpose(1, 2).flatten(2)
+
+
+# A block's three parts, between which it attends: to the history, then to the text. They are functions of a block and
+# of tensors alone, so that torch.compile makes one graph of each for all layers.
+
+
+def asks_history(block: Any, x: Tensor, shift: Tensor, scale: Tensor, heads: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Tokens [rows, T, S, dim] to what attends to the history: unrotated q, k, v [rows, heads, T * S, D]."""
+    attn = block.self_attn
+    y = modulate(block.norm1(x), shift, scale).flatten(1, 2)
+    parts = attn.norm_q(attn.q(y)), attn.norm_k(attn.k(y)), attn.v(y)
+    q, k, v = (split_heads(part, heads) for part in parts)
+    return q, k, v
+
+
+def asks_text(block: Any, x: Tensor, past: Tensor, gate: Tensor, heads: int) -> tuple[Tensor, Tensor]:
+    """Adds what the history gave, [rows, heads, T * S, D], to tokens; gives them and what they ask the text."""
+    x = torch.addcmul(x, block.self_attn.o(join_heads(past)).view_as(x), gate)
+    cross = block.cross_attn
+    return x, split_heads(cross.norm_q(cross.q(block.norm3(x).flatten(1, 2))), heads)
+
+
+def feeds_forward(block: Any, x: Tensor, text: Tensor, shift: Tensor, scale: Tensor, gate: Tensor) -> Tensor:
+    """Adds what the text gave, [rows, heads, T * S, D], to tokens, and the feed-forward."""
+    x = x + block.cross_attn.o(join_heads(text)).view_as(x)
+    y = block.ffn(modulate(block.norm2(x), shift, scale).flatten(1, 2))
+    return torch.addcmul(x, y.view_as(x), gate)
+
+
 class WanBackbone:
     """Runs chunks through a network of the Wan 2.1 layout.
 
@@ -172,6 +209,16 @@ class WanBackbone:
         self.dim: int = network.blocks[0].modulation.shape[-1]
         self.head_dim = self.dim // self.heads
         self.rotary = Rotary(self.head_dim)
+        self.parts: tuple[Callable[..., Any], ...] = (asks_history, asks_text, feeds_forward)
+
+    def compile(self, **options) -> None:
+        """Compiles the blocks, at the first chunk that goes through: one graph for each part of a block, for all layers
+        and runs. Attention stays outside.
+
+        Args:
+            options: of `torch.compile`.
+        """
+        self.parts = tuple(torch.compile(part, **options) for part in self.parts)
 
     @property
     def sizes(self) -> NetworkSizes:
@@ -204,7 +251,10 @@ class WanBackbone:
         tokens, D]."""
         text = self.network.text_embedding(text)
         crosses = [block.cross_attn for block in self.network.blocks]
-        return [(self._split(cross.norm_k(cross.k(text))), self._split(cross.v(text))) for cross in crosses]
+        return [
+            (split_heads(cross.norm_k(cross.k(text)), self.heads), split_heads(cross.v(text), self.heads))
+            for cross in crosses
+        ]
 
     def conditioning(self, x: Tensor, sigma: Tensor, texts: Sequence[Sequence[Context]]) -> Conditioning:
         """Prepares what all blocks are told about one or more chunks.
@@ -283,20 +333,14 @@ class WanBackbone:
             conditioning: of the same chunks.
             attend: attention over the history; it gets unrotated q, k, v [rows, H, T * S, D].
         """
-        block = self.network.blocks[layer]
+        block, (asked, read, fed) = self.network.blocks[layer], self.parts
         # One modulation a frame (or one for all) is broadcast over its S tokens.
         shift1, scale1, gate1, shift2, scale2, gate2 = (
             (block.modulation.to(x)[:, None] + conditioning.modulation).unsqueeze(3).unbind(2)
         )
-        attn = block.self_attn
-        y = modulate(block.norm1(x), shift1, scale1).flatten(1, 2)
-        y = attend(self._split(attn.norm_q(attn.q(y))), self._split(attn.norm_k(attn.k(y))), self._split(attn.v(y)))
-        x = torch.addcmul(x, attn.o(self._join(y)).view_as(x), gate1)
-        cross = block.cross_attn
-        y = self._split(cross.norm_q(cross.q(block.norm3(x).flatten(1, 2))))
-        x = x + cross.o(self._join(self._read(layer, y, conditioning.texts))).view_as(x)
-        y = block.ffn(modulate(block.norm2(x), shift2, scale2).flatten(1, 2))
-        return torch.addcmul(x, y.view_as(x), gate2)
+        past = attend(*asked(block, x, shift1, scale1, self.heads))
+        x, q = read(block, x, past, gate1, self.heads)
+        return fed(block, x, self._read(layer, q, conditioning.texts), shift2, scale2, gate2)
 
     def _read(self, layer: int, q: Tensor, texts: Sequence[Sequence[Context]]) -> Tensor:
         """Cross-attention [rows, H, tokens, D], at once over neighbouring chunks that have the same text."""
@@ -308,12 +352,6 @@ class WanBackbone:
             answers = [self.attention(some, *run[0][layer]) for some, run in zip(asked, runs, strict=True)]
             branches.append(joined_heads(answers, dim=2))
         return joined_heads(branches)
-
-    def _split(self, x: Tensor) -> Tensor:
-        return x.unflatten(-1, (self.heads, self.head_dim)).transpose(1, 2)
-
-    def _join(self, x: Tensor) -> Tensor:
-        return x.transpose(1, 2).flatten(2)
 
 
 def unpatched(patches: Tensor, grid: tuple[int, int], patch: tuple[int, int]) -> Tensor:

@@ -9,14 +9,17 @@ from torch import Tensor
 from ...flowcache_core.errors import UserError
 
 COMPILED = "torch.compile"  # the host's key of a compiled network's wrapper
-UNCOMPILED = "TorchCompileModel has no effect: it compiles the forward of a whole video, and chunks run without that"
+COMPILE_OPTIONS = "torch_compile_kwargs"  # the host's key of what it compiles with, in model options
+COMPILE = "flowcache_compile"  # the same for a run of ours, in transformer_options
+NO_CUDA_GRAPHS = "CUDA graphs are left out: they would overwrite what chunks of a tick keep between two layers"
+GRAPHS_OFF = {"reduce-overhead": "default", "max-autotune": "max-autotune-no-cudagraphs"}  # modes
 
 
-def leave_out_others(model_options: dict) -> list[str]:
-    """Leaves out, for a run of ours, what other nodes have patched the model with and what does not go with chunks.
+def adapt_others(model_options: dict) -> list[str]:
+    """Brings what other nodes have patched a model with into the form that a run of ours takes it in.
 
     Returns:
-        Lines on what was left out, for the report.
+        Lines on what is done with them, for the report.
 
     Raises:
         UserError: a patch that takes each call of the guider for a step of the whole video, and would mix up the
@@ -32,10 +35,22 @@ def leave_out_others(model_options: dict) -> list[str]:
             "The model is patched with context windows, which cut up the whole video and would cut through the chunks; "
             "remove that node: FlowCache's history budget bounds memory instead."
         )
-    wrappers = model_options.get("transformer_options", {}).get("wrappers", {})
-    if wrappers.get(WrappersMP.APPLY_MODEL, {}).pop(COMPILED, None):
-        return [UNCOMPILED]
-    return []
+    return _compile_blocks(model_options)
+
+
+def _compile_blocks(model_options: dict) -> list[str]:
+    """Has the blocks compiled (key `COMPILE`) where a node compiles the forward of a whole video, which chunks do not
+    go through."""
+    options = model_options.get("transformer_options", {})
+    if not options.get("wrappers", {}).get(WrappersMP.APPLY_MODEL, {}).pop(COMPILED, None):
+        return []
+    asked = {"backend": "inductor", **model_options.get(COMPILE_OPTIONS, {})}
+    wanted = {name: value for name, value in asked.items() if value is not None}
+    graphs_off = {"backend": "inductor"} if wanted.get("backend") == "cudagraphs" else {}
+    if wanted.get("mode") in GRAPHS_OFF:
+        graphs_off["mode"] = GRAPHS_OFF[wanted["mode"]]
+    options[COMPILE] = taken = wanted | graphs_off
+    return [f"the network's blocks are compiled ({taken['backend']})", *([NO_CUDA_GRAPHS] if graphs_off else [])]
 
 
 def check_network(network: torch.nn.Module) -> None:

@@ -19,6 +19,7 @@ from ...flowcache_core.models.families import family
 from ...flowcache_core.schedule import ChunkSchedule, Given
 from ...flowcache_core.solvers.weights import joined
 from .captions import ChunkCaptions
+from .checks import COMPILE
 
 RUN = "flowcache_run"  # key of the guidance in transformer_options, while its run goes on
 FPS = "flowcache_fps"  # frames a second that SkyReels-V2 is told, in transformer_options
@@ -103,6 +104,18 @@ def _turned_by_host(x: Tensor, table: Tensor) -> Tensor:
 HOST_ROTARY = RotaryProduct(_rotation_matrices, _turned_by_host)
 
 
+def fitted(backbone, options: dict):
+    """Gives a backbone the host's rotary product, and compiles it where a node asks for that; returns it.
+
+    Args:
+        options: the transformer options of the run.
+    """
+    backbone.rotary = replace(backbone.rotary, product=HOST_ROTARY)
+    if (compiling := options.get(COMPILE)) is not None:
+        backbone.compile(**compiling)
+    return backbone
+
+
 def text_tokens(guider) -> int:
     """Tokens of the longest prompt of a guider."""
     conds = guider.conds or guider.original_conds
@@ -136,8 +149,8 @@ class GuiderGuidance:
         self.guider, self.captions, self.ask, self.at_once = guider, captions, ask, at_once
         self.last_chunk, self.texts_kept = schedule.total_chunks - 1, texts_kept(schedule.max_active)
         self.attention = host_attention(options)
-        self.backbone = family(options.get(FAMILY, "wan")).backbone(network, options.get(FPS, 24), self.attention)
-        self.backbone.rotary = replace(self.backbone.rotary, product=HOST_ROTARY)
+        kind = family(options.get(FAMILY, "wan"))
+        self.backbone = fitted(kind.backbone(network, options.get(FPS, 24), self.attention), options)
         self._uuids: dict[int, list] = {}  # by side of guidance, in order of appearance
         self._texts: dict[tuple, Tensor] = {}  # as the network takes them, oldest first
         # Of the call that goes on: what is asked for, who answers, and the branches that were seen.

@@ -34,10 +34,10 @@ from ...flowcache_core.solvers.one_step import chunk_noise
 from ...flowcache_core.storage.state import State
 from . import patch as host
 from .captions import ChunkCaptions, embedding_of
-from .checks import check_finite, leave_out_others
+from .checks import adapt_others, check_finite
 from .extend import Extended, Extension, Layout, carry_out, chunk_shape, kept_run, run_guider
 from .finished import FinishedChunks
-from .guider import HOST_ROTARY, host_attention
+from .guider import fitted, host_attention
 from .listener import RunListener
 
 PROMPT = "flowcache_magi"  # key of a `Prompt` in a conditioning
@@ -106,7 +106,9 @@ class MagiSampler(host.ChunkSampler):
         model, schedule, device = guider.inner_model, self.schedule, noise.device
         patch = host.patch_on(extra_args["model_options"])
         network, batch = model.diffusion_model, noise.shape[0]
-        attention = host_attention(extra_args["model_options"]["transformer_options"])
+        options = comfy.model_patcher.create_model_options_clone(extra_args["model_options"])
+        notes = adapt_others(options)
+        attention = host_attention(options["transformer_options"])
         captions = ChunkCaptions(guider.conds)
 
         def text(chunk: int) -> MagiText:
@@ -123,10 +125,8 @@ class MagiSampler(host.ChunkSampler):
                 shown = engine.advanced[0].estimate()
                 callback(told.tick - 1, shown, shown, told.ticks)
 
-        backbone = MagiBackbone(network, attention)
-        backbone.rotary = replace(backbone.rotary, product=HOST_ROTARY)
         engine = magi_engine(
-            backbone,
+            fitted(MagiBackbone(network, attention), options["transformer_options"]),
             schedule,
             patch.settings,
             text,
@@ -141,9 +141,8 @@ class MagiSampler(host.ChunkSampler):
             on_progress=progress,
             cancelled=interrupted,
         )
-        options = comfy.model_patcher.create_model_options_clone(extra_args["model_options"])
         engine.report.settings = patch.label
-        engine.report.notes += leave_out_others(options)
+        engine.report.notes += notes
         self.listener.plan(engine.report)
         for chunk in engine.run():
             check_finite(chunk.latent, f"chunk {chunk.number}")

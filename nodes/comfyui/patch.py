@@ -37,7 +37,7 @@ from ...flowcache_core.schedule import ChunkSchedule
 from ...flowcache_core.settings import OFF, Settings
 from ...flowcache_core.storage.calibrations import calibration_path, load_calibration
 from .captions import at_once
-from .checks import check_finite, leave_out_others
+from .checks import adapt_others, check_finite
 from .guider import FAMILY, RUN, text_tokens
 from .native import NativeRun
 
@@ -198,7 +198,7 @@ def _outer_sample(executor, noise, latent_image, sampler, sigmas, *args, **kwarg
             "as if it were not patched. Use Autoregressive Extend, AR Sampler (FlowCache) or SamplerARVideo."
         )
         return executor(noise, latent_image, sampler, sigmas, *args, **kwargs)
-    notes = leave_out_others(guider.model_options)
+    notes = adapt_others(guider.model_options)
     model = guider.model_patcher.model
     run = NativeRun(guider, patch.settings, sampler, sigmas, noise, options, compute_dtype(model), branches_of(guider))
     options[NATIVE] = run

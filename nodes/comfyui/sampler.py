@@ -18,7 +18,7 @@ from ...flowcache_core.solvers.one_step import chunk_noise
 from ...flowcache_core.storage.state import State
 from . import patch as host
 from .captions import ChunkCaptions
-from .checks import check_finite, check_frames, leave_out_others
+from .checks import adapt_others, check_finite, check_frames
 from .guider import RUN, GuiderGuidance, is_plain_sum, text_tokens
 from .listener import RunListener
 
@@ -66,7 +66,7 @@ class ARSampler(host.ChunkSampler):
                 "A noise mask was given; FlowCache extends videos instead: give the frames to keep as a prefix."
             )
         options = comfy.model_patcher.create_model_options_clone(extra_args["model_options"])
-        notes = leave_out_others(options)
+        notes = adapt_others(options)
         patch = host.patch_of(options)
         add_wrapper_with_key(WrappersMP.DIFFUSION_MODEL, host.KEY, host.diffusion_model, options, is_model_options=True)
         seed = extra_args.get("seed") or 0

@@ -1,7 +1,8 @@
 """Runs in the host's Python: `run_kernels.py host pack` hands the host's kernels what our forwards do.
 
 Prints, as JSON, how far the host's rotary product is from ours and what it was handed; how many key heads each
-attention got; which linear layers got inputs that the host's fp8 product takes, in its own forward and in ours.
+attention got; which linear layers got inputs that the host's fp8 product takes, in its own forward and in ours; what
+becomes of the host's network when nodes ask for a compiled one.
 """
 
 import json
@@ -14,8 +15,11 @@ import comfy.ldm.modules.attention as attention  # isort: skip
 import comfy.ldm.wan.model  # isort: skip
 import comfy.ops  # isort: skip
 import torch
+import torch._dynamo
 import torch.nn.functional as F
+from torch._dynamo.utils import counters
 
+checks = of_pack("nodes.comfyui.checks")
 guider = of_pack("nodes.comfyui.guider")
 positions = of_pack("flowcache_core.history.positions")
 wan = of_pack("flowcache_core.models.wan")
@@ -69,6 +73,38 @@ def shared_heads() -> dict:
     return found
 
 
+def network(operations, layers: int, dtype: torch.dtype = torch.float32):
+    """A tiny network of the host's, with seeded weights."""
+    torch.manual_seed(0)
+    model = comfy.ldm.wan.model.WanModel(
+        dim=64, ffn_dim=96, num_heads=2, num_layers=layers, text_dim=24, operations=operations, device="cpu",
+        dtype=dtype,
+    )  # fmt: skip
+    for weight in model.parameters():
+        torch.nn.init.normal_(weight, std=0.1)
+    return model
+
+
+def inputs(frames: int = 2) -> tuple:
+    return torch.randn(1, 16, frames, 4, 6), torch.randn(1, 5, 24), torch.tensor([0.5])
+
+
+def attend(backbone, frames: int = 2):
+    """Attention of a chunk to itself."""
+    table = backbone.rotary.table(torch.arange(frames), 2, 3)
+
+    def attended(layer, q, k, v):
+        return F.scaled_dot_product_attention(positions.rotate(q, table), positions.rotate(k, table), v)
+
+    return attended
+
+
+def velocity(backbone, x, text, sigma) -> torch.Tensor:
+    """Of a chunk that sees itself alone."""
+    residual = backbone.trunk(x, sigma, backbone.context(text), attend(backbone, x.shape[2]))
+    return backbone.head(x, sigma, residual)
+
+
 def layers_for_fp8() -> dict:
     """Linear layers whose inputs have two or three dimensions, which the host's fp8 product takes."""
     seen = {}
@@ -79,15 +115,9 @@ def layers_for_fp8() -> dict:
                 seen[self] = x.ndim in (2, 3)
                 return super().forward(x)
 
-    torch.manual_seed(0)
-    model = comfy.ldm.wan.model.WanModel(
-        dim=64, ffn_dim=96, num_heads=2, num_layers=1, text_dim=24, operations=Operations, device="cpu",
-        dtype=torch.float32,
-    )  # fmt: skip
-    for weight in model.parameters():
-        torch.nn.init.normal_(weight, std=0.1)
+    model = network(Operations, layers=1)
     names = {layer: name for name, layer in model.named_modules()}
-    x, text, sigma = torch.randn(1, 16, 2, 4, 6), torch.randn(1, 5, 24), torch.tensor([0.5])
+    x, text, sigma = inputs()
 
     def taken(forward) -> list[str]:
         seen.clear()
@@ -96,19 +126,46 @@ def layers_for_fp8() -> dict:
         return sorted(names[layer] for layer, fits in seen.items() if fits)
 
     backbone = wan.WanBackbone(model)
-    table = backbone.rotary.table(torch.arange(2), 2, 3)
+    return {
+        "stock": taken(partial(model, x, 1000 * sigma, text)),
+        "ours": taken(partial(velocity, backbone, x, text, sigma)),
+    }
 
-    def attend(layer, q, k, v):
-        return F.scaled_dot_product_attention(positions.rotate(q, table), positions.rotate(k, table), v)
 
-    def ours():
-        residual = backbone.trunk(x, sigma, backbone.context(text), attend)
-        backbone.head(x, sigma, residual)
+def compiled() -> dict:
+    """Graphs, breaks and difference of a network whose blocks a node has had compiled, for each kind of the host's
+    layers; what one of another chunk length adds, and what later ones do."""
+    found = {}
+    for name, operations in (("plain", comfy.ops.disable_weight_init), ("casting", comfy.ops.manual_cast)):
+        torch._dynamo.reset()
+        counters.clear()
+        model = network(operations, layers=3, dtype=torch.float32 if name == "plain" else torch.bfloat16)
+        plain, backbone = wan.WanBackbone(model), wan.WanBackbone(model)
+        guider.fitted(plain, {})
+        guider.fitted(backbone, {checks.COMPILE: {"backend": "eager", "fullgraph": False}})
+        graphs, apart = [], 0.0
+        with torch.inference_mode():
+            for frames in (2, 2, 3, 2, 4, 3):
+                asked = inputs(frames)
+                apart = max(apart, (velocity(backbone, *asked) - velocity(plain, *asked)).abs().max().item())
+                graphs.append(counters["stats"]["unique_graphs"])
+        found[name] = {"graphs": graphs, "breaks": list(counters["graph_break"]), "apart": apart}
+    return found
 
-    return {"stock": taken(partial(model, x, 1000 * sigma, text)), "ours": taken(ours)}
+
+def wanted(backend: str, mode: str | None) -> list:
+    """How a run compiles where a node asks for a backend and mode, and what the report says."""
+    wrapper = {"apply_model": {checks.COMPILED: [print]}}
+    asked = {"backend": backend, "options": None, "mode": mode, "fullgraph": False, "dynamic": None}
+    options = {"transformer_options": {"wrappers": wrapper}, checks.COMPILE_OPTIONS: asked}
+    notes = checks.adapt_others(options)
+    taken = options["transformer_options"][checks.COMPILE]
+    return [taken["backend"], taken.get("mode"), len(notes), len(wrapper["apply_model"])]
 
 
 result = {
+    "compiled": compiled(),
+    "wanted": [wanted(*asked) for asked in (("inductor", None), ("cudagraphs", None), ("inductor", "reduce-overhead"))],
     "float32": turned(torch.float32),
     "bfloat16": turned(torch.bfloat16),
     "heads": shared_heads(),

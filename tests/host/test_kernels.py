@@ -31,3 +31,16 @@ def test_the_same_layers_can_multiply_in_fp8_as_in_the_hosts_forward(found):
     stock, ours = (set(found["layers"][side]) for side in ("stock", "ours"))
     assert stock - ours == set()
     assert {"blocks.0.ffn.0", "blocks.0.ffn.2", "head.head", "blocks.0.self_attn.q"} <= ours
+
+
+def test_a_compiled_network_is_a_few_graphs_without_a_break(found):
+    for kind in found["compiled"].values():
+        assert kind["breaks"] == [] and kind["apart"] < 1e-6
+        assert kind["graphs"][-1] == kind["graphs"][2] <= 6  # three parts of a block: for one length, then for any
+
+
+def test_nodes_that_compile_are_heeded_but_for_cuda_graphs(found):
+    plain, graphs, overhead = found["wanted"]  # backend, mode, notes in the report, wrappers of the host's that stay
+    assert plain == ["inductor", None, 1, 0]
+    assert graphs == ["inductor", None, 2, 0]
+    assert overhead == ["inductor", "default", 2, 0]

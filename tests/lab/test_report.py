@@ -48,6 +48,7 @@ REPORT = {
         "share_of_run": 0.012, "tokens": 8192, "seconds": 0.1, "seconds_direct": 0.9, "bytes": 10, "bytes_direct": 400,
         "same": 0.9999,
     },
+    "compiled": {"chunks": 2, "seconds": 4.0, "seconds_compiled": 3.0, "seconds_first": 41.2, "apart": 7e-7},
 }  # fmt: skip
 
 
@@ -65,6 +66,7 @@ def test_the_table_says_what_was_measured():
         "| fewer steps, AB2",
     ]  # plain and ours first
     assert "1.010" in words and "9.0x faster" in words and "1/40" in words and "history at most 3.0 MB" in words
+    assert "takes 0.75 of its time" in words and "takes 41 s with the compiling" in words
 
 
 def test_the_summary_has_the_best_of_each_kind_at_equal_speed():

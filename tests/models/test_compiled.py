@@ -1,4 +1,4 @@
-"""Each backbone's block under torch.compile: a few graphs, used again as chunks go on, same result."""
+"""Each backbone's blocks under torch.compile: a few graphs for all layers, used again as chunks go on."""
 
 from dataclasses import replace
 
@@ -20,8 +20,8 @@ from tests.helpers import golden_weights
 from tests.helpers.magi_weights import SMALL, fill, normal
 from tests.helpers.runs import build, video
 
-MAGI = replace(SMALL, layers=1, caption_tokens=64)
-MOST_GRAPHS = 8  # before and after attention; for one chunk and for several
+MAGI = replace(SMALL, layers=3, caption_tokens=64)
+MOST_GRAPHS = 6  # a block's parts, for one chunk and for several
 BUDGET = replace(OFF, history=HistorySettings(2))
 
 
@@ -48,11 +48,11 @@ def small_magi(settings) -> Engine:
 
 
 def wan() -> WanBackbone:
-    return WanBackbone(golden_weights.network(replace(golden_weights.SMALL, num_layers=1)))
+    return WanBackbone(golden_weights.network(replace(golden_weights.SMALL, num_layers=3)))
 
 
 def skyreels() -> SkyReelsBackbone:
-    return SkyReelsBackbone(golden_weights.network(replace(golden_weights.SMALL_FPS, num_layers=1)))
+    return SkyReelsBackbone(golden_weights.network(replace(golden_weights.SMALL_FPS, num_layers=3)))
 
 
 ENGINES = {
@@ -69,13 +69,12 @@ def test_a_few_graphs_serve_all_chunks(name):
     counters.clear()
     engine = ENGINES[name]()
     backbone = engine.forward.backbone
-    block = torch.compile(backbone.block, dynamic=True, backend="eager")
-    # Attention over the history is the engine's and changes from tick to tick; it is called between two graphs.
-    backbone.block = lambda layer, x, told, attend: block(layer, x, told, torch._dynamo.disable(attend))
+    backbone.compile(backend="eager")
     graphs, latents = [], []
     for chunk in engine.run():
         graphs.append(counters["stats"]["unique_graphs"])
         latents.append(chunk.latent)
     assert len(set(graphs[2:])) == 1
     assert 2 <= graphs[-1] <= MOST_GRAPHS
-    assert (torch.cat(latents, dim=2) - plain).abs().max() < 1e-4
+    assert not counters["graph_break"]
+    assert (torch.cat(latents, dim=2) - plain).abs().max() < 1e-6

@@ -13,10 +13,10 @@ Source: MAGI-1, inference/model/dit/dit_model.py and dit_module.py.
 """
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property, partial
-from typing import NamedTuple, cast
+from typing import Any, NamedTuple, cast
 
 import torch
 import torch.nn.functional as F
@@ -323,6 +323,40 @@ def grouped_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     return F.scaled_dot_product_attention(q, k, v, enable_gqa=True)
 
 
+# A block's two parts, between which it attends to the history and to the caption. They are functions of a block and of
+# tensors alone, so that torch.compile makes one graph of each for all layers.
+
+
+def asks(block: MagiBlock, x: Tensor, rotary: MagiRotary, head_dim: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Tokens [B, tokens, width] to unrotated q [B, heads, tokens, D], k and v [B, kv_heads, ...], and what they ask the
+    caption, of q's shape."""
+    attention, project = block.self_attention, block.self_attention.linear_qkv
+    y = project.layer_norm(x)
+
+    def split(part: Tensor) -> Tensor:
+        return part.unflatten(-1, (-1, head_dim)).transpose(1, 2)
+
+    q = rotary.paired(attention.q_layernorm(split(project.q(y)).float())).to(x.dtype)
+    k = rotary.paired(attention.k_layernorm(split(project.k(y)).float())).to(x.dtype)
+    return q, k, split(project.v(y)), attention.q_layernorm_xattn(split(project.qx(y)))
+
+
+def feeds_forward(block: MagiBlock, x: Tensor, past: Tensor, text: Tensor, condition: Tensor) -> Tensor:
+    """Adds what history and caption gave, [B, heads, tokens, D] each, to tokens, and the feed-forward."""
+    gate_attention, gate_feed_forward = block.ada_modulate_layer(condition)
+    attention = block.self_attention
+    y = attention.linear_proj(merged(past, text).to(attention.projection_dtype))
+    x = (block.self_attn_post_norm(y.float() * gate_attention) + x).to(x.dtype)
+    y = block.mlp(x).float()
+    return (block.mlp_post_norm(y * gate_feed_forward) + x).to(x.dtype)
+
+
+def merged(past: Tensor, text: Tensor) -> Tensor:
+    """Two [B, heads, tokens, D] to [B, tokens, 2 * heads * D], group by group: a group's past, then its text."""
+    both = torch.stack([past, text], dim=1).permute(0, 3, 1, 2, 4).flatten(3)  # [B, tokens, 2, heads * D]
+    return both.unflatten(3, (MERGE_GROUPS, -1)).transpose(2, 3).flatten(2)
+
+
 class MagiBackbone:
     """Runs chunks through a network of the MAGI-1 layout.
 
@@ -343,6 +377,16 @@ class MagiBackbone:
         self.head_dim = config.head_dim
         self.blocks = cast(Sequence[MagiBlock], network.videodit_blocks.layers)
         self.rotary = MagiRotary(network.rope, config.head_dim)
+        self.parts: tuple[Callable[..., Any], ...] = (asks, feeds_forward)
+
+    def compile(self, **options) -> None:
+        """Compiles the blocks, at the first chunk that goes through: one graph for each part of a block, for all layers
+        and runs. Attention stays outside.
+
+        Args:
+            options: of `torch.compile`.
+        """
+        self.parts = tuple(torch.compile(part, **options) for part in self.parts)
 
     @property
     def sizes(self) -> NetworkSizes:
@@ -460,29 +504,13 @@ class MagiBackbone:
             conditioning: of the chunk.
             attend: attention over the history; it gets unrotated q [B, heads, T * S, D] and k, v [B, kv_heads, ...].
         """
-        block = self.blocks[layer]
-        attention, project = block.self_attention, block.self_attention.linear_qkv
-        gate_attention, gate_feed_forward = block.ada_modulate_layer(conditioning.gates)
+        block, (asked, fed) = self.blocks[layer], self.parts
         shape, x = x.shape, x.flatten(1, 2)
-        y = project.layer_norm(x)
-        q = self.rotary.paired(attention.q_layernorm(self._split(project.q(y)).float())).to(x.dtype)
-        k = self.rotary.paired(attention.k_layernorm(self._split(project.k(y)).float())).to(x.dtype)
-        past = attend(q, k, self._split(project.v(y)))
-        captions = conditioning.context.captions[layer]
-        text = self._read(attention.q_layernorm_xattn(self._split(project.qx(y))), captions)
-        y = attention.linear_proj(self._merge(past, text).to(attention.projection_dtype))
-        x = (block.self_attn_post_norm(y.float() * gate_attention) + x).to(x.dtype)
-        y = block.mlp(x).float()
-        return (block.mlp_post_norm(y * gate_feed_forward) + x).to(x.dtype).view(shape)
+        q, k, v, question = asked(block, x, self.rotary, self.head_dim)
+        past = attend(q, k, v)
+        text = self._read(question, conditioning.context.captions[layer])
+        return fed(block, x, past, text, conditioning.gates).view(shape)
 
     def _read(self, q: Tensor, captions: list[CaptionKeys]) -> Tensor:
         """Cross-attention [B, heads, tokens, D]; row by row, because captions differ in length."""
         return joined_heads([self.attention(row, *caption) for row, caption in zip(q.split(1), captions, strict=True)])
-
-    def _split(self, x: Tensor) -> Tensor:
-        return x.unflatten(-1, (-1, self.head_dim)).transpose(1, 2)
-
-    def _merge(self, past: Tensor, text: Tensor) -> Tensor:
-        """Two [B, heads, tokens, D] to [B, tokens, 2 * heads * D], group by group: a group's past, then its text."""
-        both = torch.stack([past, text], dim=1).permute(0, 3, 1, 2, 4).flatten(3)  # [B, tokens, 2, heads * D]
-        return both.unflatten(3, (MERGE_GROUPS, -1)).transpose(2, 3).flatten(2)
