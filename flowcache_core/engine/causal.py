@@ -2,6 +2,7 @@
 
 import time
 from collections.abc import Callable, Hashable, Mapping, Sequence
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -23,6 +24,25 @@ from .contexts import Contexts, texts_kept
 from .forward import Step, Velocity
 from .guidance import Guidance, Texts
 from .layers import Group, row_levels, run_layers
+from .sites import Sites
+
+
+class CausalSite:
+    """What a run keeps on one device.
+
+    Args:
+        backbone, device, plan, settings: of the run, or another device's backbone.
+
+    Attributes:
+        histories: of the branches that have been run there.
+    """
+
+    def __init__(self, backbone: Any, device: torch.device, plan: MemoryPlan, settings: Settings):
+        self.backbone = backbone
+        self.stream = SideStream(device, settings.overlap)
+        self.positions = Positions(plan, backbone.rotary, device)
+        self.contexts = Contexts(backbone.context, texts_kept(plan.max_active))
+        self.histories: dict[Hashable, History] = {}
 
 
 class CausalForward:
@@ -62,12 +82,9 @@ class CausalForward:
         self.plan, self.settings, self.report, self.check = plan, settings, report, check
         self.dtype, self.device = dtype, device
         self.keeps_slots = not (aligned and guidance.at_once and settings.clean_pass)
-        self.stream = SideStream(device, settings.overlap)
-        self.positions = Positions(plan, backbone.rotary, device)
+        self.sites = Sites(backbone, device, lambda one, where: CausalSite(one, where, plan, settings))
         self.loaded = dict(loaded or {})
-        self.histories: dict[Hashable, History] = {}
-        self.spare = [self._history() for _ in range(plan.branches)]  # not yet of a branch
-        self.contexts = Contexts(backbone.context, texts_kept(plan.max_active))
+        self.spare = [self._history(self.sites.home) for _ in range(plan.branches)]  # not yet of a branch
         self.holds_residual = settings.holds_residual
         self.order = order
         self.held: dict[tuple[int | Given, Hashable], Forecast] = {}  # residuals, by chunk and branch
@@ -75,6 +92,11 @@ class CausalForward:
         report.history_bytes_planned = plan.history_bytes
         report.history_bytes_unbounded = plan.unbounded_bytes
         report.history_bytes_allocated = self.history_bytes[1]
+
+    @property
+    def histories(self) -> dict[Hashable, History]:
+        """Of every branch, wherever it is run."""
+        return {name: history for site in self.sites for name, history in list(site.histories.items())}
 
     def mix(self, step: Step, oldest: bool) -> Hashable:
         """Names the sum of branches that a step's velocity will be."""
@@ -150,23 +172,28 @@ class CausalForward:
             self.report.note(moved_note(self.histories.values()), OUT_OF_MEMORY)
             self.report.history_bytes_allocated = self.history_bytes[1]
 
-    def network(self, steps: Sequence[Step], branches: Sequence[Hashable], texts: Texts) -> list[Tensor]:
+    def network(
+        self, steps: Sequence[Step], branches: Sequence[Hashable], texts: Texts, backbone: Any | None = None
+    ) -> list[Tensor]:
         """Runs the network for some branches of a tick's steps; see `guidance.Network`."""
-        begun = time.perf_counter()
+        begun, site = time.perf_counter(), self.sites.of(backbone, steps[0].x.device)
         again = [step for step in steps if step.recompute]
-        values = iter(self._recomputed(again, branches, texts) if again else [])
-        results = [next(values) if step.recompute else self._reused(step, branches) for step in steps]
-        self.report.forward_seconds += time.perf_counter() - begun
+        values = iter(self._recomputed(site, again, branches, texts) if again else [])
+        results = [next(values) if step.recompute else self._reused(site, step, branches) for step in steps]
+        if site is self.sites.home:  # others are busy at the same time
+            self.report.forward_seconds += time.perf_counter() - begun
         return results
 
-    def _recomputed(self, steps: Sequence[Step], branches: Sequence[Hashable], texts: Texts) -> list[Tensor]:
+    def _recomputed(
+        self, site: CausalSite, steps: Sequence[Step], branches: Sequence[Hashable], texts: Texts
+    ) -> list[Tensor]:
         rows = steps[0].x.shape[0] // len(branches)
-        histories = [self._history_of(name) for name in branches]
+        histories = [self._history_of(name, site) for name in branches]
         stored = [step.place.chunk for step in steps if step.place.is_clean_pass]
         asking = self._asking(steps)
 
         def contexts(step: Step) -> list:
-            return [self.contexts.of(text) for text in texts(step.place.chunk)]
+            return [site.contexts.of(text) for text in texts(step.place.chunk)]
 
         def attend(layer: int, step: Step, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
             chunk, parts = step.place.chunk, zip(histories, q.split(rows), k.split(rows), v.split(rows), strict=True)
@@ -177,23 +204,23 @@ class CausalForward:
             return joined_heads(answers)
 
         groups = run_layers(
-            self.backbone, steps, contexts, self.plan.together, histories, attend, stored,
-            self.histories.values(), self.check,
+            site.backbone, steps, contexts, self.plan.together, histories, attend, stored,
+            site.histories.values(), self.check,
         )  # fmt: skip
-        return [velocity for group in groups for velocity in self._headed(group, branches)]
+        return [velocity for group in groups for velocity in self._headed(site, group, branches)]
 
-    def _headed(self, group: Group, branches: Sequence[Hashable]) -> Sequence[Tensor]:
+    def _headed(self, site: CausalSite, group: Group, branches: Sequence[Hashable]) -> Sequence[Tensor]:
         """Velocities of a group's chunks, from what its blocks gave."""
-        count, every = len(group.steps), self.histories.values()
+        count, every = len(group.steps), site.histories.values()
         for attempt in attempts(every):
             with attempt:
-                residual = self.backbone.residual(group.x, group.hidden)
+                residual = site.backbone.residual(group.x, group.hidden)
         if self.holds_residual:
             for step, part in zip(group.steps, residual.chunk(count, dim=1), strict=True):
                 self._hold(step.place, branches, part)
         for attempt in attempts(every):
             with attempt:
-                velocities = self.backbone.head(group.x, group.levels, residual).chunk(count, dim=2)
+                velocities = site.backbone.head(group.x, group.levels, residual).chunk(count, dim=2)
         return velocities
 
     def _hold(self, place: Place, branches: Sequence[Hashable], residual: Tensor) -> None:
@@ -201,11 +228,11 @@ class CausalForward:
             for name, part in zip(branches, residual.chunk(len(branches)), strict=True):
                 self.held.setdefault((place.chunk, name), Forecast(self.order)).add(place.step, part)
 
-    def _reused(self, step: Step, branches: Sequence[Hashable]) -> Tensor:
+    def _reused(self, site: CausalSite, step: Step, branches: Sequence[Hashable]) -> Tensor:
         """The head alone, over held residuals."""
         assert step.place.step is not None
         held = [self.held[step.place.chunk, name].at(step.place.step) for name in branches]
-        return self.backbone.head(step.x, row_levels(step.sigma, step.x), joined(held))
+        return site.backbone.head(step.x, row_levels(step.sigma, step.x), joined(held))
 
     def _asking(self, steps: Sequence[Step]) -> int | Given | None:
         """The chunk whose queries are kept for the next cut: never one that is finished."""
@@ -216,9 +243,10 @@ class CausalForward:
             return None
         return active[-1] if self.settings.history.compression.asking == "newest" else active[0]
 
-    def _history_of(self, branch: Hashable) -> History:
-        if branch not in self.histories:
-            history = self.spare.pop() if self.spare else self._history()
+    def _history_of(self, branch: Hashable, site: CausalSite) -> History:
+        if branch not in site.histories:
+            spare = self.spare.pop() if self.spare else None  # of the run's own device; elsewhere its memory is freed
+            history = spare if spare and site is self.sites.home else self._history(site)
             if self.loaded:
                 if branch not in self.loaded:
                     raise UserError(
@@ -226,8 +254,9 @@ class CausalForward:
                         f"'{branch}': extend with the guidance that it was made with."
                     )
                 history.load(self.loaded[branch])
-            self.histories[branch] = history
-        return self.histories[branch]
+            site.histories[branch] = history
+        return site.histories[branch]
 
-    def _history(self) -> History:
-        return History(self.plan, self.positions, self.settings.history, self.dtype, self.keeps_slots, self.stream)
+    def _history(self, site: CausalSite) -> History:
+        settings = self.settings.history
+        return History(self.plan, site.positions, settings, self.dtype, self.keeps_slots, site.stream)

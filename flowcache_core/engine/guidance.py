@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -15,9 +15,15 @@ Texts = Callable[[int | Given], list[Tensor]]  # chunk -> a text embedding [B, t
 
 
 class Network(Protocol):
-    """Runs a network over steps whose x holds all branches, [branches * B, C, T, H, W]; gives a velocity for each."""
+    """Runs a network over steps whose x holds all branches, [branches * B, C, T, H, W]; gives a velocity for each.
 
-    def __call__(self, steps: Sequence[Step], branches: Sequence[Hashable], texts: Texts) -> list[Tensor]: ...
+    Branches may be divided among devices: then `backbone` runs the network of the one that x is on, and calls come from
+    several threads. A branch stays where it is first run.
+    """
+
+    def __call__(
+        self, steps: Sequence[Step], branches: Sequence[Hashable], texts: Texts, backbone: Any | None = None
+    ) -> list[Tensor]: ...
 
 
 class Guidance(Protocol):

@@ -9,6 +9,7 @@ Source: SkyReels-V2, skyreels_v2_infer/pipelines/diffusion_forcing_pipeline.py.
 import time
 from collections.abc import Callable, Hashable, Sequence
 from functools import partial
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -25,9 +26,18 @@ from .contexts import Contexts
 from .forward import Step, Velocity
 from .guidance import Guidance, Texts
 from .layers import frame_levels
+from .sites import Sites
 
 AttendLayer = Callable[[int, Tensor, Tensor, Tensor], Tensor]
 MOST_BRANCHES = 16  # of guidance, whose texts are kept: a window has one text for each
+
+
+class WindowSite(NamedTuple):
+    """What a window keeps on one device."""
+
+    backbone: Any
+    contexts: Contexts
+    tables: RotaryTables
 
 
 class WindowForward:
@@ -51,8 +61,13 @@ class WindowForward:
     ):
         self.backbone, self.guidance, self.report = backbone, guidance, report
         self.attention, self.check = attention, check
-        self.contexts = Contexts(backbone.context, MOST_BRANCHES)
-        self.tables, self.turn = tables, backbone.rotary.product.turn
+        self.turn = backbone.rotary.product.turn
+
+        def site(one: Any, device: torch.device) -> WindowSite:
+            contexts = Contexts(one.context, MOST_BRANCHES)
+            return WindowSite(one, contexts, tables if one is backbone else tables.on(device))
+
+        self.sites = Sites(backbone, tables.device, site)
 
     def mix(self, step: Step, oldest: bool) -> Hashable:
         """Names the sum of branches that a step's velocity will be."""
@@ -69,17 +84,15 @@ class WindowForward:
         self.report.forward_seconds += time.perf_counter() - begun
         return answer
 
-    def run(
-        self, steps: Sequence[Step], branches: Sequence[Hashable], texts: Texts, attend: AttendLayer
-    ) -> list[Tensor]:
-        """Runs the network once over parts that lie behind one another; x holds all branches."""
-        x, levels = joined([step.x for step in steps], dim=2), frame_levels(steps)
-        conditioning = self.backbone.conditioning(x, levels, [[self.contexts.of(text) for text in texts(0)]])
-        hidden = self.backbone.embed(x)
-        for layer in range(self.backbone.layers):
+    def run(self, site: WindowSite, steps: Sequence[Step], texts: Texts, attend: AttendLayer) -> list[Tensor]:
+        """Runs a site's network once over parts that lie behind one another; x holds all branches."""
+        x, levels, backbone = joined([step.x for step in steps], dim=2), frame_levels(steps), site.backbone
+        conditioning = backbone.conditioning(x, levels, [[site.contexts.of(text) for text in texts(0)]])
+        hidden = backbone.embed(x)
+        for layer in range(backbone.layers):
             self.check()
-            hidden = self.backbone.block(layer, hidden, conditioning, partial(attend, layer))
-        velocity = self.backbone.head(x, levels, self.backbone.residual(x, hidden))
+            hidden = backbone.block(layer, hidden, conditioning, partial(attend, layer))
+        velocity = backbone.head(x, levels, backbone.residual(x, hidden))
         return list(velocity.split([step.x.shape[2] for step in steps], dim=2))
 
     settled = True
@@ -166,9 +179,11 @@ class JointForward(WindowForward):
     def _part(self, latent: Tensor, sigma: float) -> Step:
         return Step(latent, sigma, Place(0, None, 0))
 
-    def _network(self, steps: Sequence[Step], branches: Sequence[Hashable], texts: Texts) -> list[Tensor]:
-        whole = sum(step.x.shape[2] for step in steps)
-        table = self.tables.of(0, whole)
+    def _network(
+        self, steps: Sequence[Step], branches: Sequence[Hashable], texts: Texts, backbone: Any | None = None
+    ) -> list[Tensor]:
+        site = self.sites.of(backbone, steps[0].x.device)
+        table = site.tables.of(0, sum(step.x.shape[2] for step in steps))
         return self.run(
-            steps, branches, texts, lambda layer, q, k, v: self.attention(self.turn(q, table), self.turn(k, table), v)
+            site, steps, texts, lambda layer, q, k, v: self.attention(self.turn(q, table), self.turn(k, table), v)
         )

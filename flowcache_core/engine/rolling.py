@@ -7,12 +7,14 @@ Source: RollingForcing, pipeline/rolling_forcing_inference.py and wan/modules/ca
 import math
 from collections.abc import Hashable, Sequence
 from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from ..errors import UserError
 from ..history.plan import NetworkSizes
+from ..history.positions import RotaryTables
 from ..report import Report
 from ..schedule import ChunkSchedule, Given, Place
 from .forward import Step, Velocity
@@ -110,33 +112,42 @@ class RollingForward(WindowForward):
         total = sum(history.bytes for history in self.histories.values())
         return total, total
 
-    def _network(self, steps: Sequence[Step], branches: Sequence[Hashable], texts: Texts) -> list[Tensor]:
+    def _network(
+        self, steps: Sequence[Step], branches: Sequence[Hashable], texts: Texts, backbone: Any | None = None
+    ) -> list[Tensor]:
         chunk, whole = steps[0].place.chunk, sum(step.x.shape[2] for step in steps)
         assert isinstance(chunk, int)
+        site = self.sites.of(backbone, steps[0].x.device)
         first, rows = chunk * self.chunk_frames, steps[0].x.shape[0] // len(branches)
         histories = [self._history_of(name) for name in branches]
-        window = partial(self._attend_clean if steps[0].place.is_clean_pass else self._attend, first, whole)
+        window = partial(
+            self._attend_clean if steps[0].place.is_clean_pass else self._attend, site.tables, first, whole
+        )
 
         def attend(layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
             parts = zip(histories, q.split(rows), k.split(rows), v.split(rows), strict=True)
             return torch.cat([window(history, layer, *qkv) for history, *qkv in parts])
 
-        return self.run(steps, branches, texts, attend)
+        return self.run(site, steps, texts, attend)
 
-    def _attend(self, first: int, frames: int, history: RollingHistory, layer: int, q, k, v) -> Tensor:
-        table = self.tables.of(first, frames)
+    def _attend(
+        self, tables: RotaryTables, first: int, frames: int, history: RollingHistory, layer: int, q, k, v
+    ) -> Tensor:
+        table = tables.of(first, frames)
         q, k = self.turn(q, table), self.turn(k, table)
         sink = history.sink[layer]
         if first > 0 and sink is not None:
             seen, place = history.before_window(layer, first, frames)
-            turned = self.turn(sink[0], self.tables.of(place, self.chunk_frames))
+            turned = self.turn(sink[0], tables.of(place, self.chunk_frames))
             k = torch.cat([turned, *(keys for keys, _ in seen), k], dim=2)
             v = torch.cat([sink[1], *(values for _, values in seen), v], dim=2)
         return self.attention(q, k, v)
 
-    def _attend_clean(self, first: int, frames: int, history: RollingHistory, layer: int, q, k, v) -> Tensor:
+    def _attend_clean(
+        self, tables: RotaryTables, first: int, frames: int, history: RollingHistory, layer: int, q, k, v
+    ) -> Tensor:
         """A clean chunk sees as many of the chunks before it as the span allows, with no sink beside them."""
-        table = self.tables.of(first, frames)
+        table = tables.of(first, frames)
         q, rotated = self.turn(q, table), self.turn(k, table)
         seen = list(history.recent[layer])
         history.add(layer, k, rotated, v)

@@ -54,10 +54,14 @@ class RotaryTables:
     """
 
     def __init__(self, rotary: Rotary, grid: tuple[int, int], device: torch.device, frames: int = 1, kept: int = 8):
-        self.rotary, self.size, self.device = rotary, grid, device
+        self.rotary, self.size, self.device, self.kept = rotary, grid, device, kept
         self._axes = self._made(frames)
         self.of = lru_cache(kept)(self._of)
         self.still = lru_cache(kept)(self._still)
+
+    def on(self, device: torch.device) -> "RotaryTables":
+        """Makes the same for another device."""
+        return RotaryTables(self.rotary, self.size, device, self._axes[0].shape[1], self.kept)
 
     def time(self, frames: int) -> Tensor:
         """Cosines and sines in time of at least so many frames, float32 [2, frames, pairs]."""

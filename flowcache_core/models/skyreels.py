@@ -4,6 +4,7 @@ Source: SkyReels-V2, skyreels_v2_infer/modules/transformer.py; the signal and it
 SkyReels-V2, skyreels_v2_infer/modules/transformer_flowcache.py (there from TeaCache's fit).
 """
 
+from copy import deepcopy
 from typing import Any
 
 import torch
@@ -66,3 +67,10 @@ def add_frame_rate(network: Any, weights: dict[str, Tensor], layers=nn) -> None:
         start = f"{name}."
         module.load_state_dict({key.removeprefix(start): w for key, w in weights.items() if key.startswith(start)})
         setattr(network, name, module.requires_grad_(False))
+
+
+def share_frame_rate(network: Any, other: Any) -> None:
+    """Gives another copy of a network, on another device, the frame-rate layers that it lacks."""
+    for name in ("fps_embedding", "fps_projection"):
+        if hasattr(network, name) and not hasattr(other, name):
+            setattr(other, name, deepcopy(getattr(network, name)).to(other.head.head.weight.device))

@@ -2,6 +2,8 @@
 
 from collections.abc import Callable, Hashable, Sequence
 from dataclasses import replace
+from threading import Lock
+from typing import Any
 
 import comfy.ldm.flux.math
 import comfy.ldm.modules.attention
@@ -16,6 +18,7 @@ from ...flowcache_core.engine.guidance import Network
 from ...flowcache_core.errors import UserError
 from ...flowcache_core.history.positions import RotaryProduct
 from ...flowcache_core.models.families import family
+from ...flowcache_core.models.skyreels import share_frame_rate
 from ...flowcache_core.schedule import ChunkSchedule, Given
 from ...flowcache_core.solvers.weights import joined
 from .captions import ChunkCaptions
@@ -24,6 +27,8 @@ from .checks import COMPILE
 RUN = "flowcache_run"  # key of the guidance in transformer_options, while its run goes on
 FPS = "flowcache_fps"  # frames a second that SkyReels-V2 is told, in transformer_options
 FAMILY = "flowcache_family"  # the family that our loader found, in transformer_options
+
+DEVICE = "multigpu_thread_device"  # the host's key of a call's device, where it divides the branches among several
 
 METHODS = ("__call__", "outer_predict_noise", "predict_noise")  # of a guider, one calls the next
 FUNCTIONS = (  # of model options, which see or change what the guider gives at a step
@@ -149,9 +154,11 @@ class GuiderGuidance:
         self.guider, self.captions, self.ask, self.at_once = guider, captions, ask, at_once
         self.last_chunk, self.texts_kept = schedule.total_chunks - 1, texts_kept(schedule.max_active)
         self.attention = host_attention(options)
-        kind = family(options.get(FAMILY, "wan"))
-        self.backbone = fitted(kind.backbone(network, options.get(FPS, 24), self.attention), options)
-        self._uuids: dict[int, list] = {}  # by side of guidance, in order of appearance
+        self.options = options
+        self.backbone = self._backbone(network)
+        self._elsewhere: dict[torch.nn.Module, Any] = {network: self.backbone}  # backbones, by network
+        self._lock = Lock()  # branches that are divided among devices come from several threads
+        self._uuids: dict[int, list] = {}  # by side of guidance, in the order that numbers them
         self._texts: dict[tuple, Tensor] = {}  # as the network takes them, oldest first
         # Of the call that goes on: what is asked for, who answers, and the branches that were seen.
         self._steps: Sequence[Step] = []
@@ -174,7 +181,7 @@ class GuiderGuidance:
         parts = [list(steps)] if self.at_once else [[step] for step in steps]
         values = [velocity for part in parts for velocity in self._asked(part)]
         self._network, self._steps = None, []
-        return values, tuple(self._seen)
+        return values, tuple(sorted(self._seen))
 
     def _asked(self, steps: list[Step]) -> Sequence[Tensor]:
         self._steps = steps
@@ -191,7 +198,7 @@ class GuiderGuidance:
         """Stands in for the network's own forward, for the branches of this call.
 
         Args:
-            network: the host's; hooks and several GPUs swap it.
+            network: the host's; hooks may swap it, and each of several GPUs has its own.
             x: [branches * B, C, T, H, W], the steps' chunks behind one another.
             context: embeddings of the first chunk's prompts.
         """
@@ -203,17 +210,34 @@ class GuiderGuidance:
                 f"A prompt's embedding is {found}, and this model reads {network.text_dim}; use the text encoder of "
                 f"its family (Demo Prompt for the demo model)."
             )
-        self.backbone.network = network
-        names, uuids = self._names(options), options["uuids"]
-        self._seen |= dict.fromkeys(names)
+        with self._lock:
+            backbone = self._backbone_of(network, options)
+            names, uuids = self._names(options), options["uuids"]
+            self._seen |= dict.fromkeys(names)
         rows = x.shape[0] // len(names)
 
         def texts(chunk: int | Given) -> list[Tensor]:
-            return [self._text(self._chunk(chunk), uuid, rows, x) for uuid in uuids]
+            with self._lock:
+                return [self._text(self._chunk(chunk), uuid, rows, x) for uuid in uuids]
 
         parts = x.split([step.x.shape[2] for step in self._steps], dim=2)
         steps = [step._replace(x=part) for step, part in zip(self._steps, parts, strict=True)]
-        return joined(self._network(steps, names, texts), dim=2)
+        return joined(self._network(steps, names, texts, backbone), dim=2)
+
+    def _backbone(self, network: torch.nn.Module) -> Any:
+        kind = family(self.options.get(FAMILY, "wan"))
+        return fitted(kind.backbone(network, self.options.get(FPS, 24), self.attention), self.options)
+
+    def _backbone_of(self, network: torch.nn.Module, options: dict) -> Any:
+        """The backbone that runs a call: of the device that its branches are on, or the run's own, over the network
+        that hooks may have put in place of its own."""
+        if DEVICE not in options:
+            self.backbone.network = network
+            return self.backbone
+        if network not in self._elsewhere:
+            share_frame_rate(self.backbone.network, network)
+            self._elsewhere[network] = self._backbone(network)
+        return self._elsewhere[network]
 
     def _text(self, chunk: int, uuid, rows: int, x: Tensor) -> Tensor:
         key = (self.captions.shown(chunk, uuid), rows, x.dtype, x.device)
@@ -228,11 +252,16 @@ class GuiderGuidance:
         """A name for each branch of a call, which outlives the run: its side of guidance, and its number there."""
         found = []
         for side, uuid in zip(options["cond_or_uncond"], options["uuids"], strict=True):
-            known = self._uuids.setdefault(side, [])
+            known = self._uuids.setdefault(side, self._side_of(uuid))
             if uuid not in known:
                 known.append(uuid)
             found.append(f"{side}.{known.index(uuid)}")
         return found
+
+    def _side_of(self, uuid) -> list:
+        """The conditions beside one, in the order that the host asks for them on one device: the last one first."""
+        sides = ([one["uuid"] for one in held or []] for held in self.guider.conds.values())
+        return next((side[::-1] for side in sides if uuid in side), [])
 
     def _chunk(self, chunk: int | Given) -> int:
         """The chunk whose prompts are shown to given frames too."""
