@@ -12,7 +12,7 @@ from torch import Tensor
 from ..history.cache import Attention
 from ..history.plan import MemoryPlan, plan_memory
 from ..history.positions import RotaryTables
-from ..history.room import check_room
+from ..history.room import check_room, placed
 from ..history.snapshot import Snapshot
 from ..report import Report
 from ..reuse.policies import Policy, aligned
@@ -109,8 +109,7 @@ def causal_forward(
     Raises:
         UserError: there is less memory than that.
     """
-    plan = plan_run(run, policy)
-    check_room(plan.bytes, run.device)
+    plan = placed(plan_run(run, policy), run.device)
     return make(
         run.backbone,
         run.guidance,

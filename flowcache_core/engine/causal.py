@@ -10,7 +10,7 @@ from torch import Tensor
 
 from ..errors import UserError
 from ..history.cache import Attention, History, begin_delta, moved_note
-from ..history.offload import OUT_OF_MEMORY, attempts
+from ..history.offload import TOO_LITTLE, attempts
 from ..history.plan import MemoryPlan
 from ..history.positions import Positions
 from ..history.snapshot import Snapshot, SnapshotDelta
@@ -169,7 +169,7 @@ class CausalForward:
         for key in [key for key in self.held if key[0] in chunks]:
             del self.held[key]
         if chunks:
-            self.report.note(moved_note(self.histories.values()), OUT_OF_MEMORY)
+            self.report.note(moved_note(self.histories.values()), TOO_LITTLE)
             self.report.history_bytes_allocated = self.history_bytes[1]
 
     def network(

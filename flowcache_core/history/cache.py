@@ -15,8 +15,9 @@ one begins and the clean tokens are over budget, they are cut, and which ones st
 Where the plan says so, slots lie in one scratch that all layers share: `open_layer` reads a layer's clean tokens into
 it, and `close_layer` takes out what has become clean, and cuts the layer at once where it is full.
 
-Where the device runs out of memory, the front of the buffers moves to system memory, a chunk at a time. All computing
-stays on the device, so that the result is the same to the bit; token numbers and queries, which are small, stay there.
+Where the device has too little memory, by the plan or because it ran out, the front of the buffers is in system memory,
+in whole chunks. All computing stays on the device, so that the result is the same to the bit; token numbers and
+queries, which are small, stay there.
 """
 
 from collections.abc import Callable, Collection, Hashable, Mapping, Sequence
@@ -30,7 +31,7 @@ from ..errors import UserError
 from ..schedule import Given
 from ..settings import HistorySettings
 from .compression import asking_queries, evict, sink_tokens
-from .offload import OUT_OF_MEMORY, OffloadableBuffer, attempts, runs_out_of_memory
+from .offload import TOO_LITTLE, OffloadableBuffer, attempts, runs_out_of_memory
 from .plan import MemoryPlan
 from .positions import Positions
 from .quantised import PackedBuffer
@@ -84,8 +85,8 @@ class History:
         self.asked = False  # whether they are there yet
         self.scratch = self._scratch() if plan.needs_scratch else None
         self.layers: list[Layer] = []
-        most = plan.clean_chunks + (plan.slots if plan.kind == "stored" else 0)
-        for chunks in range(0 if settings.memory == "auto" else most, most + 1):
+        most = plan.movable_chunks
+        for chunks in range(plan.moved if settings.memory == "auto" else most, most + 1):
             if not runs_out_of_memory(partial(self._allocate, chunks)):
                 break
         self.clean = plan.end_tokens  # tokens, those of the end included
@@ -103,9 +104,10 @@ class History:
 
     def _allocate(self, chunks_moved: int) -> None:
         network, plan = self.plan.network, self.plan
-        moved = [self._front(count + 1) - self._front(count) for count in range(chunks_moved)]
+        front = plan.front_tokens
+        moved = [front(count + 1) - front(count) for count in range(chunks_moved)]
         if not self.stream.overlaps:  # memory to copy from beside other work comes in powers of two, hence the pieces
-            moved = [self._front(chunks_moved)] if chunks_moved else []
+            moved = [front(chunks_moved)] if chunks_moved else []
         size = (plan.batch, network.kv_heads, plan.layer_tokens, network.head_dim)
 
         def buffer() -> OffloadableBuffer:
@@ -120,10 +122,6 @@ class History:
         size = (plan.batch, plan.network.kv_heads, plan.clean_tokens + plan.slot_tokens, plan.network.head_dim)
         keys, values = (torch.empty(size, dtype=self.dtype, device=self.device) for _ in range(2))
         return Layer(OffloadableBuffer(keys), OffloadableBuffer(values))
-
-    def _front(self, chunks: int) -> int:
-        """Tokens of so many chunks at the front, and of the given frames before them."""
-        return self.plan.given_tokens + chunks * self.plan.chunk_tokens if chunks else 0
 
     def arrange(self, chunks: Sequence[Chunk], storing: Sequence[Chunk] = ()) -> None:
         """Gives the chunks of a forward their slots.
@@ -373,13 +371,14 @@ class History:
 
     @property
     def chunks_moved(self) -> int:
-        """Chunks that are in system memory because the device ran out of its own."""
+        """Chunks that are in system memory because the device has too little of its own."""
         return self._chunks_away() if self.settings.memory == "auto" else 0
 
     def move_chunk(self) -> None:
         """Makes room on the device that computes: the oldest chunk there moves to system memory."""
         self._saving.on_cpu()  # or what it copies would not be free
-        count = self._front(self._chunks_away() + 1) - self._front(self._chunks_away())
+        away = self._chunks_away()
+        count = self.plan.front_tokens(away + 1) - self.plan.front_tokens(away)
         for layer in self.layers:
             for part in layer:
                 part.move(count)
@@ -503,12 +502,12 @@ def begin_delta(histories: Mapping[Hashable, History], full: bool) -> Callable[[
 
 
 def moved_note(histories: Collection[History]) -> str:
-    """Says for the report what moved because the device ran out of memory; nothing while nothing has."""
+    """Says for the report what is not on the device for want of memory there; nothing while all is."""
     most = max(histories, key=lambda history: history.chunks_moved, default=None)
     if most is None or not most.chunks_moved:
         return ""
     chunks = (most.plan.layer_tokens - most.plan.given_tokens) // most.plan.chunk_tokens
     return (
-        f"{OUT_OF_MEMORY}: {most.chunks_moved} of {chunks} chunks of history were moved to system memory, "
-        "oldest first, which is slower; a history budget makes it smaller"
+        f"{TOO_LITTLE}: {most.chunks_moved} of {chunks} chunks of history are in system memory, oldest "
+        "first, which is slower; a history budget makes it smaller"
     )

@@ -1,6 +1,7 @@
 """The history's way to system memory, for a device that runs out of its own: the oldest chunk first, one at a time."""
 
 from collections.abc import Callable, Collection, Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from itertools import accumulate
 from typing import Protocol
@@ -11,7 +12,29 @@ from torch import Tensor
 from .streams import AT_ONCE, Pending, SideStream
 
 SYSTEM = torch.device("cpu")  # its memory is the system's
-OUT_OF_MEMORY = "out of device memory"
+TOO_LITTLE = "too little device memory"  # a line of the report begins so
+ALLOCATION_FAILED = 2  # CUDA's number for it, on errors of the driver
+SAYINGS = (
+    "out of memory",
+    "not enough gpu video memory",
+)  # of devices that raise nothing but RuntimeError (DirectML's)
+
+
+def is_out_of_memory(error: BaseException | None) -> bool:
+    """Says whether an error means that a device's memory ran out, whichever kind of error its driver raises."""
+    if isinstance(error, torch.cuda.OutOfMemoryError):
+        return True
+    if not isinstance(error, RuntimeError):
+        return False
+    failed = getattr(error, "error_code", None) == ALLOCATION_FAILED
+    return failed or any(saying in str(error).lower() for saying in SAYINGS)
+
+
+def forget_error(error: BaseException | None) -> None:
+    """Takes back an error that the driver would report once more, at the next call that waits for the device."""
+    if not isinstance(error, torch.cuda.OutOfMemoryError) and torch.cuda.is_available():
+        with suppress(RuntimeError):
+            torch.cuda.synchronize()
 
 
 @dataclass
@@ -92,10 +115,12 @@ class OffloadableBuffer:
         if self.device.type == "cuda":
             torch.cuda.empty_cache()  # or the rest would take a part of the old buffer and leave a gap in it
         self.moved.append(self._on_cpu(everything[:, :, :count]))
-        try:
-            self.here = everything[:, :, count:].to(self.device, copy=True)
-        except torch.cuda.OutOfMemoryError:
-            self.moved.append(self._on_cpu(everything[:, :, count:]))
+        rest = everything[:, :, count:]
+        if runs_out_of_memory(lambda: self._put_back(rest)):
+            self.moved.append(self._on_cpu(rest))
+
+    def _put_back(self, tokens: Tensor) -> None:
+        self.here = tokens.to(self.device, copy=True)
 
     def _on_cpu(self, part: Tensor) -> Tensor:
         return self.side.cpu_like(part, part.shape).copy_(part)
@@ -115,9 +140,8 @@ class OffloadableBuffer:
         room = before._ahead.on_device()
         before._forget()
         if [part.shape for part in room] != [piece.shape for piece in pieces]:
-            try:
-                room = [torch.empty_like(piece, device=self.device) for piece in pieces]
-            except torch.cuda.OutOfMemoryError:
+            room = []
+            if runs_out_of_memory(lambda: room.extend(torch.empty_like(each, device=self.device) for each in pieces)):
                 return
 
         def bring() -> list[Tensor]:
@@ -167,9 +191,10 @@ class Attempt:
     def __enter__(self) -> None:
         pass
 
-    def __exit__(self, kind: type[BaseException] | None, *error) -> bool:
-        out_of_memory = kind is not None and issubclass(kind, torch.cuda.OutOfMemoryError)
-        self.failed = out_of_memory and any(history.on_device for history in self.histories)
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, *_: object) -> bool:
+        self.failed = is_out_of_memory(error) and any(history.on_device for history in self.histories)
+        if self.failed:
+            forget_error(error)
         return self.failed
 
 
@@ -184,7 +209,7 @@ def attempts(histories: Collection[Movable]) -> Iterator[Attempt]:
     A forward is such work: it changes nothing until it is done, but its own slot of the history, which it fills again.
 
     Raises:
-        torch.cuda.OutOfMemoryError: it ran out with nothing of the histories left on it.
+        RuntimeError: the device's own, where it ran out with nothing of the histories left on it.
     """
     while True:
         attempt = Attempt(histories)
@@ -199,6 +224,9 @@ def runs_out_of_memory(work: Callable[[], object]) -> bool:
     """Does the work; says whether the device had no memory for it. Then nothing of it is left on the device."""
     try:
         work()
-    except torch.cuda.OutOfMemoryError:
+    except RuntimeError as error:
+        if not is_out_of_memory(error):
+            raise
+        forget_error(error)
         return True
     return False

@@ -61,6 +61,7 @@ class MemoryPlan:
         together: tokens that go through a product at once, at most.
         texts: different ones that are kept at once, for each branch.
         away: all of it lives in system memory.
+        moved: so many chunks of each branch do so from the start, the oldest, with the given frames before them.
         packing: of clean keys and values that are stored in fewer bits.
     """
 
@@ -82,6 +83,7 @@ class MemoryPlan:
     together: int
     texts: int = 1
     away: bool = False
+    moved: int = 0
     packing: Packing | None = None
 
     @property
@@ -117,7 +119,16 @@ class MemoryPlan:
     @property
     def needs_scratch(self) -> bool:
         """Whether a layer is read into a scratch before it is attended to."""
-        return self.kind == "shared" or self.relative or self.away
+        return self.kind == "shared" or self.relative or self.away or self.moved > 0
+
+    @property
+    def movable_chunks(self) -> int:
+        """Chunks of a branch that can be in system memory: the clean ones, and active ones that every layer stores."""
+        return self.clean_chunks + (self.slots if self.kind == "stored" else 0)
+
+    def front_tokens(self, chunks: int) -> int:
+        """Tokens of so many chunks at the front, and of the given frames before them."""
+        return self.given_tokens + chunks * self.chunk_tokens if chunks else 0
 
     def tokens_of(self, chunk: int | Given) -> int:
         return self.frame_tokens * self.frames_of(chunk)
@@ -143,7 +154,12 @@ class MemoryPlan:
         """The same, as they are stored, and the token's number."""
         rows = self.batch * self.network.kv_heads
         kept = self.token_bytes if self.packing is None else 2 * rows * self.packing.bytes
-        return kept + 4 * rows
+        return kept + self.number_bytes
+
+    @property
+    def number_bytes(self) -> int:
+        """Of a token's number in one layer and branch; it always lies on the device."""
+        return 4 * self.batch * self.network.kv_heads
 
     @property
     def stored_bytes(self) -> int:
@@ -172,7 +188,7 @@ class MemoryPlan:
     def unbounded_bytes(self) -> int:
         """Of the history of the same run without a budget."""
         whole = replace(self, clean_chunks=self.total_chunks, slots=0, kind="stored", asking=0)
-        return replace(whole, relative=False, away=False, packing=None).history_bytes
+        return replace(whole, relative=False, away=False, moved=0, packing=None).history_bytes
 
     @property
     def activation_bytes(self) -> int:
@@ -202,7 +218,10 @@ class MemoryPlan:
     @property
     def device_bytes(self) -> int:
         """Of all that, what lies on the device that computes."""
-        return self.bytes - (self.stored_bytes if self.away else 0)
+        if self.away:
+            return self.bytes - self.stored_bytes
+        layers = self.branches * self.network.layers
+        return self.bytes - layers * self.front_tokens(self.moved) * (self.stored_token_bytes - self.number_bytes)
 
     @property
     def bytes(self) -> int:

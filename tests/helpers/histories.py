@@ -112,13 +112,13 @@ def cramped(backbone, case: Case, chunks: int, loaded=None) -> Engine:
     return made
 
 
-def fails_at(calls: set[int], work):
+def fails_at(calls: set[int], work, error: Exception = torch.cuda.OutOfMemoryError("CUDA out of memory.")):
     """`work`, which runs out of memory at some of its calls."""
     number = count()
 
     def working(*args, **kwargs):
         if next(number) in calls:
-            raise torch.cuda.OutOfMemoryError("CUDA out of memory.")
+            raise error
         return work(*args, **kwargs)
 
     return working

@@ -11,8 +11,10 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from flowcache_core.history import cache
+from flowcache_core.history import room as memory
 from flowcache_core.history.offload import Attempt, OffloadableBuffer
 from flowcache_core.history.positions import Positions
+from flowcache_core.history.room import RESERVE
 from tests.helpers.histories import (
     CASES,
     OF_CASES,
@@ -29,8 +31,8 @@ from tests.helpers.histories import (
 
 def note(chunks: int, capacity: int) -> str:
     return (
-        f"out of device memory: {chunks} of {capacity} chunks of history were moved to system memory, oldest first, "
-        "which is slower; a history budget makes it smaller"
+        f"too little device memory: {chunks} of {capacity} chunks of history are in system memory, oldest first, which "
+        "is slower; a history budget makes it smaller"
     )
 
 
@@ -58,6 +60,63 @@ def test_no_more_chunks_move_than_must(backbone, case, chunks):
         stored = [sum(part.nbytes for layer in one.layers for part in layer) for one in (each, its)]
         assert stored[0] == stored[1] and each.clean == its.clean
         assert all(torch.equal(part, other) for part, other in zip(each.save(), its.save(), strict=True))
+
+
+@OF_CASES
+@pytest.mark.parametrize("share", [0.7, 0.99])
+def test_what_the_plan_finds_no_room_for_does_not_begin_on_the_device(backbone, monkeypatch, case, share):
+    plain = engine(backbone, case)
+    expected, plan = latents(plain), plain.forward.plan
+    free = int(share * plan.device_bytes)
+    monkeypatch.setattr(memory, "free_memory", lambda device: free + RESERVE)
+    made = engine(backbone, case)
+    moved = made.forward.plan.moved
+    assert moved and [each.chunks_moved for each in histories(made)] == [moved] * plan.branches
+    fits = [replace(plan, moved=count).device_bytes <= free for count in (moved - 1, moved)]
+    assert fits == [False, True] or (moved == plan.movable_chunks and not any(fits))
+    saved = sum(on_device(each) for each in histories(plain)) - sum(on_device(each) for each in histories(made))
+    given = plan.given_tokens * a_chunk(histories(plain)[0]) // plan.chunk_tokens
+    assert saved == plan.branches * (given + moved * a_chunk(histories(plain)[0]))
+    assert torch.equal(latents(made), expected)
+    assert made.report.notes == [note(moved, room(histories(plain)[0]))]
+
+
+@pytest.mark.parametrize("name", ["whole", "budget"])
+def test_with_room_enough_nothing_moves_and_with_none_everything(backbone, monkeypatch, name):
+    plan = engine(backbone, CASES[name]).forward.plan
+    for free, moved in ((plan.device_bytes + RESERVE, 0), (0, plan.movable_chunks)):
+        monkeypatch.setattr(memory, "free_memory", lambda device, free=free: free)
+        assert engine(backbone, CASES[name]).forward.plan.moved == moved
+
+
+class DriverError(RuntimeError):
+    error_code = 2  # as torch.AcceleratorError has it
+
+
+OUT = (
+    torch.cuda.OutOfMemoryError("CUDA out of memory."),
+    DriverError("CUDA error: unknown"),
+    RuntimeError("CUDA error: out of memory"),
+    RuntimeError("MPS backend out of memory (MPS allocated: 1 GB)"),
+    RuntimeError("Could not allocate tensor with 1 bytes. There is not enough GPU video memory available!"),
+)
+
+
+@pytest.mark.parametrize("error", OUT, ids=str)
+def test_every_drivers_lack_of_memory_is_understood(backbone, monkeypatch, error):
+    plain = engine(backbone, CASES["relative"])
+    expected = latents(plain)
+    monkeypatch.setattr(Positions, "_turned", fails_at({3}, Positions._turned, error))
+    made = engine(backbone, CASES["relative"])
+    assert torch.equal(latents(made), expected)
+    assert made.report.notes == [note(1, room(histories(plain)[0]))]
+
+
+@pytest.mark.parametrize("error", [RuntimeError("CUDA error: an illegal memory access"), ValueError("out of memory")])
+def test_other_errors_are_not_taken_for_it(backbone, monkeypatch, error):
+    monkeypatch.setattr(Positions, "_turned", fails_at({3}, Positions._turned, error))
+    with pytest.raises(type(error), match="memory"):
+        latents(engine(backbone, CASES["relative"]))
 
 
 @pytest.mark.parametrize("name", ["budget", "one at a time", "slots stay"])

@@ -23,10 +23,10 @@ from ...engine.layers import row_levels, run_layers
 from ...engine.loop import Engine, Progress, Sampling, check_cancelled
 from ...errors import UserError
 from ...history.cache import History, begin_delta, moved_note
-from ...history.offload import OUT_OF_MEMORY, attempts
+from ...history.offload import TOO_LITTLE, attempts
 from ...history.plan import MemoryPlan, plan_memory
 from ...history.positions import Positions
-from ...history.room import check_room
+from ...history.room import placed
 from ...history.snapshot import Snapshot, SnapshotDelta
 from ...history.streams import SideStream
 from ...report import Report
@@ -393,7 +393,7 @@ class MagiForward:
 
     def _commit(self, chunks: Sequence[int | Given]) -> None:
         self.history.commit(chunks)
-        self.report.note(moved_note([self.history]), OUT_OF_MEMORY)
+        self.report.note(moved_note([self.history]), TOO_LITTLE)
 
     def _headed(self, x: Tensor, level: Tensor, hidden: Tensor) -> Tensor:
         for attempt in attempts([self.history]):
@@ -470,8 +470,9 @@ def magi_engine(
         )
     settings = magi_settings(settings, sampling, schedule)
     policy, report = settings.reuse.policy(schedule), Report(schedule)
-    plan = magi_plan(backbone.config, schedule, settings, sampling, shape, backbone.network.dtype.itemsize)
-    check_room(plan.bytes, device)
+    plan = placed(
+        magi_plan(backbone.config, schedule, settings, sampling, shape, backbone.network.dtype.itemsize), device
+    )
 
     check = partial(check_cancelled, cancelled, report)
     forward = MagiForward(
