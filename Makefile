@@ -1,4 +1,4 @@
-# `make demo`, `make bench`, `make scale`, `make test`, `make lint`: each sets itself up in .venv first, once.
+# `make demo`, `make bench`, `make scale`, `make gpu`, `make test`, `make lint`: each sets itself up in .venv first, once.
 
 PYTHON ?= python3
 VENV ?= .venv
@@ -6,7 +6,7 @@ PACKAGES = torch==2.13.0 "numpy>=1.26,<3" "pillow>=11" "safetensors>=0.5,<1" "av
 TOOLS = "pytest>=8,<10" "pytest-xdist>=3.6,<4" "matplotlib>=3.9,<4" "scikit-image>=0.24,<1"
 LINTERS = "ruff>=0.15,<1" "mypy>=1.19,<3"
 
-.PHONY: demo bench bench-smoke scale calibrate test lint clean
+.PHONY: demo bench bench-smoke scale gpu calibrate test lint clean
 
 demo: $(VENV)/ready
 	$(VENV)/bin/python -m flowcache_core demo --out out/demo
@@ -22,6 +22,9 @@ bench-smoke: $(VENV)/tools
 
 scale: $(VENV)/tools
 	$(VENV)/bin/python -m flowcache_core.lab.scale --out out/scale --docs docs
+
+gpu: $(VENV)/tools
+	$(VENV)/bin/python -m flowcache_core.lab.gpu --out out/gpu
 
 calibrate: $(VENV)/ready
 	$(VENV)/bin/python -m flowcache_core.lab.search

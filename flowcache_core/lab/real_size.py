@@ -6,8 +6,8 @@ with two, for layers are alike. What each forward of a run sees of the past foll
 """
 
 from collections import Counter
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from functools import cached_property, partial
 from typing import Any
@@ -22,12 +22,12 @@ from ..engine.forward import Step, Velocity
 from ..engine.guidance import classifier_free
 from ..engine.loop import Engine, Sampling
 from ..history import cache
-from ..history.cache import History
+from ..history.cache import Attention, History
 from ..history.positions import RotaryProduct
 from ..models.families import SOLVERS, Family, family
 from ..models.magi.config import MAGI_4_5B, MAGI_24B, MagiConfig, magi_usual
 from ..models.magi.forward import magi_engine, magi_schedule
-from ..models.magi.network import MagiBackbone, MagiNetwork, MagiText
+from ..models.magi.network import MagiBackbone, MagiNetwork, MagiText, grouped_attention
 from ..models.magi.sampling import CHUNK_FRAMES
 from ..models.magi.text import null_text
 from ..models.memory import FRAME_STRIDE, latent_size
@@ -98,12 +98,12 @@ class Model:
         schedule = self.schedule(self.chunks())
         return settings.reuse.policy(schedule).recomputed(schedule.steps) == frozenset(range(schedule.steps))
 
-    def network(self, layers: int) -> nn.Module:
-        """Makes the network with so many layers, without data."""
-        with META:
+    def network(self, layers: int, device: torch.device = META) -> nn.Module:
+        """Makes the network with so many layers and torch's own random weights, which are none on "meta"."""
+        with device:
             network: nn.Module
             if isinstance(self.config, MagiConfig):
-                network = MagiNetwork(replace(self.config, layers=layers), torch.bfloat16)
+                network = MagiNetwork(replace(self.config, layers=layers), torch.bfloat16, device)
             else:
                 network = WanNetwork(replace(self.config, num_layers=layers)).to(torch.bfloat16)
                 network.patch_embedding.float()  # as in ComfyUI
@@ -114,7 +114,13 @@ class Model:
         one, two = (_weight_bytes(self.network(layers), itemsize) for layers in (1, 2))
         return one + (self.layers - 1) * (two - one)
 
-    def engine(self, layers: int, settings: Settings, chunks: int, meter: Meter) -> Engine:
+    def backbone(self, network: nn.Module, attention: Attention = grouped_attention) -> Any:
+        """Makes what runs a network by layers; `attention` is for the text."""
+        if isinstance(network, MagiNetwork):
+            return MagiBackbone(network, attention)
+        return self.family.backbone(network, self.family.fps, attention)
+
+    def metered(self, layers: int, settings: Settings, chunks: int, meter: Meter) -> Engine:
         """Puts a run together on a network with so many layers; what it computes is counted by the meter.
 
         Attention over the history is counted as a part of its own, "attention".
@@ -124,34 +130,49 @@ class Model:
             with meter.part("attention"):
                 return meter.attention(q, k, v)
 
-        network, schedule = self.network(layers), self.schedule(chunks)
+        backbone = self.backbone(self.network(layers), meter.attention)
         product = RotaryProduct(partial(torch.repeat_interleave, repeats=2, dim=0), meter.turn)  # a matrix has four
+        backbone.rotary = replace(backbone.rotary, product=product)
         with meter:
-            if isinstance(network, MagiNetwork):
-                embedding = _empty(1, network.config.caption_tokens, network.config.caption_width)
-                text = MagiText(embedding, torch.ones(1, network.config.caption_tokens, dtype=torch.bool))
-                magi = MagiBackbone(network, meter.attention)
-                magi.rotary = replace(magi.rotary, product=product)
-                return magi_engine(
-                    magi, schedule, settings, lambda chunk: text,
-                    null_text(embedding[0]), lambda chunk: _empty(*self.shape),
-                    shape=self.shape, device=META, attention=over_history,
-                )  # fmt: skip
-            assert isinstance(self.config, WanConfig)
-            usual, width = self.family, self.config.text_dim
-            guidance = classifier_free(_empty(1, TEXT_TOKENS, width), _empty(1, TEXT_TOKENS, width), usual.guidance)
-            noise = _empty(*self.shape)
-            sampling = Sampling(
-                usual.levels(usual.steps), lambda chunk: noise, lambda chunk, step: noise,
-                SOLVERS[usual.solver(usual.steps)],
+            return self.engine(backbone, settings, chunks, _empty, META, over_history)
+
+    def engine(
+        self,
+        backbone: Any,
+        settings: Settings,
+        chunks: int,
+        draw: Callable[..., Tensor],
+        device: torch.device,
+        attention: Attention = grouped_attention,
+    ) -> Engine:
+        """Puts a run together on a backbone of this model's.
+
+        Args:
+            draw: makes a tensor of a shape, in the network's precision on the device: noise and texts.
+            attention: over the history.
+        """
+        schedule = self.schedule(chunks)
+        if isinstance(backbone, MagiBackbone):
+            width, tokens = backbone.config.caption_width, backbone.config.caption_tokens
+            text = MagiText(draw(1, tokens, width), torch.ones(1, tokens, dtype=torch.bool))
+            return magi_engine(
+                backbone, schedule, settings, lambda chunk: text,
+                null_text(text.embedding[0]), lambda chunk: draw(*self.shape),
+                shape=self.shape, device=device, attention=attention,
             )  # fmt: skip
-            wan = usual.backbone(network, usual.fps, meter.attention)
-            wan.rotary = replace(wan.rotary, product=product)
-            run = RunSettings(
-                wan, guidance, schedule, settings, sampling, "causal",
-                self.shape, len(guidance.texts), torch.bfloat16, META, attention=over_history,
-            )  # fmt: skip
-            return build_engine(run)
+        assert isinstance(self.config, WanConfig)
+        usual, width = self.family, self.config.text_dim
+        guidance = classifier_free(draw(1, TEXT_TOKENS, width), draw(1, TEXT_TOKENS, width), usual.guidance)
+        noise = draw(*self.shape)
+        sampling = Sampling(
+            usual.levels(usual.steps), lambda chunk: noise, lambda chunk, step: noise,
+            SOLVERS[usual.solver(usual.steps)],
+        )  # fmt: skip
+        run = RunSettings(
+            backbone, guidance, schedule, settings, sampling, "causal",
+            self.shape, len(guidance.texts), torch.bfloat16, device, text_tokens=TEXT_TOKENS, attention=attention,
+        )  # fmt: skip
+        return build_engine(run)
 
 
 def _empty(*shape: int) -> Tensor:
@@ -239,25 +260,22 @@ class Steady:
 def count_steady(model: Model, layers: int, settings: Settings) -> Steady:
     """Counts the ticks of one lag in the middle of a run of a minute."""
     meter, chunks = Meter(), model.chunks()
-    engine = model.engine(layers, settings, chunks, meter)
+    engine = model.metered(layers, settings, chunks, meter)
     history, forward = meter.alive, engine.forward
     meter.take()
-    first = _first_steady(engine)
+    first = first_steady(engine)
     with torch.inference_mode(), _cuts_apart(meter):
-        solver, ticks = _asked(engine, first, meter)
+        ticks = asked_ticks(engine, first, lambda: meter)
+        solver = meter.take()[""]
     with torch.inference_mode(), _cuts_apart(meter), meter:
         empty = _empty(*model.shape)
-        oldest = first - engine.schedule.max_active
-        for chunk in range(1 if _fills_at_once(forward) else 0, oldest):
-            forward.give(chunk, empty, 0.0)
-        last = engine.schedule.active(first * engine.schedule.lag - 1)
-        _drive(engine, Tick(last, last[0].chunk), empty)  # type: ignore[arg-type]
+        fill(engine, first, empty)
         meter.take()
         meter.reset_peak()
         before = meter.alive
         passes = _passes(engine)
         for tick in ticks:
-            _drive(engine, tick, empty)
+            drive(engine, tick, empty)
         counted = meter.take()
     nothing = Work()
     return Steady(
@@ -273,7 +291,7 @@ def count_steady(model: Model, layers: int, settings: Settings) -> Steady:
     )
 
 
-def _first_steady(engine: Engine) -> int:
+def first_steady(engine: Engine) -> int:
     """The chunk that begins when the window is full, and so is a budget."""
     budget = getattr(engine.forward, "settings").history.budget  # noqa: B009
     return engine.schedule.max_active + (1 if budget is None else budget)
@@ -285,11 +303,12 @@ def _fills_at_once(forward) -> bool:
     return isinstance(forward, CausalForward) and plan.kind == "shared"
 
 
-def _asked(engine: Engine, first: int, meter: Meter) -> tuple[Work, list[Tick]]:
-    """Runs the loop up to the end of the lag in which chunk `first` begins, on a forward that does nothing.
+def asked_ticks(engine: Engine, first: int, inside: Callable[[], AbstractContextManager] = nullcontext) -> list[Tick]:
+    """Runs the loop up to the end of the lag in which chunk `first` begins, on a forward that does nothing; gives what
+    it asks for in that lag.
 
-    Returns:
-        What the solvers did in that lag, and what the loop asked for.
+    Args:
+        inside: is entered for each of the lag's ticks.
     """
     asked: list[Place] = []
     finished: list[int] = []
@@ -305,15 +324,24 @@ def _asked(engine: Engine, first: int, meter: Meter) -> tuple[Work, list[Tick]]:
         for number in range((first + 1) * lag):
             asked.clear()
             finished.clear()
-            with meter if number >= first * lag else nullcontext():
+            with inside() if number >= first * lag else nullcontext():
                 engine._tick(number, engine.schedule.active(number))
             if number >= first * lag:
                 ticks.append(Tick(tuple(asked), finished[0] if finished else None))
     engine.active, engine.advanced = [], []
-    return meter.take()[""], ticks
+    return ticks
 
 
-def _drive(engine: Engine, tick: Tick, latent: Tensor) -> None:
+def fill(engine: Engine, first: int, latent: Tensor) -> None:
+    """Brings the real forward to where chunk `first` begins, in as few passes as that takes."""
+    oldest = first - engine.schedule.max_active
+    for chunk in range(1 if _fills_at_once(engine.forward) else 0, oldest):
+        engine.forward.give(chunk, latent, 0.0)
+    last = engine.schedule.active(first * engine.schedule.lag - 1)
+    drive(engine, Tick(last, last[0].chunk), latent)  # type: ignore[arg-type]
+
+
+def drive(engine: Engine, tick: Tick, latent: Tensor) -> None:
     """Asks the real forward for a tick."""
     sigmas, forward = engine.sampling.sigmas, engine.forward
     steps = [Step(latent, sigmas[place.step or 0], place) for place in tick.places]

@@ -72,10 +72,10 @@ class WanConfig:
 def wan_sizes(layers: int, heads: int, dim: int, inner_dim: int) -> NetworkSizes:
     """Says what decides how much memory a run takes; published models read 512 tokens of text.
 
-    Inside a block the feed-forward needs most: its inner layer twice, tokens as they came, with attention, with the
-    text, modulated, and one more where there are several branches.
+    Inside a block the feed-forward needs most: its inner layer twice, tokens as they came, with the text, modulated,
+    and one more where there are several branches.
     """
-    inside = 2 * inner_dim + 5 * dim
+    inside = 2 * inner_dim + 4 * dim
     return NetworkSizes(layers, heads, heads, dim // heads, dim, inside, 2 * layers * dim, TEXT_TOKENS)
 
 
@@ -165,8 +165,9 @@ def join_heads(x: Tensor) -> Tensor:
     return x.transpose(1, 2).flatten(2)
 
 
-# A block's three parts, between which it attends: to the history, then to the text. They are functions of a block and
-# of tensors alone, so that torch.compile makes one graph of each for all layers.
+# A block's parts, between which it attends: to the history, then to the text. They are functions of a block and of
+# tensors alone, so that torch.compile makes one graph of each for all layers; and cut where the last one's input can be
+# let go of.
 
 
 def asks_history(block: Any, x: Tensor, shift: Tensor, scale: Tensor, heads: int) -> tuple[Tensor, Tensor, Tensor]:
@@ -185,9 +186,13 @@ def asks_text(block: Any, x: Tensor, past: Tensor, gate: Tensor, heads: int) -> 
     return x, split_heads(cross.norm_q(cross.q(block.norm3(x).flatten(1, 2))), heads)
 
 
-def feeds_forward(block: Any, x: Tensor, text: Tensor, shift: Tensor, scale: Tensor, gate: Tensor) -> Tensor:
-    """Adds what the text gave, [rows, heads, T * S, D], to tokens, and the feed-forward."""
-    x = x + block.cross_attn.o(join_heads(text)).view_as(x)
+def reads_text(block: Any, x: Tensor, text: Tensor) -> Tensor:
+    """Adds what the text gave, [rows, heads, T * S, D], to tokens."""
+    return x + block.cross_attn.o(join_heads(text)).view_as(x)
+
+
+def feeds_forward(block: Any, x: Tensor, shift: Tensor, scale: Tensor, gate: Tensor) -> Tensor:
+    """Adds the feed-forward to tokens."""
     y = block.ffn(modulate(block.norm2(x), shift, scale).flatten(1, 2))
     return torch.addcmul(x, y.view_as(x), gate)
 
@@ -209,7 +214,7 @@ class WanBackbone:
         self.dim: int = network.blocks[0].modulation.shape[-1]
         self.head_dim = self.dim // self.heads
         self.rotary = Rotary(self.head_dim)
-        self.parts: tuple[Callable[..., Any], ...] = (asks_history, asks_text, feeds_forward)
+        self.parts: tuple[Callable[..., Any], ...] = (asks_history, asks_text, reads_text, feeds_forward)
 
     def compile(self, **options) -> None:
         """Compiles the blocks, at the first chunk that goes through: one graph for each part of a block, for all layers
@@ -333,14 +338,17 @@ class WanBackbone:
             conditioning: of the same chunks.
             attend: attention over the history; it gets unrotated q, k, v [rows, H, T * S, D].
         """
-        block, (asked, read, fed) = self.network.blocks[layer], self.parts
+        block, (asks, asks_of_text, reads, feeds) = self.network.blocks[layer], self.parts
         # One modulation a frame (or one for all) is broadcast over its S tokens.
         shift1, scale1, gate1, shift2, scale2, gate2 = (
             (block.modulation.to(x)[:, None] + conditioning.modulation).unsqueeze(3).unbind(2)
         )
-        past = attend(*asked(block, x, shift1, scale1, self.heads))
-        x, q = read(block, x, past, gate1, self.heads)
-        return fed(block, x, self._read(layer, q, conditioning.texts), shift2, scale2, gate2)
+        y = attend(*asks(block, x, shift1, scale1, self.heads))
+        x, y = asks_of_text(block, x, y, gate1, self.heads)
+        y = self._read(layer, y, conditioning.texts)
+        x = reads(block, x, y)
+        del y
+        return feeds(block, x, shift2, scale2, gate2)
 
     def _read(self, layer: int, q: Tensor, texts: Sequence[Sequence[Context]]) -> Tensor:
         """Cross-attention [rows, H, tokens, D], at once over neighbouring chunks that have the same text."""

@@ -5,7 +5,6 @@ from functools import partial
 
 import pytest
 import torch
-from safetensors.torch import load_file
 
 from flowcache_core.engine.forward import Step
 from flowcache_core.engine.guidance import classifier_free
@@ -18,10 +17,10 @@ from flowcache_core.solvers import noise_levels as levels
 from flowcache_core.solvers.one_step import Renoise
 from tests.helpers import golden_weights
 from tests.helpers.golden_runs import StretchedRotary, frames_of, latents_seen, relative_error
-from tests.helpers.paths import GOLDEN_FOLDER
+from tests.helpers.place import golden
 from tests.helpers.runs import build, give
 
-GOLDEN = load_file(GOLDEN_FOLDER / "causal.safetensors")
+GOLDEN = golden("causal")
 SELF_FORCING = levels.linear(4, 5.0)
 
 

@@ -2,7 +2,6 @@
 
 import pytest
 import torch
-from safetensors.torch import load_file
 
 from flowcache_core.engine.forward import Step
 from flowcache_core.engine.guidance import classifier_free
@@ -12,10 +11,10 @@ from flowcache_core.schedule import ChunkSchedule, Place
 from flowcache_core.settings import OFF, Settings
 from tests.helpers.golden_weights import network, text
 from tests.helpers.magi_weights import normal
-from tests.helpers.paths import GOLDEN_FOLDER
+from tests.helpers.place import golden
 from tests.helpers.runs import build
 
-GOLDEN = load_file(GOLDEN_FOLDER / "comfy_causal_wan.safetensors")
+GOLDEN = golden("comfy_causal_wan")
 
 
 def velocities(rotary: Rotary | None = None, settings: Settings = OFF) -> list[torch.Tensor]:

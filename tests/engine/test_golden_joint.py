@@ -4,7 +4,6 @@ from dataclasses import dataclass, replace
 
 import pytest
 import torch
-from safetensors.torch import load_file
 from torch.nn.functional import scaled_dot_product_attention
 
 from flowcache_core.engine.forward import Step
@@ -25,11 +24,11 @@ from tests.helpers import golden_weights
 from tests.helpers.golden_runs import StretchedRotary, frames_of, relative_error
 from tests.helpers.golden_weights import SMALL, SMALL_FPS
 from tests.helpers.magi_weights import normal
-from tests.helpers.paths import GOLDEN_FOLDER
+from tests.helpers.place import golden
 from tests.helpers.runs import build, video
 
-SKYREELS = load_file(GOLDEN_FOLDER / "skyreels.safetensors")
-ROLLING = load_file(GOLDEN_FOLDER / "rolling_forcing.safetensors")
+SKYREELS = golden("skyreels")
+ROLLING = golden("rolling_forcing")
 
 
 @dataclass

@@ -2,7 +2,6 @@
 
 import pytest
 import torch
-from safetensors.torch import load_file
 
 from flowcache_core.engine.guidance import classifier_free
 from flowcache_core.engine.loop import Engine
@@ -19,10 +18,10 @@ from tests.helpers import golden_weights
 from tests.helpers.golden_runs import StretchedRotary, latents_seen, relative_error
 from tests.helpers.golden_weights import SMALL, SMALL_FPS
 from tests.helpers.magi_weights import normal
-from tests.helpers.paths import GOLDEN_FOLDER
+from tests.helpers.place import golden
 from tests.helpers.runs import build, give, video
 
-GOLDEN = load_file(GOLDEN_FOLDER / "skyreels_flowcache.safetensors")
+GOLDEN = golden("skyreels_flowcache")
 CONDITION = 0.02  # noise level of a window's given frames
 POLYNOMIALS = {"1.3B": POLYNOMIAL_1_3B, "14B": POLYNOMIAL_14B}
 THRESHOLDS = {"slow": 0.1, "fast": 0.15}

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from flowcache_core.models.wan import WanConfig, WanNetwork
 from tests.helpers.magi_weights import normal
+from tests.helpers.place import DEVICE
 
 SMALL = WanConfig(dim=96, ffn_dim=128, num_heads=3, num_layers=3, text_dim=24)
 SMALL_FPS = WanConfig(dim=96, ffn_dim=128, num_heads=3, num_layers=3, text_dim=24, fps=True)
@@ -48,7 +49,7 @@ def fill(module: nn.Module) -> None:
 
 
 def network(config: WanConfig = SMALL) -> WanNetwork:
-    made = WanNetwork(config)
+    made = WanNetwork(config).to(DEVICE)
     fill(made)
     return made.eval().requires_grad_(False)
 

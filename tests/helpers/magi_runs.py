@@ -10,6 +10,7 @@ from flowcache_core.models.magi.network import MagiBackbone, MagiNetwork
 from flowcache_core.models.magi.text import SpecialTokens, caption_text, null_text
 from flowcache_core.settings import OFF
 from tests.helpers.magi_weights import SMALL, SMALL_GATED, fill, normal
+from tests.helpers.place import DEVICE
 
 HEIGHT, WIDTH, FRAMES = 4, 6, 6
 BASE = replace(SMALL, caption_tokens=800)
@@ -68,7 +69,7 @@ def magi_run(
     """
     config, usual_chunks, usual_steps, usual_given, order = RUNS[name]
     given_frames = usual_given if given_frames is None else given_frames
-    network = MagiNetwork(config, dtype)
+    network = MagiNetwork(config, dtype, DEVICE)
     fill(network, velocity=config.input_scale / 3)
     backbone = MagiBackbone(network.requires_grad_(False).eval())
     usual = magi_schedule((chunks or usual_chunks) * FRAMES, steps or usual_steps, given_frames)
@@ -89,7 +90,7 @@ def magi_run(
         null._replace(embedding=null.embedding.expand(rows, -1, -1), mask=null.mask.expand(rows, -1)),
         options.pop("start", start),
         shape=(rows, config.channels, FRAMES, HEIGHT, WIDTH),
-        device=torch.device("cpu"),
+        device=DEVICE,
         sampling=sampling or MagiSampling(order=order),
         given=options.pop("given", given_of(name, given_frames)),
         **options,

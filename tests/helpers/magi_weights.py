@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from flowcache_core.models.magi.config import MagiConfig
+from tests.helpers.place import DEVICE
 
 SMALL = MagiConfig(
     layers=2,
@@ -34,7 +35,7 @@ SMALL_FP8 = replace(SMALL, layers=3, distilled=True, fp8=True)
 def normal(name: str, shape: tuple[int, ...], seed: int = 0) -> Tensor:
     """Unit normal values of a shape, float32, from the stream of a name."""
     stream = np.random.RandomState((zlib.crc32(name.encode()) + seed) % 2**32)
-    return torch.from_numpy(stream.standard_normal(shape).astype(np.float32))
+    return torch.from_numpy(stream.standard_normal(shape).astype(np.float32)).to(DEVICE)
 
 
 def fill(module: nn.Module, seed: int = 0, velocity: float = 1.0) -> None:

@@ -5,14 +5,13 @@ from itertools import product
 
 import pytest
 import torch
-from safetensors.torch import load_file
 
 from flowcache_core.history.compression import choose
 from flowcache_core.settings import Compression
 from tests.helpers.magi_weights import normal
-from tests.helpers.paths import GOLDEN_FOLDER
+from tests.helpers.place import golden
 
-GOLDEN = load_file(GOLDEN_FOLDER / "compression.safetensors")
+GOLDEN = golden("compression")
 STRATEGIES = ("token", "frame", "chunk")
 ASKED = {"chunk": 0, "frame": 6, "token": 50}  # how many of the last queries ask
 

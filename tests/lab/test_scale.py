@@ -64,7 +64,7 @@ def test_what_forwards_see_follows_from_the_schedule(family, preset, bounded):
     """A small network's whole run, gone through."""
     model = replace(TINY, family_name=family)
     settings, meter = model.settings(preset, bounded), Meter()
-    engine = model.engine(1, settings, 12, meter)
+    engine = model.metered(1, settings, 12, meter)
     with meter:
         list(engine.run())
         with torch.inference_mode():

@@ -21,7 +21,7 @@ from tests.helpers.magi_weights import SMALL, fill, normal
 from tests.helpers.runs import build, video
 
 MAGI = replace(SMALL, layers=3, caption_tokens=64)
-MOST_GRAPHS = 6  # a block's parts, for one chunk and for several
+MOST_GRAPHS = 8  # a block's parts, for one chunk and for several
 BUDGET = replace(OFF, history=HistorySettings(2))
 
 

@@ -53,7 +53,7 @@ class MagiConfig:
     def sizes(self) -> NetworkSizes:
         """What decides how much memory a run takes."""
         # Attention's past and text, merged, projected and gated in float32, need more than the feed-forward.
-        inside = self.ffn_width * (2 if self.gated else 1) + 17 * self.width
+        inside = self.ffn_width * (2 if self.gated else 1) + 13 * self.width
         texts = 2 * self.layers * self.kv_heads * self.head_dim
         return NetworkSizes(
             self.layers, self.heads, self.kv_heads, self.head_dim, self.width, inside, texts, self.caption_tokens

@@ -323,11 +323,12 @@ def grouped_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     return F.scaled_dot_product_attention(q, k, v, enable_gqa=True)
 
 
-# A block's two parts, between which it attends to the history and to the caption. They are functions of a block and of
-# tensors alone, so that torch.compile makes one graph of each for all layers.
+# A block's parts; after the first one it attends to the history and to the caption. They are functions of a block and
+# of tensors alone, so that torch.compile makes one graph of each for all layers; and cut where the last one's input can
+# be let go of.
 
 
-def asks(block: MagiBlock, x: Tensor, rotary: MagiRotary, head_dim: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def asks_both(block: MagiBlock, x: Tensor, rotary: MagiRotary, head_dim: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Tokens [B, tokens, width] to unrotated q [B, heads, tokens, D], k and v [B, kv_heads, ...], and what they ask the
     caption, of q's shape."""
     attention, project = block.self_attention, block.self_attention.linear_qkv
@@ -341,14 +342,17 @@ def asks(block: MagiBlock, x: Tensor, rotary: MagiRotary, head_dim: int) -> tupl
     return q, k, split(project.v(y)), attention.q_layernorm_xattn(split(project.qx(y)))
 
 
-def feeds_forward(block: MagiBlock, x: Tensor, past: Tensor, text: Tensor, condition: Tensor) -> Tensor:
-    """Adds what history and caption gave, [B, heads, tokens, D] each, to tokens, and the feed-forward."""
-    gate_attention, gate_feed_forward = block.ada_modulate_layer(condition)
+def adds_attention(block: MagiBlock, x: Tensor, past: Tensor, text: Tensor, gate: Tensor) -> Tensor:
+    """Adds what history and caption gave, [B, heads, tokens, D] each, to tokens."""
     attention = block.self_attention
     y = attention.linear_proj(merged(past, text).to(attention.projection_dtype))
-    x = (block.self_attn_post_norm(y.float() * gate_attention) + x).to(x.dtype)
+    return (block.self_attn_post_norm(y.float() * gate) + x).to(x.dtype)
+
+
+def feeds_forward(block: MagiBlock, x: Tensor, gate: Tensor) -> Tensor:
+    """Adds the feed-forward to tokens."""
     y = block.mlp(x).float()
-    return (block.mlp_post_norm(y * gate_feed_forward) + x).to(x.dtype)
+    return (block.mlp_post_norm(y * gate) + x).to(x.dtype)
 
 
 def merged(past: Tensor, text: Tensor) -> Tensor:
@@ -377,7 +381,7 @@ class MagiBackbone:
         self.head_dim = config.head_dim
         self.blocks = cast(Sequence[MagiBlock], network.videodit_blocks.layers)
         self.rotary = MagiRotary(network.rope, config.head_dim)
-        self.parts: tuple[Callable[..., Any], ...] = (asks, feeds_forward)
+        self.parts: tuple[Callable[..., Any], ...] = (asks_both, adds_attention, feeds_forward)
 
     def compile(self, **options) -> None:
         """Compiles the blocks, at the first chunk that goes through: one graph for each part of a block, for all layers
@@ -504,12 +508,16 @@ class MagiBackbone:
             conditioning: of the chunk.
             attend: attention over the history; it gets unrotated q [B, heads, T * S, D] and k, v [B, kv_heads, ...].
         """
-        block, (asked, fed) = self.blocks[layer], self.parts
+        block, (asks, adds, feeds) = self.blocks[layer], self.parts
+        gate_attention, gate_feed_forward = block.ada_modulate_layer(conditioning.gates)
         shape, x = x.shape, x.flatten(1, 2)
-        q, k, v, question = asked(block, x, self.rotary, self.head_dim)
+        q, k, v, text = asks(block, x, self.rotary, self.head_dim)
         past = attend(q, k, v)
-        text = self._read(question, conditioning.context.captions[layer])
-        return fed(block, x, past, text, conditioning.gates).view(shape)
+        del q, k, v
+        text = self._read(text, conditioning.context.captions[layer])
+        x = adds(block, x, past, text, gate_attention)
+        del past, text
+        return feeds(block, x, gate_feed_forward).view(shape)
 
     def _read(self, q: Tensor, captions: list[CaptionKeys]) -> Tensor:
         """Cross-attention [B, heads, tokens, D]; row by row, because captions differ in length."""

@@ -4,7 +4,6 @@ from dataclasses import replace
 
 import pytest
 import torch
-from safetensors.torch import load_file
 
 from flowcache_core.engine.loop import Cancelled, Engine
 from flowcache_core.errors import UserError
@@ -23,11 +22,11 @@ from flowcache_core.settings import HELD, OFF, Compression, Drift, Fixed, Histor
 from tests.helpers.golden_runs import relative_error
 from tests.helpers.magi_runs import BASE, FRAMES, HEIGHT, RUNS, WIDTH, given_of, magi_run, tokens
 from tests.helpers.magi_weights import normal
-from tests.helpers.paths import GOLDEN_FOLDER
+from tests.helpers.place import golden
 from tests.helpers.runs import video
 
-GOLDEN = load_file(GOLDEN_FOLDER / "magi_runs.safetensors")
-FLOWCACHE = load_file(GOLDEN_FOLDER / "magi_flowcache.safetensors")
+GOLDEN = golden("magi_runs")
+FLOWCACHE = golden("magi_flowcache")
 
 
 def trace(run: Engine) -> torch.Tensor:
