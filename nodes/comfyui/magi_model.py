@@ -15,7 +15,7 @@ from torch import Tensor
 from ...flowcache_core.checkpoints import CheckpointInfo, magi_files
 from ...flowcache_core.errors import UserError
 from ...flowcache_core.models.magi import fp8
-from ...flowcache_core.models.magi.network import MagiNetwork, load_network
+from ...flowcache_core.models.magi.network import MagiNetwork, load_network, wide
 from ...flowcache_core.models.magi.sampling import SHIFT
 from ...flowcache_core.models.magi.text import SpecialTokens
 from ...flowcache_core.models.magi.vae import LATENT_SCALE, MagiVae
@@ -24,11 +24,10 @@ BLOCKS = "videodit_blocks.layers."
 GREY = 0.25 / 16  # nobody has published colours of this latent space, so previews are the channels' sum
 
 
-class CastFp8(comfy.ops.CastWeightBiasOp):
-    """Lets the host keep an fp8 layer's matrix where it likes, as it does with its own layers."""
+class CastWeights(comfy.ops.CastWeightBiasOp):
+    """Lets the host keep a layer's matrix where it likes, as it does with its own layers; `product` computes."""
 
     comfy_cast_weights = True
-    bias = None
 
     def forward(self, x: Tensor) -> Tensor:
         if not hasattr(comfy.ops, "uncast_bias_weight"):  # ComfyUI 0.3.64
@@ -39,8 +38,17 @@ class CastFp8(comfy.ops.CastWeightBiasOp):
         return result
 
 
+class CastFp8(CastWeights):
+    """The same for layers that know no bias, which the host asks for."""
+
+    bias = None
+
+
 class Operations(comfy.ops.manual_cast):
-    """The host's layers, and MAGI-1's quantised ones."""
+    """The host's layers, and MAGI-1's wide and quantised ones."""
+
+    class WideLinear(CastWeights, comfy.ops.manual_cast.Linear):
+        product = staticmethod(wide)
 
     class Fp8Linear(CastFp8, fp8.Fp8Linear):
         pass

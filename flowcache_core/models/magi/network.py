@@ -25,6 +25,7 @@ from torch import Tensor, nn
 from ...errors import UserError
 from ...history.plan import NetworkSizes
 from ...history.positions import IN_TORCH, RotaryProduct
+from ...history.products import wide_product
 from ...solvers.weights import joined_heads
 from ..fit import fit
 from ..rotary import GridRotary
@@ -49,9 +50,20 @@ class Casting:
         def forward(self, x: Tensor) -> Tensor:
             return F.layer_norm(x, self.normalized_shape, self.weight.to(x.dtype), self.bias.to(x.dtype), self.eps)
 
+    class WideLinear(nn.Linear):
+        """Gives float32, whatever the input's precision: exact products, summed in float32."""
+
+        def forward(self, x: Tensor) -> Tensor:
+            return wide(x, self.weight.to(x.dtype))
+
     Conv3d = CastingConv3d
     Fp8Linear = Fp8Linear
     SmoothFp8Linear = SmoothFp8Linear
+
+
+def wide(x: Tensor, weight: Tensor) -> Tensor:
+    """Multiplies inputs [B, tokens, inputs] by a matrix [outputs, inputs] of the same precision, into float32."""
+    return wide_product(x.flatten(0, 1)[None], weight.t()[None])[0].unflatten(0, x.shape[:2])
 
 
 class ShiftedLayerNorm(nn.LayerNorm):
@@ -108,8 +120,7 @@ class MagiAttention(nn.Module):
     def __init__(self, config: MagiConfig, operations, fp8: bool, precise: dict, where: dict):
         super().__init__()
         head, keys = config.head_dim, config.kv_heads * config.head_dim
-        linear = operations.SmoothFp8Linear if fp8 else operations.Linear
-        self.projection_dtype = where["dtype"] if fp8 else torch.float32
+        linear = operations.SmoothFp8Linear if fp8 else operations.WideLinear
         self.linear_qkv = MagiProjections(config, operations, fp8, **where)
         self.linear_kv_xattn = operations.Linear(config.width, 2 * keys, bias=False, **where)
         self.linear_proj = linear(2 * config.heads * head, config.width, bias=False, **where)
@@ -184,8 +195,8 @@ class MagiNetwork(nn.Module):
         config: sizes.
         dtype: precision of the blocks. What upstream keeps in float32 is float32 whatever this is.
         device: where the parameters are made.
-        operations: where Linear, LayerNorm, Conv3d and the fp8 layers come from. They must cast their weights to the
-            input's precision: `Casting`, or ComfyUI's `manual_cast` with fp8 layers.
+        operations: where Linear, LayerNorm, Conv3d, the wide and the fp8 layers come from. They must cast their weights
+            to the input's precision: `Casting`, or ComfyUI's `manual_cast` with ours.
     """
 
     def __init__(self, config: MagiConfig, dtype: torch.dtype = torch.float32, device=None, operations=Casting):
@@ -344,8 +355,7 @@ def asks_both(block: MagiBlock, x: Tensor, rotary: MagiRotary, head_dim: int) ->
 
 def adds_attention(block: MagiBlock, x: Tensor, past: Tensor, text: Tensor, gate: Tensor) -> Tensor:
     """Adds what history and caption gave, [B, heads, tokens, D] each, to tokens."""
-    attention = block.self_attention
-    y = attention.linear_proj(merged(past, text).to(attention.projection_dtype))
+    y = block.self_attention.linear_proj(merged(past, text))
     return (block.self_attn_post_norm(y.float() * gate) + x).to(x.dtype)
 
 
