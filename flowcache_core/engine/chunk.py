@@ -70,6 +70,11 @@ class ActiveChunk:
     def finished(self) -> bool:
         return self.step == self.steps
 
+    @property
+    def clean(self) -> bool:
+        """Whether it is finished, and without noise."""
+        return self.finished and self.sigmas[-1] == 0.0
+
     def mixed_anew(self, mix: Hashable) -> bool:
         """Whether the velocity is another sum of branches from this step on; then a new forecast begins, for no line
         leads from one sum to another."""

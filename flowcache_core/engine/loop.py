@@ -56,7 +56,8 @@ class Sampling:
     """How chunks are denoised.
 
     Attributes:
-        sigmas: noise levels of a chunk's steps, [steps + 1], falling to 0.
+        sigmas: noise levels of a chunk's steps, [steps + 1], falling to 0; where they end above it, nothing of the
+            chunk is kept as history.
         start: gives a chunk's latent [B, C, T, H, W] at the first noise level, from its number.
         noise: fresh unit noise for a chunk and step, for solvers that add some.
         solver: makes a chunk's solver.
@@ -179,7 +180,8 @@ class Engine:
         self.advanced, finished = self.active, [chunk for chunk in self.active if chunk.finished]
         self.active = [chunk for chunk in self.active if not chunk.finished]
         for chunk in finished:
-            self.forward.finish(chunk.index, self.sampling.pinned(chunk.index, chunk.latent))
+            if chunk.clean:
+                self.forward.finish(chunk.index, self.sampling.pinned(chunk.index, chunk.latent))
             self.report.chunks_done += 1
         self.report.history.append((tick, self.forward.history_bytes[0]))
         return [Chunk(chunk.index, chunk.latent) for chunk in finished]

@@ -9,6 +9,7 @@ from ...flowcache_core.engine.build import RunSettings, build_engine, given_chun
 from ...flowcache_core.engine.chunk import ActiveChunk
 from ...flowcache_core.engine.forward import Step
 from ...flowcache_core.engine.loop import Engine, Sampling
+from ...flowcache_core.errors import UserError
 from ...flowcache_core.schedule import ChunkSchedule, Place
 from ...flowcache_core.settings import Settings
 from ...flowcache_core.solvers.one_step import Renoise
@@ -40,6 +41,11 @@ class NativeRun:
         prefix = 0 if initial is None else check_frames(initial, self.chunk_frames)
         steps = len(sigmas) - 1
         self.levels = sigmas.tolist()
+        if self.levels[-1] > 0:
+            raise UserError(
+                f"The noise levels end at {self.levels[-1]:.3g}, and SamplerARVideo stores every chunk as clean; let "
+                f"them end at 0, or split the steps with AR Sampler (FlowCache)."
+            )
         self.schedule = ChunkSchedule(chunks - prefix, steps, steps, prefix)
         self.guider, self.settings, self.options = guider, settings, options
         self.shape = (*noise.shape[:2], self.chunk_frames, *noise.shape[3:])

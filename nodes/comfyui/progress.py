@@ -15,6 +15,12 @@ def progress_text(text: str, node_id: str | None) -> None:
         server.send_progress_text(text, node_id)
 
 
+def say(report: Report) -> None:
+    """Shows a report's notes on the node that is running, where it is another's and tells nothing of the run."""
+    if report.notes:
+        progress_text("\n".join(report.notes), getattr(PromptServer.instance, "last_node_id", None))
+
+
 def describe_plan(report: Report) -> str:
     """Says what is known before a run; stays on the node until its first tick is done."""
     planned, unbounded = report.history_bytes_planned, report.history_bytes_unbounded

@@ -21,6 +21,7 @@ from .captions import ChunkCaptions
 from .checks import adapt_others, check_finite, check_frames
 from .guider import RUN, GuiderGuidance, is_plain_sum, text_tokens
 from .listener import RunListener
+from .progress import say
 
 LEAD_NOISE = -1  # stands for a chunk's number where noise is drawn for given frames that fill none
 
@@ -65,26 +66,38 @@ class ARSampler(host.ChunkSampler):
             raise UserError(
                 "A noise mask was given; FlowCache extends videos instead: give the frames to keep as a prefix."
             )
+        levels = sigmas.tolist()
+        self._check_end(levels, self.new_chunks(noise))
         options = comfy.model_patcher.create_model_options_clone(extra_args["model_options"])
         notes = adapt_others(options)
         patch = host.patch_of(options)
         add_wrapper_with_key(WrappersMP.DIFFUSION_MODEL, host.KEY, host.diffusion_model, options, is_model_options=True)
         seed = extra_args.get("seed") or 0
-        call = SamplerCall(self, guider, options, sigmas.tolist(), seed, noise, latent_image, callback)
+        call = SamplerCall(self, guider, options, levels, seed, noise, latent_image, callback)
         engine = call.engine(patch.settings if patch else OFF)
         engine.report.settings = patch.label if patch else "FlowCache off"
-        engine.report.notes += notes
+        engine.report.notes += [*notes, *call.split_notes(engine)]
         if self.lag > (steps := len(sigmas) - 1):
             engine.report.notes.append(f"lag is {self.lag}, above the {steps} steps: one chunk runs after the other")
+        say(engine.report)
         for chunk in engine.run():
             check_finite(chunk.latent, f"chunk {chunk.number}")
-            call.samples = [chunk.latent] if self.chunks else [*call.samples, chunk.latent]
+            latent = call.unscaled(chunk.latent)
+            call.samples = [latent] if self.chunks else [*call.samples, latent]
             self.listener.chunk(chunk, engine)
         result = torch.cat(call.samples, dim=2)
         if patch and not self.chunks:
             patch.remember(guider.inner_model.process_latent_out(result.to(torch.float32)), engine.report)
         self.listener.done(engine, keeps_history=self.end is None)
         return result
+
+    def _check_end(self, levels: list[float], chunks: int) -> None:
+        """Raises UserError where a chunk would look at one that is not clean and never becomes so in this run."""
+        if levels[-1] > 0 and chunks > 1 and self.lag > 0:
+            raise UserError(
+                f"The noise levels end at {levels[-1]:.3g}, so chunk 1 would look at a chunk 0 that is not clean; let "
+                f"them end at 0, or split the steps of a single chunk (frames_per_chunk) or of chunks at lag 0."
+            )
 
     def schedule(self, chunks: int, steps: int) -> ChunkSchedule:
         """Makes the schedule of a run of so many new chunks. Only a video's very first chunk takes more steps."""
@@ -219,8 +232,38 @@ class SamplerCall:
             return chunk_noise(self.seed, chunk, self.shape).to(self.noise) * self.levels[0]
         first = (chunk - self.schedule.prefix) * self.sampler.chunk_frames
         frames = slice(first, first + self.sampler.chunk_frames)
-        x = self.noise[:, :, frames] * self.levels[0]
-        return x if self.latent_image is None else x + (1 - self.levels[0]) * self.latent_image[:, :, frames]
+        noise = self.noise[:, :, frames]
+        latent = torch.zeros_like(noise) if self.latent_image is None else self.latent_image[:, :, frames]
+        return self.model.model_sampling.noise_scaling(self._level(0), noise, latent)
+
+    def unscaled(self, latent: Tensor) -> Tensor:
+        """A finished chunk as the host hands it on: where its last level is above 0, a next sampler gets it back by
+        adding no noise."""
+        return self.model.model_sampling.inverse_noise_scaling(self._level(-1), latent)
+
+    def _level(self, step: int) -> Tensor:
+        return torch.tensor(self.levels[step], device=self.noise.device)
+
+    def split_notes(self, engine: Engine) -> list[str]:
+        """Says for the report what is lost where the steps are split over two samplers."""
+        notes = []
+        if self.levels[-1] > 0:
+            notes.append(
+                f"the noise levels end at {self.levels[-1]:.3g}: the latent is for a next sampler with DisableNoise, and "
+                "none of it is kept as history"
+            )
+        given = self.latent_image is not None and bool(self.latent_image.any())
+        if not given or self.noise.any():
+            return notes
+        forgotten = [f"solver {self.sampler.solver}"] if self.sampler.solver != "euler" else []
+        if engine.policy.recomputed(self.schedule.steps) != frozenset(range(self.schedule.steps)):
+            forgotten.append("the forecast")
+        if forgotten:
+            notes.append(
+                f"goes on at noise level {self.levels[0]:.3g} from another sampler: {' and '.join(forgotten)} "
+                f"begin{'s' if len(forgotten) == 1 else ''} anew, without the steps before, which an unbroken run has"
+            )
+        return notes
 
     def _fresh(self, chunk: int, step: int) -> Tensor:
         return chunk_noise(self.seed, chunk, self.shape, step).to(self.noise)
