@@ -9,6 +9,7 @@ from ..flowcache_core.settings import Settings
 from ..flowcache_core.storage.calibrations import calibration_path, save_calibration
 from .comfyui import patch as host
 from .comfyui.extend import Extension, Sampling, extend
+from .comfyui.levels import chosen_levels
 from .comfyui.progress import progress_text
 from .comfyui.widgets import LARGEST_SEED, advanced, schema
 
@@ -43,10 +44,10 @@ class Calibrate(io.ComfyNode):
         steps = steps or usual.steps
         schedule = ChunkSchedule(chunks, steps, usual.lag if steps == usual.steps else steps)
 
+        levels = chosen_levels(model, usual, steps, shift=0.0)
         how = Sampling(
-            usual.levels(steps), usual.chunk_frames, schedule.lag, usual.solver(steps), usual.guidance,
-            usual.first_levels(steps),
-        )  # fmt: skip
+            levels.each, usual.chunk_frames, schedule.lag, usual.solver(steps), usual.guidance, levels.first
+        )
         size = (width or usual.size[0], height or usual.size[1])
 
         def clip(settings: Settings, number: int):

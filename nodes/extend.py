@@ -10,6 +10,7 @@ from ..flowcache_core.models import families
 from .comfyui import magi as host_magi
 from .comfyui import patch as host
 from .comfyui.extend import Extended, Extension, Sampling, extend
+from .comfyui.levels import chosen_levels, fixed_levels
 from .comfyui.stream import workflow_metadata
 from .comfyui.types import ReportType, ResumeType, StateType, StreamType
 from .comfyui.widgets import LARGEST_SEED, advanced, schema
@@ -73,21 +74,22 @@ class AutoregressiveExtend(io.ComfyNode):
                 steps, end, frames_per_chunk=frames_per_chunk, lag=lag, solver=solver, attention=attention, shift=shift,
                 condition_noise=condition_noise,
             )  # fmt: skip
-            return _output(host_magi.extend(model, asked, steps, guidance))
+            return _output(host_magi.extend(model, replace(asked, notes=fixed_levels(model)), steps, guidance))
         usual = families.family(name)
         steps = steps or usual.steps
+        levels = chosen_levels(model, usual, steps, shift)
         how = Sampling(
-            levels=usual.shifted_levels(steps, shift) if shift else usual.levels(steps),
+            levels=levels.each,
             chunk_frames=frames_per_chunk or usual.chunk_frames,
             lag=min(usual.lag, steps) if lag < 0 else lag,
             solver=usual.solver(steps) if solver == "auto" else solver,
             scale=guidance or usual.guidance,
-            first_levels=usual.first_levels(steps),
+            first_levels=levels.first,
             seeing=usual.attention if attention == "auto" else attention,
             condition=usual.condition if condition_noise < 0 else condition_noise,
         )
         size = (width or usual.size[0], height or usual.size[1])
-        return _output(extend(model, replace(asked, size=size), how))
+        return _output(extend(model, replace(asked, size=size, notes=levels.notes), how))
 
 
 def _output(result: Extended) -> io.NodeOutput:

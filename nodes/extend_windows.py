@@ -5,6 +5,7 @@ from comfy_api.latest import io
 from ..flowcache_core.models.families import family
 from .comfyui import patch as host
 from .comfyui.extend import Extension, Sampling
+from .comfyui.levels import chosen_levels
 from .comfyui.widgets import LARGEST_SEED, advanced, schema
 from .comfyui.windows import extend_in_windows
 
@@ -27,7 +28,7 @@ class ExtendInWindows(io.ComfyNode):
                 io.Int.Input("height", default=544, min=16, max=8192, step=16),
                 advanced(io.Int.Input("steps", default=50, min=1, max=1000)),
                 advanced(io.Float.Input("guidance", default=6.0, min=0.0, max=100.0, step=0.1)),
-                advanced(io.Float.Input("shift", default=8.0, min=0.1, max=100.0, step=0.1)),
+                advanced(io.Float.Input("shift", default=8.0, min=0.0, max=100.0, step=0.1)),
                 advanced(io.Int.Input("lag", default=0, min=0, max=1000)),
                 advanced(io.Float.Input("condition_noise", default=0.02, min=0.0, max=1.0, step=0.01)),
                 io.Image.Input("start", optional=True),
@@ -43,9 +44,10 @@ class ExtendInWindows(io.ComfyNode):
         steps, guidance, shift, lag, condition_noise, start,
     ) -> io.NodeOutput:  # fmt: skip
         usual = family(host.family_of(model))
+        levels = chosen_levels(model, usual, steps, shift)
         how = Sampling(
-            usual.shifted_levels(steps, shift), usual.chunk_frames, lag, usual.solver(steps), guidance, seeing="joint",
+            levels.each, usual.chunk_frames, lag, usual.solver(steps), guidance, seeing="joint",
             condition=condition_noise,
         )  # fmt: skip
-        asked = Extension(positive, negative, seed, 0, (width, height), node_id=cls.hidden.unique_id)
+        asked = Extension(positive, negative, seed, 0, (width, height), node_id=cls.hidden.unique_id, notes=levels.notes)
         return io.NodeOutput(extend_in_windows(model, vae, asked, how, start, frames, window, overlap))

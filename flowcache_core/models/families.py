@@ -76,7 +76,15 @@ class Family:
 
     def shifted_levels(self, steps: int, shift: float) -> list[float]:
         """Gives noise levels with another shift than the family's: shifts multiply."""
-        return [noise_levels.shifted(level, shift / self.shift) for level in self.levels(steps)]
+        return self._shifted(self.levels(steps), shift)
+
+    def shifted_first_levels(self, steps: int, shift: float) -> list[float] | None:
+        """Gives those of the first chunk, where it takes more steps."""
+        levels = self.first_levels(steps)
+        return None if levels is None else self._shifted(levels, shift)
+
+    def _shifted(self, levels: list[float], shift: float) -> list[float]:
+        return [noise_levels.shifted(level, shift / self.shift) for level in levels]
 
 
 def always(name: SolverName) -> Callable[[int], SolverName]:

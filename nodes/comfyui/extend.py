@@ -41,6 +41,7 @@ class Extension:
         resume: that finished chunks are kept on disk and taken from there.
         metadata: of the workflow, for the video.
         node_id: of the node that shows the progress.
+        notes: lines for the report on what was chosen.
     """
 
     positive: list
@@ -55,6 +56,7 @@ class Extension:
     resume: ResumeSettings | None = None
     metadata: dict = field(default_factory=dict)
     node_id: str | None = None
+    notes: Sequence[str] = ()
 
 
 @dataclass(frozen=True)
@@ -187,7 +189,7 @@ def carry_out(
         finished.begin(layout.before, range(prefix, earlier.chunks if earlier else prefix))
         if finished.count < asked.chunks:
             sample(finished, earlier)
-        finished.report.notes += finished.notes
+        finished.report.notes += [*finished.notes, *asked.notes]
         if outlet is not None:
             if layout.after is not None:
                 outlet.add(layout.after)

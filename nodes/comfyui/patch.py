@@ -39,6 +39,7 @@ from ...flowcache_core.storage.calibrations import calibration_path, load_calibr
 from .captions import at_once
 from .checks import adapt_others, check_finite
 from .guider import FAMILY, RUN, text_tokens
+from .levels import check_flow, time_step_note
 from .native import NativeRun
 
 KEY = "flowcache"  # our wrappers' key on a patched model, and the patch's in transformer_options
@@ -198,7 +199,9 @@ def _outer_sample(executor, noise, latent_image, sampler, sigmas, *args, **kwarg
             "as if it were not patched. Use Autoregressive Extend, AR Sampler (FlowCache) or SamplerARVideo."
         )
         return executor(noise, latent_image, sampler, sigmas, *args, **kwargs)
-    notes = adapt_others(guider.model_options)
+    sampling = guider.model_patcher.get_model_object("model_sampling")
+    check_flow(sampling)
+    notes = [*adapt_others(guider.model_options), *time_step_note(sampling)]
     model = guider.model_patcher.model
     run = NativeRun(guider, patch.settings, sampler, sigmas, noise, options, compute_dtype(model), branches_of(guider))
     options[NATIVE] = run

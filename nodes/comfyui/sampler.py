@@ -20,6 +20,7 @@ from . import patch as host
 from .captions import ChunkCaptions
 from .checks import adapt_others, check_finite, check_frames
 from .guider import RUN, GuiderGuidance, is_plain_sum, text_tokens
+from .levels import check_flow, time_step_note
 from .listener import RunListener
 from .progress import say
 
@@ -66,10 +67,11 @@ class ARSampler(host.ChunkSampler):
             raise UserError(
                 "A noise mask was given; FlowCache extends videos instead: give the frames to keep as a prefix."
             )
-        levels = sigmas.tolist()
+        levels, sampling = sigmas.tolist(), guider.inner_model.model_sampling
+        check_flow(sampling)
         self._check_end(levels, self.new_chunks(noise))
         options = comfy.model_patcher.create_model_options_clone(extra_args["model_options"])
-        notes = adapt_others(options)
+        notes = [*adapt_others(options), *([] if self.chunks else time_step_note(sampling))]
         patch = host.patch_of(options)
         add_wrapper_with_key(WrappersMP.DIFFUSION_MODEL, host.KEY, host.diffusion_model, options, is_model_options=True)
         seed = extra_args.get("seed") or 0
