@@ -45,9 +45,7 @@ class Calibrate(io.ComfyNode):
         schedule = ChunkSchedule(chunks, steps, usual.lag if steps == usual.steps else steps)
 
         levels = chosen_levels(model, usual, steps, shift=0.0)
-        how = Sampling(
-            levels.each, usual.chunk_frames, schedule.lag, usual.solver(steps), usual.guidance, levels.first
-        )
+        how = Sampling(levels.each, usual.chunk_frames, schedule.lag, usual.solver(steps), usual.guidance, levels.first)
         size = (width or usual.size[0], height or usual.size[1])
 
         def clip(settings: Settings, number: int):

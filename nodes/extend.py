@@ -63,6 +63,9 @@ class AutoregressiveExtend(io.ComfyNode):
                 "Both a prefix and a state are connected; a state already holds what came before. Connect one."
             )
         prefix, end = (None if latent is None else latent["samples"] for latent in (prefix, end))
+        image = model.model_options.get("transformer_options", {}).get("ar_config", {}).get("initial_latent")
+        if prefix is None and state is None:
+            prefix = image
         asked = Extension(
             positive, negative, seed, chunks, (width, height), prefix, end, state, stream, resume,
             metadata=workflow_metadata(cls.hidden), node_id=cls.hidden.unique_id,

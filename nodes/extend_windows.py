@@ -49,5 +49,7 @@ class ExtendInWindows(io.ComfyNode):
             levels.each, usual.chunk_frames, lag, usual.solver(steps), guidance, seeing="joint",
             condition=condition_noise,
         )  # fmt: skip
-        asked = Extension(positive, negative, seed, 0, (width, height), node_id=cls.hidden.unique_id, notes=levels.notes)
+        asked = Extension(
+            positive, negative, seed, 0, (width, height), node_id=cls.hidden.unique_id, notes=levels.notes
+        )
         return io.NodeOutput(extend_in_windows(model, vae, asked, how, start, frames, window, overlap))

@@ -43,6 +43,8 @@ class RunSettings:
         text_tokens: of a text at most.
         dtype, device: that is computed with.
         lead, end: given frames that fill no chunk.
+        last_frames: of the last chunk where it is shorter than the others, else 0. Nothing comes after such a one, so
+            it is not stored.
         attention: over the history.
         loaded: clean history of an earlier run, by branch.
         grain: fresh unit noise for a tick of the frames that a joint window begins with.
@@ -64,6 +66,7 @@ class RunSettings:
     text_tokens: int = 0
     lead: int = 0
     end: int = 0
+    last_frames: int = 0
     attention: Attention = F.scaled_dot_product_attention
     loaded: Mapping[Hashable, Snapshot] | None = None
     grain: Callable[[int], Tensor] | None = None
@@ -151,6 +154,7 @@ def plan_run(run: RunSettings, policy: Policy) -> MemoryPlan:
         given=(run.lead, run.end),
         at_once=run.guidance.at_once,
         texts=run.texts,
+        last_frames=run.last_frames,
     )
 
 

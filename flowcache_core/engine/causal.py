@@ -121,7 +121,9 @@ class CausalForward:
     def finish(self, chunk: int, latent: Tensor) -> None:
         """Takes a finished chunk. Its clean pass goes along with the next forward, but is made now where the history is
         bounded, for it may be cut before that, and where it is the only chunk: then a run that goes on from it has the
-        same bits."""
+        same bits. A short one is the last, which nobody looks at."""
+        if latent.shape[2] < self.plan.chunk_frames:
+            return
         if not self.settings.clean_pass:
             self._commit([chunk])
             return

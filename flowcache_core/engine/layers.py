@@ -7,6 +7,7 @@ do so one by one, so that what a block needs inside is that of one chunk.
 
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
+from itertools import groupby
 from typing import Protocol
 
 import torch
@@ -60,20 +61,20 @@ class Group:
 
 
 def groups_of(backbone: Backbone, steps: Sequence[Step], texts: Sequence, together: int) -> list[Group]:
-    """Makes groups of neighbours with at most `together` tokens, or of a single chunk.
+    """Makes groups of neighbours alike in shape with at most `together` tokens, or of a single chunk.
 
     Args:
-        steps: latents alike in shape.
         texts: each step's, as the backbone's `conditioning` takes them.
     """
     groups = []
-    size = max(1, together // tokens_of(backbone, steps[0].x))
-    for first in range(0, len(steps), size):
-        chosen = steps[first : first + size]
-        x = joined([step.x for step in chosen], dim=2)
-        levels = row_levels(steps[first].sigma, x) if len(chosen) == 1 else frame_levels(chosen)
-        conditioning = backbone.conditioning(x, levels, texts[first : first + size])
-        groups.append(Group(chosen, x, levels, conditioning, backbone.embed(x)))
+    for _, run in groupby(zip(steps, texts, strict=True), key=lambda pair: pair[0].x.shape):
+        alike = list(run)
+        size = max(1, together // tokens_of(backbone, alike[0][0].x))
+        for first in range(0, len(alike), size):
+            chosen, shown = zip(*alike[first : first + size], strict=True)
+            x = joined([step.x for step in chosen], dim=2)
+            levels = row_levels(chosen[0].sigma, x) if len(chosen) == 1 else frame_levels(chosen)
+            groups.append(Group(chosen, x, levels, backbone.conditioning(x, levels, shown), backbone.embed(x)))
     return groups
 
 

@@ -102,7 +102,10 @@ class RollingForward(WindowForward):
         return [Velocity(value, branches) for value in values]
 
     def finish(self, chunk: int, latent: Tensor) -> None:
-        """Runs a finished chunk at noise level 0 and keeps its keys and values."""
+        """Runs a finished chunk at noise level 0 and keeps its keys and values; a short one is the last, which nobody
+        looks at."""
+        if latent.shape[2] < self.chunk_frames:
+            return
         _, branches = self.guided([Step(latent, 0.0, Place(chunk, None, 0))], self._network)
         self.report.clean_passes += len(branches)
 

@@ -52,6 +52,7 @@ class MemoryPlan:
         chunk_frames: latent frames of a chunk.
         lead, end: given frames that fill no chunk, before the first one and after the last.
         total_chunks: of the whole video.
+        last_frames: of the last chunk.
         clean_chunks: that there is room for in every layer.
         max_active: chunks that are ever active at once.
         slots: chunks beside the clean ones that there is room for.
@@ -74,6 +75,7 @@ class MemoryPlan:
     lead: int
     end: int
     total_chunks: int
+    last_frames: int
     clean_chunks: int
     max_active: int
     slots: int
@@ -136,13 +138,15 @@ class MemoryPlan:
     def frames_of(self, chunk: int | Given) -> int:
         if isinstance(chunk, Given):
             return {Given.LEAD: self.lead, Given.END: self.end}[chunk]
-        return self.chunk_frames
+        return self.last_frames if chunk == self.total_chunks - 1 else self.chunk_frames
 
     def first_frame(self, chunk: int | Given) -> int:
         """Number in the video of a chunk's first frame."""
         if chunk is Given.LEAD:
             return 0
-        return self.lead + self.chunk_frames * (self.total_chunks if chunk is Given.END else chunk)
+        if chunk is Given.END:
+            return self.lead + self.chunk_frames * (self.total_chunks - 1) + self.last_frames
+        return self.lead + self.chunk_frames * chunk
 
     @property
     def token_bytes(self) -> int:
@@ -248,6 +252,7 @@ def plan_memory(
     waiting: bool = False,
     also: frozenset[int] = frozenset(),
     texts: int = 1,
+    last_frames: int = 0,
 ) -> MemoryPlan:
     """Plans a run.
 
@@ -263,6 +268,7 @@ def plan_memory(
         waiting: whether a finished chunk's clean pass always waits for the next tick (MAGI-1).
         also: steps that are recomputed whatever the policy says.
         texts: different ones that each branch is shown in the run; no more are kept than chunks are active.
+        last_frames: of the last chunk where it is shorter than the others, else 0.
     """
     total, budget = schedule.total_chunks, settings.history.budget
     bounded = budget is not None and budget < total
@@ -290,6 +296,7 @@ def plan_memory(
         lead=given[0],
         end=given[1],
         total_chunks=total,
+        last_frames=last_frames or chunk_frames,
         clean_chunks=budget if bounded and budget is not None else total,
         max_active=min(total, schedule.max_active),
         slots=slots,

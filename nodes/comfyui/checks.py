@@ -7,6 +7,7 @@ from comfy.patcher_extension import WrappersMP
 from torch import Tensor
 
 from ...flowcache_core.errors import UserError
+from ...flowcache_core.models.memory import FRAME_STRIDE
 
 COMPILED = "torch.compile"  # the host's key of a compiled network's wrapper
 COMPILE_OPTIONS = "torch_compile_kwargs"  # the host's key of what it compiles with, in model options
@@ -68,27 +69,44 @@ def check_network(network: torch.nn.Module) -> None:
         )
 
 
-def check_frames(latent: Tensor, chunk_frames: int) -> int:
-    """How many chunks a latent [B, C, T, H, W] holds.
+def cut_into_chunks(latent: Tensor, chunk_frames: int, given: int = 0) -> tuple[int, int]:
+    """Cuts a latent [B, C, T, H, W] into chunks behind the frames that are given.
+
+    Returns:
+        How many there are, and the frames of the last one where it is shorter than the others, else 0.
 
     Raises:
-        UserError: not a video latent, or its frames do not fill whole chunks.
+        UserError: not a video latent, or it has no frames but the given ones.
     """
     if latent.ndim != 5:
         raise UserError(
             f"The latent has shape {tuple(latent.shape)}, expected a video latent [batch, channels, frames, height, "
-            f"width]."
+            f"width]; use EmptyARVideoLatent or another node for videos."
         )
-    frames = latent.shape[2]
-    if frames == 0 or frames % chunk_frames:
-        below = frames // chunk_frames * chunk_frames
-        near = " or ".join(str(count) for count in (below, below + chunk_frames) if count)
-        pixels = " or ".join(str(4 * count - 3) for count in (below, below + chunk_frames) if count)
+    frames = latent.shape[2] - given
+    if frames < 1:
+        found = (
+            f"{pixel_frames(latent.shape[2])} frames, and {pixel_frames(given)} of them are" if given else "no frames"
+        )
         raise UserError(
-            f"The latent has {frames} frames, which do not fill chunks of {chunk_frames}; use {near} latent frames "
-            f"({pixels} pixel frames)."
+            f"The video has {found}{' given: nothing is left to sample' if given else ''}; set a larger length."
         )
-    return frames // chunk_frames
+    return -(-frames // chunk_frames), frames % chunk_frames
+
+
+def short_note(last_frames: int, chunk_frames: int) -> list[str]:
+    """Says for the report that a video's last chunk is a short one, which its model has not seen in training."""
+    if not last_frames:
+        return []
+    return [
+        f"the last chunk has {last_frames} of {chunk_frames} latent frames; a length longer by "
+        f"{FRAME_STRIDE * (chunk_frames - last_frames)} frames fills it"
+    ]
+
+
+def pixel_frames(frames: int) -> int:
+    """Counts the frames that the user sees of a video's first so many latent frames."""
+    return max(0, FRAME_STRIDE * frames - (FRAME_STRIDE - 1))
 
 
 def check_latent(latent: Tensor, channels: int) -> None:

@@ -121,6 +121,25 @@ def fitted(backbone, options: dict):
     return backbone
 
 
+def start_image(options: dict, latent: Tensor) -> Tensor | None:
+    """The frames that ARVideoI2V puts on a model, in the host's latent space, or None.
+
+    Args:
+        options: of the transformer.
+        latent: of the whole video, [B, C, T, H, W].
+
+    Raises:
+        UserError: they are of another size.
+    """
+    given = options.get("ar_config", {}).get("initial_latent")
+    if given is not None and (given.ndim != 5 or given.shape[3:] != latent.shape[3:]):
+        raise UserError(
+            f"The start image of ARVideoI2V is {8 * given.shape[-1]}x{8 * given.shape[-2]}, the video "
+            f"{8 * latent.shape[4]}x{8 * latent.shape[3]}; sample the latent that ARVideoI2V gives."
+        )
+    return given
+
+
 def text_tokens(guider) -> int:
     """Tokens of the longest prompt of a guider."""
     conds = guider.conds or guider.original_conds

@@ -5,17 +5,17 @@ from functools import cached_property, partial
 import torch
 from torch import Tensor
 
-from ...flowcache_core.engine.build import RunSettings, build_engine, given_chunks
+from ...flowcache_core.engine.build import RunSettings, build_engine
 from ...flowcache_core.engine.chunk import ActiveChunk
 from ...flowcache_core.engine.forward import Step
 from ...flowcache_core.engine.loop import Engine, Sampling
 from ...flowcache_core.errors import UserError
-from ...flowcache_core.schedule import ChunkSchedule, Place
+from ...flowcache_core.schedule import ChunkSchedule, Given, Place
 from ...flowcache_core.settings import Settings
 from ...flowcache_core.solvers.one_step import Renoise
 from .captions import ChunkCaptions
-from .checks import check_frames
-from .guider import GuiderGuidance, text_tokens
+from .checks import cut_into_chunks, short_note
+from .guider import GuiderGuidance, start_image, text_tokens
 
 
 class NativeRun:
@@ -35,10 +35,11 @@ class NativeRun:
     def __init__(
         self, guider, settings: Settings, sampler, sigmas: Tensor, noise: Tensor, options: dict, dtype, branches
     ):
-        initial = options.get("ar_config", {}).get("initial_latent")
+        initial = start_image(options, noise)
         self.chunk_frames = sampler.extra_options.get("num_frame_per_block", 1)
-        chunks = check_frames(noise, self.chunk_frames)
-        prefix = 0 if initial is None else check_frames(initial, self.chunk_frames)
+        self.lead = 0 if initial is None else initial.shape[2]
+        chunks, self.last_frames = cut_into_chunks(noise, self.chunk_frames, self.lead)
+        self.notes = short_note(self.last_frames, self.chunk_frames)
         steps = len(sigmas) - 1
         self.levels = sigmas.tolist()
         if self.levels[-1] > 0:
@@ -46,7 +47,7 @@ class NativeRun:
                 f"The noise levels end at {self.levels[-1]:.3g}, and SamplerARVideo stores every chunk as clean; let "
                 f"them end at 0, or split the steps with AR Sampler (FlowCache)."
             )
-        self.schedule = ChunkSchedule(chunks - prefix, steps, steps, prefix)
+        self.schedule = ChunkSchedule(chunks, steps, steps)
         self.guider, self.settings, self.options = guider, settings, options
         self.shape = (*noise.shape[:2], self.chunk_frames, *noise.shape[3:])
         self.dtype, self.branches = dtype, branches
@@ -67,7 +68,8 @@ class NativeRun:
         guidance = self.guidance
         run = RunSettings(
             guidance.backbone, guidance, self.schedule, self.settings, sampling, "causal", self.shape, self.branches,
-            self.dtype, self.device, attention=guidance.attention, text_tokens=text_tokens(self.guider),
+            self.dtype, self.device, lead=self.lead, last_frames=self.last_frames,
+            attention=guidance.attention, text_tokens=text_tokens(self.guider),
         )  # fmt: skip
         return build_engine(run)
 
@@ -76,15 +78,16 @@ class NativeRun:
         self.device = x.device
         self.guidance.ask = partial(self._ask, executor, timestep, model_options, seed)
         forward, steps = self.engine.forward, self.schedule.steps
-        first = model_options["transformer_options"]["ar_state"]["start_frame"] // self.chunk_frames
-        if first < self.schedule.prefix:
-            for chunk, part in given_chunks(x, 0, self.chunk_frames):
-                forward.give(chunk, part, 0.0)
+        frame = model_options["transformer_options"]["ar_state"]["start_frame"]
+        if frame < self.lead:
+            forward.give(Given.LEAD, x.expand(self.shape[0], -1, -1, -1, -1), 0.0)
             return torch.zeros_like(x)
+        first = (frame - self.lead) // self.chunk_frames
         step = self.calls % (steps + 1)
         self.calls += 1
         if step == steps:  # the host always makes a clean pass, whether its keys are wanted or not
-            forward.give(first, x, 0.0)
+            if x.shape[2] == self.chunk_frames:  # a short one is the last, which nobody looks at
+                forward.give(first, x, 0.0)
             self._finish(first)
             return torch.zeros_like(x)
         return self._step(first, step, x)

@@ -41,6 +41,7 @@ from .checks import adapt_others, check_finite
 from .guider import FAMILY, RUN, text_tokens
 from .levels import check_flow, time_step_note
 from .native import NativeRun
+from .progress import say
 
 KEY = "flowcache"  # our wrappers' key on a patched model, and the patch's in transformer_options
 NATIVE = "flowcache_native"  # key of a run of the host's own sampler in transformer_options, while it goes on
@@ -205,7 +206,9 @@ def _outer_sample(executor, noise, latent_image, sampler, sigmas, *args, **kwarg
     model = guider.model_patcher.model
     run = NativeRun(guider, patch.settings, sampler, sigmas, noise, options, compute_dtype(model), branches_of(guider))
     options[NATIVE] = run
-    options[MEMORY] = planned_bytes(guider, run.schedule, run.shape, patch.settings, "causal", at_once=False)
+    options[MEMORY] = planned_bytes(
+        guider, run.schedule, run.shape, patch.settings, "causal", at_once=False, lead=run.lead
+    )
     add_wrapper_with_key(WrappersMP.APPLY_MODEL, KEY, _apply_model, options)
     add_wrapper_with_key(WrappersMP.DIFFUSION_MODEL, KEY, diffusion_model, options)
     layers, network = len(model.diffusion_model.blocks), model.diffusion_model
@@ -220,7 +223,8 @@ def _outer_sample(executor, noise, latent_image, sampler, sigmas, *args, **kwarg
     check_finite(samples, "the video")
     report = run.engine.report
     report.settings, report.seconds = patch.label, time.perf_counter() - begun
-    report.notes += notes
+    report.notes += [*notes, *run.notes]
+    say(report)
     patch.remember(samples, report)
     return samples
 
@@ -267,14 +271,16 @@ def branches_of(guider) -> int:
 
 
 def planned_bytes(
-    guider, schedule: ChunkSchedule, chunk: Sequence[int], settings: Settings, seeing: Seeing, at_once: bool = True
-) -> int:
+    guider, schedule: ChunkSchedule, chunk: Sequence[int], settings: Settings, seeing: Seeing,
+    at_once: bool = True, lead: int = 0,
+) -> int:  # fmt: skip
     """Works out what a run of the Wan layout takes of the device's memory beside the network's weights.
 
     Args:
         chunk: shape of a chunk, [B, C, T, H, W].
         seeing: how chunks see each other, "causal" or "rolling".
         at_once: whether all of a tick's chunks are asked for in one call.
+        lead: given frames that fill no chunk.
     """
     model = guider.model_patcher.model
     backbone = WanBackbone(model.diffusion_model)
@@ -289,6 +295,7 @@ def planned_bytes(
         branches=branches_of(guider),
         itemsize=compute_dtype(model).itemsize,
         at_once=at_once,
+        given=(lead, 0),
     )
     if seeing == "causal":
         return plan.device_bytes

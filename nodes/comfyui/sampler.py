@@ -18,8 +18,8 @@ from ...flowcache_core.solvers.one_step import chunk_noise
 from ...flowcache_core.storage.state import State
 from . import patch as host
 from .captions import ChunkCaptions
-from .checks import adapt_others, check_finite, check_frames
-from .guider import RUN, GuiderGuidance, is_plain_sum, text_tokens
+from .checks import check_finite, cut_into_chunks, adapt_others, short_note
+from .guider import RUN, GuiderGuidance, is_plain_sum, start_image, text_tokens
 from .levels import check_flow, time_step_note
 from .listener import RunListener
 from .progress import say
@@ -43,7 +43,8 @@ class ARSampler(host.ChunkSampler):
         condition: noise level that the prefix is shown at.
         state: an earlier run's state to go on from; for "causal".
         chunks: how many to generate from a noise of a single chunk, each with its own noise of the run's seed; what is
-            returned is then the last one. 0: as many as the noise holds, all of which are returned.
+            returned is then the last one. 0: as many as the noise holds behind the start image of ARVideoI2V if there
+            is one, the last of which may be short; all frames are returned.
         listener: is told of the run.
     """
 
@@ -69,16 +70,18 @@ class ARSampler(host.ChunkSampler):
             )
         levels, sampling = sigmas.tolist(), guider.inner_model.model_sampling
         check_flow(sampling)
-        self._check_end(levels, self.new_chunks(noise))
         options = comfy.model_patcher.create_model_options_clone(extra_args["model_options"])
         notes = [*adapt_others(options), *([] if self.chunks else time_step_note(sampling))]
         patch = host.patch_of(options)
         add_wrapper_with_key(WrappersMP.DIFFUSION_MODEL, host.KEY, host.diffusion_model, options, is_model_options=True)
         seed = extra_args.get("seed") or 0
-        call = SamplerCall(self, guider, options, levels, seed, noise, latent_image, callback)
+        cut = self.cut(noise, options)
+        self._check_end(levels, cut.chunks)
+        call = SamplerCall(self, guider, options, levels, seed, noise, latent_image, callback, cut)
         engine = call.engine(patch.settings if patch else OFF)
         engine.report.settings = patch.label if patch else "FlowCache off"
-        engine.report.notes += [*notes, *call.split_notes(engine)]
+        short = short_note(cut.last_frames, self.chunk_frames)
+        engine.report.notes += [*notes, *call.split_notes(engine), *short]
         if self.lag > (steps := len(sigmas) - 1):
             engine.report.notes.append(f"lag is {self.lag}, above the {steps} steps: one chunk runs after the other")
         say(engine.report)
@@ -111,13 +114,17 @@ class ARSampler(host.ChunkSampler):
         """Works out what a run takes of the device's memory; None for a joint window, a forward like the host's."""
         if self.seeing == "joint":
             return None
-        schedule = self.schedule(self.new_chunks(noise), len(sigmas) - 1)
+        cut = self.cut(noise, guider.model_options)
+        schedule = self.schedule(cut.chunks, len(sigmas) - 1)
         shape = (*noise.shape[:2], self.chunk_frames, *noise.shape[3:])
-        return host.planned_bytes(guider, schedule, shape, settings, self.seeing)
+        return host.planned_bytes(guider, schedule, shape, settings, self.seeing, lead=cut.given_frames)
 
-    def new_chunks(self, noise: Tensor) -> int:
-        """Counts the chunks that are generated from a noise [B, C, T, H, W]."""
-        return self.chunks or check_frames(noise, self.chunk_frames)
+    def cut(self, noise: Tensor, model_options: dict) -> "Cut":
+        """Says what a noise [B, C, T, H, W] becomes."""
+        if self.chunks:
+            return Cut(self.chunks)
+        given = start_image(model_options.get("transformer_options", {}), noise)
+        return Cut(*cut_into_chunks(noise, self.chunk_frames, 0 if given is None else given.shape[2]), given)
 
     def chunks_before(self) -> int:
         """Counts the whole chunks that a causal run has behind it when it starts."""
@@ -130,6 +137,25 @@ class ARSampler(host.ChunkSampler):
         return 0 if self.prefix is None else self.prefix.shape[2]
 
 
+@dataclass(frozen=True)
+class Cut:
+    """What a noise becomes.
+
+    Attributes:
+        chunks: that are generated.
+        last_frames: of the last one where it is shorter than the others, else 0.
+        given: the start image of ARVideoI2V before them, [B, C, T, H, W] in the host's space, or None.
+    """
+
+    chunks: int
+    last_frames: int = 0
+    given: Tensor | None = None
+
+    @property
+    def given_frames(self) -> int:
+        return 0 if self.given is None else self.given.shape[2]
+
+
 class SamplerCall:
     """One call of an `ARSampler` by the host: its run, and what the host is shown of it.
 
@@ -139,24 +165,27 @@ class SamplerCall:
         options: the model options of this run.
         levels: noise levels, [steps + 1].
         seed: of the run.
+        cut: of the noise.
     """
 
     def __init__(
         self, sampler: ARSampler, guider, options: dict, levels: list[float], seed: int, noise: Tensor, latent_image,
-        callback,
+        callback, cut: Cut,
     ):  # fmt: skip
         self.sampler, self.guider, self.options, self.levels, self.seed = sampler, guider, options, levels, seed
         self.noise, self.latent_image, self.callback = noise, latent_image, callback
         self.model = guider.inner_model
         self.shape = (*noise.shape[:2], sampler.chunk_frames, *noise.shape[3:])
-        self.schedule = sampler.schedule(sampler.new_chunks(noise), len(levels) - 1)
+        self.cut = cut
+        self.schedule = sampler.schedule(cut.chunks, len(levels) - 1)
         self.captions = ChunkCaptions(guider.conds)
-        self.samples: list[Tensor] = []  # finished chunks that are returned
+        self.begun = self._inside(cut.given)  # before the chunks, in the network's space
+        self.samples = [] if self.begun is None else [self.begun]  # finished frames that are returned
 
     def engine(self, settings: Settings) -> Engine:
         """Makes the run; frames that are given have been run when it returns."""
         sampler, seeing, options = self.sampler, self.sampler.seeing, self.options["transformer_options"]
-        prefix, end = self._inside(sampler.prefix), self._inside(sampler.end)
+        prefix, end = self._inside(sampler.prefix) if self.begun is None else self.begun, self._inside(sampler.end)
         if seeing != "causal":
             self._check_window(prefix, end)
             settings = OFF
@@ -167,7 +196,8 @@ class SamplerCall:
         )  # fmt: skip
         first_levels = sampler.first_levels if self.schedule.first_steps else None
         sampling = Sampling(self.levels, self._start, self._fresh, SOLVERS[sampler.solver], first_levels)
-        lead = sampler.frames_before() % sampler.chunk_frames if seeing == "causal" else 0
+        before = self.cut.given_frames or sampler.frames_before() % sampler.chunk_frames
+        lead = before if seeing == "causal" else 0
         run = RunSettings(
             guidance.backbone, guidance, self.schedule, settings, sampling, seeing, self.shape,
             host.branches_of(self.guider), host.compute_dtype(self.model), self.noise.device,
@@ -175,6 +205,7 @@ class SamplerCall:
             text_tokens=text_tokens(self.guider),
             lead=lead,
             end=0 if end is None else end.shape[2],
+            last_frames=self.cut.last_frames,
             attention=guidance.attention,
             loaded=sampler.state.by_branch if sampler.state else None,
             grain=None if prefix is None else partial(self._grain, prefix),
@@ -209,7 +240,9 @@ class SamplerCall:
 
     def _inside(self, given: Tensor | None) -> Tensor | None:
         """Given frames in the network's latent space."""
-        return None if given is None else self.model.process_latent_in(given.to(self.noise))
+        if given is None:
+            return None
+        return self.model.process_latent_in(given.to(self.noise)).expand(self.noise.shape[0], -1, -1, -1, -1)
 
     def _noised(self, chunk: int | Given, latent: Tensor) -> Tensor:
         """Given frames of a causal run, with as much noise as they are shown at; a window draws its own at every
@@ -232,7 +265,7 @@ class SamplerCall:
         """A chunk at the first noise level."""
         if self.sampler.chunks:
             return chunk_noise(self.seed, chunk, self.shape).to(self.noise) * self.levels[0]
-        first = (chunk - self.schedule.prefix) * self.sampler.chunk_frames
+        first = self.cut.given_frames + (chunk - self.schedule.prefix) * self.sampler.chunk_frames
         frames = slice(first, first + self.sampler.chunk_frames)
         noise = self.noise[:, :, frames]
         latent = torch.zeros_like(noise) if self.latent_image is None else self.latent_image[:, :, frames]
@@ -251,8 +284,8 @@ class SamplerCall:
         notes = []
         if self.levels[-1] > 0:
             notes.append(
-                f"the noise levels end at {self.levels[-1]:.3g}: the latent is for a next sampler with DisableNoise, and "
-                "none of it is kept as history"
+                f"the noise levels end at {self.levels[-1]:.3g}: the latent is for a next sampler with DisableNoise, "
+                "and none of it is kept as history"
             )
         given = self.latent_image is not None and bool(self.latent_image.any())
         if not given or self.noise.any():
@@ -268,7 +301,10 @@ class SamplerCall:
         return notes
 
     def _fresh(self, chunk: int, step: int) -> Tensor:
-        return chunk_noise(self.seed, chunk, self.shape, step).to(self.noise)
+        batch, channels, frames, *size = self.shape
+        if chunk == self.schedule.indices[-1]:
+            frames = self.cut.last_frames or frames
+        return chunk_noise(self.seed, chunk, (batch, channels, frames, *size), step).to(self.noise)
 
     def _progress(self, told: Progress, engine: Engine) -> None:
         self.sampler.listener.progress(told, engine)

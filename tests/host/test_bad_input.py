@@ -5,7 +5,7 @@ import torch
 from safetensors.torch import save_file
 
 from tests.helpers.host.comfy_server import Refused
-from tests.helpers.host.graph import SMALL, Graph, fails, native, random_network, write_network
+from tests.helpers.host.graph import SMALL, Graph, fails, random_network, write_network
 from tests.host.test_extend import extend
 
 
@@ -111,13 +111,6 @@ def test_words_that_the_demo_model_does_not_know(server):
     prompt = graph[node]["inputs"]["positive"][0]
     graph.add("SaveLatent", samples=(node, 0), filename_prefix="s")
     assert "'purple'" in fails(server, graph, prompt)
-
-
-def test_frames_that_do_not_fill_the_hosts_blocks(server):
-    graph = Graph()
-    loaded = graph.add("UNETLoader", unet_name="extend.safetensors", weight_dtype="default")
-    patched = graph.add("FlowCache", model=(loaded, 0), preset="balanced", history_budget=0)
-    assert "do not fill chunks of 2" in fails(server, graph, native(graph, (patched, 0), frames=5))
 
 
 def test_a_report_of_nothing(server):

@@ -1,9 +1,9 @@
-"""Where the shift of the noise levels is set: on Autoregressive Extend, by a node that patches the model, or nowhere."""
+"""Where the noise levels' shift is set: on Autoregressive Extend, by a node that patches the model, or nowhere."""
 
 import pytest
 import torch
 
-from tests.helpers.host.graph import Graph, fails, random_network, sample, write_network
+from tests.helpers.host.graph import Graph, fails, random_network, write_network
 from tests.host.test_extend import extend
 
 

@@ -89,6 +89,26 @@ class GuiderCalls:
         return {"ui": {"text": [str(GuiderCalls.count)]}}
 
 
+class FrameNoise:
+    """Noise of which each frame has its own, whatever the length of the video."""
+
+    INPUT_TYPES = classmethod(lambda cls: {"required": {"seed": ("INT", {})}})
+    RETURN_TYPES = ("NOISE",)
+    FUNCTION = "make"
+    CATEGORY = "test"
+
+    def __init__(self, seed: int = 0):
+        self.seed = seed
+
+    def make(self, seed: int):
+        return (FrameNoise(seed),)
+
+    def generate_noise(self, latent):
+        batch, channels, frames, *size = latent["samples"].shape
+        draws = [torch.Generator().manual_seed(1000 * self.seed + frame) for frame in range(frames)]
+        return torch.cat([torch.randn(batch, channels, 1, *size, generator=draw) for draw in draws], dim=2)
+
+
 def counted(sampling_function):
     @wraps(sampling_function)
     def count(*args, **kwargs):
@@ -104,6 +124,7 @@ NODE_CLASS_MAPPINGS = {
     "TestCaption": Caption,
     "TestSmallT5": SmallT5,
     "TestSeeEveryStep": SeeEveryStep,
+    "TestFrameNoise": FrameNoise,
     "TestGuiderCalls": GuiderCalls,
     "TestWrongObject": WrongObject,
 }
