@@ -22,7 +22,7 @@ from ..settings import Settings
 from ..solvers.weights import joined, joined_heads
 from .contexts import Contexts, texts_kept
 from .forward import Step, Velocity
-from .guidance import Guidance, Texts
+from .guidance import Again, Guidance, Texts
 from .layers import Group, row_levels, run_layers
 from .sites import Sites
 
@@ -161,7 +161,7 @@ class CausalForward:
         """Guided velocities of steps, and the branches that they are sums of."""
         stored = [step.place.chunk for step in steps if step.place.is_clean_pass]
         values, branches = self.guidance.velocities(steps, self.network)
-        self.report.clean_passes += len(stored) * len(branches)
+        self.report.clean_passes += len(stored) * sum(not isinstance(name, Again) for name in branches)
         self._commit(stored)
         return values, branches
 
@@ -179,9 +179,12 @@ class CausalForward:
     ) -> list[Tensor]:
         """Runs the network for some branches of a tick's steps; see `guidance.Network`."""
         begun, site = time.perf_counter(), self.sites.of(backbone, steps[0].x.device)
-        again = [step for step in steps if step.recompute]
-        values = iter(self._recomputed(site, again, branches, texts) if again else [])
-        results = [next(values) if step.recompute else self._reused(site, step, branches) for step in steps]
+        again = [step.recompute or self._unheld(step, branches) for step in steps]
+        asked = [step for step, run in zip(steps, again, strict=True) if run]
+        values = iter(self._recomputed(site, asked, branches, texts) if asked else [])
+        results = [
+            next(values) if run else self._reused(site, step, branches) for step, run in zip(steps, again, strict=True)
+        ]
         if site is self.sites.home:  # others are busy at the same time
             self.report.forward_seconds += time.perf_counter() - begun
         return results
@@ -190,7 +193,8 @@ class CausalForward:
         self, site: CausalSite, steps: Sequence[Step], branches: Sequence[Hashable], texts: Texts
     ) -> list[Tensor]:
         rows = steps[0].x.shape[0] // len(branches)
-        histories = [self._history_of(name, site) for name in branches]
+        histories = [self._history_of(name.branch if isinstance(name, Again) else name, site) for name in branches]
+        leaves = [not isinstance(name, Again) for name in branches]
         stored = [step.place.chunk for step in steps if step.place.is_clean_pass]
         asking = self._asking(steps)
 
@@ -198,15 +202,18 @@ class CausalForward:
             return [site.contexts.of(text) for text in texts(step.place.chunk)]
 
         def attend(layer: int, step: Step, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-            chunk, parts = step.place.chunk, zip(histories, q.split(rows), k.split(rows), v.split(rows), strict=True)
+            chunk, parts = step.place.chunk, zip(histories, leaves, *(x.split(rows) for x in (q, k, v)), strict=True)
             answers = [
                 history.attend(layer, chunk, q, k, v, self.attention, keep_queries=chunk == asking)
-                for history, q, k, v in parts
+                if kept
+                else history.look(chunk, q, k, v, self.attention)
+                for history, kept, q, k, v in parts
             ]
             return joined_heads(answers)
 
+        together = self.plan.together if site.backbone.patches is None else 1
         groups = run_layers(
-            site.backbone, steps, contexts, self.plan.together, histories, attend, stored,
+            site.backbone, steps, contexts, together, list(dict.fromkeys(histories)), attend, stored,
             site.histories.values(), self.check,
         )  # fmt: skip
         return [velocity for group in groups for velocity in self._headed(site, group, branches)]
@@ -229,6 +236,10 @@ class CausalForward:
         if place.step is not None:
             for name, part in zip(branches, residual.chunk(len(branches)), strict=True):
                 self.held.setdefault((place.chunk, name), Forecast(self.order)).add(place.step, part)
+
+    def _unheld(self, step: Step, branches: Sequence[Hashable]) -> bool:
+        """Whether a step that may be reused is of a branch that was not there before."""
+        return any((step.place.chunk, name) not in self.held for name in branches)
 
     def _reused(self, site: CausalSite, step: Step, branches: Sequence[Hashable]) -> Tensor:
         """The head alone, over held residuals."""

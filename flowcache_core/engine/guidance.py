@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
@@ -12,6 +12,22 @@ from ..solvers.weights import weighted
 from .forward import Step
 
 Texts = Callable[[int | Given], list[Tensor]]  # chunk -> a text embedding [B, tokens, width] for each branch
+
+
+class Again(NamedTuple):
+    """A further call for a branch at a step that the network was run for already, as a function makes that looks at
+    what guidance gives: it sees the branch's history and leaves nothing there.
+
+    Attributes:
+        branch: that it is of.
+        number: of the call, from 1.
+    """
+
+    branch: Hashable
+    number: int
+
+    def __str__(self) -> str:
+        return f"{self.branch} again {self.number}"
 
 
 class Network(Protocol):

@@ -18,7 +18,7 @@ from ..history.positions import RotaryTables
 from ..report import Report
 from ..schedule import ChunkSchedule, Given, Place
 from .forward import Step, Velocity
-from .guidance import Guidance, Texts
+from .guidance import Again, Guidance, Texts
 from .joint import WindowForward
 
 SPAN = 21  # frames that a query may attend to in all, its own window included
@@ -158,4 +158,5 @@ class RollingForward(WindowForward):
         return self.attention(q, keys, torch.cat([*(values for _, values in seen), v], dim=2))
 
     def _history_of(self, branch: Hashable) -> RollingHistory:
+        branch = branch.branch if isinstance(branch, Again) else branch
         return self.histories.setdefault(branch, RollingHistory(self.backbone.layers, self.chunk_frames))

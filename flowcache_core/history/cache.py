@@ -219,10 +219,22 @@ class History:
         if chunk is Given.END:
             first, end = 0, self.clean
         else:
-            first = 0 if self.has_end and self.positions.sees_end(chunk) else self.plan.end_tokens
+            first = self._first_seen(chunk)
             if visible is not None:
                 first = max(first, start - visible * self.plan.chunk_tokens)
         return attention(q, keys[:, :, first:end], values[:, :, first:end])
+
+    def look(self, chunk: Chunk, q: Tensor, k: Tensor, v: Tensor, attention: Attention) -> Tensor:
+        """Attends as `attend` does, to the open layer and to these keys and values, and stores nothing of them."""
+        assert self._open is not None
+        table, first, (start, _) = self.positions.table(chunk), self._first_seen(chunk), self.slot(chunk)
+        keys, values = (part.here[:, :, first:start] for part in self._open)
+        q, k = self.positions.rotate(q, table), self.positions.rotate(k, table)
+        return attention(q, torch.cat([keys, k], dim=2), torch.cat([values, v], dim=2))
+
+    def _first_seen(self, chunk: Chunk) -> int:
+        """The first token that a chunk looks at."""
+        return 0 if self.has_end and self.positions.sees_end(chunk) else self.plan.end_tokens
 
     def _store(self, layer: int, chunk: Chunk, k: Tensor, turned: Tensor, v: Tensor, start: int) -> None:
         """Keeps what a later forward needs, where the slot lies in the scratch; k as given, and turned."""

@@ -17,7 +17,7 @@ from ..errors import UserError
 class Graph(dict):
     """A graph in the API's form. `add` gives a node's id; an input (id, slot) is a link."""
 
-    def add(self, kind: str, **inputs) -> str:
+    def add(self, kind: str, /, **inputs) -> str:
         name = str(len(self) + 1)
         linked = {key: list(value) if isinstance(value, tuple) else value for key, value in inputs.items()}
         self[name] = {"class_type": kind, "inputs": linked}

@@ -5,6 +5,7 @@ position x theta^(-2i / part). Angles are computed in float64, so that a run may
 """
 
 from abc import ABC, abstractmethod
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -33,7 +34,9 @@ class GridRotary(ABC):
 
     def axes(self, frames: Tensor, rows: int, columns: int) -> list[Tensor]:
         """Cosines and sines of frames at positions [T], rows and columns, float32 [2, places, pairs], on the CPU."""
-        places = (frames, *self.sides(rows, columns))
+        return self._turns((frames, *self.sides(rows, columns)))
+
+    def _turns(self, places: Sequence[Tensor]) -> list[Tensor]:
         angles = [self.angles(place, part) for place, part in zip(places, self.parts, strict=True)]
         return [torch.stack([each.cos(), each.sin()]).float() for each in angles]
 
@@ -57,11 +60,25 @@ class GridRotary(ABC):
 
 @dataclass(frozen=True)
 class Rotary(GridRotary):
-    """Source: Wan 2.1, wan/modules/model.py (rope_params, rope_apply)."""
+    """Wan 2.1's.
+
+    Attributes:
+        theta: of the angles.
+        product: that tables are made for.
+        scales: that positions of frames, rows and columns are multiplied by.
+
+    Source: Wan 2.1, wan/modules/model.py (rope_params, rope_apply).
+    """
 
     head_dim: int
     theta: float = 10000.0
     product: RotaryProduct = IN_TORCH
+    scales: tuple[float, float, float] = (1.0, 1.0, 1.0)
+
+    def axes(self, frames: Tensor, rows: int, columns: int) -> list[Tensor]:
+        """Cosines and sines as in `GridRotary.axes`, of scaled positions."""
+        places = (frames, *self.sides(rows, columns))
+        return self._turns([place.double() * scale for place, scale in zip(places, self.scales, strict=True)])
 
     @property
     def parts(self) -> tuple[int, int, int]:

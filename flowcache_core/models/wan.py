@@ -9,11 +9,11 @@ Source of the architecture: Wan 2.1, wan/modules/model.py.
 """
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from itertools import groupby
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 import torch
 import torch.nn.functional as F
@@ -26,7 +26,31 @@ from .rotary import Rotary
 
 TEXT_TOKENS = 512
 Attend = Callable[[int, Tensor, Tensor, Tensor], Tensor]  # the same behind a layer number, over the history
-Context = list[tuple[Tensor, Tensor]]  # a text's cross-attention keys and values [B, H, tokens, D], a pair a layer
+
+
+class Context(list[tuple[Tensor, Tensor]]):
+    """A text's cross-attention keys and values [B, H, tokens, D], a pair a layer.
+
+    Attributes:
+        text: what they were made of, [B, tokens, text_dim].
+    """
+
+    def __init__(self, pairs: Iterable[tuple[Tensor, Tensor]], text: Tensor):
+        super().__init__(pairs)
+        self.text = text
+
+
+class Patches(Protocol):
+    """What others have changed about a network's own modules, and wants those to be run as they are."""
+
+    def block(
+        self, layer: int, x: Tensor, conditioning: "Conditioning", attend: Attention, plain: Callable[[], Tensor]
+    ) -> Tensor:
+        """Stands in for `WanBackbone.block`, which `plain` runs as it is."""
+
+    def head(self, tokens: Tensor, embedding: Tensor, plain: Callable[[], Tensor]) -> Tensor:
+        """Gives patches [B, T, S, patch height * patch width * C] of tokens [B, T, S, dim] and the time's embedding
+        [B, T or 1, dim], as `plain` does."""
 
 
 class Conditioning(NamedTuple):
@@ -203,7 +227,12 @@ class WanBackbone:
     Args:
         network: a `WanNetwork`, or the host's WanModel or CausalWanModel.
         attention: used for cross-attention here; the history uses its own.
+
+    Attributes:
+        patches: of a host's other nodes, or None. Chunks then go through a block one by one.
     """
+
+    patches: Patches | None = None
 
     def __init__(self, network: Any, attention: Attention = F.scaled_dot_product_attention):
         self.network = network
@@ -254,12 +283,11 @@ class WanBackbone:
     def context(self, text: Tensor) -> Context:
         """Makes cross-attention keys and values of a text embedding [B, tokens, text_dim]: one pair a layer, [B, H,
         tokens, D]."""
-        text = self.network.text_embedding(text)
+        embedded = self.network.text_embedding(text)
         crosses = [block.cross_attn for block in self.network.blocks]
-        return [
-            (split_heads(cross.norm_k(cross.k(text)), self.heads), split_heads(cross.v(text), self.heads))
-            for cross in crosses
-        ]
+        keys = (split_heads(cross.norm_k(cross.k(embedded)), self.heads) for cross in crosses)
+        values = (split_heads(cross.v(embedded), self.heads) for cross in crosses)
+        return Context(zip(keys, values, strict=True), text)
 
     def conditioning(self, x: Tensor, sigma: Tensor, texts: Sequence[Sequence[Context]]) -> Conditioning:
         """Prepares what all blocks are told about one or more chunks.
@@ -297,8 +325,13 @@ class WanBackbone:
         head = self.network.head
         embedding, _ = self._time(sigma, x.dtype)  # [B, T or 1, dim]
         shift, scale = (head.modulation.to(x) + embedding[:, :, None]).split(1, dim=2)
-        tokens = modulate(head.norm(self.embed(x) + residual), shift, scale)
-        patches = head.head(tokens.flatten(1, 2)).unflatten(1, tokens.shape[1:3])
+        tokens = self.embed(x) + residual
+
+        def plain() -> Tensor:
+            told = modulate(head.norm(tokens), shift, scale)
+            return head.head(told.flatten(1, 2)).unflatten(1, told.shape[1:3])
+
+        patches = plain() if self.patches is None else self.patches.head(tokens, embedding, plain)
         height, width = x.shape[-2:]
         latent = unpatched(patches, self.grid(height, width), self.network.patch_size[1:])
         return latent[:, :, :, :height, :width]
@@ -338,6 +371,12 @@ class WanBackbone:
             conditioning: of the same chunks.
             attend: attention over the history; it gets unrotated q, k, v [rows, H, T * S, D].
         """
+        if self.patches is None:
+            return self._block(layer, x, conditioning, attend)
+        plain = partial(self._block, layer, x, conditioning, attend)
+        return self.patches.block(layer, x, conditioning, attend, plain)
+
+    def _block(self, layer: int, x: Tensor, conditioning: Conditioning, attend: Attention) -> Tensor:
         block, (asks, asks_of_text, reads, feeds) = self.network.blocks[layer], self.parts
         # One modulation a frame (or one for all) is broadcast over its S tokens.
         shift1, scale1, gate1, shift2, scale2, gate2 = (

@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Hashable, Sequence
 from dataclasses import replace
-from threading import Lock
+from threading import Lock, local
 from typing import Any
 
 import comfy.ldm.flux.math
@@ -14,7 +14,7 @@ from torch import Tensor
 
 from ...flowcache_core.engine.contexts import texts_kept
 from ...flowcache_core.engine.forward import Step
-from ...flowcache_core.engine.guidance import Network
+from ...flowcache_core.engine.guidance import Again, Network
 from ...flowcache_core.errors import UserError
 from ...flowcache_core.history.positions import RotaryProduct
 from ...flowcache_core.models.families import family
@@ -23,6 +23,7 @@ from ...flowcache_core.schedule import ChunkSchedule, Given
 from ...flowcache_core.solvers.weights import joined
 from .captions import ChunkCaptions
 from .checks import COMPILE
+from .model_patches import OVERRIDE, ModelPatches, scales, unheeded
 
 RUN = "flowcache_run"  # key of the guidance in transformer_options, while its run goes on
 FPS = "flowcache_fps"  # frames a second that SkyReels-V2 is told, in transformer_options
@@ -69,8 +70,12 @@ def is_plain_sum(guider, options: dict, own: str) -> bool:
     )
 
 
-def host_attention(options: dict) -> Callable[[Tensor, Tensor, Tensor], Tensor]:
+def host_attention(options: Callable[[], dict]) -> Callable[[Tensor, Tensor, Tensor], Tensor]:
     """Gives the host's attention, over q, k, v [B, heads, tokens, D].
+
+    Args:
+        options: gives the transformer options of the call that goes on. What stands in for attention there is called
+            as the host's networks call it, with heads side by side.
 
     Several heads of q may share one of k and v, as MAGI-1's do. Torch's, Sage's and Flash's attention take them so; for
     any other, those of k and v are repeated.
@@ -78,17 +83,20 @@ def host_attention(options: dict) -> Callable[[Tensor, Tensor, Tensor], Tensor]:
     module = comfy.ldm.modules.attention
     known = [getattr(module, f"attention_{name}", None) for name in ("pytorch", "sage", "flash")]
     shares = getattr(module, "TORCH_HAS_GQA", False) and module.optimized_attention in known
-    shares = shares and "optimized_attention_override" not in options
     only_16_bit = module.optimized_attention is known[-1]  # Flash's; what stands in for it elsewhere knows no sharing
 
     def attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        shared, more = q.shape[1] // k.shape[1], {}
-        if shared > 1 and shares and (q.itemsize == 2 or not only_16_bit):
+        heads, shared, more, told = q.shape[1], q.shape[1] // k.shape[1], {}, options()
+        if shared > 1 and shares and OVERRIDE not in told and (q.itemsize == 2 or not only_16_bit):
             more = {"enable_gqa": True}
         elif shared > 1:
             k, v = (part.repeat_interleave(shared, dim=1) for part in (k, v))
+        if OVERRIDE in told:
+            q, k, v = (part.transpose(1, 2).flatten(2) for part in (q, k, v))
+            answer = module.optimized_attention(q, k, v, heads=heads, transformer_options=told)
+            return answer.unflatten(-1, (heads, -1)).transpose(1, 2)
         return module.optimized_attention(
-            q, k, v, q.shape[1], skip_reshape=True, skip_output_reshape=True, transformer_options=options, **more
+            q, k, v, heads, skip_reshape=True, skip_output_reshape=True, transformer_options=told, **more
         )
 
     return attention
@@ -158,6 +166,8 @@ class GuiderGuidance:
         ask: calls the guider.
         at_once: whether all of a tick's chunks may be asked for in one call.
         schedule: of the run; a given end is shown what its last chunk is.
+        stores: whether chunks leave something in a history.
+        plain: whether the guider gives the same weighted sum at every noise level.
     """
 
     def __init__(
@@ -169,20 +179,25 @@ class GuiderGuidance:
         ask: Ask,
         at_once: bool,
         schedule: ChunkSchedule,
+        stores: bool = True,
+        plain: bool = False,
     ):
         self.guider, self.captions, self.ask, self.at_once = guider, captions, ask, at_once
         self.last_chunk, self.texts_kept = schedule.total_chunks - 1, texts_kept(schedule.max_active)
-        self.attention = host_attention(options)
-        self.options = options
+        self.options, self.stores, self.plain = options, stores, plain
+        self._call = local()  # of a thread: the transformer options of its call
+        self.attention = host_attention(lambda: getattr(self._call, "options", options))
         self.backbone = self._backbone(network)
         self._elsewhere: dict[torch.nn.Module, Any] = {network: self.backbone}  # backbones, by network
         self._lock = Lock()  # branches that are divided among devices come from several threads
-        self._uuids: dict[int, list] = {}  # by side of guidance, in the order that numbers them
+        self._branches: dict[object, str] = {}  # by uuid of the condition
+        self.notes = unheeded(network, options)  # for the report
         self._texts: dict[tuple, Tensor] = {}  # as the network takes them, oldest first
         # Of the call that goes on: what is asked for, who answers, and the branches that were seen.
         self._steps: Sequence[Step] = []
         self._network: Network | None = None
-        self._seen: dict[str, None] = {}
+        self._seen: dict[Hashable, None] = {}
+        self._called: list[Hashable] = []  # the branches of the guider's call that goes on
 
     def mix(self, step: Step) -> Hashable:
         """Names the conditions that hold at a step."""
@@ -200,15 +215,17 @@ class GuiderGuidance:
         parts = [list(steps)] if self.at_once else [[step] for step in steps]
         values = [velocity for part in parts for velocity in self._asked(part)]
         self._network, self._steps = None, []
-        return values, tuple(sorted(self._seen))
+        return values, tuple(sorted(self._seen, key=str))
 
     def _asked(self, steps: list[Step]) -> Sequence[Tensor]:
-        self._steps = steps
+        self._steps, self._called = steps, []
         self.guider.conds = self.captions.of(self._chunk(steps[0].place.chunk))
         x = joined([step.x for step in steps], dim=2)
         if self.at_once:
-            # The guider knows one noise level a call: at 1 the clean estimate is x minus the velocity.
-            return (x - self.ask(x, 1.0)).split([step.x.shape[2] for step in steps], dim=2)
+            # The guider knows one noise level a call. Where its sum is plain, that may be any: at 1 the clean estimate
+            # is x minus the velocity.
+            level = 1.0 if self.plain else _level_of(steps)
+            return ((x - self.ask(x, level)) / level).split([step.x.shape[2] for step in steps], dim=2)
         (step,) = steps
         clean = self.ask(x, step.sigma)
         return [(x - clean) / step.sigma if step.sigma else torch.zeros_like(x)]
@@ -229,10 +246,16 @@ class GuiderGuidance:
                 f"A prompt's embedding is {found}, and this model reads {network.text_dim}; use the text encoder of "
                 f"its family (Demo Prompt for the demo model)."
             )
+        self._call.options = options
         with self._lock:
             backbone = self._backbone_of(network, options)
             names, uuids = self._names(options), options["uuids"]
+            first = not all(isinstance(name, Again) for name in names)
+            if not first and all(step.place.is_clean_pass for step in self._steps):
+                return torch.zeros_like(x)  # such a pass is for the history, where this call leaves nothing
             self._seen |= dict.fromkeys(names)
+            self._called += names
+        backbone.patches = ModelPatches.of(network, options, (x.shape[3], x.shape[4]), self.stores and first)
         rows = x.shape[0] // len(names)
 
         def texts(chunk: int | Given) -> list[Tensor]:
@@ -245,7 +268,9 @@ class GuiderGuidance:
 
     def _backbone(self, network: torch.nn.Module) -> Any:
         kind = family(self.options.get(FAMILY, "wan"))
-        return fitted(kind.backbone(network, self.options.get(FPS, 24), self.attention), self.options)
+        backbone = fitted(kind.backbone(network, self.options.get(FPS, 24), self.attention), self.options)
+        backbone.rotary = replace(backbone.rotary, scales=scales(self.options))
+        return backbone
 
     def _backbone_of(self, network: torch.nn.Module, options: dict) -> Any:
         """The backbone that runs a call: of the device that its branches are on, or the run's own, over the network
@@ -262,31 +287,42 @@ class GuiderGuidance:
         key = (self.captions.shown(chunk, uuid), rows, x.dtype, x.device)
         if key not in self._texts:
             text = self.captions.text(chunk, uuid).to(x.device, x.dtype)
-            while len(self._texts) >= self.texts_kept * sum(map(len, self._uuids.values())):
+            while len(self._texts) >= self.texts_kept * len(self._branches):
                 del self._texts[next(iter(self._texts))]
             self._texts[key] = text if text.shape[0] == rows else text[:1].expand(rows, -1, -1)
         return self._texts[key]
 
-    def _names(self, options: dict) -> list[str]:
-        """A name for each branch of a call, which outlives the run: its side of guidance, and its number there."""
-        found = []
+    def _names(self, options: dict) -> list[Hashable]:
+        """A name for each branch of a call, which outlives the run: its side of guidance, and its number there. A
+        branch that was there already at this step has the name of a further call."""
+        found: list[Hashable] = []
         for side, uuid in zip(options["cond_or_uncond"], options["uuids"], strict=True):
-            known = self._uuids.setdefault(side, self._side_of(uuid))
-            if uuid not in known:
-                known.append(uuid)
-            found.append(f"{side}.{known.index(uuid)}")
+            if uuid not in self._branches:
+                self._number(side, uuid)
+            name: Hashable = self._branches[uuid]
+            calls = sum(getattr(one, "branch", one) == name for one in [*self._called, *found])
+            found.append(Again(name, calls) if calls else name)
         return found
 
-    def _side_of(self, uuid) -> list:
-        """The conditions beside one, in the order that the host asks for them on one device: the last one first."""
+    def _number(self, side: int, uuid) -> None:
+        """Names a condition and those beside it, in the order that the host asks for them on one device: the last one
+        first. Of several devices any may be the first to ask."""
         sides = ([one["uuid"] for one in held or []] for held in self.guider.conds.values())
-        return next((side[::-1] for side in sides if uuid in side), [])
+        for one in next((beside[::-1] for beside in sides if uuid in beside), [uuid]):
+            if one not in self._branches:
+                number = sum(name.startswith(f"{side}.") for name in self._branches.values())
+                self._branches[one] = f"{side}.{number}"
 
     def _chunk(self, chunk: int | Given) -> int:
         """The chunk whose prompts are shown to given frames too."""
         if isinstance(chunk, Given):
             return self.last_chunk if chunk is Given.END else 0
         return chunk
+
+
+def _level_of(steps: Sequence[Step]) -> float:
+    """The noise level that a guider is told for a window: that of its newest chunk that is being denoised."""
+    return next((step.sigma for step in reversed(steps) if not step.place.is_clean_pass), 1.0)
 
 
 def _holds_at(condition: dict, sigma: float) -> bool:

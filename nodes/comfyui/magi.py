@@ -37,8 +37,9 @@ from .captions import ChunkCaptions, embedding_of
 from .checks import adapt_others, check_finite
 from .extend import Extended, Extension, Layout, carry_out, chunk_shape, kept_run, run_guider
 from .finished import FinishedChunks
-from .guider import fitted, host_attention
+from .guider import FUNCTIONS, WRAPPERS, fitted, host_attention
 from .listener import RunListener
+from .model_patches import unheeded_by_magi
 
 PROMPT = "flowcache_magi"  # key of a `Prompt` in a conditioning
 
@@ -107,8 +108,8 @@ class MagiSampler(host.ChunkSampler):
         patch = host.patch_on(extra_args["model_options"])
         network, batch = model.diffusion_model, noise.shape[0]
         options = comfy.model_patcher.create_model_options_clone(extra_args["model_options"])
-        notes = adapt_others(options)
-        attention = host_attention(options["transformer_options"])
+        notes = [*adapt_others(options), *unheeded_by_magi(options, FUNCTIONS, WRAPPERS, host.KEY)]
+        attention = host_attention(lambda: options["transformer_options"])
         captions = ChunkCaptions(guider.conds)
 
         def text(chunk: int) -> MagiText:

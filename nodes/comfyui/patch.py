@@ -223,7 +223,7 @@ def _outer_sample(executor, noise, latent_image, sampler, sigmas, *args, **kwarg
     check_finite(samples, "the video")
     report = run.engine.report
     report.settings, report.seconds = patch.label, time.perf_counter() - begun
-    report.notes += [*notes, *run.notes]
+    report.notes += [*notes, *run.guidance.notes, *run.notes]
     say(report)
     patch.remember(samples, report)
     return samples

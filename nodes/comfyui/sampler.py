@@ -18,7 +18,7 @@ from ...flowcache_core.solvers.one_step import chunk_noise
 from ...flowcache_core.storage.state import State
 from . import patch as host
 from .captions import ChunkCaptions
-from .checks import check_finite, cut_into_chunks, adapt_others, short_note
+from .checks import adapt_others, check_finite, cut_into_chunks, short_note
 from .guider import RUN, GuiderGuidance, is_plain_sum, start_image, text_tokens
 from .levels import check_flow, time_step_note
 from .listener import RunListener
@@ -192,7 +192,8 @@ class SamplerCall:
         one_sum = is_plain_sum(self.guider, self.options, host.KEY) and self.captions.alike
         guidance = GuiderGuidance(
             self.guider, self.model.diffusion_model, options, self.captions, self._ask,
-            at_once=one_sum or seeing != "causal", schedule=self.schedule,
+            at_once=one_sum or seeing != "causal", schedule=self.schedule, stores=seeing != "joint",
+            plain=one_sum,
         )  # fmt: skip
         first_levels = sampler.first_levels if self.schedule.first_steps else None
         sampling = Sampling(self.levels, self._start, self._fresh, SOLVERS[sampler.solver], first_levels)
@@ -212,6 +213,12 @@ class SamplerCall:
             on_progress=lambda told: self._progress(told, engine),
         )  # fmt: skip
         engine: Engine = build_engine(run)
+        engine.report.notes += guidance.notes
+        if not one_sum and seeing != "causal" and self.schedule.lag:
+            engine.report.notes.append(
+                "the guider is told one noise level for all chunks of a window, that of the newest: functions and "
+                "prompts that change over the steps follow it"
+            )
         if not one_sum and seeing == "causal":
             engine.report.notes.append(
                 "chunks of a tick are asked for one by one (the guider or a prompt changes over the steps), so every "

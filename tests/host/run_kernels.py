@@ -65,7 +65,7 @@ def shared_heads() -> dict:
         setattr(attention, name, spy)
         attention.optimized_attention = spy
         try:
-            answer = guider.host_attention({})(q, k, v)
+            answer = guider.host_attention(dict)(q, k, v)
         finally:
             setattr(attention, name, real)
             attention.optimized_attention = usual

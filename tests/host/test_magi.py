@@ -99,6 +99,27 @@ def test_off_is_the_unpatched_model_to_the_bit(server):
     assert torch.equal(sample(server, off, extend(off, (patched, 0))), expected)
 
 
+def test_what_other_nodes_hang_on_the_model(server):
+    """Attention is the host's; all else is named, and so is a shift."""
+    plain = Graph()
+    expected = sample(server, plain, extend(plain, load(plain)))
+    heeded = Graph()
+    model = heeded.add("TestPatched", model=load(heeded), kind="attention")
+    ours = sample(server, heeded, extend(heeded, (model, 0)))
+    assert error(ours, expected) > 1e-2
+    graph = Graph()
+    model = load(graph)
+    for kind in ("no place", "model function"):
+        model = graph.add("TestPatched", model=model, kind=kind), 0
+    model = graph.add("ModelSamplingSD3", model=model, shift=9.0), 0
+    node = extend(graph, model)
+    report = graph.add("FlowCacheReport", report=(node, 2))
+    assert torch.equal(sample(server, graph, node), expected)
+    (text,) = server.run(graph).outputs[report]["text"]
+    assert "itself: model_function_wrapper, patches, patches_replace" in text
+    assert "ModelSamplingSD3 and its kin have no effect on MAGI-1" in text
+
+
 def write_latent(server, name: str, frames: int, channels: int = 16) -> torch.Tensor:
     latent = normal(name, (1, channels, frames, 4, 6)) / LATENT_SCALE
     version = {"latent_format_version_0": torch.tensor([])}

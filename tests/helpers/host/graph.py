@@ -26,6 +26,7 @@ def random_network(seed: int = 0, config: WanConfig = SMALL) -> dict[str, torch.
 
 def write_network(path: Path, weights: dict[str, torch.Tensor], config: WanConfig = SMALL, **stamp) -> None:
     transformer = {"num_heads": config.num_heads, "text_dim": config.text_dim, "causal_ar": True, **stamp}
+    transformer = {name: value for name, value in transformer.items() if value is not None}
     save_file(weights, path, metadata={"config": json.dumps({"transformer": transformer})})
 
 

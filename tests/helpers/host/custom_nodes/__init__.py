@@ -9,6 +9,7 @@ import comfy.supported_models_base
 import comfy.text_encoders.genmo
 import torch
 
+from .patches import Patched
 from .wrong_objects import WrongObject
 
 WIDTH = 4096
@@ -124,6 +125,7 @@ NODE_CLASS_MAPPINGS = {
     "TestCaption": Caption,
     "TestSmallT5": SmallT5,
     "TestSeeEveryStep": SeeEveryStep,
+    "TestPatched": Patched,
     "TestFrameNoise": FrameNoise,
     "TestGuiderCalls": GuiderCalls,
     "TestWrongObject": WrongObject,
