@@ -6,9 +6,10 @@ from comfy_api.latest import io
 
 from ..flowcache_core.checkpoints import wan_families
 from ..flowcache_core.models.families import family_preset, fitted
-from ..flowcache_core.models.presets import DEFAULT_PRESET, PRESETS, quality_settings
+from ..flowcache_core.models.presets import DEFAULT_PRESET, PRESETS, quality_notes, quality_settings
 from ..flowcache_core.settings import HISTORY_TYPES, Between, Compression, Drift, Every, HistorySettings, Settings
 from .comfyui import patch as host
+from .comfyui.progress import say
 from .comfyui.widgets import advanced, schema
 
 CUSTOM, QUALITY = "custom", "quality"  # presets
@@ -63,6 +64,7 @@ class FlowCache(io.ComfyNode):
         )  # fmt: skip
         model = host.with_family(model, family)
         family, width = host.family_of(model), getattr(model.model.diffusion_model, "dim", 0)
+        notes: list[str] = []
         if preset == CUSTOM:
             if policy == "even":
                 reuse = Every(every, warmup=warmup)
@@ -70,9 +72,12 @@ class FlowCache(io.ComfyNode):
                 reuse = fitted(Drift(threshold, warmup, whole_window=policy == "teacache"), family, width)
             settings = Settings(reuse, Between(FORECASTS.index(forecast), correct), history)
         elif preset == QUALITY:
-            settings = replace(quality_settings(quality, host.calibration_of(model)), history=history)
+            calibration = host.calibration_of(model)
+            settings = replace(quality_settings(quality, calibration), history=history)
+            notes = quality_notes(quality, calibration)
+            say(notes)
         else:
             settings = family_preset(preset, family, width, history)
         budget = f"history budget {history_budget} chunks" if history_budget else "whole history"
         settings = replace(settings, overlap=overlap)
-        return io.NodeOutput(host.patched(model, settings, f"FlowCache {preset}, {budget}"))
+        return io.NodeOutput(host.patched(model, settings, f"FlowCache {preset}, {budget}", notes))

@@ -15,6 +15,7 @@ from ..history.positions import RotaryTables
 from ..history.room import check_room, placed
 from ..history.snapshot import Snapshot
 from ..report import Report
+from ..reuse.idle import idle_notes
 from ..reuse.policies import Policy, aligned
 from ..schedule import ChunkSchedule, Given
 from ..settings import Settings
@@ -83,6 +84,7 @@ def build_engine(run: RunSettings, make: Callable[..., CausalForward] = CausalFo
     """
     settings, schedule, report = run.settings, run.schedule, Report(run.schedule, run.label)
     policy = settings.reuse.policy(schedule)
+    report.notes += idle_notes(settings.reuse, schedule)
     forward: Forward
     if run.seeing == "joint":
         first, start = run.sampling.sigmas[0], run.sampling.start

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from ..history.snapshot import Snapshot, SnapshotDelta
 from ..report import Report
+from ..reuse.idle import unreached_notes
 from ..reuse.policies import Policy, relative_change
 from ..schedule import ChunkSchedule, Given, Place
 from ..settings import Between
@@ -113,6 +114,7 @@ class Engine:
         # Each clean estimate has seen another noise, so no line is put through them.
         self.order = 0 if self.held == "clean" else between.order_for(policy, schedule.steps)
         self.corrects = between.correct
+        self.weighed: list[float] = []  # the least that a step added to its chunk's drift, where that was looked at
         for chunk in {schedule.indices[0], schedule.indices[-1]}:
             steps, levels = schedule.steps_of(chunk), sampling.levels(chunk, schedule)
             if len(levels) != steps + 1:
@@ -138,6 +140,8 @@ class Engine:
             with self._timed():
                 finished = self._tick(tick, places)
             done = self.schedule.prefix + self.report.chunks_done
+            if tick + 1 == self.schedule.ticks and self.policy.watches and not self.report.reused:
+                self.report.notes += unreached_notes(self.policy, self.weighed)
             self.on_progress(Progress(tick + 1, self.schedule.ticks, places, done))
             yield from finished
 
@@ -196,6 +200,8 @@ class Engine:
         """Says for each active chunk whether its step is recomputed."""
         if self.policy.watches:
             self._watch(steps)
+            found = [change for chunk in self.active if (change := self.policy.weighed(chunk)) is not None]
+            self.weighed = sorted([*self.weighed, *found])[:1]
         wanted = self.policy.decide(self.active)
         last = self.sampling.recompute_last_tick and steps[0].place.tick == self.schedule.ticks - 1
         decided = []

@@ -46,6 +46,10 @@ class ForwardDecides:
         """Depends on what is seen."""
         return None
 
+    def weighed(self, chunk: Deciding) -> None:
+        """The forward weighs it itself."""
+        return None
+
 
 class EasyCacheForward:
     """Another forward under EasyCache's rule; the window is the latent of all active chunks.

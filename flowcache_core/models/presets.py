@@ -45,6 +45,18 @@ def quality_settings(quality: float | str, calibration: Calibration | None = Non
     return OFF if chosen is None else Settings(measured_steps(chosen.steps, calibration.steps, calibration.lag))
 
 
+def quality_notes(quality: float, calibration: Calibration | None = None) -> list[str]:
+    """Says for the report where a quality is too high for anything to be reused."""
+    calibration = calibration or load_calibration(SHIPPED)
+    if calibration.choose(quality) is not None:
+        return []
+    highest = calibration.highest
+    remedy = (
+        "Calibrate FlowCache measures more" if highest is None else f"quality {highest:g} is the highest that reuses"
+    )
+    return [f"nothing is reused: nothing that was measured reaches a quality of {quality:g}; {remedy}"]
+
+
 def measured_steps(recomputed: tuple[int, ...], steps: int, lag: int) -> Spread:
     """Takes a measured list of recomputed steps, which on another schedule becomes as large a share of its steps."""
     return Spread(len(recomputed) / steps, steps=recomputed, made_for=(steps, lag))

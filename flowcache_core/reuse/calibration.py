@@ -54,6 +54,12 @@ class Calibration:
         wanted = decibels(quality)
         return next((one for one in self.curve if one.psnr >= wanted), None)
 
+    @property
+    def highest(self) -> float | None:
+        """The highest quality in hundredths that recomputes fewer than all steps; None where there is none."""
+        best = max((one.psnr for one in self.curve if len(one.steps) < self.steps), default=0.0)
+        return next((hundredth / 100 for hundredth in range(99, -1, -1) if decibels(hundredth / 100) <= best), None)
+
     def by_count(self, count: int) -> tuple[int, ...] | None:
         """The list of so many recomputed steps, if one was measured."""
         return next((one.steps for one in self.curve if len(one.steps) == count), None)

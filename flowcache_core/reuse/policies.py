@@ -48,6 +48,9 @@ class Policy(Protocol):
     def recomputed(self, steps: int) -> frozenset[int] | None:
         """The recomputed steps of a chunk that takes so many; None where they depend on what is seen."""
 
+    def weighed(self, chunk: Deciding) -> float | None:
+        """What a chunk's step adds to its drift, to be called before `decide`; None where it is recomputed anyway."""
+
 
 @dataclass(frozen=True)
 class FixedPolicy:
@@ -65,6 +68,9 @@ class FixedPolicy:
 
     def recomputed(self, steps: int) -> frozenset[int]:
         return frozenset({0, *(step for step in range(steps) if self.chooses(step, steps))})
+
+    def weighed(self, chunk: Deciding) -> None:
+        return None
 
 
 @dataclass(frozen=True)
@@ -97,15 +103,20 @@ class DriftPolicy:
 
     def _decide(self, chunk: Deciding) -> bool:
         change = rescaled(chunk.change, self.rescale)
-        drifted = change is None or chunk.drift + change >= self.threshold
-        must = chunk.step < max(1, self.warmup) or (self.last and chunk.step == chunk.steps - 1)
+        drifted, must = change is None or chunk.drift + change >= self.threshold, self._must(chunk)
         # What must be recomputed starts a chunk's own drift anew, but not the window's.
         restarts = drifted or (must and not self.whole_window)
         chunk.drift = 0.0 if restarts or change is None else chunk.drift + change
         return drifted or must
 
+    def _must(self, chunk: Deciding) -> bool:
+        return chunk.step < max(1, self.warmup) or (self.last and chunk.step == chunk.steps - 1)
+
     def recomputed(self, steps: int) -> None:
         return None
+
+    def weighed(self, chunk: Deciding) -> float | None:
+        return None if self._must(chunk) else rescaled(chunk.change, self.rescale)
 
 
 def rescaled(change: float | None, coefficients: Sequence[float] | None) -> float | None:

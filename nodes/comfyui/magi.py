@@ -143,7 +143,7 @@ class MagiSampler(host.ChunkSampler):
             cancelled=interrupted,
         )
         engine.report.settings = patch.label
-        engine.report.notes += notes
+        engine.report.notes += [*patch.notes, *notes]
         self.listener.plan(engine.report)
         for chunk in engine.run():
             check_finite(chunk.latent, f"chunk {chunk.number}")

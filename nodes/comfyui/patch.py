@@ -51,10 +51,11 @@ MEMORY = "flowcache_planned_bytes"  # what a run will take of the device, told t
 
 @dataclass
 class Patch:
-    """What the FlowCache node hangs on a model: settings, and the reports of what was made with them."""
+    """What the FlowCache node hangs on a model: settings, notes on them, and the reports of what was made with them."""
 
     settings: Settings
     label: str
+    notes: Sequence[str] = ()
     reports: OrderedDict[str, Report] = field(default_factory=OrderedDict)
 
     def remember(self, samples: Tensor, report: Report) -> None:
@@ -71,12 +72,12 @@ def fingerprint(samples: Tensor) -> str:
 
 
 def patched(
-    model: comfy.model_patcher.ModelPatcher, settings: Settings, label: str
+    model: comfy.model_patcher.ModelPatcher, settings: Settings, label: str, notes: Sequence[str] = ()
 ) -> comfy.model_patcher.ModelPatcher:
-    """A clone of the model that runs with FlowCache; the model itself is left as it is."""
+    """A clone of the model that runs with FlowCache, whose reports say the notes; the model itself is left as it is."""
     clone = model.clone()
     options = clone.model_options.setdefault("transformer_options", {})
-    options[KEY] = Patch(settings, label)
+    options[KEY] = Patch(settings, label, notes)
     for kind, wrapper in (
         (WrappersMP.OUTER_SAMPLE, _outer_sample),
         (WrappersMP.PREPARE_SAMPLING, _prepare_sampling),
@@ -223,8 +224,8 @@ def _outer_sample(executor, noise, latent_image, sampler, sigmas, *args, **kwarg
     check_finite(samples, "the video")
     report = run.engine.report
     report.settings, report.seconds = patch.label, time.perf_counter() - begun
-    report.notes += [*notes, *run.guidance.notes, *run.notes]
-    say(report)
+    report.notes += [*patch.notes, *notes, *run.guidance.notes, *run.notes]
+    say(report.notes)
     patch.remember(samples, report)
     return samples
 

@@ -1,6 +1,7 @@
 """What a node says of the run that it makes."""
 
 import time
+from collections.abc import Sequence
 
 from server import PromptServer
 
@@ -15,10 +16,10 @@ def progress_text(text: str, node_id: str | None) -> None:
         server.send_progress_text(text, node_id)
 
 
-def say(report: Report) -> None:
-    """Shows a report's notes on the node that is running, where it is another's and tells nothing of the run."""
-    if report.notes:
-        progress_text("\n".join(report.notes), getattr(PromptServer.instance, "last_node_id", None))
+def say(lines: Sequence[str]) -> None:
+    """Shows lines on the node that is running, where it is another's or does not know its id."""
+    if lines:
+        progress_text("\n".join(lines), getattr(PromptServer.instance, "last_node_id", None))
 
 
 def describe_plan(report: Report) -> str:

@@ -13,7 +13,7 @@ from ...flowcache_core.engine.loop import Engine, Progress, Sampling
 from ...flowcache_core.errors import UserError
 from ...flowcache_core.models.families import SOLVERS
 from ...flowcache_core.schedule import ChunkSchedule, Given
-from ...flowcache_core.settings import OFF, Settings
+from ...flowcache_core.settings import OFF, Off, Settings
 from ...flowcache_core.solvers.one_step import chunk_noise
 from ...flowcache_core.storage.state import State
 from . import patch as host
@@ -81,10 +81,10 @@ class ARSampler(host.ChunkSampler):
         engine = call.engine(patch.settings if patch else OFF)
         engine.report.settings = patch.label if patch else "FlowCache off"
         short = short_note(cut.last_frames, self.chunk_frames)
-        engine.report.notes += [*notes, *call.split_notes(engine), *short]
+        engine.report.notes += [*(patch.notes if patch else []), *notes, *call.split_notes(engine), *short]
         if self.lag > (steps := len(sigmas) - 1):
             engine.report.notes.append(f"lag is {self.lag}, above the {steps} steps: one chunk runs after the other")
-        say(engine.report)
+        say(engine.report.notes)
         for chunk in engine.run():
             check_finite(chunk.latent, f"chunk {chunk.number}")
             latent = call.unscaled(chunk.latent)
@@ -188,7 +188,7 @@ class SamplerCall:
         prefix, end = self._inside(sampler.prefix) if self.begun is None else self.begun, self._inside(sampler.end)
         if seeing != "causal":
             self._check_window(prefix, end)
-            settings = OFF
+            asked, settings = settings, OFF
         one_sum = is_plain_sum(self.guider, self.options, host.KEY) and self.captions.alike
         guidance = GuiderGuidance(
             self.guider, self.model.diffusion_model, options, self.captions, self._ask,
@@ -214,6 +214,11 @@ class SamplerCall:
         )  # fmt: skip
         engine: Engine = build_engine(run)
         engine.report.notes += guidance.notes
+        if seeing != "causal" and not (isinstance(asked.reuse, Off) and asked.history.budget is None):
+            engine.report.notes.append(
+                f"nothing is reused and no history is cut: attention '{seeing}' runs every step of a window; 'causal' "
+                "reuses"
+            )
         if not one_sum and seeing != "causal" and self.schedule.lag:
             engine.report.notes.append(
                 "the guider is told one noise level for all chunks of a window, that of the newest: functions and "

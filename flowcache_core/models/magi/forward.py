@@ -30,6 +30,7 @@ from ...history.room import placed
 from ...history.snapshot import Snapshot, SnapshotDelta
 from ...history.streams import SideStream
 from ...report import Report
+from ...reuse.idle import idle_notes
 from ...reuse.policies import Policy, aligned
 from ...schedule import ChunkSchedule, Given, Place
 from ...settings import Compression, Settings
@@ -470,6 +471,7 @@ def magi_engine(
         )
     settings = magi_settings(settings, sampling, schedule)
     policy, report = settings.reuse.policy(schedule), Report(schedule)
+    report.notes += idle_notes(settings.reuse, schedule)
     plan = placed(
         magi_plan(backbone.config, schedule, settings, sampling, shape, backbone.network.dtype.itemsize), device
     )
