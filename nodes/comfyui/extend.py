@@ -1,13 +1,14 @@
 """What Autoregressive Extend does: more chunks behind what is there, whatever the model."""
 
 from collections.abc import Callable, Sequence
-from contextlib import closing, nullcontext
+from contextlib import closing, nullcontext, suppress
 from dataclasses import dataclass, field
 
 import comfy.model_patcher
 import comfy.samplers
 import latent_preview
 import torch
+from comfy.model_management import throw_exception_if_processing_interrupted
 from torch import Tensor
 
 from ...flowcache_core.engine.build import Seeing
@@ -21,9 +22,11 @@ from . import patch as host
 from .checks import check_latent, check_network, check_size
 from .digest import digest
 from .finished import FinishedChunks
+from .held import HELD
+from .progress import progress_text
 from .resume import ResumeSettings, patches_of, root, weights_of
 from .sampler import ARSampler
-from .stream import OutputFile, StreamSettings, VideoOutlet
+from .stream import OutputFile, StreamSettings, VideoOutlet, show
 
 
 @dataclass(frozen=True)
@@ -115,6 +118,19 @@ class Extended:
     video: OutputFile | None
 
 
+@dataclass(frozen=True)
+class Kept:
+    """What is kept of a run.
+
+    Attributes:
+        name: that stands for everything that determines it; empty where nothing is kept.
+        folder: its chunks on disk, or None.
+    """
+
+    name: str = ""
+    folder: RunFolder | None = None
+
+
 def extend(model: comfy.model_patcher.ModelPatcher, asked: Extension, how: Sampling) -> Extended:
     """Runs the host's guider over new chunks of a network of the Wan layout."""
     check_network(model.model.diffusion_model)
@@ -155,8 +171,8 @@ def extend(model: comfy.model_patcher.ModelPatcher, asked: Extension, how: Sampl
         run_guider(model, asked, sampler, how.levels, shape, ticks, how.scale)
 
     lead = sampler.frames_before() % chunk_frames
-    folder = kept_run(model, name, asked, shape, sampler.chunks_before(), chunk_frames, lead, how)
-    return carry_out(model, name, asked, layout, folder, sample)
+    kept = kept_run(model, name, asked, shape, sampler.chunks_before(), chunk_frames, lead, how)
+    return carry_out(model, name, asked, layout, kept, sample)
 
 
 def carry_out(
@@ -164,17 +180,21 @@ def carry_out(
     name: str,
     asked: Extension,
     layout: Layout,
-    folder: RunFolder | None,
+    kept: Kept,
     sample: Callable[[FinishedChunks, State | None], None],
 ) -> Extended:
     """An extension from what an interrupted run left of it to its result.
 
     Args:
         name: of the model, for the state.
-        folder: of the run, or None.
+        kept: what is kept of the run.
         sample: samples the chunks that are missing, behind the state that it is given if it is given one.
     """
     patch, chunk_frames, prefix = host.patch_on(model.model_options), layout.shape[2], layout.schedule.prefix
+    held = None if asked.stream is None else HELD.take(kept.name)
+    if held is not None:
+        return written_anew(model, asked, layout, *held)
+    again, folder = HELD.let_go(kept.name), kept.folder
     earlier = None if folder is None else folder.load()
     side = SideStream(model.load_device, patch.settings.overlap)
     outlet = None if asked.stream is None else VideoOutlet(asked.stream, model, layout.shape, asked.metadata, side)
@@ -189,7 +209,7 @@ def carry_out(
         finished.begin(layout.before, range(prefix, earlier.chunks if earlier else prefix))
         if finished.count < asked.chunks:
             sample(finished, earlier)
-        finished.report.notes += [*finished.notes, *asked.notes]
+        finished.report.notes += [*finished.notes, *asked.notes, *again]
         if outlet is not None:
             if layout.after is not None:
                 outlet.add(layout.after)
@@ -201,7 +221,34 @@ def carry_out(
     state = make_state(latents, finished.histories, chunk_frames, name, dropped=layout.frames - latents.shape[2])
     shown = model.model.process_latent_out(latents.float())
     patch.remember(shown, finished.report)
+    if asked.stream is not None and asked.resume is None:
+        HELD.hold(kept.name, state, finished.report)
     return Extended(shown, state, finished.report, video)
+
+
+def written_anew(
+    model: comfy.model_patcher.ModelPatcher, asked: Extension, layout: Layout, state: State, report: Report
+) -> Extended:
+    """Writes the video of a run whose latents are all there, part by part as they came."""
+    assert asked.stream is not None
+    side = SideStream(model.load_device, on=False)
+    before = 0 if layout.before is None else layout.before.shape[2]
+    after = 0 if layout.after is None else layout.after.shape[2]
+    given, generated, end = state.latents.split([before, state.latents.shape[2] - before - after, after], dim=2)
+    first, rest = generated.tensor_split([layout.shape[2] - layout.inside], dim=2)
+    parts = [*given.split(8, dim=2), first, *rest.split(layout.shape[2], dim=2), end]
+    parts = [part for part in parts if part.shape[2]]
+    with closing(VideoOutlet(asked.stream, model, layout.shape, asked.metadata, side)) as outlet:
+        for number, part in enumerate(parts, start=1):
+            throw_exception_if_processing_interrupted()
+            progress_text(f"writing part {number} of {len(parts)}; nothing is sampled anew", asked.node_id)
+            frames = outlet.add(part)
+            if frames is not None:
+                show(frames, number, len(parts))
+        video = outlet.finish(report)
+    shown = model.model.process_latent_out(state.latents.float())
+    host.patch_on(model.model_options).remember(shown, report)
+    return Extended(shown, state, report, video)
 
 
 def run_guider(model, asked: Extension, sampler, levels: list[float], shape, ticks: int, scale: float = 1.0) -> None:
@@ -233,10 +280,8 @@ def chunk_shape(model: comfy.model_patcher.ModelPatcher, asked: Extension, chunk
     return shape
 
 
-def kept_run(
-    model, name: str, asked: Extension, shape, first: int, chunk_frames: int, lead: int, *how
-) -> RunFolder | None:
-    """The folder of a run, named by everything that determines it; None where it is not kept on disk.
+def kept_run(model, name: str, asked: Extension, shape, first: int, chunk_frames: int, lead: int, *how) -> Kept:
+    """What is kept of a run, named by everything that determines it.
 
     Args:
         name: of the model.
@@ -245,11 +290,16 @@ def kept_run(
         lead: given frames before the first chunk that fill none.
         how: settings of the sampler.
     """
-    if asked.resume is None:
-        return None
+    if asked.resume is None and asked.stream is None:
+        return Kept()
     before = (asked.prefix, asked.state and (asked.state.latents, asked.state.histories))
-    run = digest(
+    determining = (
         name, weights_of(model), patches_of(model), first, chunk_frames, lead,
         asked.positive, asked.negative, asked.seed, asked.chunks, shape, before, *how,
     )  # fmt: skip
-    return RunFolder(root(), run, asked.resume.limit, first, chunk_frames, name, lead)
+    if asked.resume is None:
+        with suppress(UserError):  # one that cannot be told from others is not held
+            return Kept(digest(*determining, asked.end))
+        return Kept()
+    run = digest(*determining)
+    return Kept(run, RunFolder(root(), run, asked.resume.limit, first, chunk_frames, name, lead))

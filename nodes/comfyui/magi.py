@@ -202,9 +202,9 @@ def extend(model: comfy.model_patcher.ModelPatcher, asked: Extension, steps: int
         run_guider(model, asked, sampler, sigmas(steps), shape, left.ticks)
 
     how = (steps, sampling, model.model.special_tokens)
-    folder = kept_run(model, name, asked, shape, schedule.prefix, CHUNK_FRAMES, 0, *how)
+    kept = kept_run(model, name, asked, shape, schedule.prefix, CHUNK_FRAMES, 0, *how)
     layout = Layout(shape, before, schedule, schedule.total_chunks * CHUNK_FRAMES, inside)
-    return carry_out(model, name, asked, layout, folder, sample)
+    return carry_out(model, name, asked, layout, kept, sample)
 
 
 def check_fixed(steps: int, end: Tensor | None, **settings) -> None:

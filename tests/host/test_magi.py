@@ -272,6 +272,13 @@ def test_chunks_are_streamed_to_disk(server):
     assert torch.equal(last, expected[:, :, -FRAMES:])
     (video,) = (server.base / "output" / "magi").glob("v_*.mp4")
     assert len(frames_in(video)) == 4 * expected.shape[2]
+    graph[stream]["inputs"] |= {"keep_latents": True, "filename_prefix": "magi/kept"}
+    report = graph.add("FlowCacheReport", report=(node, 2))
+    assert "written anew" not in server.run(graph).outputs[report]["text"][0]
+    graph[stream]["inputs"]["filename_prefix"] = "magi/again"
+    assert "the video alone was written anew" in server.run(graph).outputs[report]["text"][0]
+    (again,) = (server.base / "output" / "magi").glob("again_*.mp4")
+    assert np.array_equal(frames_in(again), frames_in(video))
 
 
 def test_prompts_over_time(server):
