@@ -9,6 +9,7 @@ from ..flowcache_core.errors import UserError
 from ..flowcache_core.models import families
 from .comfyui import magi as host_magi
 from .comfyui import patch as host
+from .comfyui.checks import rounded_notes
 from .comfyui.extend import Extended, Extension, Sampling, extend
 from .comfyui.levels import chosen_levels, fixed_levels
 from .comfyui.stream import workflow_metadata
@@ -62,6 +63,12 @@ class AutoregressiveExtend(io.ComfyNode):
             raise UserError(
                 "Both a prefix and a state are connected; a state already holds what came before. Connect one."
             )
+        notes = [
+            f"the noise mask of the {name} has no effect: its frames are kept as they are"
+            for name, latent in (("prefix", prefix), ("end", end))
+            if latent is not None and latent.get("noise_mask") is not None
+        ]
+        notes += rounded_notes(8, 0, width=width, height=height)
         prefix, end = (None if latent is None else latent["samples"] for latent in (prefix, end))
         image = model.model_options.get("transformer_options", {}).get("ar_config", {}).get("initial_latent")
         if prefix is None and state is None:
@@ -77,7 +84,9 @@ class AutoregressiveExtend(io.ComfyNode):
                 steps, end, frames_per_chunk=frames_per_chunk, lag=lag, solver=solver, attention=attention, shift=shift,
                 condition_noise=condition_noise,
             )  # fmt: skip
-            return _output(host_magi.extend(model, replace(asked, notes=fixed_levels(model)), steps, guidance))
+            return _output(
+                host_magi.extend(model, replace(asked, notes=[*notes, *fixed_levels(model)]), steps, guidance)
+            )
         usual = families.family(name)
         steps = steps or usual.steps
         levels = chosen_levels(model, usual, steps, shift)
@@ -92,7 +101,7 @@ class AutoregressiveExtend(io.ComfyNode):
             condition=usual.condition if condition_noise < 0 else condition_noise,
         )
         size = (width or usual.size[0], height or usual.size[1])
-        return _output(extend(model, replace(asked, size=size, notes=levels.notes), how))
+        return _output(extend(model, replace(asked, size=size, notes=[*notes, *levels.notes]), how))
 
 
 def _output(result: Extended) -> io.NodeOutput:

@@ -4,6 +4,7 @@ from comfy_api.latest import io
 
 from ..flowcache_core.models.families import family
 from .comfyui import patch as host
+from .comfyui.checks import rounded_notes
 from .comfyui.extend import Extension, Sampling
 from .comfyui.levels import chosen_levels
 from .comfyui.widgets import LARGEST_SEED, advanced, schema
@@ -50,6 +51,12 @@ class ExtendInWindows(io.ComfyNode):
             condition=condition_noise,
         )  # fmt: skip
         asked = Extension(
-            positive, negative, seed, 0, (width, height), node_id=cls.hidden.unique_id, notes=levels.notes
+            positive,
+            negative,
+            seed,
+            0,
+            (width, height),
+            node_id=cls.hidden.unique_id,
+            notes=[*levels.notes, *rounded_notes(8, 0, width=width, height=height)],
         )
         return io.NodeOutput(extend_in_windows(model, vae, asked, how, start, frames, window, overlap))

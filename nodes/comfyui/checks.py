@@ -122,6 +122,16 @@ def check_latent(latent: Tensor, channels: int) -> None:
         raise UserError("The latent holds NaN or infinite values; check the node that made it.")
 
 
+def rounded_notes(stride: int, rest: int, **told: int) -> list[str]:
+    """Says for the report which sizes or lengths are rounded down to a multiple of a stride and a rest."""
+    rounded = {name: (value - rest) // stride * stride + rest for name, value in told.items()}
+    return [
+        f"{name} {value} is not of the form {stride}n{f' + {rest}' if rest else ''}: {rounded[name]} is taken"
+        for name, value in told.items()
+        if rounded[name] != value
+    ]
+
+
 def check_size(shape: Sequence[int]) -> None:
     """Raises UserError for a latent's shape [..., height, width] that holds no picture."""
     if 0 in shape[-2:]:

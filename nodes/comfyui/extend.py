@@ -200,8 +200,10 @@ def carry_out(
     outlet = None if asked.stream is None else VideoOutlet(asked.stream, model, layout.shape, asked.metadata, side)
     keep = asked.stream is None or asked.stream.keep_latents
     goes_on = asked.resume is not None and asked.resume.goes_on
-    untouched = Report(layout.schedule, patch.label)
-    finished = FinishedChunks(folder, outlet, keep, asked.node_id, untouched, prefix, layout.inside, goes_on, side)
+    untouched = Report(layout.schedule, patch.label, notes=list(asked.notes))
+    finished = FinishedChunks(
+        folder, outlet, keep, asked.node_id, untouched, prefix, layout.inside, goes_on, side, asked.notes
+    )
     video = None
     try:
         if earlier is not None:
@@ -209,7 +211,7 @@ def carry_out(
         finished.begin(layout.before, range(prefix, earlier.chunks if earlier else prefix))
         if finished.count < asked.chunks:
             sample(finished, earlier)
-        finished.report.notes += [*finished.notes, *asked.notes, *again]
+        finished.report.notes += [*finished.notes, *again]
         if outlet is not None:
             if layout.after is not None:
                 outlet.add(layout.after)

@@ -2,7 +2,7 @@
 is."""
 
 import time
-from collections.abc import Callable, Hashable
+from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 
@@ -40,6 +40,7 @@ class FinishedChunks(RunListener):
         goes_on: where a chunk cannot be kept, the run goes on without its folder.
         side: takes chunks to the CPU beside the run. What becomes of them there is left for the next tick, when the
             device has got more to do; `settle` does it.
+        chosen: lines for the report on what was chosen before the run.
         latents: on the CPU, in the network's latent space; what came before the run included.
         count: chunks that were taken, with those of an interrupted run.
     """
@@ -53,6 +54,7 @@ class FinishedChunks(RunListener):
     inside: int = 0
     goes_on: bool = False
     side: SideStream = AT_ONCE
+    chosen: Sequence[str] = ()
     histories: dict[Hashable, Snapshot] = field(default_factory=dict)
     latents: list[Tensor] = field(default_factory=list)
     count: int = 0
@@ -91,6 +93,7 @@ class FinishedChunks(RunListener):
             self._take(self._generated(Chunk(chunk, self.folder.latent(chunk))))
 
     def plan(self, report: Report) -> None:
+        report.notes[:0] = self.chosen
         progress_text(describe_plan(report), self.node_id)
 
     def progress(self, told: Progress, engine: Engine) -> None:

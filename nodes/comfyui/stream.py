@@ -1,6 +1,7 @@
 """A run's video as it comes: decoded chunk by chunk, written to ComfyUI's output folder, shown on the node."""
 
 import json
+import os
 from collections.abc import Mapping
 from contextlib import nullcontext, suppress
 from dataclasses import dataclass
@@ -91,9 +92,10 @@ class OutputFile:
 
 
 def check_prefix(prefix: str) -> None:
-    """Raises UserError for a file name prefix that leads out of the output folder."""
-    root = Path(folder_paths.get_output_directory()).resolve()
-    if "\0" in prefix or not (root / prefix).resolve().is_relative_to(root):
+    """Raises UserError for a file name prefix that leads out of the output folder, as the host judges it: by its words,
+    so that a link which the user has put there leads where it leads."""
+    root = os.path.abspath(folder_paths.get_output_directory())
+    if "\0" in prefix or not Path(os.path.abspath(os.path.join(root, prefix))).is_relative_to(root):
         raise UserError(
             f"The file name prefix '{prefix[:80]}' leads out of ComfyUI's output folder; use a name inside it."
         )

@@ -8,6 +8,7 @@ from torch import Tensor
 from ...flowcache_core.engine.windows import window_sizes
 from ...flowcache_core.errors import UserError
 from ...flowcache_core.models.memory import FRAME_STRIDE
+from .checks import rounded_notes
 from .extend import Extension, Sampling, extend
 
 
@@ -25,6 +26,10 @@ def extend_in_windows(
         UserError: a start of another size, or windows that do not fill chunks.
     """
     width, height = asked.size
+    if overlap >= window:
+        raise UserError(f"The overlap is {overlap} of a window's {window} frames; set a smaller overlap.")
+    known = {"frames": frames, "window": window, "overlap": overlap}
+    asked = replace(asked, notes=[*asked.notes, *rounded_notes(FRAME_STRIDE, 1, **known)])
     if start is not None and (start.shape[1], start.shape[2]) != (height, width):
         raise UserError(f"The start is {start.shape[2]}x{start.shape[1]}, the video {width}x{height}; scale the start.")
     images = torch.empty(0, height, width, 3) if start is None else start
@@ -34,10 +39,17 @@ def extend_in_windows(
         given = FRAME_STRIDE * taken - (FRAME_STRIDE - 1) if taken else 0
         prefix = vae.encode(images[-given:, :, :, :3]) if given else None
         new = size - taken
-        each = how.chunk_frames if how.lag else new
-        if new < 1 or new % each:
+        if new < 1:
             raise UserError(
-                f"Window {number + 1} has {new} new frames, which do not fill chunks of {each}; change the length."
+                f"The video has {frames} frames, and its first {given} are those that the start ends with; set frames "
+                f"above {given}."
+            )
+        each = how.chunk_frames if how.lag else new
+        if new % each:
+            more, less = FRAME_STRIDE * (-new % each), FRAME_STRIDE * (new % each)
+            raise UserError(
+                f"Window {number + 1} makes {FRAME_STRIDE * new} frames, and with a lag it must be chunks of "
+                f"{FRAME_STRIDE * each}; make that window {more} longer or {less} shorter, or set lag 0."
             )
         sampling = replace(how, chunk_frames=each, condition=how.condition if given else 0.0)
         part = replace(asked, seed=(asked.seed + number) % 2**64, chunks=new // each, prefix=prefix)
