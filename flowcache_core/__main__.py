@@ -20,9 +20,10 @@ from .engine.loop import Cancelled
 from .errors import UserError
 from .generation import generate
 from .history.plan import MemoryPlan
+from .media.likeness import common, likeness
 from .media.pictures import report_picture
 from .media.progress_bar import Bar
-from .media.video import FORMATS, enlarged, frames_of, save_video
+from .media.video import FORMATS, enlarged, frames_of, read_video, save_video
 from .models.families import FAMILIES, family_preset
 from .models.magi.config import MagiConfig, magi_usual
 from .models.magi.memory import magi_frames, plan_magi
@@ -179,6 +180,11 @@ def run_convert(options: argparse.Namespace) -> None:
     print(f"{options.out}: {info.family}, {megabytes(info.bytes)}; put it into ComfyUI's models/diffusion_models")
 
 
+def run_compare(options: argparse.Namespace) -> None:
+    videos = (torch.from_numpy(read_video(path)).float() / 255 for path in (options.first, options.second))
+    print(likeness(*common(*videos)).text())
+
+
 def parser() -> argparse.ArgumentParser:
     """Makes what reads the command line; each command names the function that runs it."""
     whole = argparse.ArgumentParser(prog="python -m flowcache_core", description="Long autoregressive video, faster.")
@@ -236,6 +242,10 @@ def parser() -> argparse.ArgumentParser:
     option("--history-type", choices=HISTORY_TYPES, default=HISTORY_TYPES[0], help="as for generate")
     option("--lag", type=int, help="steps that a chunk is ahead of the next (default: the model's own)")
     option("--preset", choices=PRESETS, default=DEFAULT_PRESET, help="(default: %(default)s)")
+
+    option = command("compare", run_compare, "how alike two video files are, frame by frame")
+    option("first", type=Path)
+    option("second", type=Path)
 
     option = command("convert", run_convert, "a checkpoint (or MAGI-1's VAE) of any layout to one file for ComfyUI")
     option("file", type=Path)

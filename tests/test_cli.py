@@ -6,6 +6,7 @@ import re
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from PIL import Image
@@ -16,6 +17,7 @@ from flowcache_core.checkpoints.weight_files import write_safetensors
 from flowcache_core.demo import compare as comparison
 from flowcache_core.engine.loop import Progress
 from flowcache_core.media.progress_bar import Bar
+from flowcache_core.media.video import save_video
 from flowcache_core.models.wan import WanConfig, WanNetwork
 from flowcache_core.reuse.calibration import Calibration, Measured
 from flowcache_core.storage.calibrations import calibration_path, save_calibration
@@ -199,3 +201,16 @@ def test_the_bar_redraws_one_line_on_a_terminal():
     assert re.search(r"] making 100%, chunk 2 of 3, \d\.\d s\n$", terminal.getvalue())
     assert terminal.getvalue().count("\n") == 1
     assert len(pipe.getvalue().splitlines()) == 11
+
+
+def test_two_video_files_are_compared(tmp_path, capsys):
+    frames = (
+        np.random.default_rng(0).integers(60, 190, (3, 4, 6, 3), dtype=np.uint8).repeat(8, axis=1).repeat(8, axis=2)
+    )
+    first, second = (save_video(one, tmp_path / f"{one[0, 0, 0, 0]}.mp4") for one in (frames, 250 - frames))
+    assert cli.main(["compare", str(first), str(first)]) == 0
+    assert "The 3 frames are equal." in capsys.readouterr().out
+    assert cli.main(["compare", str(first), str(second)]) == 0
+    assert float(capsys.readouterr().out.split("PSNR ")[1].split(" dB")[0]) < 20
+    assert cli.main(["compare", str(first), str(tmp_path / "gone.mp4")]) == 2
+    assert "gone.mp4 cannot be read as a video" in capsys.readouterr().err

@@ -1,6 +1,11 @@
-"""Pixels to files: mp4 (h264), animated WebP and GIF. A file appears whole or not at all."""
+"""Pixels to files: mp4 (h264), animated WebP and GIF. A file appears whole or not at all. And frames back from files.
+
+Players take the colours of HD video as BT.709's and those of smaller ones as BT.601's, so that is what is written, and
+the file says so too.
+"""
 
 from collections.abc import Sequence
+from contextlib import suppress
 from fractions import Fraction
 from pathlib import Path
 
@@ -13,6 +18,13 @@ from ..errors import UserError
 from ..storage.files import write_whole
 
 FORMATS = (".mp4", ".webp", ".gif")
+HD = 720  # rows of pixels from which on a video is HD
+BT709, BT601, UNSAID = 1, 6, 2  # how files name what their colours mean (H.273)
+MATRIX = {BT709: 1, BT601: 5}  # the same for what converts pixels
+BROADCAST = 1  # of a file's range: 16 to 235
+# Of what converts pixels: bicubic, every pixel's own chroma, exact rounding. As it goes by itself, reading darkens by
+# more than 1 of 255.
+EXACT = 0x4 | 0x2000 | 0x4000 | 0x40000
 
 
 def frames_of(pixels: Tensor) -> np.ndarray:
@@ -70,16 +82,66 @@ def h264_stream(container, fps: Fraction, shape: Sequence[int], **options: str):
     stream = container.add_stream("libx264", rate=fps)
     stream.height, stream.width = (side + side % 2 for side in shape[1:3])  # yuv420p halves both
     stream.pix_fmt = "yuv420p"
+    told = stream.codec_context
+    told.colorspace = told.color_primaries = told.color_trc = colours_of(stream.height)
+    told.color_range = BROADCAST
     stream.options = {"crf": "14", **options}
     return stream
 
 
 def encode(stream, frames: np.ndarray) -> None:
     """Appends images, uint8 [T, H, W, 3]; of odd width or height the last column or row is repeated."""
-    av = pyav()
+    av, matrix = pyav(), MATRIX[colours_of(stream.height)]
     for image in np.pad(frames, ((0, 0), (0, frames.shape[1] % 2), (0, frames.shape[2] % 2), (0, 0)), mode="edge"):
         picture = av.VideoFrame.from_ndarray(np.ascontiguousarray(image), format="rgb24")
+        picture = picture.reformat(format="yuv420p", dst_colorspace=matrix, interpolation=EXACT)
         stream.container.mux(stream.encode(picture))
+
+
+def colours_of(height: int) -> int:
+    """Says what the colours of a video mean that says nothing of them."""
+    return BT709 if height >= HD else BT601
+
+
+def read_video(path: Path | str) -> np.ndarray:
+    """Reads all frames of a video, uint8 [T, H, W, 3], by what it says its colours mean and with exact rounding.
+
+    A stream that was cut short is read up to its last whole frame.
+
+    Raises:
+        UserError: no `av` package, or no video.
+    """
+    av, path = pyav(), Path(path)
+    try:
+        with opened(path) as file:
+            frames = [_pixels(frame) for frame in _whole_frames(file, av.FFmpegError)]
+    except (OSError, av.FFmpegError, IndexError) as error:
+        raise UserError(f"{path.name} cannot be read as a video ({error}); give an mp4, webm or gif file.") from error
+    if not frames:
+        raise UserError(f"{path.name} has no whole frame of video; give another file.")
+    return np.stack(frames)
+
+
+def opened(path: Path):
+    """Opens a video for reading. One that was cut inside the header of a fragment cannot be opened as a file that one
+    may seek in, but as a stream it can."""
+    av = pyav()
+    try:
+        return av.open(str(path))
+    except av.InvalidDataError:
+        return av.open(str(path), options={"seekable": "0"})
+
+
+def _whole_frames(file, ends: type[Exception]):
+    with suppress(ends):  # where it was cut
+        yield from file.decode(video=0)
+
+
+def _pixels(frame) -> np.ndarray:
+    said = frame.colorspace if frame.colorspace != UNSAID else colours_of(frame.height)
+    matrix, other = (1, 5) if said == BT709 else (5, 1)
+    how = {"src_colorspace": matrix, "dst_colorspace": other, "interpolation": EXACT}
+    return frame.reformat(format="rgb24", **how).to_ndarray()
 
 
 def _write_mp4(frames: np.ndarray, path: Path, fps: int) -> None:

@@ -11,7 +11,7 @@ import numpy as np
 
 from ..errors import UserError
 from ..storage.files import write_whole
-from .video import encode, h264_stream, pyav
+from .video import encode, h264_stream, opened, pyav
 
 # Every frame is a fragment of its own behind an empty index, and goes to the disk at once.
 FRAGMENTS = {"movflags": "frag_every_frame+empty_moov+default_base_moof+use_metadata_tags", "flush_packets": "1"}
@@ -36,12 +36,23 @@ class VideoStream:
         self.metadata = dict(metadata or {})
         self.frames = 0
         self.warning: str | None = None
+        self._size: Sequence[int] = ()  # height, width and 3
         self._stream: Any = None
 
     def write(self, frames: np.ndarray) -> None:
-        """Appends images, uint8 [T, H, W, 3]; of odd width or height the last column or row is repeated."""
+        """Appends images, uint8 [T, H, W, 3]; of odd width or height the last column or row is repeated.
+
+        Raises:
+            UserError: frames of another size than the first ones, or no space.
+        """
+        if self._stream is not None and frames.shape[1:] != self._size:
+            (width, height), (first, second) = (size[1::-1] for size in (frames.shape[1:], self._size))
+            raise UserError(
+                f"The frames are {width}x{height} and the video is {first}x{second}; bring all frames to one size."
+            )
         try:
             if self._stream is None:
+                self._size = frames.shape[1:]
                 self._open(frames.shape)
             encode(self._stream, frames)
         except OSError as error:
@@ -80,7 +91,7 @@ class VideoStream:
 
     def _copy(self, whole: Path) -> None:
         av = pyav()
-        with av.open(str(self.path)) as source, av.open(str(whole), "w", format="mp4", options=METADATA) as copy:
+        with opened(self.path) as source, av.open(str(whole), "w", format="mp4", options=METADATA) as copy:
             self._describe(copy)
             stream = copy.add_stream_from_template(source.streams.video[0])
             for packet in source.demux(source.streams.video[0]):

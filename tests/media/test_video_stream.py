@@ -4,6 +4,7 @@ import errno
 import json
 import subprocess
 import sys
+from contextlib import suppress
 from pathlib import Path
 
 import av
@@ -11,6 +12,7 @@ import numpy as np
 import pytest
 
 from flowcache_core.errors import UserError
+from flowcache_core.media.video import read_video
 from flowcache_core.media.video_stream import VideoStream
 from tests.helpers.paths import ROOT
 
@@ -18,6 +20,10 @@ from tests.helpers.paths import ROOT
 def picture(number: int) -> np.ndarray:
     """A grey that tells the frame."""
     return np.full((1, 32, 48, 3), 10 * number, dtype=np.uint8)
+
+
+def blank(frames: int, height: int = 32, width: int = 48) -> np.ndarray:
+    return np.full((frames, height, width, 3), 90, dtype=np.uint8)
 
 
 def greys(path: Path) -> list[int]:
@@ -101,3 +107,37 @@ def test_closing_twice_does_no_harm(tmp_path):
     stream.close()
     stream.close()
     assert greys(stream.path) == [3]
+
+
+def test_frames_of_another_size_are_refused(tmp_path):
+    """The library would scale them without a word."""
+    stream = VideoStream(tmp_path / "v.mp4", 8.0)
+    stream.write(blank(2))
+    with pytest.raises(UserError, match="The frames are 64x48 and the video is 48x32; bring all frames to one size"):
+        stream.write(blank(2, 48, 64))
+    stream.write(blank(1))
+    assert read_video(stream.finish()).shape == (3, 32, 48, 3)
+
+
+def test_a_stream_that_is_cut_anywhere_is_read_up_to_there(tmp_path):
+    """Inside a fragment's header too, where it opens by path no more."""
+    stream = VideoStream(tmp_path / "v.mp4", 8.0)
+    for _ in range(4):
+        stream.write(blank(1))
+    stream.close()
+    whole = (tmp_path / "v.mp4").read_bytes()
+    fragments = [at - 4 for at in range(len(whole)) if whole[at : at + 4] == b"moof"]
+    refused = 0
+    for number, start in enumerate(fragments):
+        for more in (4, 8, 12, 40):
+            cut = tmp_path / "cut.mp4"
+            cut.write_bytes(whole[: start + more])
+            with suppress(av.FFmpegError), av.open(str(cut)):
+                refused -= 1
+            refused += 1
+            if number:
+                assert len(read_video(cut)) == number
+            else:
+                with pytest.raises(UserError, match="cut.mp4"):
+                    read_video(cut)
+    assert refused > 0

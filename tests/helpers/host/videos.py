@@ -2,14 +2,14 @@
 
 from pathlib import Path
 
-import av
 import numpy as np
+
+from flowcache_core.media.video import read_video
 
 
 def frames_of(path: Path) -> np.ndarray:
     """All frames of a video file, uint8 [T, H, W, 3]."""
-    with av.open(str(path)) as file:
-        return np.stack([frame.to_ndarray(format="rgb24") for frame in file.decode(video=0)])
+    return read_video(path)
 
 
 def check_video(path: Path, frames: int, size: int) -> np.ndarray:

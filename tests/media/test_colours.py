@@ -1,0 +1,81 @@
+"""Colours of saved videos: what players take them for, what they say of themselves, and what comes back."""
+
+from fractions import Fraction
+
+import av
+import numpy as np
+import pytest
+from PIL import Image
+
+from flowcache_core.errors import UserError
+from flowcache_core.media.video import BROADCAST, BT601, BT709, h264_stream, read_video, save_video
+from flowcache_core.media.video_stream import VideoStream
+
+SIZES = [(720, 1280, BT709), (722, 404, BT709), (480, 832, BT601)]
+
+
+def picture(height: int, width: int, frames: int = 2) -> np.ndarray:
+    """Smooth random colours, [T, H, W, 3]."""
+    small = np.random.default_rng(0).integers(0, 256, (frames, height // 16, width // 16, 3), dtype=np.uint8)
+    return np.stack(
+        [np.asarray(Image.fromarray(one).resize((width, height), Image.Resampling.BICUBIC)) for one in small]
+    )
+
+
+def save(frames: np.ndarray, path, way: str):
+    if way == "whole":
+        return save_video(frames, path)
+    stream = VideoStream(path, 16.0)
+    stream.write(frames)
+    return stream.finish() if way == "stream" else stream.close() or path
+
+
+@pytest.mark.parametrize("way", ["whole", "stream", "unfinished"])
+@pytest.mark.parametrize("height, width, colours", SIZES)
+def test_pixels_and_tags_are_those_of_the_size(tmp_path, height, width, colours, way):
+    """Pure red, by the standards' own numbers for Y, Cb and Cr."""
+    red = np.broadcast_to(np.array([255, 0, 0], dtype=np.uint8), (2, height, width, 3))
+    path = save(red, tmp_path / "red.mp4", way)
+    with av.open(str(path)) as file:
+        told = file.streams.video[0].codec_context
+        assert (told.colorspace, told.color_primaries, told.color_trc) == (colours,) * 3
+        assert told.color_range == BROADCAST
+        frame = next(file.decode(video=0))
+        found = [np.frombuffer(bytes(plane), np.uint8)[0] for plane in frame.planes]
+    expected = (63, 102, 240) if colours == BT709 else (81, 90, 240)
+    assert np.abs(np.array(found, dtype=int) - expected).max() <= 1
+    assert np.abs(read_video(path)[0, 9, 9].astype(int) - (255, 0, 0)).max() <= 2
+
+
+@pytest.mark.parametrize("height, width, colours", SIZES)
+def test_three_rounds_of_saving_and_reading_do_not_drift(tmp_path, height, width, colours):
+    first = now = picture(height, width)
+    for round in range(3):
+        now = read_video(save(now, tmp_path / f"{round}.mp4", "stream"))
+    drift = np.abs((now.astype(float) - first).mean(axis=(0, 1, 2)))
+    assert drift.max() <= 0.5, drift
+    with av.open(str(tmp_path / "0.mp4")) as file:  # as it goes by itself, one reading loses more
+        plain = np.stack([frame.to_ndarray(format="rgb24") for frame in file.decode(video=0)])
+    assert np.abs((plain.astype(float) - first).mean(axis=(0, 1, 2))).max() > drift.max()
+
+
+@pytest.mark.parametrize("height, width, colours", [(736, 64, BT709), (64, 64, BT601)])
+def test_a_file_without_tags_is_read_by_its_size(tmp_path, height, width, colours):
+    path = tmp_path / "untold.mp4"
+    with av.open(str(path), "w") as container:
+        stream = h264_stream(container, Fraction(8), (1, height, width, 3))
+        told = stream.codec_context
+        told.colorspace = told.color_primaries = told.color_trc = 2
+        red = av.VideoFrame.from_ndarray(np.full((height, width, 3), (255, 0, 0), dtype=np.uint8), format="rgb24")
+        red = red.reformat(format="yuv420p", dst_colorspace=1 if colours == BT709 else 5)
+        container.mux(stream.encode(red))
+        container.mux(stream.encode())
+    assert np.abs(read_video(path)[0, 9, 9].astype(int) - (255, 0, 0)).max() <= 3
+
+
+def test_what_is_no_video(tmp_path):
+    (tmp_path / "text.mp4").write_text("no video")
+    with pytest.raises(UserError, match="text.mp4 cannot be read as a video"):
+        read_video(tmp_path / "text.mp4")
+    with pytest.raises(UserError, match="gone.mp4"):
+        read_video(tmp_path / "gone.mp4")
