@@ -204,9 +204,8 @@ def test_the_bar_redraws_one_line_on_a_terminal():
 
 
 def test_two_video_files_are_compared(tmp_path, capsys):
-    frames = (
-        np.random.default_rng(0).integers(60, 190, (3, 4, 6, 3), dtype=np.uint8).repeat(8, axis=1).repeat(8, axis=2)
-    )
+    frames = np.random.default_rng(0).integers(60, 190, (3, 4, 6, 3), dtype=np.uint8)
+    frames = frames.repeat(8, axis=1).repeat(8, axis=2)
     first, second = (save_video(one, tmp_path / f"{one[0, 0, 0, 0]}.mp4") for one in (frames, 250 - frames))
     assert cli.main(["compare", str(first), str(first)]) == 0
     assert "The 3 frames are equal." in capsys.readouterr().out

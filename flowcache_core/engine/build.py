@@ -15,13 +15,13 @@ from ..history.positions import RotaryTables
 from ..history.room import check_room, placed
 from ..history.snapshot import Snapshot
 from ..report import Report
-from ..reuse.idle import idle_notes
 from ..reuse.policies import Policy, aligned
 from ..schedule import ChunkSchedule, Given
 from ..settings import Settings
 from .causal import CausalForward
 from .forward import Forward
 from .guidance import Guidance
+from .idle import idle_notes
 from .joint import JointForward
 from .loop import Engine, Progress, Sampling, check_cancelled
 from .rolling import RollingForward, rolling_bytes

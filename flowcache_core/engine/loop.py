@@ -11,13 +11,13 @@ from torch import Tensor
 
 from ..history.snapshot import Snapshot, SnapshotDelta
 from ..report import Report
-from ..reuse.idle import unreached_notes
 from ..reuse.policies import Policy, relative_change
 from ..schedule import ChunkSchedule, Given, Place
 from ..settings import Between
 from ..solvers.one_step import Euler, SolverFactory, no_noise
 from .chunk import ActiveChunk, Held
 from .forward import Forward, Step
+from .idle import unreached_notes
 
 
 class Cancelled(Exception):

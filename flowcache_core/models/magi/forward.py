@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from ...engine.forward import Step, Velocity
+from ...engine.idle import idle_notes
 from ...engine.layers import row_levels, run_layers
 from ...engine.loop import Engine, Progress, Sampling, check_cancelled
 from ...errors import UserError
@@ -30,7 +31,6 @@ from ...history.room import placed
 from ...history.snapshot import Snapshot, SnapshotDelta
 from ...history.streams import SideStream
 from ...report import Report
-from ...reuse.idle import idle_notes
 from ...reuse.policies import Policy, aligned
 from ...schedule import ChunkSchedule, Given, Place
 from ...settings import Compression, Settings

@@ -6,9 +6,9 @@ from itertools import product
 import pytest
 
 from flowcache_core import demo, generate
+from flowcache_core.engine.idle import better, idle_notes, reuses
 from flowcache_core.models.families import FAMILIES
 from flowcache_core.models.presets import PRESETS
-from flowcache_core.reuse.idle import better, idle_notes, reuses
 from flowcache_core.schedule import ChunkSchedule
 from flowcache_core.settings import OFF, Drift, Every, Fixed, Off, Settings, Spread
 

@@ -3,9 +3,9 @@
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 
+from ..reuse.policies import Policy
 from ..schedule import ChunkSchedule
 from ..settings import Drift, Every, Fixed, Off, Reuse, Spread
-from .policies import Policy
 
 FEWEST = 4  # recomputed steps of a chunk that a suggestion leaves, where there are so many
 
