@@ -13,7 +13,9 @@ TEXT_DIM = 64
 
 
 def _table(rows: int, seed: int) -> Tensor:
-    return torch.randn(rows, TEXT_DIM, generator=torch.Generator().manual_seed(seed))
+    return torch.randn(
+        rows, TEXT_DIM, generator=torch.Generator("cpu").manual_seed(seed), dtype=torch.float32, device="cpu"
+    )
 
 
 _WORD_VECTORS = _table(len(WORDS) + 1, seed=1)  # the last row stands for "no word here"

@@ -183,7 +183,8 @@ def choose(
         return Choice(sink, tail, unit, newest)
     if settings.rule == "random":
         generator = torch.Generator().manual_seed(seed)
-        scores = torch.rand(batch, heads, middle.shape[2], generator=generator).to(keys.device)
+        scores = torch.rand(batch, heads, middle.shape[2], generator=generator, dtype=torch.float32, device="cpu")
+        scores = scores.to(keys.device)
     elif queries is None:
         scores = -redundancy(middle)
     else:

@@ -114,10 +114,12 @@ class Renoise:
 
 
 def chunk_noise(seed: int, chunk: int, shape: Sequence[int], step: int = START) -> Tensor:
-    """Draws the unit noise of a chunk, on the CPU: its start, or fresh noise for a step.
+    """Draws the unit noise of a chunk, float32 on the CPU: its start, or fresh noise for a step.
 
     It depends on nothing but the seed and the place, so a longer video begins like a shorter one, and an extension goes
     on like an unbroken run. A step's noise is the one that ComfyUI's own sampler draws (sample_ar_video).
     """
     place = (seed * 1_000_003 + chunk * 1009) if step == START else seed + chunk * 1000 + step
-    return torch.randn(tuple(shape), generator=torch.Generator("cpu").manual_seed(place % 2**63))
+    generator = torch.Generator("cpu").manual_seed(place % 2**63)
+    # Numbers come in another order for another type or place, and others may have changed what is usual.
+    return torch.randn(tuple(shape), generator=generator, dtype=torch.float32, device="cpu")

@@ -110,6 +110,22 @@ class FrameNoise:
         return torch.cat([torch.randn(batch, channels, 1, *size, generator=draw) for draw in draws], dim=2)
 
 
+class LatentAs:
+    """A latent of another type, or that lies otherwise in memory."""
+
+    INPUT_TYPES = classmethod(
+        lambda cls: {"required": {"samples": ("LATENT",), "dtype": ("STRING", {}), "channels_last": ("BOOLEAN", {})}}
+    )
+    RETURN_TYPES = ("LATENT",)
+    FUNCTION = "make"
+    CATEGORY = "test"
+
+    def make(self, samples, dtype: str, channels_last: bool):
+        layout = torch.channels_last_3d if channels_last else torch.contiguous_format
+        made = samples["samples"].to(getattr(torch, dtype)).contiguous(memory_format=layout)
+        return ({"samples": made},)
+
+
 def counted(sampling_function):
     @wraps(sampling_function)
     def count(*args, **kwargs):
@@ -125,6 +141,7 @@ NODE_CLASS_MAPPINGS = {
     "TestCaption": Caption,
     "TestSmallT5": SmallT5,
     "TestSeeEveryStep": SeeEveryStep,
+    "TestLatentAs": LatentAs,
     "TestPatched": Patched,
     "TestFrameNoise": FrameNoise,
     "TestGuiderCalls": GuiderCalls,
