@@ -6,6 +6,9 @@
 
 Chunks count from 0 at the beginning of the video. Chunks between two segments blend from one to the other. The first
 segment also holds for chunks before it, the last one for all that follow.
+
+Signs count in the forms of other keyboards too. Between double quotes, and behind a backslash, a bar or a star is part
+of the prompt, as is a star that no number follows.
 """
 
 import re
@@ -18,6 +21,12 @@ from torch import Tensor
 from .errors import UserError, shortened
 
 WEIGHT = re.compile(r"\d{1,6}(\.\d{0,20})?|\.\d{1,20}")
+COLONS, DASHES = re.compile("[:：]"), re.compile("[-–—－~～]")
+RATIO = re.compile(r"(\d+[:：]\d+)\b")
+BRACES = re.compile(r"{[^{}]*}")
+NUMERIC = re.compile(r"[-+.,\d]+[\w.,%-]*")  # what was meant as a number
+BARS, STARS, QUOTES = "|｜", "*＊", {'"': '"', "“": "”"}
+TEXT = {sign: chr(0xE000 + number) for number, sign in enumerate("|｜*＊")}  # stand for signs that are text, meanwhile
 FOREVER = 2**31  # as the last chunk of a span: it holds to the end
 DIGITS = 9  # of a chunk's number, at most
 MOST_CAPTIONS = 1000  # each is encoded, and its embedding kept: 8 MB of Wan's
@@ -84,7 +93,7 @@ def parse(text: str) -> list[Span]:
     segments: list[Span] = []
     for number, line in enumerate(text.splitlines(), start=1):
         line = line.strip()
-        if line and not line.startswith("#"):
+        if line and line[0] not in "#＃":
             segments.append(_segment(line, f"Line {number}"))
             _check_order(segments, f"Line {number}")
     if not segments:
@@ -117,27 +126,31 @@ def mix(embeddings: Mapping[str, Tensor], weights: Mapping[str, float]) -> Tenso
 
 
 def _segment(line: str, where: str) -> Span:
-    chunks, colon, said = line.partition(":")
-    first, dash, last = (part.strip() for part in chunks.partition("-"))
-    if not (colon and first.isdecimal() and (last.isdecimal() or not last)):
+    chunks, *said = COLONS.split(line, maxsplit=1)
+    first, *last = (part.strip() for part in DASHES.split(chunks, maxsplit=1))
+    if ratio := RATIO.match(line):
+        raise UserError(
+            f"{where} begins with '{ratio[1]}', a ratio or a chunk's number; write the chunks in front, for example "
+            f"'0-4: {ratio[1]} …', or a space behind the colon."
+        )
+    if not (said and first.isdecimal() and all(part.isdecimal() or not part for part in last)):
         raise UserError(
             f"{where} is '{shortened(line, 40)}', expected chunks and a prompt, for example '0-4: a red circle'."
         )
-    if max(len(first), len(last)) > DIGITS:
-        raise UserError(f"{where} names chunk {shortened(max(first, last, key=len), 20)}; at most {DIGITS} digits can.")
-    end = int(last) if last else FOREVER if dash else int(first)
+    longest = max([first, *last], key=len)
+    if len(longest) > DIGITS:
+        raise UserError(f"{where} names chunk {shortened(longest, 20)}; at most {DIGITS} digits can.")
+    end = int(first) if not last else int(last[0]) if last[0] else FOREVER
     if end < int(first):
         raise UserError(f"{where} goes from chunk {first} to {end}; write the smaller number first.")
-    return Span(int(first), end, _weights(said, where))
+    return Span(int(first), end, _weights(said[0], where))
 
 
 def _weights(said: str, where: str) -> dict[str, float]:
     weights: dict[str, float] = {}
-    for part in said.split("|"):
-        caption, weight = part.strip(), 1.0
-        before, star, after = caption.rpartition("*")
-        if star and len(after.split()) == 1:
-            caption, weight = before.strip(), _number(after.strip(), where)
+    for part in re.split(f"[{BARS}]", _hidden(said, where)):
+        caption, weight = _weighted(part.strip(), where)
+        caption = _shown(caption)
         weights[caption] = weights.get(caption, 0.0) + weight
     total = sum(weights.values())
     if total <= 0:
@@ -145,7 +158,56 @@ def _weights(said: str, where: str) -> dict[str, float]:
     return {caption: weight / total for caption, weight in weights.items() if weight}
 
 
+def _weighted(part: str, where: str) -> tuple[str, float]:
+    """A caption and its weight: what is behind the last star, if that is a number."""
+    at = max(part.rfind(star) for star in STARS)
+    caption, after = part[:at].rstrip(), part[at + 1 :].strip()
+    if at < 0 or not NUMERIC.fullmatch(after):
+        return part, 1.0
+    if part[at - 1 : at].isdecimal():
+        raise UserError(
+            f"{where} ends with '{shortened(part.split()[-1], 20)}', a product or a weight; write a space before the "
+            f"star of a weight, and a backslash before one that is part of the prompt."
+        )
+    return caption, _number(after, where)
+
+
+def _hidden(said: str, where: str) -> str:
+    """A text whose signs between quotes and behind backslashes are hidden.
+
+    Raises:
+        UserError: a choice in braces, which only the page makes.
+    """
+    ends = {sign: said.rfind(sign) for sign in QUOTES.values()}
+    signs: list[str] = []
+    until, behind = "", False  # the quote that ends what is text; whether a backslash stands before
+    for number, sign in enumerate(said):
+        if behind and sign in TEXT:
+            signs[-1], behind = TEXT[sign], False
+            continue
+        behind = sign == "\\" and not behind
+        signs.append(TEXT.get(sign, sign) if until else sign)
+        if until:
+            until = "" if sign == until else until
+        elif sign in QUOTES and number < ends[QUOTES[sign]]:
+            until = QUOTES[sign]
+    hidden = "".join(signs)
+    for found in BRACES.findall(hidden):
+        if any(bar in found for bar in BARS):
+            raise UserError(
+                f"{where} has the choice '{shortened(found, 40)}', which ComfyUI's page makes and nobody else; write "
+                f"one of them, or put the bar between double quotes."
+            )
+    return hidden
+
+
+def _shown(hidden: str) -> str:
+    """The text with its hidden signs as they were."""
+    return hidden.translate({ord(stand_in): sign for sign, stand_in in TEXT.items()})
+
+
 def _number(text: str, where: str) -> float:
+    text = text.replace(",", ".", 1)
     if not WEIGHT.fullmatch(text):
         raise UserError(
             f"{where} has the weight '{shortened(text, 40)}', expected a number after '*', for example '*0.7'."

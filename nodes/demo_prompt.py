@@ -11,7 +11,7 @@ class DemoPrompt(io.ComfyNode):
     def define_schema(cls) -> io.Schema:
         return schema(
             "FlowCacheDemoPrompt",
-            inputs=[io.String.Input("caption", default="a red circle and a blue square")],
+            inputs=[io.String.Input("caption", default="a red circle and a blue square", dynamic_prompts=True)],
             outputs=[io.Conditioning.Output()],
             category="FlowCache/demo",
         )

@@ -16,7 +16,7 @@ class PromptsOverTime(io.ComfyNode):
         return schema(
             "FlowCachePromptsOverTime",
             inputs=[
-                io.String.Input("text", default=EXAMPLE, multiline=True),
+                io.String.Input("text", default=EXAMPLE, multiline=True, dynamic_prompts=True),
                 io.Clip.Input("clip", optional=True),
             ],
             outputs=[io.Conditioning.Output()],

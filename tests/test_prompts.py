@@ -38,6 +38,31 @@ def test_a_caption_may_hold_colons_and_stars():
     assert shown("0: a title: one * two *2 | b *2", 0) == {"a title: one * two": 0.5, "b": 0.5}
 
 
+@pytest.mark.parametrize(
+    "line, expected",
+    [
+        ("0-4: 16:9 film of a cat", {"16:9 film of a cat": 1}),
+        ("0-4:16:9", {"16:9": 1}),
+        ("0: a **very big** dog", {"a **very big** dog": 1}),
+        ("0: a *big* dog | a **cat**", {"a *big* dog": 0.5, "a **cat**": 0.5}),
+        ("0: a **bold** dog *3 | b", {"a **bold** dog": 0.75, "b": 0.25}),
+        ("0: a {red} cat", {"a {red} cat": 1}),
+        ('0: a sign that says "a | b" *3 | c', {'a sign that says "a | b"': 0.75, "c": 0.25}),
+        ('0: "{red|blue}"', {'"{red|blue}"': 1}),
+        ("0: “a|b*2”", {"“a|b*2”": 1}),
+        ('0: a 5" screen | a cat', {'a 5" screen': 0.5, "a cat": 0.5}),
+        (r"0: a \| b \*2", {"a | b *2": 1}),
+        (r"0: C:\films | b", {r"C:\films": 0.5, "b": 0.5}),
+        ("０－４：红色的圆 ＊３ ｜ 蓝色：方块", {"红色的圆": 0.75, "蓝色：方块": 0.25}),
+        ("0–4: a *0,75 | b *0,25", {"a": 0.75, "b": 0.25}),
+        ("0: a grid of 2 x 3 *1", {"a grid of 2 x 3": 1}),
+        ("0: a grid of 2\\*3", {"a grid of 2*3": 1}),
+    ],
+)
+def test_signs_mean_what_a_person_means(line, expected):
+    assert shown(line, 0) == pytest.approx(expected)
+
+
 def test_one_caption_is_its_embedding_to_the_bit_and_mixes_are_sums():
     embeddings = {"a": torch.randn(1, 3, 4), "b": torch.randn(1, 5, 4)}
     assert mix(embeddings, {"a": 1.0}) is embeddings["a"]
@@ -57,6 +82,12 @@ def test_one_caption_is_its_embedding_to_the_bit_and_mixes_are_sums():
         "0: a" + 12_000 * "* ",
         "0: a *" + 24_000 * "1",
         "0: " + 24_000 * "|",
+        "0: " + 24_000 * '"',
+        "0: " + 24_000 * "“",
+        "0: " + 12_000 * "\\|",
+        "0: {" + 24_000 * "|",
+        "0: " + 24_000 * "{",
+        24_000 * "-" + ":",
     ],
 )
 def test_a_long_text_is_read_or_refused_at_once(text):
@@ -88,7 +119,15 @@ def test_a_blend_is_mixed_when_it_is_asked_for():
         ("0-4: a\n3-: b", "Line 2 begins at chunk 3"),
         ("0-: a\n5: b", "holds to the end"),
         ("4-2: a", "smaller number first"),
-        ("0: a *b*x", "weight 'x'"),
+        ("0: a *0.x", "weight '0.x'"),
+        (
+            "0: a\n16:9 film of a cat",
+            "Line 2 begins with '16:9', a ratio or a chunk's number",
+        ),
+        ("3：4 shot", "Line 1 begins with '3：4'"),
+        ("0: a {red|blue} cat", "Line 1 has the choice '{red|blue}'"),
+        ("0: a cat\n1: {a {b|c}} | d", "Line 2 has the choice '{b|c}'"),
+        ("0: a grid of 2*3", "ends with '2\\*3', a product or a weight"),
         ("0: a *0", "add up to 0"),
         (f"{9 * '1'}1: a", "Line 1 names chunk 1111111111"),
         (f"0: a\n1-{5000 * '9'}: b", "Line 2 names chunk 999"),

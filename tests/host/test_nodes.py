@@ -42,6 +42,20 @@ def test_every_input_has_a_tooltip_and_a_safe_range(told, name):
             assert options["min"] < options["max"] and options["min"] <= options["default"] <= options["max"], key
 
 
+def test_every_prompt_takes_the_pages_choices(told):
+    """{red|blue}, as in the host's own prompts; names of files take none."""
+    host = told["CLIPTextEncode"]["input"]["required"]["text"][1]
+    texts = {
+        (name, key): more[0]
+        for name in NODES
+        for held in told[name]["input"].values()
+        for key, (kind, *more) in (held.items() if isinstance(held, dict) else ())
+        if kind == "STRING" and "prefix" not in key
+    }
+    assert host["dynamicPrompts"] and len(texts) == 3
+    assert all(options["dynamicPrompts"] for options in texts.values()), texts
+
+
 def test_rarely_needed_inputs_are_folded_away_and_optional(told):
     inputs = told["FlowCache"]["input"]
     assert set(inputs["required"]) == {"model", "preset", "history_budget"}
