@@ -22,7 +22,7 @@ class SaveVideo(io.ComfyNode):
                 io.Image.Input("images"),
                 ReportType.Input("report"),
                 io.String.Input("filename_prefix", default="flowcache/video"),
-                io.Float.Input("fps", default=16.0, min=1.0, max=120.0, step=1.0),
+                io.Float.Input("fps", default=16.0, min=1.0, max=120.0, step=1.0, round=0.001),
             ],
             outputs=[],
             found_by=("save video", "export video", "mp4", "metadata"),

@@ -15,7 +15,7 @@ class StreamVideo(io.ComfyNode):
             inputs=[
                 io.Vae.Input("vae"),
                 io.String.Input("filename_prefix", default="flowcache/video"),
-                io.Float.Input("fps", default=16.0, min=1.0, max=120.0, step=1.0),
+                io.Float.Input("fps", default=16.0, min=1.0, max=120.0, step=1.0, round=0.001),
                 advanced(io.Boolean.Input("keep_latents", default=True)),
             ],
             outputs=[StreamType.Output(display_name="stream")],
