@@ -108,7 +108,7 @@ class MagiSampler(host.ChunkSampler):
         patch = host.patch_on(extra_args["model_options"])
         network, batch = model.diffusion_model, noise.shape[0]
         options = comfy.model_patcher.create_model_options_clone(extra_args["model_options"])
-        notes = [*adapt_others(options), *unheeded_by_magi(options, FUNCTIONS, WRAPPERS, host.KEY)]
+        notes = [*adapt_others(options), *unheeded_by_magi(guider, options, FUNCTIONS, WRAPPERS, host.KEY)]
         attention = host_attention(lambda: options["transformer_options"])
         captions = ChunkCaptions(guider.conds)
 

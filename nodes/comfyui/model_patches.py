@@ -60,10 +60,13 @@ def unheeded(network: Any, options: Mapping) -> list[str]:
     return lines
 
 
-def unheeded_by_magi(model_options: Mapping, functions: Iterable[str], wrappers: Iterable[str], own: str) -> list[str]:
+def unheeded_by_magi(
+    guider, model_options: Mapping, functions: Iterable[str], wrappers: Iterable[str], own: str
+) -> list[str]:
     """A line for the report on what has no effect on MAGI-1, which runs its network and its guidance itself.
 
     Args:
+        guider: the host's.
         functions, wrappers: names in the model's options of what sees or changes the guider's results.
         own: key of our wrappers.
     """
@@ -72,6 +75,9 @@ def unheeded_by_magi(model_options: Mapping, functions: Iterable[str], wrappers:
     found += [name for name in ("patches", "patches_replace", "rope_options") if options.get(name)]
     held = options.get("wrappers", {})
     found += [f"{kind} wrapper" for kind in wrappers if set(held.get(kind, {})) - {own}]
+    found += [name for name in guider.model_patcher.object_patches if name.startswith("diffusion_model.")]
+    conditions = [one for side in guider.conds.values() for one in side or []]
+    found += ["hooks of a prompt"] if any(one.get("hooks") is not None for one in conditions) else []
     return [f"without effect on MAGI-1, which runs its network itself: {', '.join(found)}"] if found else []
 
 

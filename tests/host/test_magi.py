@@ -109,14 +109,14 @@ def test_what_other_nodes_hang_on_the_model(server):
     assert error(ours, expected) > 1e-2
     graph = Graph()
     model = load(graph)
-    for kind in ("no place", "model function"):
+    for kind in ("no place", "model function", "object patch"):
         model = graph.add("TestPatched", model=model, kind=kind), 0
     model = graph.add("ModelSamplingSD3", model=model, shift=9.0), 0
     node = extend(graph, model)
     report = graph.add("FlowCacheReport", report=(node, 2))
     assert torch.equal(sample(server, graph, node), expected)
     (text,) = server.run(graph).outputs[report]["text"]
-    assert "itself: model_function_wrapper, patches, patches_replace" in text
+    assert "itself: model_function_wrapper, patches, patches_replace, diffusion_model.of_a_test" in text
     assert "ModelSamplingSD3 and its kin have no effect on MAGI-1" in text
 
 
@@ -431,3 +431,10 @@ def test_workflows_run_to_a_video(server, name, frames):
     outcome = server.run(prompt)
     assert outcome.error is None, outcome.error["exception_message"]
     check_video(saved(server, prompt, outcome, f"flowcache/{name}"), 4 * frames, 48)
+
+
+def test_a_size_that_the_network_does_not_divide(server):
+    """It takes 2 x 2 of the latent's pixels at once."""
+    graph = Graph()
+    node = extend(graph, load(graph), chunks=1, width=56, height=32)
+    assert "MAGI-1 needs multiples of 2, that is of 16 pixels" in fails(server, graph, node)

@@ -9,7 +9,7 @@ from tests.host.test_extend import extend
 FRAMES = 3
 HEEDED = [
     "attn1_patch", "attn2_patch", "skipped block", "changed block", "attention", "block.forward", "self_attn.forward",
-    "cross_attn.forward", "ffn.forward", "head.forward", "model function",
+    "cross_attn.forward", "ffn.forward", "head.forward", "torch hook", "model function",
 ]  # fmt: skip
 SKIPPED = dict(double_layers="1", single_layers="", start_percent=0.0, end_percent=1.0)
 NODES = {

@@ -210,3 +210,19 @@ def test_frame_rates_that_are_no_whole_numbers(server, fps):
             assert float(told.duration * told.time_base) == pytest.approx(frames / fps, rel=1e-3)
     inputs = server.get("/object_info")["FlowCacheStreamVideo"]["input"]["required"]["fps"][1]
     assert inputs["round"] == 0.001, "the page would round it to a whole number"
+
+
+@pytest.mark.parametrize("frames", [1, 2, 4])
+def test_tiled_decoding_of_short_videos(server, frames):
+    """Shorter than a tile in time, by the host's own node; as it is decoded whole but for the tiles' edges."""
+    graph = Graph()
+    node, vae = video(graph, frames=frames), (graph.add("FlowCacheLoadDemoVAE"), 0)
+    tiles = dict(tile_size=64, overlap=0, temporal_size=8, temporal_overlap=4)
+    whole = graph.add("VAEDecode", samples=(node, 0), vae=vae)
+    tiled = graph.add("VAEDecodeTiled", samples=(node, 0), vae=vae, **tiles)
+    compared = graph.add("FlowCacheCompareVideos", first=(whole, 0), second=(tiled, 0), view="wipe")
+    outcome = server.run(graph)
+    assert outcome.error is None, outcome.error["exception_message"]
+    (text,) = outcome.outputs[compared]["text"]
+    assert "equal" in text or float(text.split("PSNR ")[1].split(" dB")[0]) > 20
+    assert f"{4 * frames - 3} frames" in text

@@ -1,5 +1,6 @@
 """Patches of every kind that nodes hang on a model, each of which changes a chunk visibly."""
 
+from collections import OrderedDict
 from functools import partial
 from types import MethodType
 
@@ -73,6 +74,17 @@ def forward_of(name: str, model) -> None:
     model.add_object_patch(path, MethodType(forward, module))
 
 
+def torch_hook(model) -> None:
+    model.add_object_patch(
+        "diffusion_model.blocks.1._forward_hooks", OrderedDict({1: lambda module, given, out: out * 1.1})
+    )
+
+
+def object_patch(model) -> None:
+    """On a network whose modules are other ones."""
+    model.add_object_patch("diffusion_model.of_a_test", True)
+
+
 def later_call(model) -> None:
     """After guidance, each branch once more and as it was: were anything of it else, the result would go astray."""
 
@@ -116,6 +128,8 @@ KINDS = {
     "cross_attn.forward": partial(forward_of, "cross_attn."),
     "ffn.forward": partial(forward_of, "ffn."),
     "head.forward": partial(forward_of, "head."),
+    "torch hook": torch_hook,
+    "object patch": object_patch,
     "model function": compute_noise,
     "later call": later_call,
     "whole forward": whole_forward,
