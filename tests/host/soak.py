@@ -1,27 +1,45 @@
-"""Many prompts of mixed kind in one ComfyUI: what grows, what stays behind, and whether good prompts stay right.
+"""Hard use of a ComfyUI: many prompts of mixed kind, interrupts, kills, two clients, jumps of the clock, failing steps.
 
-As a script: python tests/host/soak.py --prompts 200 --interrupts 100
+As a script: python tests/host/soak.py, or with some of the parts alone: python tests/host/soak.py prompts kills
+docs/reliability.md has what it printed last.
 """
 
 import argparse
 import random
+import shutil
 import sys
 import tempfile
+import threading
 import time
+from collections import Counter
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # a script has only its own folder there
 
 import torch  # noqa: E402
-from safetensors.torch import load_file  # noqa: E402
 
 from tests.helpers.host.comfy_server import Outcome, Server  # noqa: E402
-from tests.helpers.host.graph import Graph, native, random_network, write_network  # noqa: E402
+from tests.helpers.host.graph import Graph  # noqa: E402
+from tests.helpers.host.mixed_prompts import (  # noqa: E402
+    GOOD,
+    anew,
+    extend,
+    interrupted,
+    kept,
+    latent,
+    plain,
+    prepare,
+    unfit,
+)
+from tests.helpers.host.videos import frames_of  # noqa: E402
+from tests.helpers.paths import ROOT  # noqa: E402
 
-NETWORK = "reliable.safetensors"
 WARM = 20  # prompts after which memory must not grow any more
+MOST_GROWTH = 0.02
+DAY = 86_400  # seconds
 
 
 @dataclass(frozen=True)
@@ -50,91 +68,61 @@ class Usage:
         )
 
 
-def prepare(server: Server) -> None:
-    """Puts the small random network where the prompts look for it."""
-    write_network(server.base / "models" / "diffusion_models" / NETWORK, random_network())
+def start(base: Path) -> Server:
+    """A server with the network that the prompts look for, and with the nodes that the tests bring."""
+    (base / "custom_nodes").mkdir(parents=True, exist_ok=True)
+    link = base / "custom_nodes" / "flowcache_test"
+    if not link.exists():
+        link.symlink_to(ROOT / "tests" / "helpers" / "host" / "custom_nodes", target_is_directory=True)
+    server = Server(base)
+    prepare(server)
+    return server
 
 
-def extend(graph: Graph, seed: int, chunks: int = 2, preset: str = "balanced", budget: int = 0, **inputs) -> str:
-    """A graph's Autoregressive Extend through the FlowCache node; gives the node."""
-    loaded = graph.add("FlowCacheLoadARVideoModel", model_name=NETWORK, family="causal", weight_type="default")
-    model = graph.add("FlowCache", model=(loaded, 0), preset=preset, history_budget=budget)
-    positive = graph.add("FlowCacheDemoPrompt", caption="a red circle")
-    negative = graph.add("FlowCacheDemoPrompt", caption="")
-    settings = dict(chunks=chunks, steps=4, guidance=1.0, frames_per_chunk=2, lag=2, width=64, height=64)
-    return graph.add(
-        "FlowCacheAutoregressiveExtend",
-        model=(model, 0), positive=(positive, 0), negative=(negative, 0), seed=seed, **settings | inputs,
-    )  # fmt: skip
-
-
-def plain(seed: int) -> Graph:
+def set_up(server: Server, **inputs) -> None:
+    """Runs TestHardTimes: what of the server's clock and steps is changed."""
     graph = Graph()
-    graph.add("SaveLatent", samples=(extend(graph, seed), 0), filename_prefix="soak")
-    return graph
+    graph.add("TestHardTimes", **{"clock": 0, "fails_after": 0} | inputs)
+    assert server.run(graph).error is None
 
 
-def guided(seed: int) -> Graph:
+def objects(server: Server) -> Counter:
+    """Live objects of the server by type, and bytes of its tensors under "tensor bytes"."""
     graph = Graph()
-    node = extend(graph, seed, chunks=4, preset="paper fast", budget=1, guidance=3.0)
-    graph.add("SaveLatent", samples=(node, 0), filename_prefix="soak")
-    return graph
+    node = graph.add("TestLiveObjects")
+    return Counter({name: count for name, count in server.run(graph).outputs[node]["objects"][0].items()})
 
 
-def extended(seed: int) -> Graph:
-    graph = Graph()
-    begun = extend(graph, seed)
-    graph.add("SaveLatent", samples=(extend(graph, seed + 1, state=(begun, 1)), 0), filename_prefix="soak")
-    return graph
+def resident(server: Server) -> Counter:
+    """Kilobytes of the server's memory by what is mapped there."""
+    found, name = Counter(), ""
+    for line in Path(f"/proc/{server.process.pid}/smaps").read_text().splitlines():
+        words = line.split()
+        if "-" in words[0] and not words[0].endswith(":"):
+            name = Path(words[5]).name if len(words) > 5 else "anonymous"
+        elif words[0] == "Rss:":
+            found[name] += int(words[1])
+    return found
 
 
-def host_path(seed: int) -> Graph:
-    graph = Graph()
-    loaded = graph.add("UNETLoader", unet_name=NETWORK, weight_dtype="default")
-    model = graph.add("FlowCache", model=(loaded, 0), preset="balanced", history_budget=1)
-    graph.add("SaveLatent", samples=(native(graph, (model, 0), seed=seed), 0), filename_prefix="soak")
-    return graph
+@dataclass(frozen=True)
+class Held:
+    """All that is looked at to name what grows."""
 
+    usage: Usage
+    objects: Counter
+    resident: Counter
 
-def unfit(seed: int) -> Graph:
-    """A state that was made with other chunks."""
-    graph = Graph()
-    begun = extend(graph, seed)
-    node = extend(graph, seed, state=(begun, 1), frames_per_chunk=1)
-    graph.add("SaveLatent", samples=(node, 0), filename_prefix="soak")
-    return graph
+    @classmethod
+    def of(cls, server: Server) -> "Held":
+        return cls(Usage.of(server), objects(server), resident(server))
 
-
-GOOD: tuple[Callable[[int], Graph], ...] = (plain, guided, extended, host_path)
-
-
-def anew(graph: Graph, number: int) -> Graph:
-    """The same prompt in the eyes of the model, another one in those of the host's cache."""
-    for node in graph.values():
-        if node["class_type"] == "FlowCacheDemoPrompt":
-            node["inputs"]["caption"] += " " * number
-    return graph
-
-
-def latent(server: Server, outcome: Outcome) -> torch.Tensor:
-    """What a prompt saved."""
-    assert outcome.error is None, outcome.error["exception_message"]
-    (node,) = (name for name in outcome.outputs if "latents" in (outcome.outputs[name] or {}))
-    (file,) = server.saved(outcome, node)
-    return load_file(file)["latent_tensor"]
-
-
-def interrupted(server: Server, graph: Graph, after: int) -> Outcome:
-    """Runs a graph and interrupts it after so many of the server's messages."""
-    seen = 0
-
-    def count(kind: str, data) -> None:
-        nonlocal seen
-        seen += 1
-        if seen == after:
-            server.post("/interrupt", {})
-
-    return server.run(graph, on_event=count)
+    def grown(self, before: "Held") -> str:
+        """Names what there is more of than before, most first."""
+        types = (self.objects - before.objects).most_common(8)
+        places = (self.resident - before.resident).most_common(4)
+        mapped = ", ".join(f"{name} {kilobytes / 1024:+.1f} MB" for name, kilobytes in places)
+        return f"{mapped}; " + ", ".join(f"{name} {count:+}" for name, count in types)
 
 
 def check_interrupts(server: Server, times: int, seed: int = 0) -> int:
@@ -159,25 +147,14 @@ def check_interrupts(server: Server, times: int, seed: int = 0) -> int:
     return ended
 
 
-def wait_for(server: Server, prompts: list[str], seconds: float = 300) -> list[str]:
-    """How queued prompts ended: "success" or "error", in their order."""
-    deadline = time.monotonic() + seconds
-    while time.monotonic() < deadline:
-        known = server.get("/history")
-        if all(prompt in known for prompt in prompts):
-            return [known[prompt]["status"]["status_str"] for prompt in prompts]
-        time.sleep(0.2)
-    raise TimeoutError(f"{len(prompts)} prompts did not end in {seconds} s.")
-
-
-def soak(server: Server, prompts: int, seed: int = 0) -> tuple[Usage, Usage]:
+def soak(server: Server, prompts: int, seed: int = 0) -> tuple[Held, Held]:
     """Runs prompts of mixed kind. Returns what the server holds after the warm-up and at the end."""
     rng = random.Random(seed)
     expected = {make: latent(server, server.run(make(77))) for make in GOOD}
-    warm = Usage.of(server)
+    warm = Held.of(server)
     for number in range(prompts):
         if number == WARM:
-            warm = Usage.of(server)
+            warm = Held.of(server)
         chance = rng.random()
         if chance < 0.1:
             outcome = server.run(unfit(number))
@@ -193,27 +170,199 @@ def soak(server: Server, prompts: int, seed: int = 0) -> tuple[Usage, Usage]:
             )
         else:
             latent(server, server.run(rng.choice(GOOD)(100 + number)))
-    return warm, Usage.of(server)
+    return warm, Held.of(server)
+
+
+def forget_runs(server: Server) -> None:
+    shutil.rmtree(server.base / "user" / "flowcache" / "runs", ignore_errors=True)
+
+
+def chunks_told(text: str) -> int:
+    """How many chunks a line of progress says are finished."""
+    words = text.split()
+    return int(words[1]) - 1 if words[:1] == ["chunk"] and words[2] == "of" else 0
+
+
+def chunks_earlier(outcome: Outcome) -> int:
+    """Chunks that a run took from an interrupted one, by its report."""
+    texts = [text for each in outcome.outputs.values() for text in (each or {}).get("text", ())]
+    lines = [line for text in texts for line in text.splitlines()]
+    return next((int(line.split()[0]) for line in lines if "from an interrupted run" in line), 0)
+
+
+def killed(server: Server, graph: Graph, seconds: float) -> int:
+    """Kills a server so long after a run began; gives the chunks that it had told as finished."""
+    told, begun = 0, threading.Event()
+
+    def listen(kind: str, data) -> None:
+        nonlocal told
+        begun.set()
+        if kind == "binary" and data[:4] == b"\0\0\0\3":
+            size = int.from_bytes(data[4:8], "big")
+            told = max(told, chunks_told(data[8 + size :].decode()))
+
+    def kill() -> None:
+        begun.wait()
+        time.sleep(seconds)
+        server.process.kill()
+
+    threading.Thread(target=kill, daemon=True).start()
+    try:
+        server.run(graph, on_event=listen)
+    except (ConnectionError, OSError):
+        pass
+    server.process.wait()
+    return told
+
+
+def check_kills(folder: Path, times: int) -> list[int]:
+    """Kills as many servers, each a little later after its run began; the next server must go on with it to the same
+    bits, with all chunks that were told as finished.
+
+    Returns:
+        The chunks that were there after each kill.
+    """
+    server = start(folder)
+    begun = time.monotonic()
+    expected = latent(server, server.run(kept(500, resume=False)))
+    whole, earlier = time.monotonic() - begun, []
+    for number in range(times):
+        forget_runs(server)
+        told = killed(server, anew(kept(500), number), number / times * whole)
+        server = start(folder)
+        outcome = server.run(anew(kept(500), number))
+        assert torch.equal(latent(server, outcome), expected), number
+        earlier.append(chunks_earlier(outcome))
+        assert earlier[-1] >= told, f"kill {number}: {told} chunks were told as finished, {earlier[-1]} were there"
+        stream = next(name for name in outcome.outputs if "images" in (outcome.outputs[name] or {}))
+        assert len(frames_of(server.saved(outcome, stream)[0])) == 61, number
+    server.stop()
+    return earlier
+
+
+def check_clients(server: Server, prompts: int) -> int:
+    """Two clients send as many prompts each, at once; each must get its own results, right to the bit.
+
+    Returns:
+        How many results were compared.
+    """
+    expected = {make: latent(server, server.run(make(77))) for make in GOOD}
+
+    def client(number: int) -> int:
+        rng = random.Random(number)
+        for prompt in range(prompts):
+            make = rng.choice(GOOD)
+            ours = latent(server, server.run(anew(make(77), 1 + 2 * prompt + number)))
+            assert torch.equal(ours, expected[make]), (number, prompt, make.__name__)
+        return prompts
+
+    with ThreadPoolExecutor(2) as pool:
+        return sum(pool.map(client, range(2)))
+
+
+def check_clock(server: Server, jumps: int) -> int:
+    """The clock jumps by up to a year, forwards and back, in the middle of kept runs that are interrupted and go on.
+
+    Returns:
+        How many runs went on with chunks that were there.
+    """
+    rng, expected, went_on = random.Random(0), latent(server, server.run(kept(600, resume=False))), 0
+    for number in range(jumps):
+        forget_runs(server)
+        graph = anew(kept(600), number)
+        interrupted(server, graph, rng.randint(20, 140))
+        set_up(server, clock=rng.choice((-1, 1)) * rng.choice((1, DAY, 365 * DAY)))
+        outcome = server.run(graph)
+        assert torch.equal(latent(server, outcome), expected), number
+        assert not any("-" in text.split("\n")[0] for _, text in outcome.texts), "a time below zero"
+        went_on += chunks_earlier(outcome) > 0
+    set_up(server)
+    return went_on
+
+
+def check_exceptions(server: Server, times: int) -> int:
+    """A step of the network fails, at a random one; the next prompts must be right to the bit.
+
+    Returns:
+        How many runs failed.
+    """
+    rng, failed = random.Random(0), 0
+    expected = {make: latent(server, server.run(make(77))) for make in GOOD}
+    whole = latent(server, server.run(kept(700, resume=False)))
+    for number in range(times):
+        forget_runs(server)
+        graph = anew(kept(700), number)
+        set_up(server, fails_after=rng.randint(1, 60))
+        outcome = server.run(graph)
+        set_up(server)
+        make = rng.choice(GOOD)
+        assert torch.equal(latent(server, server.run(anew(make(77), 1 + number))), expected[make]), make.__name__
+        if outcome.error is not None:
+            assert "a step fails" in outcome.error["exception_message"], outcome.error["exception_message"]
+            assert torch.equal(latent(server, server.run(graph)), whole), number
+            failed += 1
+    return failed
+
+
+def tell_prompts(server: Server, prompts: int) -> None:
+    warm, end = soak(server, prompts)
+    growth = end.usage.memory / warm.usage.memory - 1
+    print(f"after prompt {WARM}: {warm.usage}\nat the end: {end.usage}\nmemory grew by {growth:.2%}")
+    print(f"more than after prompt {WARM}: {end.grown(warm)}", flush=True)
+    assert growth <= MOST_GROWTH, f"memory grew by {growth:.2%}, at most {MOST_GROWTH:.0%} is allowed"
+
+
+def tell_interrupts(server: Server, times: int) -> None:
+    ended = check_interrupts(server, times)
+    print(f"{times} interrupts, {ended} ended a run; every next prompt right to the bit", flush=True)
+
+
+def tell_clients(server: Server, prompts: int) -> None:
+    print(f"two clients: {check_clients(server, prompts)} results, each right to the bit", flush=True)
+
+
+def tell_clock(server: Server, jumps: int) -> None:
+    went_on = check_clock(server, jumps)
+    print(f"{jumps} jumps of the clock, {went_on} runs went on; every result right to the bit", flush=True)
+
+
+def tell_exceptions(server: Server, times: int) -> None:
+    failed = check_exceptions(server, times)
+    print(
+        f"{times} runs with a failing step, {failed} failed; this run and the next prompt right to the bit",
+        flush=True,
+    )
+
+
+ON_ONE_SERVER: dict[str, Callable[[Server, int], None]] = {
+    "prompts": tell_prompts,
+    "interrupts": tell_interrupts,
+    "clients": tell_clients,
+    "clock": tell_clock,
+    "exceptions": tell_exceptions,
+}
+COUNTS = {"prompts": 200, "interrupts": 100, "kills": 40, "clients": 20, "clock": 20, "exceptions": 20}
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--prompts", type=int, default=200)
-    parser.add_argument("--interrupts", type=int, default=100)
+    parser.add_argument("parts", nargs="*", choices=[[], *COUNTS], help="all of them where none is named")
+    for name, count in COUNTS.items():
+        parser.add_argument(f"--{name}", type=int, default=count, metavar="N")
     options = parser.parse_args()
-    with tempfile.TemporaryDirectory() as folder:
-        server = Server(Path(folder))
-        try:
-            prepare(server)
-            begun = time.monotonic()
-            warm, end = soak(server, options.prompts)
-            print(f"{options.prompts} prompts in {time.monotonic() - begun:.0f} s", flush=True)
-            print(f"after prompt {WARM}: {warm}\nat the end: {end}")
-            print(f"memory grew by {end.memory / warm.memory - 1:.2%}", flush=True)
-            ended = check_interrupts(server, options.interrupts)
-            print(f"{options.interrupts} interrupts, {ended} ended a run; every next prompt right to the bit")
-        finally:
-            server.stop()
+    for name in options.parts or COUNTS:
+        count, begun = getattr(options, name), time.monotonic()
+        with tempfile.TemporaryDirectory() as folder:
+            if name == "kills":
+                there = check_kills(Path(folder), count)
+                print(f"{count} kills, with {there} chunks there afterwards; every run went on to the same bits")
+            else:
+                server = start(Path(folder))
+                try:
+                    ON_ONE_SERVER[name](server, count)
+                finally:
+                    server.stop()
+        print(f"{name}: {time.monotonic() - begun:.0f} s", flush=True)
 
 
 if __name__ == "__main__":

@@ -5,7 +5,8 @@ import time
 import pytest
 import torch
 
-from tests.host.soak import GOOD, Usage, anew, check_interrupts, interrupted, latent, plain, prepare, wait_for
+from tests.helpers.host.mixed_prompts import GOOD, anew, interrupted, latent, plain, prepare, wait_for
+from tests.host.soak import Usage, check_interrupts
 
 
 @pytest.fixture(scope="module", autouse=True)

@@ -1,6 +1,9 @@
 """Nodes for the tests alone: captions of T5 v1.1 XXL's width without its 9 GB of weights, a patch that sees every step,
-a count of the guider's calls, and wrong objects."""
+a count of the guider's calls, a clock that jumps, a step that fails, a count of live objects, and wrong objects."""
 
+import gc
+import time
+from collections import Counter
 from functools import wraps
 
 import comfy.samplers
@@ -126,10 +129,52 @@ class LatentAs:
         return ({"samples": made},)
 
 
+class HardTimes:
+    """Sets the server's clock forwards or back by so many seconds, and lets a step fail after so many from now on (0:
+    none)."""
+
+    INPUT_TYPES = classmethod(lambda cls: {"required": {"clock": ("INT", {}), "fails_after": ("INT", {})}})
+    IS_CHANGED = classmethod(lambda cls, **inputs: float("nan"))
+    RETURN_TYPES = ()
+    OUTPUT_NODE = True
+    FUNCTION = "set"
+    CATEGORY = "test"
+    clocks = time.time, time.time_ns
+    fails_at = 0  # by the count of the guider's calls
+
+    def set(self, clock: int, fails_after: int):
+        seconds, nanoseconds = HardTimes.clocks
+        time.time = lambda: seconds() + clock
+        time.time_ns = lambda: nanoseconds() + clock * 10**9
+        HardTimes.fails_at = GuiderCalls.count + fails_after if fails_after else 0
+        return {}
+
+
+class LiveObjects:
+    """Counts what is alive in the server, by type, and the bytes of its tensors."""
+
+    INPUT_TYPES = classmethod(lambda cls: {"required": {}})
+    IS_CHANGED = classmethod(lambda cls: float("nan"))
+    RETURN_TYPES = ()
+    OUTPUT_NODE = True
+    FUNCTION = "tell"
+    CATEGORY = "test"
+
+    def tell(self):
+        gc.collect()
+        alive = gc.get_objects()
+        found = Counter(f"{type(each).__module__}.{type(each).__qualname__}" for each in alive)
+        tensors = [each for each in alive if type(each) in (torch.Tensor, torch.nn.Parameter)]
+        found["tensor bytes"] = sum(each.untyped_storage().nbytes() for each in tensors)
+        return {"ui": {"objects": [dict(found)]}}
+
+
 def counted(sampling_function):
     @wraps(sampling_function)
     def count(*args, **kwargs):
         GuiderCalls.count += 1
+        if GuiderCalls.count == HardTimes.fails_at:
+            raise RuntimeError("a step fails")
         return sampling_function(*args, **kwargs)
 
     return count
@@ -145,5 +190,7 @@ NODE_CLASS_MAPPINGS = {
     "TestPatched": Patched,
     "TestFrameNoise": FrameNoise,
     "TestGuiderCalls": GuiderCalls,
+    "TestHardTimes": HardTimes,
+    "TestLiveObjects": LiveObjects,
     "TestWrongObject": WrongObject,
 }
