@@ -62,6 +62,7 @@ class FinishedChunks(RunListener):
     def __post_init__(self):
         self.begun = time.perf_counter()
         self.earlier = range(0)
+        self.on_disk = 0  # chunks, with those of an interrupted run, that are there after a kill
         self.outdated = False
         self.lost = ""  # why chunks are not kept any more
         self.unkept: list[tuple[int, Pending[Tensor]]] = []  # finished chunks whose keys come with the next forward
@@ -79,9 +80,16 @@ class FinishedChunks(RunListener):
             notes.append("the limit for interrupted runs is reached: newer chunks were not kept to resume from")
         return notes
 
+    def finished(self, engine: Engine) -> int:
+        """Counts the chunks that are told as finished, with those of an interrupted run: of a run that is kept, what is
+        on disk."""
+        if self.folder is not None and not self.folder.full:
+            return self.on_disk
+        return len(self.earlier) + engine.report.chunks_done
+
     def begin(self, before: Tensor | None, earlier: range) -> None:
         """Takes the frames [B, C, T, H, W] that came before, and the chunks that an interrupted run left."""
-        self.earlier = earlier
+        self.earlier, self.on_disk = earlier, len(earlier)
         self.outdated = self.folder is not None and not earlier and self.folder.outdated()
         for part in [] if before is None else before.split(8, dim=2):
             self._take(part)
@@ -100,7 +108,7 @@ class FinishedChunks(RunListener):
         self.settle()
         self._begin_to_keep(engine)
         self.tick, self.ticks = told.tick, told.ticks
-        progress_text(describe(told, engine, self.begun, len(self.earlier)), self.node_id)
+        progress_text(describe(told, engine, self.begun, self.finished(engine), len(self.earlier)), self.node_id)
 
     def chunk(self, chunk: Chunk, engine: Engine) -> None:
         self.settle()
@@ -125,6 +133,7 @@ class FinishedChunks(RunListener):
         *before, newest = [Chunk(number, latent.on_cpu()) for number, latent in unkept]
         try:
             folder.add(newest, delta(), before)
+            self.on_disk = newest.number + 1 - self.first
         except UserError as error:
             if not self.goes_on:
                 raise

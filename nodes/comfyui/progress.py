@@ -29,19 +29,22 @@ def describe_plan(report: Report) -> str:
     return f"history: {megabytes(planned)} planned{more}"
 
 
-def describe(told: Progress, engine: Engine, begun: float, earlier: int = 0) -> str:
+def describe(told: Progress, engine: Engine, begun: float, finished: int, earlier: int = 0) -> str:
     """Writes lines on how a run goes; they fit a node's width.
 
     Args:
         begun: when, by the clock of `perf_counter`.
-        earlier: chunks that an interrupted run left.
+        finished: chunks that are told as such.
+        earlier: of those, the ones that an interrupted run left.
     """
     report, (used, total) = engine.report, engine.forward.history_bytes
-    chunks, chunk = report.schedule.chunks, min(report.chunks_done + 1, report.schedule.chunks)
+    chunks = report.schedule.chunks
+    total = earlier + chunks
+    number = min(finished + 1, total)
     spent = time.perf_counter() - begun
     whole = spent * told.ticks / told.tick  # seconds that the run will take
     lines = [
-        f"chunk {earlier + chunk} of {earlier + chunks}, {whole / chunks:.1f} s a chunk, {clock(whole - spent)} left",
+        f"chunk {number} of {total}, {whole / chunks:.1f} s a chunk, {clock(whole - spent)} left",
         f"{report.reused:.0%} reused" + (f", history {share_of(used, total)}" if total else ""),
     ]
     return "\n".join([*lines, *report.notes])

@@ -1,15 +1,9 @@
-"""The side stream, on a pretended device that does what it is given there as late as it may.
+"""The side stream, on a pretended device that does what it is given there as late as it may."""
 
-A copy on the side stream fills its target with rubbish and is done when somebody waits for it: what is read too early,
-or changed too early, shows in the result.
-"""
-
-from contextlib import contextmanager
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 
 import pytest
 import torch
-from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 
 from flowcache_core import generate
 from flowcache_core.history import streams
@@ -21,97 +15,15 @@ from flowcache_core.settings import OFF
 from flowcache_core.storage.state import State
 from tests.helpers import tiny
 from tests.helpers.histories import CASES, OF_CASES, cramped, engine, histories, latents
+from tests.helpers.late_device import RUBBISH, Device, pretend_streams
 
 CPU = torch.device("cpu")
-RUBBISH = 77
-
-
-class Late(TorchDispatchMode):
-    """Puts copies off."""
-
-    def __init__(self, stream: "Stream"):
-        super().__init__()
-        self.stream = stream
-
-    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-        if function is not torch.ops.aten.copy_.default:
-            return function(*args, **(kwargs or {}))
-        target, source = args[:2]
-        self.stream.waiting.append((target, source))
-        return target.fill_(RUBBISH)
-
-
-@dataclass
-class Device:
-    """What was asked of the pretended device, in order."""
-
-    told: list[str] = field(default_factory=list)
-    streams: list["Stream"] = field(default_factory=list)
-
-    def current_stream(self, device=None) -> "Current":
-        return Current(self)
-
-    @contextmanager
-    def stream(self, stream: "Stream"):
-        self.told.append("side begins")
-        with Late(stream):
-            yield
-
-
-@dataclass
-class Current:
-    device: Device
-
-    def wait_event(self, event: "Event") -> None:
-        self.device.told.append("current waits")
-        event.stream.catch_up()
-
-
-@dataclass
-class Stream:
-    device: Device
-    waiting: list = field(default_factory=list)
-
-    def __post_init__(self):
-        self.device.streams.append(self)
-
-    def wait_stream(self, current: Current) -> None:
-        self.device.told.append("side waits")
-
-    def record_event(self) -> "Event":
-        self.device.told.append("event")
-        return Event(self)
-
-    @torch.inference_mode()  # a device knows of no modes
-    def catch_up(self) -> None:
-        with _disable_current_modes():  # it may be waited for on the side stream itself
-            while self.waiting:
-                target, source = self.waiting.pop(0)
-                target.copy_(source)
-
-    def synchronize(self) -> None:
-        self.device.told.append("host waits")
-        self.catch_up()
-
-
-@dataclass
-class Event:
-    stream: Stream
-
-    def synchronize(self) -> None:
-        self.stream.synchronize()
 
 
 @pytest.fixture
 def device(monkeypatch) -> Device:
     """The CPU, with streams."""
-    made = Device()
-    monkeypatch.setattr(streams, "_has_streams", lambda device: True)
-    monkeypatch.setattr(streams, "_record", lambda tensors, stream: made.told.append(f"kept {len([*tensors])}"))
-    monkeypatch.setattr(torch.cuda, "Stream", lambda device: Stream(made))
-    monkeypatch.setattr(torch.cuda, "current_stream", made.current_stream)
-    monkeypatch.setattr(torch.cuda, "stream", made.stream)
-    return made
+    return pretend_streams(streams, monkeypatch.setattr)
 
 
 def test_work_waits_for_what_came_before_and_is_waited_for(device):
