@@ -1,21 +1,26 @@
 """Files from strangers: mutated files are read, and each must be taken or refused in one line.
 
-As a script: python tests/fuzz_files.py --files 10000 --seed 0
+As a script: python tests/fuzz_files.py --each 10000 --seed 0, with kinds behind it for some of them alone.
+docs/reliability.md has what it printed last.
 """
 
 import argparse
 import io
+import itertools
 import json
+import os
 import random
 import resource
+import shutil
 import signal
 import struct
 import sys
 import tempfile
 import time
+import warnings
 import zipfile
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -42,7 +47,7 @@ from flowcache_core.storage.calibrations import load_calibration, save_calibrati
 from flowcache_core.storage.run_folder import RunFolder  # noqa: E402
 from flowcache_core.storage.state import load_state, make_state, save_state  # noqa: E402
 
-SECONDS = 10  # that one file may take
+SECONDS = 5  # that one file may take
 MEMORY = 300 * 2**20  # bytes that a whole run may grow by
 TINY = WanConfig(dim=16, ffn_dim=8, num_heads=1, num_layers=1, in_dim=2, out_dim=2, text_dim=4, freq_dim=4)
 MAGI = MagiConfig(
@@ -72,22 +77,26 @@ class Kind:
         make: writes a good one into a folder and gives the path to read and the one to mutate.
         read: the reader.
         mutate: changes the bytes of a good one.
+        rearrange: puts other things into a good one's folder, instead.
     """
 
     make: Callable[[Path], tuple[Path, Path]]
     read: Callable[[Path], object]
     mutate: Callable[[bytes, random.Random], bytes]
+    rearrange: Callable[[Path, random.Random], None] | None = None
 
 
 @dataclass
 class Outcome:
     """Attributes:
     taken, refused: how many files of each kind were.
+    slowest: seconds that a file of each kind took at most.
     faults: the others: number of the file, kind, and what happened.
     """
 
     taken: Counter = field(default_factory=Counter)
     refused: Counter = field(default_factory=Counter)
+    slowest: dict[str, float] = field(default_factory=dict)
     faults: list[str] = field(default_factory=list)
 
 
@@ -177,6 +186,38 @@ def any_zip(content: bytes, rng: random.Random) -> bytes:
             inner = old.read(name)
             new.writestr(name, any_bytes(inner, rng) if name == changed else inner)
     return out.getvalue()
+
+
+def any_folder(folder: Path, rng: random.Random) -> None:
+    """Files swapped, copied, taken away, linked, or in their places folders, pipes, and links that lead nowhere."""
+    files = sorted(file for file in folder.rglob("*") if file.is_file())
+    one, other = rng.choice(files), rng.choice(files)
+    content, its = one.read_bytes(), other.read_bytes()
+    how = rng.randrange(9)
+    if how == 8:  # a number that is not its own
+        name = one.name.replace("0000", rng.choice(("9999", "0010", "-001", "000")))
+        one.rename(one.with_name(rng.choice((name, name.replace("chunk", "added"), name.replace("added", "history")))))
+        return
+    one.unlink()
+    if how == 0:
+        one.write_bytes(its)
+        other.write_bytes(content)
+    elif how == 1:
+        one.symlink_to(rng.choice((other, one, folder / "nowhere", Path("/dev/zero"))))
+    elif how == 2:
+        one.mkdir()
+    elif how == 3:
+        os.mkfifo(one)
+    elif how == 4:
+        one.write_bytes(b"")
+    elif how == 5:
+        parent, away = one.parent, folder.parent / "away"
+        one.write_bytes(content)
+        shutil.rmtree(away, ignore_errors=True)
+        parent.rename(away)
+        parent.symlink_to(away, target_is_directory=True)
+    elif how == 6:
+        one.write_bytes(any_safetensors(content, rng))
 
 
 def weights() -> dict[str, torch.Tensor]:
@@ -287,7 +328,9 @@ def make_run(folder: Path) -> tuple[Path, Path]:
         tokens = torch.arange(4 * index, 4 * index + 4, dtype=torch.int32).expand(1, 1, 1, -1)
         clean = Snapshot(keys, -keys, tokens, keys.new_empty(0))
         kept.add(Chunk(index, torch.randn(1, 2, 2, 4, 4)), SnapshotDelta({"0.0": clean}, full=index == 0))
-    return folder, kept.path / f"{'history' if folder.name == 'run' else 'chunk'}-00000.safetensors"
+    number = 1 if folder.name == "run's_addition" else 0
+    kind = {"run": "history", "run's_chunk": "chunk", "run's_addition": "added"}.get(folder.name, "history")
+    return folder, kept.path / f"{kind}-{number:05}.safetensors"
 
 
 def read_run(root: Path) -> None:
@@ -336,6 +379,8 @@ KINDS = {
     "state": Kind(make_saved_state, load_state, any_safetensors),
     "run": Kind(make_run, read_run, any_safetensors),
     "run's chunk": Kind(make_run, read_run, any_safetensors),
+    "run's addition": Kind(make_run, read_run, any_safetensors),
+    "run's folder": Kind(make_run, read_run, any_safetensors, any_folder),
     "calibration": Kind(make_calibration, read_calibration, any_index),
     "special tokens": Kind(make_tokens, SpecialTokens.from_file, any_zip),
     "special tokens with code": Kind(make_token_trap, SpecialTokens.from_file, any_zip),
@@ -362,12 +407,12 @@ class Opened:
             self.found.append(event)
 
 
-def fuzz(files: int, seed: int, folder: Path) -> Outcome:
-    """Reads so many mutated files, of each kind in turn."""
+def fuzz(each: int, seed: int, folder: Path, kinds: Sequence[str] = tuple(KINDS)) -> Outcome:
+    """Reads so many mutated files of each kind, in turn."""
     outcome, opened = Outcome(), Opened(folder)
     signal.signal(signal.SIGALRM, _too_slow)
     good = {}
-    for name, kind in KINDS.items():
+    for name, kind in ((name, KINDS[name]) for name in kinds):
         place = folder / name.replace(" ", "_")
         place.mkdir()
         read, changed = kind.make(place)
@@ -375,11 +420,16 @@ def fuzz(files: int, seed: int, folder: Path) -> Outcome:
         if "code" not in name:
             kind.read(read)
     memory = peak_memory()
-    for number in range(files):
-        name = list(KINDS)[number % len(KINDS)]
+    for number, name in itertools.product(range(each), kinds):
         kind, (path, changed, content) = KINDS[name], good[name]
-        rng = random.Random(f"{seed} {number}")
-        changed.write_bytes(kind.mutate(content, rng))
+        rng = random.Random(f"{seed} {name} {number}")
+        if kind.rearrange is None:
+            changed.write_bytes(kind.mutate(content, rng))
+        else:
+            shutil.rmtree(path)
+            path.mkdir()
+            kind.make(path)
+            kind.rearrange(path, rng)
         fault = _read(kind, path, name, outcome, opened)
         if peak_memory() - memory > MEMORY:
             fault, memory = fault or f"memory grew by {peak_memory() - memory:,} bytes", peak_memory()
@@ -390,14 +440,14 @@ def fuzz(files: int, seed: int, folder: Path) -> Outcome:
             fault = f"it opened {opened.found}"
             opened.found = []
         if fault:
-            outcome.faults.append(f"file {number} of seed {seed}, {name}: {fault}")
+            outcome.faults.append(f"{name} {number} of seed {seed}: {fault}")
     return outcome
 
 
 def _read(kind: Kind, path: Path, name: str, outcome: Outcome, opened: Opened) -> str | None:
     """Reads a file; what is wrong about how it went, if anything."""
     signal.alarm(SECONDS)
-    opened.on = True
+    opened.on, begun = True, time.perf_counter()
     try:
         kind.read(path)
         outcome.taken[name] += 1
@@ -412,6 +462,7 @@ def _read(kind: Kind, path: Path, name: str, outcome: Outcome, opened: Opened) -
     finally:
         opened.on = False
         signal.alarm(0)
+        outcome.slowest[name] = max(outcome.slowest.get(name, 0.0), time.perf_counter() - begun)
     return None
 
 
@@ -426,15 +477,19 @@ def peak_memory() -> int:
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--files", type=int, default=10_000)
+    parser.add_argument("kinds", nargs="*", choices=[[], *KINDS], help="all of them where none is named")
+    parser.add_argument("--each", type=int, default=10_000, help="files of each kind")
     parser.add_argument("--seed", type=int, default=0)
     options = parser.parse_args()
-    begun = time.perf_counter()
+    warnings.simplefilter("ignore")  # of torch, about tensors without elements
+    kinds, begun = options.kinds or list(KINDS), time.perf_counter()
     with tempfile.TemporaryDirectory() as folder:
-        outcome = fuzz(options.files, options.seed, Path(folder))
-    for name in KINDS:
-        print(f"{name}: {outcome.taken[name]} taken, {outcome.refused[name]} refused")
-    print(f"{options.files} files in {time.perf_counter() - begun:.0f} s, {len(outcome.faults)} faults")
+        outcome = fuzz(options.each, options.seed, Path(folder), kinds)
+    for name in kinds:
+        told = f"{outcome.taken[name]} taken, {outcome.refused[name]} refused, slowest {outcome.slowest[name]:.2f} s"
+        print(f"{name}: {told}")
+    files = options.each * len(kinds)
+    print(f"{files:,} files in {time.perf_counter() - begun:.0f} s, {len(outcome.faults)} faults")
     print(*outcome.faults[:50], sep="\n")
     return bool(outcome.faults)
 
