@@ -8,6 +8,7 @@ longer = generate(demo.load_network(), demo.embed_caption("a blue square"), chun
 
 from collections.abc import Callable, Sequence
 from functools import partial
+from math import prod
 from typing import NamedTuple
 
 import torch
@@ -148,6 +149,7 @@ def generate(
         text_tokens=max(text.shape[1] for text in [*texts, *(against or [])]),
         lead=lead,
         end=0 if end is None else end.shape[2],
+        beside=2 * dtype.itemsize * prod(shape) * chunks,  # by chunk, and joined
         loaded=None if state is None else state.by_branch,
         on_progress=output.progress,
         cancelled=cancelled,

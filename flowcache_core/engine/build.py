@@ -3,6 +3,7 @@
 from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
+from math import prod
 from typing import Any, Literal
 
 import torch
@@ -10,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..history.cache import Attention
-from ..history.plan import MemoryPlan, plan_memory
+from ..history.plan import MemoryPlan, plan_memory, window_bytes
 from ..history.positions import RotaryTables
 from ..history.room import check_room, placed
 from ..history.snapshot import Snapshot
@@ -48,6 +49,7 @@ class RunSettings:
             it is not stored.
         attention: over the history.
         loaded: clean history of an earlier run, by branch.
+        beside: bytes of latents that the caller will hold in the end, which count as the run's.
         grain: fresh unit noise for a tick of the frames that a joint window begins with.
         on_progress, cancelled: as for `Engine`.
         label: of the settings, for the report.
@@ -70,6 +72,7 @@ class RunSettings:
     last_frames: int = 0
     attention: Attention = F.scaled_dot_product_attention
     loaded: Mapping[Hashable, Snapshot] | None = None
+    beside: int = 0
     grain: Callable[[int], Tensor] | None = None
     on_progress: Callable[[Progress], None] = lambda progress: None
     cancelled: Callable[[], bool] = lambda: False
@@ -87,20 +90,21 @@ def build_engine(run: RunSettings, make: Callable[..., CausalForward] = CausalFo
     report.notes += idle_notes(settings.reuse, schedule)
     forward: Forward
     if run.seeing == "joint":
+        check_room(_window_bytes(run, schedule.total_chunks), run.device)
         first, start = run.sampling.sigmas[0], run.sampling.start
         forward = JointForward(
             run.backbone, run.guidance, report, schedule, first, start, run.grain,
             tables=_tables(run), **_shared(run, report),
         )  # fmt: skip
     elif run.seeing == "rolling":
-        forward = RollingForward(
-            run.backbone, run.guidance, report, run.shape[2], tables=_tables(run), **_shared(run, report)
-        )
         batch, _, frames, *size = run.shape
         sizes, grid = run.backbone.sizes, run.backbone.grid(*size)
         a_branch = rolling_bytes(sizes, grid, schedule, frames, batch, run.dtype.itemsize)
         report.history_bytes_planned = run.branches * a_branch
-        check_room(report.history_bytes_planned, run.device)
+        check_room(report.history_bytes_planned + _window_bytes(run, schedule.max_active), run.device)
+        forward = RollingForward(
+            run.backbone, run.guidance, report, run.shape[2], tables=_tables(run), **_shared(run, report)
+        )
     else:
         forward = causal_forward(run, policy, report, make)
     return Engine(forward, schedule, policy, settings.between, run.sampling, run.on_progress, run.cancelled)
@@ -114,7 +118,7 @@ def causal_forward(
     Raises:
         UserError: there is less memory than that.
     """
-    plan = placed(plan_run(run, policy), run.device)
+    plan = placed(plan_run(run, policy), run.device, run.beside)
     return make(
         run.backbone,
         run.guidance,
@@ -128,6 +132,14 @@ def causal_forward(
         order=run.settings.between.order_for(policy, run.schedule.steps),
         **_shared(run, report),
     )
+
+
+def _window_bytes(run: RunSettings, chunks: int) -> int:
+    """What a window of so many chunks takes, with the frames that are given beside them and the latents in the end."""
+    batch, channels, chunk_frames, *size = run.shape
+    frames, sizes = chunks * chunk_frames + run.lead + run.end, replace(run.backbone.sizes, text_tokens=run.text_tokens)
+    forward = window_bytes(sizes, run.backbone.grid(*size), frames, run.branches * batch, run.dtype.itemsize)
+    return forward + batch * channels * frames * prod(size) * run.dtype.itemsize + run.beside
 
 
 def _tables(run: RunSettings) -> RotaryTables:

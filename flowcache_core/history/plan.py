@@ -233,6 +233,22 @@ class MemoryPlan:
         return self.history_bytes + self.activation_bytes + self.context_bytes + self.table_bytes
 
 
+def window_bytes(network: NetworkSizes, grid: tuple[int, int], frames: int, rows: int, itemsize: int) -> int:
+    """Works out what a forward takes whose chunks go through the network as one window: activations at their peak,
+    texts' keys and values, and the rotary table.
+
+    Args:
+        network: its sizes.
+        grid: rows and columns of tokens of a frame.
+        frames: of the window, given ones included.
+        rows: videos, times branches of guidance.
+        itemsize: bytes of a number.
+    """
+    tokens = grid[0] * grid[1] * frames
+    numbers = tokens * (network.dim + network.inside) + network.text_width * network.text_tokens
+    return rows * numbers * itemsize + tokens * network.head_dim // 2 * 4 * 4
+
+
 FORWARD_TOKENS = 4096  # of several chunks that go through a product at once: enough to keep a device busy
 
 

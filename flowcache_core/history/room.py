@@ -33,13 +33,16 @@ def check_room(needed: int, device: torch.device) -> None:
         )
 
 
-def placed(plan: MemoryPlan, device: torch.device) -> MemoryPlan:
+def placed(plan: MemoryPlan, device: torch.device, beside: int = 0) -> MemoryPlan:
     """Gives the plan with as many chunks of history in system memory, oldest first, as the device has no room for.
+
+    Args:
+        beside: bytes that the run's caller will hold as well.
 
     Raises:
         UserError: device and system have less together.
     """
-    check_room(plan.bytes, device)
+    check_room(plan.bytes + beside, device)
     free = free_memory(device)
     if free is None or plan.away:
         return plan

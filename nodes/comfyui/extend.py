@@ -3,6 +3,7 @@
 from collections.abc import Callable, Sequence
 from contextlib import closing, nullcontext, suppress
 from dataclasses import dataclass, field
+from math import prod
 
 import comfy.model_patcher
 import comfy.samplers
@@ -163,7 +164,7 @@ def extend(model: comfy.model_patcher.ModelPatcher, asked: Extension, how: Sampl
     )
 
     def sample(finished: FinishedChunks, earlier: State | None) -> None:
-        sampler.chunks = asked.chunks - finished.count
+        sampler.chunks, sampler.beside = asked.chunks - finished.count, latents_held(layout, asked.stream)
         if earlier is not None:
             sampler.state, sampler.prefix = earlier, None
         sampler.listener = finished
@@ -264,6 +265,14 @@ def run_guider(model, asked: Extension, sampler, levels: list[float], shape, tic
     guider.sample(
         noise, torch.zeros_like(noise), sampler, sigmas, callback=callback, disable_pbar=True, seed=asked.seed
     )
+
+
+def latents_held(layout: Layout, stream: StreamSettings | None) -> int:
+    """Works out the bytes of the latents that an extension holds in the end: by chunk, joined, and in the host's space;
+    of a stream that keeps none, those of a chunk."""
+    frames = layout.frames if stream is None or stream.keep_latents else layout.shape[2]
+    batch, channels, _, *size = layout.shape
+    return 3 * 4 * batch * channels * frames * prod(size)
 
 
 def chunk_shape(model: comfy.model_patcher.ModelPatcher, asked: Extension, chunk_frames: int) -> list[int]:

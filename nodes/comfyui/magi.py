@@ -35,7 +35,7 @@ from ...flowcache_core.storage.state import State
 from . import patch as host
 from .captions import ChunkCaptions, embedding_of
 from .checks import adapt_others, check_finite
-from .extend import Extended, Extension, Layout, carry_out, chunk_shape, kept_run, run_guider
+from .extend import Extended, Extension, Layout, carry_out, chunk_shape, kept_run, latents_held, run_guider
 from .finished import FinishedChunks
 from .guider import FUNCTIONS, WRAPPERS, fitted, host_attention
 from .listener import RunListener
@@ -89,6 +89,7 @@ class MagiSampler(host.ChunkSampler):
         schedule, sampling, seed: of the run.
         given: latent frames [B, C, T, H, W] before the generated ones, in the network's space, or None.
         loaded: the clean history of an earlier run that holds them, or None.
+        beside: bytes of latents that the caller will hold in the end.
         listener: is told of the run.
     """
 
@@ -97,6 +98,7 @@ class MagiSampler(host.ChunkSampler):
     seed: int
     given: Tensor | None
     loaded: Snapshot | None
+    beside: int
     listener: RunListener
     chunk_frames: int = CHUNK_FRAMES
 
@@ -139,6 +141,7 @@ class MagiSampler(host.ChunkSampler):
             given=None if self.given is None else self.given.to(noise),
             attention=attention,
             loaded=self.loaded,
+            beside=self.beside,
             on_progress=progress,
             cancelled=interrupted,
         )
@@ -186,6 +189,8 @@ def extend(model: comfy.model_patcher.ModelPatcher, asked: Extension, steps: int
     )
     magi_settings(settings, sampling, schedule)  # refuses what cannot be run
 
+    layout = Layout(shape, before, schedule, schedule.total_chunks * CHUNK_FRAMES, inside)
+
     def sample(finished: FinishedChunks, earlier: State | None) -> None:
         begun, left = state, schedule
         if earlier is not None:
@@ -197,13 +202,13 @@ def extend(model: comfy.model_patcher.ModelPatcher, asked: Extension, steps: int
             seed=asked.seed,
             given=given,
             loaded=None if begun is None else begun.by_branch.get(SHARED),
+            beside=latents_held(layout, asked.stream),
             listener=finished,
         )
         run_guider(model, asked, sampler, sigmas(steps), shape, left.ticks)
 
     how = (steps, sampling, model.model.special_tokens)
     kept = kept_run(model, name, asked, shape, schedule.prefix, CHUNK_FRAMES, 0, *how)
-    layout = Layout(shape, before, schedule, schedule.total_chunks * CHUNK_FRAMES, inside)
     return carry_out(model, name, asked, layout, kept, sample)
 
 

@@ -42,6 +42,7 @@ class ARSampler(host.ChunkSampler):
         end: such a latent that comes after them; not for "rolling".
         condition: noise level that the prefix is shown at.
         state: an earlier run's state to go on from; for "causal".
+        beside: bytes of latents that the caller will hold in the end.
         chunks: how many to generate from a noise of a single chunk, each with its own noise of the run's seed; what is
             returned is then the last one. 0: as many as the noise holds behind the start image of ARVideoI2V if there
             is one, the last of which may be short; all frames are returned.
@@ -57,6 +58,7 @@ class ARSampler(host.ChunkSampler):
     end: Tensor | None = None
     condition: float = 0.0
     state: State | None = None
+    beside: int = 0
     chunks: int = 0
     listener: RunListener = field(default_factory=RunListener)
 
@@ -208,6 +210,7 @@ class SamplerCall:
             end=0 if end is None else end.shape[2],
             last_frames=self.cut.last_frames,
             attention=guidance.attention,
+            beside=sampler.beside,
             loaded=sampler.state.by_branch if sampler.state else None,
             grain=None if prefix is None else partial(self._grain, prefix),
             on_progress=lambda told: self._progress(told, engine),

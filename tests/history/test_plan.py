@@ -9,14 +9,19 @@ from itertools import product
 import pytest
 import torch
 
+from flowcache_core import generate
 from flowcache_core.engine.guidance import classifier_free
+from flowcache_core.engine.joint import JointForward
 from flowcache_core.engine.loop import Engine
+from flowcache_core.engine.rolling import RollingForward
 from flowcache_core.errors import UserError
 from flowcache_core.history import room
 from flowcache_core.history.cache import History
+from flowcache_core.history.plan import window_bytes
+from flowcache_core.lab.meter import Meter
 from flowcache_core.models.magi.forward import MagiForward, MagiSampling
 from flowcache_core.models.presets import PRESETS
-from flowcache_core.models.wan import WanBackbone
+from flowcache_core.models.wan import WanBackbone, WanConfig, WanNetwork
 from flowcache_core.schedule import ChunkSchedule, Given
 from flowcache_core.settings import OFF, Compression, Drift, Fixed, HistorySettings, Off, Settings
 from flowcache_core.solvers.noise_levels import magi
@@ -177,13 +182,48 @@ def test_texts_of_chunks_that_are_never_active_together_take_no_memory():
 def test_a_run_that_cannot_fit_is_refused_before_anything_is_allocated(monkeypatch):
     monkeypatch.setattr(room, "system_memory", lambda: 2**10)
     monkeypatch.setattr(History, "__init__", lambda *args: pytest.fail("it was allocated"))
-    monkeypatch.setattr(MagiForward, "__init__", lambda *args, **more: pytest.fail("it was allocated"))
+    for forward in (MagiForward, JointForward, RollingForward):
+        monkeypatch.setattr(forward, "__init__", lambda *args, **more: pytest.fail("it was allocated"))
     for make in (
         lambda: wan_engine(ChunkSchedule(8, 4, 4), OFF),
         lambda: magi_run("base"),
+        lambda: wan_engine(ChunkSchedule(8, 4, 4), OFF, seeing="joint"),
+        lambda: wan_engine(ChunkSchedule(8, 4, 1), OFF, seeing="rolling"),
     ):
         with pytest.raises(UserError, match=r"takes [\d.,]+ GiB beside the model, and this machine has 0.0 GiB"):
             make()
+
+
+def test_latents_that_are_kept_count_as_well(monkeypatch, backbone):
+    """Of a bounded history, which alone would fit whatever the length."""
+    settings = replace(OFF, history=HistorySettings(2))
+    plan = wan_engine(ChunkSchedule(4, 4, 4), settings).forward.plan
+    monkeypatch.setattr(room, "system_memory", lambda: 2 * plan.bytes)
+    monkeypatch.setattr(History, "__init__", lambda *args: pytest.fail("it was allocated"))
+    with pytest.raises(UserError, match="fewer frames a chunk or fewer chunks"):
+        generate(backbone, words(0), 20_000, steps=4, lag=4, settings=settings, frames_per_chunk=1, latent_size=SIZE)
+
+
+@pytest.mark.parametrize("lag", [0, 2])
+def test_a_windows_planned_bytes_are_those_that_it_takes(lag):
+    """A 1.3B's width, of which the first layers take as much as all."""
+    config, meter, chunks = WanConfig(dim=1536, ffn_dim=8960, num_heads=12, num_layers=1), Meter(), 4
+
+    def empty(*shape: int) -> torch.Tensor:
+        return torch.empty(shape, device="meta", dtype=torch.bfloat16)
+
+    with torch.device("meta"):
+        network = WanNetwork(config).to(torch.bfloat16)
+    network.requires_grad_(False)
+    backbone, caption = WanBackbone(network, attention=meter.attention), empty(1, 512, config.text_dim)
+    with meter:
+        engine = build(
+            backbone, ChunkSchedule(chunks, 2, lag), classifier_free(caption, caption, 3.0), magi(2),
+            lambda chunk: empty(1, 16, 3, 60, 104), seeing="joint", attention=meter.attention,
+        )  # fmt: skip
+        list(engine.run())
+    planned = window_bytes(replace(backbone.sizes, text_tokens=512), (30, 52), 3 * chunks, 2, 2)
+    assert 1.0 <= planned / meter.peak <= 1.15
 
 
 def test_the_memory_of_this_machine_is_known():

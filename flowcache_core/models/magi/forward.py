@@ -448,6 +448,7 @@ def magi_engine(
     given: Tensor | None = None,
     attention: Attention = grouped_attention,
     loaded: Snapshot | None = None,
+    beside: int = 0,
     on_progress: Callable[[Progress], None] = lambda progress: None,
     cancelled: Callable[[], bool] = lambda: False,
 ) -> Engine:
@@ -458,6 +459,7 @@ def magi_engine(
         start: gives a chunk's noise [B, C, 6, H, W] from its number.
         shape: of a chunk.
         given: latent frames [B, C, T, H, W] before the first generated one, as `magi_schedule` was told.
+        beside: as for `engine.build.RunSettings`.
         on_progress, cancelled: as for `Engine`.
 
     Raises:
@@ -472,9 +474,8 @@ def magi_engine(
     settings = magi_settings(settings, sampling, schedule)
     policy, report = settings.reuse.policy(schedule), Report(schedule)
     report.notes += idle_notes(settings.reuse, schedule)
-    plan = placed(
-        magi_plan(backbone.config, schedule, settings, sampling, shape, backbone.network.dtype.itemsize), device
-    )
+    plan = magi_plan(backbone.config, schedule, settings, sampling, shape, backbone.network.dtype.itemsize)
+    plan = placed(plan, device, beside)
 
     check = partial(check_cancelled, cancelled, report)
     forward = MagiForward(
