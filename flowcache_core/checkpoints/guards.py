@@ -11,10 +11,9 @@ from torch import Tensor
 from ..errors import UserError
 from ..storage.files import check_regular
 
-LARGEST_JSON = 2**26  # bytes
 LARGEST_PICKLE = 2**26  # bytes
 MOST_OPCODES = 2**21  # of a pickle; ten thousand tensors take some 400,000
-MOST_ENTRIES = 2**18  # of a zip
+MOST_TENSORS = 2**16  # of a file; large models have some thousands
 
 
 def check_kind(path: Path) -> None:
@@ -23,21 +22,6 @@ def check_kind(path: Path) -> None:
         check_regular(path)
     except OSError as error:
         raise UserError(f"Cannot read {path} ({error.strerror or error}); give the weights' file.") from error
-
-
-def read_json_text(path: Path) -> str:
-    """Reads the text of a JSON file.
-
-    Raises:
-        ValueError: no regular file, no text, or too large.
-    """
-    try:
-        check_regular(path)
-    except OSError as error:
-        raise ValueError(error) from error
-    if path.stat().st_size > LARGEST_JSON:
-        raise ValueError(f"{path.stat().st_size:,} bytes, expected at most {LARGEST_JSON:,}")
-    return path.read_text()
 
 
 def check_pickle(path: Path) -> None:
@@ -50,13 +34,21 @@ def check_pickle(path: Path) -> None:
     with zipfile.ZipFile(path) as file:
         entries = file.infolist()
         pickles = [entry for entry in entries if entry.filename.split("/")[-1] == "data.pkl"]
-        if len(pickles) != 1 or len(entries) > MOST_ENTRIES:
+        if len(pickles) != 1 or len(entries) > MOST_TENSORS:
             raise ValueError(f"it has {len(entries):,} entries, {len(pickles)} of them data.pkl")
         if pickles[0].compress_type != zipfile.ZIP_STORED or pickles[0].file_size > LARGEST_PICKLE:
             raise ValueError(f"its pickle is packed, or its {pickles[0].file_size:,} bytes are too many")
         content = file.read(pickles[0])
     if next(islice(pickletools.genops(content), MOST_OPCODES, None), None) is not None:
         raise ValueError(f"its pickle has more than {MOST_OPCODES:,} opcodes")
+
+
+def check_count(path: Path, tensors: int) -> None:
+    """Raises UserError where a file names more tensors than any model has."""
+    if tensors > MOST_TENSORS:
+        raise UserError(
+            f"{path.name} names {tensors:,} tensors, expected at most {MOST_TENSORS:,}; give a model's file."
+        )
 
 
 def check_claims(path: Path, tensors: Mapping[str, Tensor]) -> None:

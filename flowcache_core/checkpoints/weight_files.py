@@ -20,8 +20,8 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from ..errors import UserError, first_line
-from ..storage.files import parse_json, write_whole
-from .guards import check_claims, check_kind, check_pickle, read_json_text
+from ..storage.files import LARGEST_HEADER, parse_json, read_json_text, write_whole
+from .guards import check_claims, check_count, check_kind, check_pickle
 
 Progress = Callable[[int, int], None]  # bytes written, bytes in all
 
@@ -41,7 +41,6 @@ ZSTD = ("compression.zstd", "zstandard")  # the one of Python 3.14, or the packa
 
 SHARD = re.compile(r"(.+)-\d{5}-of-(\d{5})(\.\w+)")
 LONGEST_NAME = 200  # of a shard's file
-LONGEST_HEADER = 100_000_000  # bytes; the safetensors library's own limit
 
 
 @dataclass(frozen=True)
@@ -248,7 +247,7 @@ def _checked_header(path: Path, start: bytes, size: int) -> dict:
         b"<": "a web page, not weights; download the file itself",
     }
     length = int.from_bytes(start[:8], "little")
-    begins_well = start[8:9] == b"{" and 2 <= length <= LONGEST_HEADER  # a length's first byte may be any magic's
+    begins_well = start[8:9] == b"{" and 2 <= length <= LARGEST_HEADER  # a length's first byte may be any magic's
     for magic, kind in kinds.items():
         if start.startswith(magic) and not begins_well:
             raise UserError(f"{path.name} is {kind} (expected safetensors).")
@@ -271,6 +270,7 @@ def _checked_header(path: Path, start: bytes, size: int) -> dict:
             raise UserError(f"{path.name} has a broken safetensors header; download it again.") from error
     if expected > size:
         raise UserError(short.format(expected))
+    check_count(path, len(header))
     return header
 
 
@@ -362,6 +362,7 @@ def _open_torch(path: Path, use_ema: bool, mapped: bool) -> WeightFile:
     if not tensors:
         entries = ", ".join(map(str, list(content)[:4])) or "nothing"
         raise UserError(f"{path.name} holds {entries}, expected named tensors; give a checkpoint's file.")
+    check_count(path, len(tensors))
     if mapped:
         check_claims(path, tensors)
     return WeightFile(tensors, {}, path.stat().st_size, wrapper)

@@ -4,7 +4,7 @@ from pathlib import Path
 
 from ..errors import UserError
 from ..reuse.calibration import Calibration, parse_calibration, write_calibration
-from .files import check_regular, write_whole
+from .files import read_json_text, write_whole
 
 SHIPPED = Path(__file__).parents[1] / "demo" / "network.flowcache.json"
 
@@ -32,7 +32,6 @@ def load_calibration(path: Path) -> Calibration:
         UserError: no such file, or no sound calibration.
     """
     try:
-        check_regular(path)
-        return parse_calibration(path.read_text())
+        return parse_calibration(read_json_text(path))
     except (OSError, ValueError) as error:
         raise UserError(f"{path.name} is no calibration of FlowCache ({error}); calibrate the model again.") from error

@@ -15,6 +15,9 @@ from torch import Tensor
 
 from ..errors import UserError, first_line
 
+LARGEST_JSON = 2**26  # bytes of a file
+LARGEST_HEADER = 2**25  # bytes of a safetensors header: 65,536 tensors take some 10 MB
+
 
 def check_writable(path: Path | str) -> None:
     """Raises UserError where `path` could not be written later on; changes nothing on the disk."""
@@ -34,6 +37,30 @@ def check_regular(path: Path | str, follow: bool = True) -> None:
     """
     if not stat.S_ISREG(os.stat(path, follow_symlinks=follow).st_mode):
         raise OSError(f"{Path(path).name} is no regular file")
+
+
+def check_header(path: Path | str, follow: bool = True) -> None:
+    """Raises OSError where `path` is no regular file, or its safetensors header is longer than any that is written."""
+    check_regular(path, follow)
+    with open(path, "rb") as file:
+        length = int.from_bytes(file.read(8), "little")
+    if length > LARGEST_HEADER:
+        raise OSError(f"a header of {length:,} bytes, expected at most {LARGEST_HEADER:,}")
+
+
+def read_json_text(path: Path) -> str:
+    """Reads the text of a JSON file.
+
+    Raises:
+        ValueError: no regular file, no text, or too large.
+    """
+    try:
+        check_regular(path)
+    except OSError as error:
+        raise ValueError(error) from error
+    if path.stat().st_size > LARGEST_JSON:
+        raise ValueError(f"{path.stat().st_size:,} bytes, expected at most {LARGEST_JSON:,}")
+    return path.read_text()
 
 
 def checksum(tensors: Mapping[str, Tensor]) -> str:

@@ -33,7 +33,7 @@ from torch import Tensor
 from ..engine.loop import Chunk
 from ..errors import UserError
 from ..history.snapshot import Snapshot, SnapshotDelta
-from .files import check_regular, checksum, parse_json, write_whole
+from .files import check_header, checksum, parse_json, write_whole
 from .state import State, load_state, make_state, save_state, state_metadata
 
 FORMAT = "flowcache-run-3"  # runs of version 0.1.0 say none
@@ -105,7 +105,7 @@ class RunFolder:
         again = f"delete the folder {self.path.name} in flowcache/runs to start anew"
         file = self._file("chunk", chunk)
         try:
-            check_regular(file, follow=False)
+            check_header(file, follow=False)
             with safe_open(file, "pt") as opened:
                 latent, told = opened.get_tensor("latent"), opened.metadata() or {}
         except (SafetensorError, OSError) as error:

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from ..errors import UserError
 from ..history.snapshot import Snapshot
-from .files import check_regular, checksum, parse_json, write_whole
+from .files import check_header, checksum, parse_json, write_whole
 
 FORMAT = "flowcache-state-1"
 PARTS = Snapshot._fields
@@ -110,7 +110,7 @@ def save_state(state: State, path: Path | str, **more: str) -> None:
 def state_metadata(path: Path | str) -> dict[str, str]:
     """Reads what a state's file says of itself; nothing where it cannot be read."""
     with suppress(SafetensorError, OSError):
-        check_regular(path)
+        check_header(path)
         with safe_open(path, "pt") as file:
             return file.metadata() or {}
     return {}
@@ -124,7 +124,7 @@ def load_state(path: Path | str) -> State:
     """
     name = Path(path).name
     try:
-        check_regular(path)
+        check_header(path)
         with safe_open(path, "pt") as file:
             metadata = file.metadata() or {}
             if metadata.get("format") != FORMAT:

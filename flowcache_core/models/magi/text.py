@@ -12,6 +12,7 @@ import html.entities
 import re
 import unicodedata
 import urllib.parse
+import zipfile
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from html.parser import HTMLParser
@@ -22,11 +23,13 @@ import torch
 from torch import Tensor
 
 from ...errors import UserError
+from ...storage.files import check_regular
 from .network import MagiText
 from .sampling import NULL_TOKENS
 
 CAPTION_TOKENS = 800  # the most that the network reads, special tokens included
 TOKEN_PREFIX = "special_tokens."  # of the arrays' names in a converted checkpoint
+MOST_ARRAYS, LARGEST_ARRAY = 64, 2**24  # bytes; upstream's are three, of 160 kB at most
 ARRAYS = ("caption_token", "logo_token", "other_tokens")
 
 # Row of each token in `other_tokens`. Tokens are put in front in this order, so the last asked for comes first.
@@ -56,6 +59,7 @@ class SpecialTokens:
             UserError: not that file.
         """
         try:
+            _check_sizes(Path(path))
             with np.load(path, allow_pickle=False) as arrays:
                 found = [torch.from_numpy(arrays[name]) for name in ARRAYS]
         except Exception as error:  # numpy and zipfile raise many kinds for what they will not read
@@ -94,6 +98,16 @@ class SpecialTokens:
                 f"The special tokens of {source} are {shapes}, expected [1, w], [1, w] and [{rows} or more, w]."
             )
         return cls(caption, logo, other)
+
+
+def _check_sizes(path: Path) -> None:
+    """Raises ValueError for an npz that holds more than special tokens."""
+    check_regular(path)
+    with zipfile.ZipFile(path) as file:
+        entries = file.infolist()
+    largest = max((entry.file_size for entry in entries), default=0)
+    if len(entries) > MOST_ARRAYS or largest > LARGEST_ARRAY:
+        raise ValueError(f"{len(entries):,} arrays, of up to {largest:,} bytes")
 
 
 def caption_text(

@@ -85,9 +85,10 @@ class MagiVaeConfig:
                 raise UserError(f"The autoencoder's config.json has {name} = {value}; only {expected} is supported.")
         found = {name: sizes.get(theirs, usual) for name, (theirs, usual, _) in SIZES.items()}
         for name, value in found.items():
-            numbers, largest = (int, float) if name == "mlp_ratio" else (int,), SIZES[name][2]
+            theirs, _, largest = SIZES[name]
+            numbers = (int, float) if name == "mlp_ratio" else (int,)
             if type(value) not in numbers or not 0 < value <= largest:
-                raise UserError(f"The autoencoder's config.json has {name} = {value!r}, expected 1 to {largest}.")
+                raise UserError(f"The autoencoder's config.json has {theirs} = {value!r:.40}, expected 1 to {largest}.")
         config = cls(**found, qkv_bias=sizes.get("qkv_bias", False), norm_in_heads=sizes.get("ln_in_attn", False))
         if config.width % config.heads:
             raise UserError(f"The autoencoder's config.json has {config.heads} heads for a width of {config.width}.")
