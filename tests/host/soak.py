@@ -83,7 +83,7 @@ def start(base: Path) -> Server:
 def set_up(server: Server, **inputs) -> None:
     """Runs TestHardTimes: what of the server's clock and steps is changed."""
     graph = Graph()
-    graph.add("TestHardTimes", **{"clock": 0, "fails_after": 0} | inputs)
+    graph.add("TestHardTimes", **inputs)
     assert server.run(graph).error is None
 
 

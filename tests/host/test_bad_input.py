@@ -5,8 +5,9 @@ import torch
 from safetensors.torch import save_file
 
 from tests.helpers.host.comfy_server import Refused
-from tests.helpers.host.graph import SMALL, Graph, fails, random_network, write_network
-from tests.host.test_extend import extend
+from tests.helpers.host.graph import SMALL, Graph, fails, native, random_network, write_network
+from tests.host.soak import Usage
+from tests.host.test_extend import extend, flowcache
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -68,6 +69,23 @@ def test_weights_that_are_not_finite(server):
         "FlowCacheLoadARVideoModel", model_name="nan.safetensors", family="causal", weight_type="default"
     )
     assert "chunk 0" in fails(server, graph, extend(graph, model=(loaded, 0)))
+
+
+@pytest.mark.parametrize(
+    ("budget", "asked"),
+    [
+        (0, {"chunks": 10_000, "width": 1024, "height": 1024}),  # its history alone
+        (2, {"chunks": 10_000, "frames_per_chunk": 64, "width": 256, "height": 256}),  # its latents
+        (0, {"chunks": 10_000, "width": 1024, "height": 1024, "lag": 0, "attention": "joint"}),  # one window
+    ],
+)
+def test_a_size_that_cannot_fit_is_refused_before_anything_is_allocated(server, budget, asked):
+    graph = Graph()
+    before = Usage.of(server).memory
+    node = extend(graph, model=flowcache(graph, preset="off", history_budget=budget), **asked)
+    words = fails(server, graph, node)
+    assert "GiB beside the model, and this machine has" in words and "fewer chunks" in words
+    assert Usage.of(server).memory < before + 2**27
 
 
 def test_a_state_of_another_model(server):

@@ -1,5 +1,6 @@
 """Long runs in the real host: video written meanwhile, prompts over time, going on after an interrupt or a kill."""
 
+import errno
 import io
 import json
 import shutil
@@ -19,6 +20,7 @@ from flowcache_core.storage.state import load_state, save_state
 from tests.helpers.host.comfy_server import Refused, Server
 from tests.helpers.host.graph import Graph, fails, random_network, sample, write_network
 from tests.helpers.host.videos import frames_of
+from tests.host.soak import set_up
 from tests.host.test_extend import extend, flowcache
 
 
@@ -77,6 +79,27 @@ def test_workflow_settings_and_report_are_in_the_video(server):
     assert (
         told["flowcache"]["settings"] == "FlowCache high, history budget 1 chunks" and told["flowcache"]["chunks"] == 2
     )
+
+
+@pytest.mark.parametrize("refused", [errno.ENOSPC, errno.EACCES], ids=["full disk", "held open by a player"])
+def test_a_video_that_cannot_be_written_anew_costs_nothing_else(server, refused):
+    """It needs its space twice, and Windows replaces no file that is open."""
+    graph = Graph()
+    _, _, node = streamed(graph, seed=73)
+    saves = [graph.add("SaveLatent", samples=(node, 0), filename_prefix="s")]
+    saves += [graph.add("FlowCacheSaveState", state=(node, 1), filename_prefix="s")]
+    set_up(server, refused=refused)
+    try:
+        outcome = server.run(graph)
+    finally:
+        set_up(server)
+    assert outcome.error is None, outcome.error["exception_message"]
+    latent, state = (server.saved(outcome, save)[0] for save in saves)
+    assert load_file(latent)["latent_tensor"].shape[2] == load_state(state).frames == 4
+    (video,) = server.saved(outcome, node)
+    assert len(frames_of(video)) == 13 and [file.name for file in video.parent.glob(f".{video.stem}*")] == []
+    (report,) = (out["text"][0] for out in outcome.outputs.values() if "text" in out and "chunks" in out["text"][0])
+    assert f"plays, but has its index behind and no report inside: Cannot write {video}" in report
 
 
 def test_finished_chunks_are_shown_decoded(server):

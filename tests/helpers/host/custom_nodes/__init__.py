@@ -2,6 +2,7 @@
 a count of the guider's calls, a clock that jumps, a step that fails, a count of live objects, and wrong objects."""
 
 import gc
+import os
 import time
 from collections import Counter
 from functools import wraps
@@ -130,22 +131,32 @@ class LatentAs:
 
 
 class HardTimes:
-    """Sets the server's clock forwards or back by so many seconds, and lets a step fail after so many from now on (0:
-    none)."""
+    """Sets the server's clock forwards or back by so many seconds, lets a step fail after so many from now on (0:
+    none), and refuses to put a new video in the place of another with an error of that number (0: does it)."""
 
-    INPUT_TYPES = classmethod(lambda cls: {"required": {"clock": ("INT", {}), "fails_after": ("INT", {})}})
+    INPUT_TYPES = classmethod(
+        lambda cls: {"optional": {name: ("INT", {"default": 0}) for name in ("clock", "fails_after", "refused")}}
+    )
     IS_CHANGED = classmethod(lambda cls, **inputs: float("nan"))
     RETURN_TYPES = ()
     OUTPUT_NODE = True
     FUNCTION = "set"
     CATEGORY = "test"
     clocks = time.time, time.time_ns
+    replace = os.replace
     fails_at = 0  # by the count of the guider's calls
 
-    def set(self, clock: int, fails_after: int):
+    def set(self, clock: int = 0, fails_after: int = 0, refused: int = 0):
         seconds, nanoseconds = HardTimes.clocks
         time.time = lambda: seconds() + clock
         time.time_ns = lambda: nanoseconds() + clock * 10**9
+
+        def replace(source, target):
+            if refused and str(target).endswith(".mp4"):
+                raise OSError(refused, os.strerror(refused))
+            HardTimes.replace(source, target)
+
+        os.replace = replace
         HardTimes.fails_at = GuiderCalls.count + fails_after if fails_after else 0
         return {}
 
