@@ -13,7 +13,7 @@ import warnings
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
-from pathlib import Path
+from pathlib import Path, PurePosixPath, PureWindowsPath
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -291,7 +291,7 @@ def _open_shards(index: Path, use_ema: bool, mapped: bool) -> WeightFile:
     metadata: dict[str, str] = {}
     size = 0
     for name in shards:
-        if not isinstance(name, str) or Path(name).name != name or len(name) > LONGEST_NAME:
+        if not isinstance(name, str) or not _is_plain(name) or len(name) > LONGEST_NAME:
             raise UserError(
                 f"{index.name} names the shard {name!r}, expected a file beside it; download the index again."
             )
@@ -311,6 +311,11 @@ def _open_shards(index: Path, use_ema: bool, mapped: bool) -> WeightFile:
     if lost:
         raise UserError(f"{index.name} promises {lost[0]} and {len(lost) - 1} more that no shard holds; download them.")
     return WeightFile(tensors, metadata, size)
+
+
+def _is_plain(name: str) -> bool:
+    """Whether a name is that of a file beside, on every system."""
+    return PurePosixPath(name).name == PureWindowsPath(name).name == name
 
 
 def _unpack(shard: Path) -> None:

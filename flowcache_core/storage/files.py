@@ -95,6 +95,8 @@ def write_whole(path: Path | str, write: Callable[[Path], object]) -> Path:
     except (OSError, SafetensorError) as error:
         reason = first_line(error) if isinstance(error, SafetensorError) else error.strerror or type(error).__name__
         todo = "free some space or choose a folder that you can write to"
+        if isinstance(error, PermissionError) and path.exists():  # Windows replaces no file that is open
+            todo = "close what has it open, or choose another name"
         raise UserError(f"Cannot write {path} ({reason}); {todo}.") from error
     return path
 

@@ -153,7 +153,8 @@ class RunFolder:
         save_state(state, written, run=FORMAT, of=self.path.name)
         for file in replaced:
             if file != written:
-                file.unlink(missing_ok=True)  # by another server that does the same run
+                with suppress(PermissionError):  # on Windows, while it is mapped; a newer history is read before it
+                    file.unlink(missing_ok=True)  # by another server that does the same run
         self.begun = True
 
     def _file(self, kind: Kind, chunk: int) -> Path:
