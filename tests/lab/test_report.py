@@ -118,6 +118,16 @@ def test_the_readme_is_a_front_page():
     assert len(links) > 10 and [link for link in links if not (ROOT / link).is_file()] == []
 
 
+@pytest.mark.parametrize(("page", "targets"), [("README.md", ["demo"]), ("CONTRIBUTING.md", ["test", "lint"])])
+def test_pages_give_the_commands_behind_make(page, targets):
+    """For Windows, which has no make."""
+    rules = dict(re.findall(r"^(\w+):.*\n((?:\t.*\n)+)", (ROOT / "Makefile").read_text(encoding="utf-8"), re.MULTILINE))
+    words = (ROOT / page).read_text(encoding="utf-8")
+    for target in targets:
+        for line in rules[target].replace("$(VENV)/bin/", "").splitlines():
+            assert f"`{line.strip().partition(' --durations')[0]}`" in words, line
+
+
 def test_charts_show_every_point():
     reason = "matplotlib, which draws the bench's charts, is not installed (`make test` installs it)"
     pytest.importorskip("matplotlib", reason=reason)
