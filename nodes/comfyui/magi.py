@@ -19,6 +19,7 @@ from ...flowcache_core.models.magi.config import magi_usual
 from ...flowcache_core.models.magi.forward import (
     PUBLISHED_FLOWCACHE,
     SHARED,
+    Kept,
     MagiSampling,
     magi_engine,
     magi_plan,
@@ -89,6 +90,7 @@ class MagiSampler(host.ChunkSampler):
         schedule, sampling, seed: of the run.
         given: latent frames [B, C, T, H, W] before the generated ones, in the network's space, or None.
         loaded: the clean history of an earlier run that holds them, or None.
+        kept: how the run is kept on disk, see `MagiForward`.
         beside: bytes of latents that the caller will hold in the end.
         listener: is told of the run.
     """
@@ -98,6 +100,7 @@ class MagiSampler(host.ChunkSampler):
     seed: int
     given: Tensor | None
     loaded: Snapshot | None
+    kept: Kept
     beside: int
     listener: RunListener
     chunk_frames: int = CHUNK_FRAMES
@@ -141,6 +144,7 @@ class MagiSampler(host.ChunkSampler):
             given=None if self.given is None else self.given.to(noise),
             attention=attention,
             loaded=self.loaded,
+            kept=self.kept,
             beside=self.beside,
             on_progress=progress,
             cancelled=interrupted,
@@ -202,6 +206,7 @@ def extend(model: comfy.model_patcher.ModelPatcher, asked: Extension, steps: int
             seed=asked.seed,
             given=given,
             loaded=None if begun is None else begun.by_branch.get(SHARED),
+            kept="" if asked.resume is None else "whole" if earlier is None else "added",
             beside=latents_held(layout, asked.stream),
             listener=finished,
         )

@@ -51,6 +51,7 @@ from .sampling import (
     visible_before,
 )
 
+Kept = Literal["", "whole", "added"]
 SHARED = "past"  # the name that the one history has in a state
 Captured = tuple[Tensor, Tensor, Tensor]  # keys, values and token numbers, as in a `Snapshot`
 
@@ -199,6 +200,8 @@ class MagiForward:
         device: that computes.
         attention: used over the history and in forwards alone; must accept fewer heads in keys than in queries.
         loaded: the clean history of an earlier run to start from.
+        kept: what `begin_delta` will give for each chunk: "" for a run that is not kept; "added" behind what was
+            loaded, "whole" with it at first.
         check: called before every chunk in every layer; may raise to end the run.
     """
 
@@ -219,6 +222,7 @@ class MagiForward:
         sampling: MagiSampling = MagiSampling(),
         attention: Attention = grouped_attention,
         loaded: Snapshot | None = None,
+        kept: Kept = "",
         check: Callable[[], None] = lambda: None,
     ):
         self.backbone, self.schedule, self.settings, self.plan = backbone, schedule, settings, plan
@@ -234,6 +238,10 @@ class MagiForward:
         self.history = History(plan, positions, settings.history, dtype, keeps_slots, stream)
         if loaded is not None:
             self.history.load(loaded)
+        if kept == "whole":
+            self.history.saved = 0
+        self.kept = kept
+        self.delta: Callable[[], SnapshotDelta] | None = None  # of the newest chunk, where the run is kept
 
         @lru_cache(2 * plan.max_active + 4)
         def context(chunk: int | Given | None, captioned: bool, size: float | None) -> MagiContext:
@@ -292,7 +300,10 @@ class MagiForward:
         else:
             self._commit([chunk])
 
-    settled = True  # the copy of a chunk that waits comes from a pass of its own, which changes nothing
+    @property
+    def settled(self) -> bool:
+        """Whether the newest finished chunk has had its clean pass; of a run that is kept, whether a copy is there."""
+        return self.delta is not None if self.kept and self.settings.clean_pass else not self.waiting
 
     def settle(self) -> None:
         """Makes the clean pass that waits."""
@@ -308,14 +319,17 @@ class MagiForward:
         return {SHARED: Snapshot(keys, values, tokens, torch.empty(0))}
 
     def begin_delta(self, full: bool) -> Callable[[], SnapshotDelta]:
-        """Begins to copy what the clean history has grown by, up to the newest chunk that was handed out.
+        """Begins to copy what the clean history has grown by. Where `kept` said so, that of the newest chunk was copied
+        as it became clean, before others were dropped for it."""
+        delta, self.delta = self.delta, None
+        if delta is None:
+            self.settle()
+            return begin_delta({SHARED: self.history}, full)
+        return delta
 
-        A chunk that waits for its clean pass gets one more, which the next forward repeats: the run is not changed.
-        """
-        captured = self._captured()
-        copies = begin_delta({SHARED: self.history}, full)
-        if captured is None:
-            return copies
+    def _begin_delta(self, captured: Captured) -> Callable[[], SnapshotDelta]:
+        """The copy for `begin_delta`, with a chunk that is about to become clean."""
+        copies = begin_delta({SHARED: self.history}, full=False)
         self.history.saved += self.plan.chunk_tokens
 
         def joined() -> SnapshotDelta:
@@ -325,15 +339,6 @@ class MagiForward:
             return SnapshotDelta({SHARED: Snapshot(keys, values, tokens, saved.queries)}, delta.full)
 
         return joined
-
-    def _captured(self) -> Captured | None:
-        """Keys, values and token numbers of the chunk that waits, on the CPU."""
-        if not self.waiting:
-            return None
-        waiting, self.history.captured = self.waiting, {}
-        self._sweep(self.branches[-1], [], store=False)
-        self.waiting = waiting
-        return self._taken(waiting[0].place.chunk)
 
     def _taken(self, chunk: int | Given) -> Captured:
         """What the history has captured of a chunk."""
@@ -349,6 +354,10 @@ class MagiForward:
             return False
         return chunk >= self.schedule.total_chunks - self.seen_by_next
 
+    def _keeps(self, chunk: int | Given) -> bool:
+        """Whether a chunk is one that `begin_delta` is asked for; those that are given are in the first copy."""
+        return bool(self.kept) and isinstance(chunk, int) and chunk >= self.schedule.prefix
+
     @property
     def history_bytes(self) -> tuple[int, int]:
         """Bytes of history in use, and of its buffers."""
@@ -361,16 +370,12 @@ class MagiForward:
     def _clean_pass(self, chunk: int | Given, latent: Tensor) -> Step:
         return Step(latent, 1.0 - CLEAN_TIME, Place(chunk, None, 0))
 
-    def _sweep(self, branch: str, steps: Sequence[Step], store: bool = True) -> list[Callable[[], Tensor]]:
-        """Runs one branch of steps, behind the clean pass that waits; gives what makes the velocities.
-
-        Args:
-            store: the last branch's clean pass becomes part of the history.
-        """
-        passes, stored = list(self.waiting), []
-        if store and branch == self.branches[-1]:
-            stored = [step.place.chunk for step in passes]
-        if stored and self._captures(stored[0]):
+    def _sweep(self, branch: str, steps: Sequence[Step]) -> list[Callable[[], Tensor]]:
+        """Runs one branch of steps, behind the clean pass that waits; gives what makes the velocities. The last
+        branch's clean pass becomes part of the history."""
+        passes = list(self.waiting)
+        stored = [step.place.chunk for step in passes] if branch == self.branches[-1] else []
+        if stored and (self._captures(stored[0]) or self._keeps(stored[0])):
             self.history.captured = {}
         asking = steps[-1].place.chunk if steps and self.plan.asking else None
 
@@ -387,7 +392,11 @@ class MagiForward:
         self.report.clean_passes += len(passes)
         if stored:
             if self.history.captured is not None:
-                self.tail.append(self._taken(stored[0]))
+                taken = self._taken(stored[0])
+                if self._captures(stored[0]):
+                    self.tail.append(taken)
+                if self._keeps(stored[0]):
+                    self.delta = self._begin_delta(taken)
             self.waiting = []
             self._commit(stored)
         return [partial(self._headed, group.x, group.levels, group.hidden) for group in groups[len(passes) :]]
@@ -448,6 +457,7 @@ def magi_engine(
     given: Tensor | None = None,
     attention: Attention = grouped_attention,
     loaded: Snapshot | None = None,
+    kept: Kept = "",
     beside: int = 0,
     on_progress: Callable[[Progress], None] = lambda progress: None,
     cancelled: Callable[[], bool] = lambda: False,
@@ -455,7 +465,7 @@ def magi_engine(
     """Makes a run ready to go; whole chunks that are given have been run.
 
     Args:
-        backbone, schedule, settings, text, null, sampling, attention, loaded: as for `MagiForward`.
+        backbone, schedule, settings, text, null, sampling, attention, loaded, kept: as for `MagiForward`.
         start: gives a chunk's noise [B, C, 6, H, W] from its number.
         shape: of a chunk.
         given: latent frames [B, C, T, H, W] before the first generated one, as `magi_schedule` was told.
@@ -480,7 +490,8 @@ def magi_engine(
     check = partial(check_cancelled, cancelled, report)
     forward = MagiForward(
         backbone, schedule, settings, plan, report, text, null,
-        policy=policy, device=device, sampling=sampling, attention=attention, loaded=loaded, check=check,
+        policy=policy, device=device, sampling=sampling, attention=attention, loaded=loaded, kept=kept,
+        check=check,
     )  # fmt: skip
     denoising = magi_sampling(schedule, sampling, start, given)
     engine = Engine(forward, schedule, policy, settings.between, denoising, on_progress, cancelled)
