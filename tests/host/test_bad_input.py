@@ -5,7 +5,7 @@ import torch
 from safetensors.torch import save_file
 
 from tests.helpers.host.comfy_server import Refused
-from tests.helpers.host.graph import SMALL, Graph, fails, native, random_network, write_network
+from tests.helpers.host.graph import SMALL, Graph, fails, random_network, write_network
 from tests.host.soak import Usage
 from tests.host.test_extend import extend, flowcache
 
