@@ -8,18 +8,20 @@ report.json, and the page and its plot (docs/scale.md, docs/scale.png).
 import argparse
 import json
 import sys
+from bisect import bisect_right
 from collections.abc import Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
+from typing import get_args
 
 from ..history.plan import MemoryPlan
 from ..models.magi.config import MagiConfig
 from ..models.magi.memory import plan_magi
 from ..models.memory import FRAME_STRIDE, plan_wan
 from ..models.wan import WanConfig
-from ..settings import Settings
+from ..settings import HistoryType, Settings
 from ..storage.files import write_whole
 from .meter import Work
 from .real_size import MODELS, Model, Steady, attention_work, count_steady, seen_chunks
@@ -31,6 +33,7 @@ PRESETS = ("plain", "high", "balanced", "fast")
 PAPER = ("paper slow", "paper fast")
 CARDS = (RTX_4090, H100)
 HISTORY_TYPE = "as computed"
+MOST_CHUNKS = 100_000  # that are tried, of a video that fits
 
 
 @dataclass(frozen=True)
@@ -202,7 +205,7 @@ class Fit:
         history: its type.
         place: where it lives, "card" or "system memory".
         gigabytes: GiB of the card that are used.
-        seconds_whole: seconds of video that fit without a budget; None for any length.
+        seconds_whole: seconds of video that fit without a budget, by history type; None for any length.
         seconds: a chunk, by the roofline.
     """
 
@@ -214,7 +217,7 @@ class Fit:
     history: str
     place: str
     gigabytes: float
-    seconds_whole: float | None
+    seconds_whole: dict[str, float] | None
     seconds: float
 
 
@@ -263,10 +266,15 @@ def _weights(model: Model) -> list[tuple[str, int]]:
     return [("bf16", model.weight_bytes()), ("fp8", model.weight_bytes(1)), ("fp8, streamed", streamed)]
 
 
-def _seconds_whole(model: Model, preset: str, room: float) -> float:
-    """Seconds of video whose whole history fits into so many bytes."""
-    chunks = max(0, room) // planned_history(model, model.settings(preset, bounded=False), 1)
-    return chunks * model.chunk_frames * FRAME_STRIDE / model.family.fps
+def _seconds_whole(model: Model, preset: str, room: float) -> dict[str, float]:
+    """Seconds of video whose whole history fits into so many bytes, by the type that it is stored in."""
+    settings, found = model.settings(preset, bounded=False), {}
+    for kept in get_args(HistoryType):
+        stored = replace(settings, history=replace(settings.history, type=kept))
+        taken = partial(planned_history, model, stored)
+        chunks = bisect_right(range(1, MOST_CHUNKS), room, key=taken)
+        found[kept] = chunks * model.chunk_frames * FRAME_STRIDE / model.family.fps
+    return found
 
 
 def _chunk_seconds(run: Counted, settings: Settings, card: Card, streamed: bool) -> float:

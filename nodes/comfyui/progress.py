@@ -37,7 +37,7 @@ def describe(told: Progress, engine: Engine, begun: float, finished: int, earlie
         finished: chunks that are told as such.
         earlier: of those, the ones that an interrupted run left.
     """
-    report, (used, total) = engine.report, engine.forward.history_bytes
+    report, (used, room) = engine.report, engine.forward.history_bytes
     chunks = report.schedule.chunks
     total = earlier + chunks
     number = min(finished + 1, total)
@@ -45,6 +45,6 @@ def describe(told: Progress, engine: Engine, begun: float, finished: int, earlie
     whole = spent * told.ticks / told.tick  # seconds that the run will take
     lines = [
         f"chunk {number} of {total}, {whole / chunks:.1f} s a chunk, {clock(whole - spent)} left",
-        f"{report.reused:.0%} reused" + (f", history {share_of(used, total)}" if total else ""),
+        f"{report.reused:.0%} reused" + (f", history {share_of(used, room)}" if room else ""),
     ]
     return "\n".join([*lines, *report.notes])
