@@ -1,7 +1,7 @@
 """Chunk after chunk over a history of clean ones: how causal models see."""
 
 import time
-from collections.abc import Callable, Hashable, Mapping, Sequence
+from collections.abc import Callable, Collection, Hashable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -10,7 +10,7 @@ from torch import Tensor
 
 from ..errors import UserError
 from ..history.cache import Attention, History, begin_delta, moved_note
-from ..history.offload import TOO_LITTLE, attempts
+from ..history.offload import TOO_LITTLE, Movable, attempts
 from ..history.plan import MemoryPlan
 from ..history.positions import Positions
 from ..history.snapshot import Snapshot, SnapshotDelta
@@ -150,6 +150,11 @@ class CausalForward:
         """Begins to copy what the clean history has grown by."""
         self.settle()
         return begin_delta(self.histories, full)
+
+    @property
+    def movable(self) -> Collection[Movable]:
+        """Histories that may leave the device."""
+        return list(self.histories.values())
 
     @property
     def history_bytes(self) -> tuple[int, int]:

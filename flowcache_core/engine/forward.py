@@ -1,10 +1,11 @@
 """What the loop asks of a forward, and what it gets back."""
 
-from collections.abc import Callable, Hashable, Sequence
+from collections.abc import Callable, Collection, Hashable, Sequence
 from typing import NamedTuple, Protocol
 
 from torch import Tensor
 
+from ..history.offload import Movable
 from ..history.snapshot import Snapshot, SnapshotDelta
 from ..report import Report
 from ..schedule import Given, Place
@@ -79,6 +80,10 @@ class Forward(Protocol):
     def begin_delta(self, full: bool) -> Callable[[], SnapshotDelta]:
         """Begins to copy what the clean history has grown by since the last call or since it was loaded; `full`: all
         of it. Call what it gives for the copies."""
+
+    @property
+    def movable(self) -> Collection[Movable]:
+        """Histories that may leave the device, to make room there for other work."""
 
     @property
     def history_bytes(self) -> tuple[int, int]:

@@ -96,6 +96,7 @@ class WindowForward:
         return list(velocity.split([step.x.shape[2] for step in steps], dim=2))
 
     settled = True
+    movable = ()  # what there is of a history stays on the device
 
     def settle(self) -> None:
         """Stores nothing: no history is left for a later run."""

@@ -9,7 +9,7 @@ levels and looks at every 8th row and column; here it starts as soon as it can, 
 sees every value.
 """
 
-from collections.abc import Callable, Hashable, Sequence
+from collections.abc import Callable, Collection, Hashable, Sequence
 from typing import NamedTuple
 
 import torch
@@ -19,6 +19,7 @@ from ..engine.build import RunSettings, causal_forward
 from ..engine.causal import CausalForward
 from ..engine.forward import Forward, Step, Velocity
 from ..engine.loop import Engine
+from ..history.offload import Movable
 from ..history.snapshot import Snapshot, SnapshotDelta
 from ..report import Report
 from ..reuse.policies import Deciding
@@ -137,6 +138,10 @@ class EasyCacheForward:
     def begin_delta(self, full: bool) -> Callable[[], SnapshotDelta]:
         """Begins to copy what the clean history has grown by."""
         return self.inner.begin_delta(full)
+
+    @property
+    def movable(self) -> Collection[Movable]:
+        return self.inner.movable
 
     @property
     def history_bytes(self) -> tuple[int, int]:

@@ -1,6 +1,7 @@
 """A VAE of the host, latents of one video in, chunk after chunk, as if they were decoded in one go."""
 
 from abc import ABC, abstractmethod
+from collections.abc import Callable
 
 import comfy.ldm.wan.vae
 import comfy.model_management
@@ -9,13 +10,24 @@ from torch import Tensor
 
 from ...flowcache_core.demo.vae import Memory, WanVAE
 from ...flowcache_core.errors import UserError
+from ...flowcache_core.history.offload import runs_out_of_memory
 from .magi_model import VaeForHost
 
+try:
+    from comfy.taesd.taehv import TAEHV, MemBlock
+except ImportError:  # ComfyUI 0.3.64 has no small decoder for videos
+    TAEHV = MemBlock = None
+
 OVERLAP = 4  # latent frames that are decoded again before a chunk, where a VAE cannot be carried on
+SMALLEST, BORDER = 16, 4  # latent pixels of a tile in space at least, and half of what two tiles share
+Place = tuple[slice, slice]  # rows and columns of a latent
 
 
-def stream_decoder(vae) -> "StreamDecoder":
+def stream_decoder(vae, make_room: Callable[[], bool] = lambda: False) -> "StreamDecoder":
     """What decodes that VAE's latents.
+
+    Args:
+        make_room: called where the device runs out of memory; says whether there is more now.
 
     Raises:
         UserError: the VAE is another node's own object, not the host's.
@@ -30,7 +42,9 @@ def stream_decoder(vae) -> "StreamDecoder":
         return DemoDecoder(vae)
     if isinstance(module, VaeForHost):
         return MagiDecoder(vae)
-    return WanDecoder(vae) if isinstance(module, comfy.ldm.wan.vae.WanVAE) else OverlapDecoder(vae)
+    if TAEHV is not None and isinstance(module, TAEHV):
+        return SmallDecoder(vae)
+    return WanDecoder(vae, make_room) if isinstance(module, comfy.ldm.wan.vae.WanVAE) else OverlapDecoder(vae)
 
 
 class StreamDecoder(ABC):
@@ -60,6 +74,29 @@ class DemoDecoder(StreamDecoder):
 
     def __call__(self, latent: Tensor) -> Tensor:
         return _pixels(self.vae, self.vae.first_stage_model.decode(_ready(self.vae, latent), self.memory))
+
+
+class SmallDecoder(StreamDecoder):
+    """ComfyUI's small decoders for previews and quick streams (TAE), whose blocks take the frame before along."""
+
+    def __init__(self, vae):
+        super().__init__(vae)
+        self.past: dict[int, Tensor] = {}  # by place of the block: its last input, [1, C, H, W]
+
+    def __call__(self, latent: Tensor) -> Tensor | None:
+        network = self.vae.first_stage_model
+        x = network.process_in(_ready(self.vae, latent)).movedim(2, 1)[0]  # [T, C, H, W]
+        trimmed = 0 if self.past else network.frames_to_trim
+        for place, block in enumerate(network.decoder):
+            if not isinstance(block, MemBlock):
+                x = block(x)
+                continue
+            before = self.past.get(place, torch.zeros_like(x[:1]))
+            self.past[place] = x[-1:].clone()
+            x = block(x, torch.cat([before, x[:-1]]))
+        if network.patch_size > 1:
+            x = torch.nn.functional.pixel_shuffle(x, network.patch_size)
+        return _pixels(self.vae, x[trimmed:].movedim(0, 1)[None])
 
 
 class TileDecoder(StreamDecoder):
@@ -94,25 +131,96 @@ class TileDecoder(StreamDecoder):
 class WanDecoder(TileDecoder):
     """The host's Wan VAE, which decodes the first frame alone and then pairs; older hosts: one by one.
 
-    What its layers keep of the frames before is on the CPU between calls.
+    What its layers keep of the frames before is on the CPU between calls. Where the device runs out of memory, it makes
+    room, and then goes on in tiles in space, each with its part of what was kept.
     """
 
-    def __init__(self, vae):
+    def __init__(self, vae, make_room: Callable[[], bool] = lambda: False):
         module = comfy.ldm.wan.vae
         pairs = hasattr(module, "count_cache_layers")
         super().__init__(vae, 1, 2 if pairs else 1)
         count = module.count_cache_layers if pairs else module.count_conv3d
-        self.cache = [None] * count(vae.first_stage_model.decoder)
+        self.make_room = make_room
+        self.places: list[Place] = []  # of the tiles in space; none while the picture is decoded whole
+        self.caches: list[list] = [[None] * count(vae.first_stage_model.decoder)]  # of each tile
 
     def decode(self, tiles: list[Tensor]) -> Tensor:
-        network, frames = self.vae.first_stage_model, []
+        found: list[Tensor] = []
+        while runs_out_of_memory(lambda: found.append(self._decoded(tiles))):
+            if not self.make_room() and not self._cut_smaller(tiles[0]):
+                found.append(self._decoded(tiles))  # the device's own error
+        return _pixels(self.vae, found[0])
+
+    def _decoded(self, tiles: list[Tensor]) -> Tensor:
+        """Decodes tiles in time, one place in space after the other. What is kept changes when all of it is done."""
+        if not self.places:
+            frames, cache = self._of_place(tiles, self.caches[0])
+            self.caches = [cache]
+            return frames
+        caches, whole, weights = [], None, None
+        for (rows, columns), cache in zip(self.places, self.caches, strict=True):
+            frames, kept = self._of_place([tile[..., rows, columns] for tile in tiles], cache)
+            caches.append(kept)
+            scale = frames.shape[-1] // (columns.stop - columns.start)
+            if whole is None or weights is None:
+                size = (*frames.shape[:3], *(scale * side for side in tiles[0].shape[-2:]))
+                whole, weights = torch.zeros(size), torch.zeros(size[-2:])
+            down, across = (slice(scale * side.start, scale * side.stop) for side in (rows, columns))
+            weight = _faded(frames.shape[-2], scale * BORDER)[:, None] * _faded(frames.shape[-1], scale * BORDER)
+            whole[..., down, across] += frames.cpu().float() * weight
+            weights[down, across] += weight
+        assert whole is not None and weights is not None
+        self.caches = caches
+        return whole / weights
+
+    def _of_place(self, tiles: list[Tensor], cache: list) -> tuple[Tensor, list]:
+        """Decodes one place; gives its frames, and what its layers keep, on the CPU."""
+        network, frames = self.vae.first_stage_model, list[Tensor]()
         ready = [_ready(self.vae, tile) for tile in tiles]
-        self.cache = [_moved(kept, self.vae.device) for kept in self.cache]
+        cache = [_moved(kept, self.vae.device) for kept in cache]
         for tile in ready:
-            found = network.decoder(network.conv2(tile), feat_cache=self.cache, feat_idx=[0])
-            frames += found if isinstance(found, list) else [found]
-        self.cache = [_moved(kept, "cpu") for kept in self.cache]
-        return _pixels(self.vae, torch.cat(frames, dim=2))
+            made = network.decoder(network.conv2(tile), feat_cache=cache, feat_idx=[0])
+            frames += made if isinstance(made, list) else [made]
+        return torch.cat(frames, dim=2), [_moved(kept, "cpu") for kept in cache]
+
+    def _cut_smaller(self, latent: Tensor) -> bool:
+        """Cuts every place in two, and what was kept of it; False where they are as small as can be."""
+        places = self.places or [(slice(0, latent.shape[-2]), slice(0, latent.shape[-1]))]
+        if max(side.stop - side.start for side in places[0]) < 2 * SMALLEST:
+            return False
+        halves = [
+            (half, place, cache) for place, cache in zip(places, self.caches, strict=True) for half in _halves(place)
+        ]
+        self.caches = [[_part(kept, half, place) for kept in cache] for half, place, cache in halves]
+        self.places = [half for half, _, _ in halves]
+        return True
+
+
+def _halves(place: Place) -> list[Place]:
+    """Cuts a place across its longer side; the halves share a border."""
+    rows, columns = place
+    along = rows if rows.stop - rows.start >= columns.stop - columns.start else columns
+    middle = (along.start + along.stop) // 2
+    parts = slice(along.start, middle + BORDER), slice(middle - BORDER, along.stop)
+    return [(part, columns) if along is rows else (rows, part) for part in parts]
+
+
+def _part(kept, half: Place, place: Place):
+    """What a layer keeps of a half of a place; [..., h, w] at its own scale."""
+    if not isinstance(kept, Tensor):
+        return kept
+    cuts = []
+    for side, whole, size in zip(half, place, kept.shape[-2:], strict=True):
+        scale = size // (whole.stop - whole.start)
+        cuts.append(slice(scale * (side.start - whole.start), scale * (side.stop - whole.start)))
+    down, across = cuts
+    return kept[..., down, across].clone()
+
+
+def _faded(size: int, border: int) -> Tensor:
+    """Weights [size] that rise over a border from either end."""
+    place = torch.arange(1, size + 1)
+    return torch.minimum(torch.minimum(place, place.flip(0)) / (2 * border), torch.ones(()))
 
 
 class MagiDecoder(TileDecoder):

@@ -116,6 +116,8 @@ class FinishedChunks(RunListener):
         if self.folder is not None:
             self.unkept.append((chunk.number, latent))
         self._begin_to_keep(engine)
+        if self.outlet is not None:
+            self.outlet.movable = lambda: engine.forward.movable
         self.side.later(partial(self._hand_on, chunk.number, latent))
         self.count += 1
 

@@ -2,7 +2,7 @@
 
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Collection, Mapping
 from contextlib import nullcontext, suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,12 +11,14 @@ from typing import Any
 import comfy.model_management
 import comfy.utils
 import folder_paths
+import torch
 from comfy.cli_args import args
 from comfy_api.latest import io, ui
 from server import PromptServer
 from torch import Tensor
 
 from ...flowcache_core.errors import UserError, first_line
+from ...flowcache_core.history.offload import Movable
 from ...flowcache_core.history.streams import SideStream
 from ...flowcache_core.media.pictures import filmstrip
 from ...flowcache_core.media.video import frames_of
@@ -143,7 +145,8 @@ class VideoOutlet:
                 f"A video stream takes one video, and the latents have a batch of {shape[0]}; use a batch of 1."
             )
         self.settings = settings
-        self.decode = stream_decoder(settings.vae)
+        self.decode = stream_decoder(settings.vae, self._make_room)
+        self.movable: Callable[[], Collection[Movable]] = tuple  # histories of the run, which may leave the device
         self.vae, self.model, self.side = settings.vae, model, side
         self.file = OutputFile.new(settings.prefix, 8 * shape[4], 8 * shape[3])
         self.stream = VideoStream(self.file.path, settings.fps, metadata)
@@ -161,6 +164,20 @@ class VideoOutlet:
         """Whether a chunk can be decoded with the model where it is."""
         needed = self.vae.patcher.model_size() + self.vae.memory_used_decode(latent.shape, self.vae.vae_dtype)
         return comfy.model_management.get_free_memory(self.vae.device) > needed
+
+    def _make_room(self) -> bool:
+        """Takes the network off the device of the VAE, then the oldest chunks of the history; False with nothing left
+        to take."""
+        management, device = comfy.model_management, self.vae.device
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)  # the run's own stream may still use what goes
+        decoding = [loaded for loaded in management.current_loaded_models if loaded.model is self.vae.patcher]
+        if management.free_memory(1e30, device, keep_loaded=decoding):
+            return True
+        here = [history for history in self.movable() if history.on_device]
+        for history in here:
+            history.move_chunk()
+        return bool(here)
 
     def finish(self, report: Report) -> OutputFile:
         self._write(self.decode.finish())

@@ -1,6 +1,7 @@
 """Runs in the host's Python: `run_decoders.py host pack` decodes a latent whole and chunk by chunk with each decoder.
 
-Prints, as JSON, for each decoder the shapes of both and their largest difference, all frames and the last ones.
+Prints, as JSON, for each decoder the shapes of both and their largest difference, all frames and the last ones; and
+what becomes of a decode that runs out of memory.
 """
 
 import json
@@ -35,6 +36,52 @@ def compare(decoder, vae, latent: torch.Tensor, chunk: int) -> dict:
     }
 
 
+def small() -> torch.nn.Module:
+    """The host's small decoder, random."""
+    torch.manual_seed(0)
+    module = host_decode.TAEHV(latent_channels=16, latent_format=None)
+    for weight in module.parameters():
+        torch.nn.init.normal_(weight, std=1.5 * weight[0].numel() ** -0.5 if weight.ndim > 1 else 0.1)
+    return module
+
+
+def cramped(vae, latent: torch.Tensor, most: int, rooms: int) -> dict:
+    """Decodes chunk by chunk where there is no memory for more than so many latent pixels at once after the first
+    chunks, and room is made so many times."""
+    made, network, first = [], vae.first_stage_model, latent.shape[2] // 2
+    decoding = network.decoder.forward
+
+    def forward(x, *args, **more):
+        if len(parts) >= first and x.shape[-1] * x.shape[-2] > most:
+            raise torch.cuda.OutOfMemoryError("CUDA out of memory.")
+        return decoding(x, *args, **more)
+
+    def make_room() -> bool:
+        made.append(len(made) < rooms)
+        return made[-1]
+
+    parts: list = []
+    decoder = host_decode.WanDecoder(vae, make_room)
+    with torch.inference_mode():
+        whole = vae.decode(latent)[0]
+        network.decoder.forward = forward
+        try:
+            for part in [*latent.split(1, dim=2), None]:
+                parts.append(decoder.finish() if part is None else decoder(part))
+        finally:
+            del network.decoder.forward
+    ours = torch.cat([part for part in parts if part is not None])
+    apart = (ours - whole).abs()
+    return {
+        "shapes": [list(ours.shape), list(whole.shape)],
+        "mean": apart.mean().item(),
+        "before": apart[: 4 * (first - 1) - 3].max().item(),
+        "spread": whole.std().item(),
+        "tiles": len(decoder.places),
+        "rooms": made,
+    }
+
+
 def main() -> None:
     demo = host_models.video_vae(core_vae.load_vae())
     wan = host_models.video_vae(stock())
@@ -49,6 +96,14 @@ def main() -> None:
         results[f"demo {chunk}"] = compare(host_decode.stream_decoder(demo), demo, latent, chunk)
         results[f"wan {chunk}"] = compare(host_decode.stream_decoder(wan), wan, latent, chunk)
         results[f"overlap {chunk}"] = compare(host_decode.OverlapDecoder(demo), demo, latent, chunk)
+    wide = torch.randn(1, 16, 6, 32, 40, generator=torch.Generator().manual_seed(2))
+    results["cramped"] = cramped(wan, wide, most=20 * 24, rooms=2)
+    results["roomy"] = cramped(wan, wide, most=10**9, rooms=0)
+    if host_decode.TAEHV is not None:
+        tae = host_models.video_vae(small())
+        tae.process_output = lambda image: image
+        for chunk in (1, 2, 3):
+            results[f"small {chunk}"] = compare(host_decode.stream_decoder(tae), tae, latent, chunk)
     results["classes"] = [type(host_decode.stream_decoder(vae)).__name__ for vae in (demo, wan)]
     print("RESULT " + json.dumps(results))
 

@@ -27,5 +27,27 @@ def test_overlap_gives_every_frame_and_nearly_its_pixels(found, chunk):
     assert result["mean"] < 0.1 * result["spread"]
 
 
+@pytest.mark.parametrize("chunk", [1, 2, 3])
+def test_small_decoders_are_carried_on_too(found, chunk):
+    if "small 1" not in found:
+        pytest.skip("ComfyUI 0.3.64 has no small decoder for videos")
+    result = found[f"small {chunk}"]
+    assert result["shapes"][0] == result["shapes"][1] == [37, 32, 32, 3]
+    assert result["spread"] > 0.01 and result["largest"] < 1e-4 * result["spread"]
+
+
+def test_a_decode_that_runs_out_makes_room_and_goes_on_in_tiles(found):
+    result = found["cramped"]
+    assert result["rooms"] == [True, True, False, False] and result["tiles"] == 4
+    assert result["shapes"][0] == result["shapes"][1]
+    assert result["before"] < 1e-4  # what was decoded before stays as it is
+    assert result["mean"] < 0.15 * result["spread"]  # the middle of a picture is not seen from its rim
+
+
+def test_with_memory_enough_nothing_is_cut(found):
+    result = found["roomy"]
+    assert result["rooms"] == [] and result["tiles"] == 0 and result["mean"] < 1e-5
+
+
 def test_each_vae_has_its_decoder(found):
     assert found["classes"] == ["DemoDecoder", "WanDecoder"]

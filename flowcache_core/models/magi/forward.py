@@ -10,7 +10,7 @@ Source: MAGI-1, inference/pipeline/video_generate.py and forward_dispatcher in i
 """
 
 import time
-from collections.abc import Callable, Hashable, Mapping, Sequence
+from collections.abc import Callable, Collection, Hashable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import lru_cache, partial
 from typing import Literal
@@ -24,7 +24,7 @@ from ...engine.layers import row_levels, run_layers
 from ...engine.loop import Engine, Progress, Sampling, check_cancelled
 from ...errors import UserError
 from ...history.cache import History, begin_delta, moved_note
-from ...history.offload import TOO_LITTLE, attempts
+from ...history.offload import TOO_LITTLE, Movable, attempts
 from ...history.plan import MemoryPlan, plan_memory
 from ...history.positions import Positions
 from ...history.room import placed
@@ -357,6 +357,11 @@ class MagiForward:
     def _keeps(self, chunk: int | Given) -> bool:
         """Whether a chunk is one that `begin_delta` is asked for; those that are given are in the first copy."""
         return bool(self.kept) and isinstance(chunk, int) and chunk >= self.schedule.prefix
+
+    @property
+    def movable(self) -> Collection[Movable]:
+        """The history, which may leave the device."""
+        return [self.history]
 
     @property
     def history_bytes(self) -> tuple[int, int]:
