@@ -327,19 +327,6 @@ class MagiForward:
             return begin_delta({SHARED: self.history}, full)
         return delta
 
-    def _begin_delta(self, captured: Captured) -> Callable[[], SnapshotDelta]:
-        """The copy for `begin_delta`, with a chunk that is about to become clean."""
-        copies = begin_delta({SHARED: self.history}, full=False)
-        self.history.saved += self.plan.chunk_tokens
-
-        def joined() -> SnapshotDelta:
-            delta = copies()
-            saved = delta.histories[SHARED]
-            keys, values, tokens = (torch.cat([old, new], dim=3) for old, new in zip(saved[:3], captured, strict=True))
-            return SnapshotDelta({SHARED: Snapshot(keys, values, tokens, saved.queries)}, delta.full)
-
-        return joined
-
     def _taken(self, chunk: int | Given) -> Captured:
         """What the history has captured of a chunk."""
         pairs, self.history.captured = self.history.captured or {}, None
@@ -382,6 +369,8 @@ class MagiForward:
         stored = [step.place.chunk for step in passes] if branch == self.branches[-1] else []
         if stored and (self._captures(stored[0]) or self._keeps(stored[0])):
             self.history.captured = {}
+        # Of the clean chunks that are there, before the layers put the new one in their place.
+        copies = begin_delta({SHARED: self.history}, full=False) if stored and self._keeps(stored[0]) else None
         asking = steps[-1].place.chunk if steps and self.plan.asking else None
 
         def attend(layer: int, step: Step, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
@@ -400,8 +389,9 @@ class MagiForward:
                 taken = self._taken(stored[0])
                 if self._captures(stored[0]):
                     self.tail.append(taken)
-                if self._keeps(stored[0]):
-                    self.delta = self._begin_delta(taken)
+                if copies is not None:
+                    self.history.saved += self.plan.chunk_tokens
+                    self.delta = partial(_with_chunk, copies, taken)
             self.waiting = []
             self._commit(stored)
         return [partial(self._headed, group.x, group.levels, group.hidden) for group in groups[len(passes) :]]
@@ -446,6 +436,14 @@ class MagiForward:
         size = step_size(self.schedule.steps, place.step or 0, self.sampling.order) if self.distilled else None
         chunk = place.chunk if captioned and place.step is not None else None
         return self.context(chunk, captioned, size)
+
+
+def _with_chunk(copies: Callable[[], SnapshotDelta], captured: Captured) -> SnapshotDelta:
+    """What a history has grown by, with a chunk that has become clean since."""
+    delta = copies()
+    saved = delta.histories[SHARED]
+    keys, values, tokens = (torch.cat([old, new], dim=3) for old, new in zip(saved[:3], captured, strict=True))
+    return SnapshotDelta({SHARED: Snapshot(keys, values, tokens, saved.queries)}, delta.full)
 
 
 def magi_engine(

@@ -62,6 +62,21 @@ def test_a_run_that_is_cut_off_is_a_shorter_one(name, given, tmp_path):
     assert torch.equal(ours, its) and torch.isfinite(ours).all()
 
 
+def test_a_chunk_is_kept_with_those_before_it_that_are_still_there(tmp_path):
+    """Upstream's ranges drop older ones in the forward that the new chunk becomes clean in."""
+    run, finished = magi_run("short", kept="whole"), []
+    kept = RunFolder(tmp_path, NAME, 2**30, run.schedule.prefix, FRAMES)
+    run.on_progress = lambda told: keep(run, kept, finished, 99)
+    for chunk in run.run():
+        finished.append(chunk)
+    run.save()
+    keep(run, kept, finished, 99)
+    state = RunFolder(tmp_path, NAME, 2**30, run.schedule.prefix, FRAMES).load()
+    tokens = state.histories[0].tokens
+    assert state.chunks == run.schedule.total_chunks and tokens.shape[3] == 2 * FRAMES * 6
+    assert torch.equal(tokens[0, 0, 0].long(), torch.arange(state.frames * 6)[-tokens.shape[3] :])
+
+
 @cache
 def plain(name: str) -> torch.Tensor:
     return video(magi_run(name))
