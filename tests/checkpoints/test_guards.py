@@ -110,7 +110,11 @@ def test_sizes_of_a_magi_vae_are_bounded_before_it_is_built(tmp_path, monkeypatc
 
 @pytest.mark.parametrize(
     ("found", "put"),
-    [("8", str(10**400)), ("27.0", str(10**400)), ("8", "9" * 5000), ("8", "true"), ("8", "-1"), ("2", "1.5")],
+    [
+        *[("8", str(10**400)), ("27.0", str(10**400)), ("8", "9" * 5000), ("8", "true"), ("8", "-1"), ("2", "1.5")],
+        ("8", "[" * 100_000),
+    ],
+    ids=range(7),
 )
 def test_absurd_numbers_in_a_calibration(found, put):
     good = write_calibration(Calibration(8, 2, 4, 3, (Measured((0, 3, 6), 27.0),)))
