@@ -67,13 +67,15 @@ def goldens(device: torch.device, seconds: float, tests: tuple[str, ...] = GOLDE
     yield Check("goldens of upstream", "; ".join([*failed, lines[-1]]), ran.returncode == 0)
 
 
-def equalities(device: torch.device, dtypes: tuple[torch.dtype, ...] = PRECISIONS) -> Iterator[Check]:
+def equalities(
+    device: torch.device, dtypes: tuple[torch.dtype, ...] = PRECISIONS, types: tuple[HistoryType, ...] = TYPES
+) -> Iterator[Check]:
     """Runs the demo model in each precision, each setting against the one that it must equal to the bit."""
     bounded = preset("balanced", budget=1)
     for dtype in dtypes:
         name = str(dtype).removeprefix("torch.")
         network = demo_network(device, dtype)
-        for kept in TYPES:
+        for kept in types:
             settings = replace(bounded, history=replace(bounded.history, type=kept))
             first = video(network, settings, device, dtype)
             others: dict[str, Settings] = {
@@ -143,10 +145,10 @@ def difference(found: Tensor, expected: Tensor) -> float:
 
 
 def checks(device: torch.device, seconds: float, toy: bool) -> list[Callable[[], Iterator[Check]]]:
-    """Lists what is checked, most important first; a toy run takes one golden test and one precision."""
-    tests, precisions = (GOLDENS[-1:], PRECISIONS[:1]) if toy else (GOLDENS, PRECISIONS)
+    """Lists what is checked, most important first; a toy run takes one of each kind."""
+    tests, precisions, types = (GOLDENS[-1:], PRECISIONS[:1], TYPES[1:2]) if toy else (GOLDENS, PRECISIONS, TYPES)
     return [
-        lambda: equalities(device, precisions),
+        lambda: equalities(device, precisions, types),
         lambda: goldens(device, seconds, tests),
         lambda: out_of_memory(device),
     ]

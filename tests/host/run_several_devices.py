@@ -24,9 +24,9 @@ shipped = of_pack("flowcache_core.demo")
 
 DEVICES = torch.device("cpu"), torch.device("cpu", 0)
 RUNS = 20
-LEVELS = torch.tensor([1.0, 0.8, 0.5, 0.0])
+LEVELS = torch.tensor([1.0, 0.7, 0.0])
 SEEN = {  # how chunks see each other, and settings
-    "causal": ("causal", 3, settings.OFF),
+    "causal": ("causal", 2, settings.OFF),
     "causal, budget": ("causal", 1, replace(settings.OFF, history=settings.HistorySettings(1))),
     "rolling": ("rolling", 1, settings.OFF),
     "joint": ("joint", 1, settings.OFF),
@@ -51,7 +51,7 @@ def run(model, seeing: str, lag: int, chosen) -> torch.Tensor:
     texts = (shipped.embed_caption(caption) for caption in ("a red circle", ""))
     guider.set_conds(*([[text, {}]] for text in texts))
     guider.set_cfg(3.0)
-    noise = torch.randn(1, 16, 3, 4, 4, generator=torch.Generator().manual_seed(2))
+    noise = torch.randn(1, 16, 2, 4, 4, generator=torch.Generator().manual_seed(2))
     return guider.sample(noise, torch.zeros_like(noise), ours, LEVELS, disable_pbar=True, seed=2)
 
 
