@@ -4,9 +4,11 @@ Prints, as JSON, which file name prefixes it takes, and which folders of models 
 """
 
 import json
+import ntpath
 import sys
 import tempfile
 from pathlib import Path
+from types import SimpleNamespace
 
 from in_host import of_pack
 
@@ -33,6 +35,7 @@ def taken(prefix: str) -> bool:
 
 folder_paths.get_output_directory = lambda: "C:\\ComfyUI\\output"
 stream.Path = folders.Path = DrivePath
+stream.os = SimpleNamespace(path=ntpath)
 with tempfile.TemporaryDirectory() as base:
     for name in ("sky/model.safetensors.index.json", "sky/inner/part.safetensors", "loras/plain.safetensors"):
         (Path(base) / name).parent.mkdir(parents=True, exist_ok=True)
