@@ -45,7 +45,7 @@ class Part:
     found: Callable[[float], Iterator[dict]]
 
 
-def parts(device: torch.device, models: tuple[Model, Model, Model], toy: bool, minutes: float) -> list[Part]:
+def parts(device: torch.device, models: tuple[Model, Model, Model], toy: bool) -> list[Part]:
     """Lists the parts, most important first."""
     causal, skyreels, magi = models
 
@@ -75,7 +75,7 @@ def parts(device: torch.device, models: tuple[Model, Model, Model], toy: bool, m
 def measure(device: torch.device, models: tuple[Model, Model, Model], toy: bool, minutes: float) -> dict:
     """Goes through all parts; what report.json holds. A part that fails is told, and the next one begins."""
     report: dict = {"machine": machine() | driver(device), "minutes": minutes, "toy": toy, "parts": {}}
-    for part in parts(device, models, toy, minutes):
+    for part in parts(device, models, toy):
         begun = time.monotonic()
         found: list[dict] = []
         told: dict = {"found": found, "error": None}

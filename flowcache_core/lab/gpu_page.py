@@ -1,6 +1,8 @@
 """What `lab.gpu` measured, as a page."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
+
+from .markdown import markdown
 
 GIB = 2**30
 CUT_SHARE, COMPILED, OF_FORWARDS, FASTER, OFF_PLAN = 0.02, 0.85, 0.95, 6.0, 0.05  # wanted on a card
@@ -99,9 +101,3 @@ def _whole(found: Sequence[dict]) -> list[str]:
 
 def _share(part: float, whole: float) -> float:
     return part / whole if whole else 0.0
-
-
-def markdown(names: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
-    """Writes a table."""
-    lines = ["| " + " | ".join(cells) + " |" for cells in (names, ["---"] * len(names), *rows)]
-    return "\n".join(lines)

@@ -4,16 +4,14 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
-from unittest.mock import patch
 
 import torch
 from torch import Tensor
 
 from ..engine.loop import Cancelled, Progress
-from ..history.cache import History
 from ..settings import HistoryType, Settings
 from .meter import Work, in_layers
-from .real_size import Model, Tick, asked_ticks, count_steady, drive, fill, first_steady
+from .real_size import Model, Tick, asked_ticks, count_steady, cutting_inside, drive, fill, first_steady
 
 CHUNKS_OF_A_RUN = 5
 
@@ -144,7 +142,7 @@ def steady(model: Model, backbone, setting: Setting, device: torch.device, until
     wait_for(device)
     places = asked = 0
     seconds, cuts, watch = list[float](), 0, Watch(device)
-    with _watched_cuts(watch):
+    with cutting_inside(watch.piece):
         for tick in ticks:
             begun = time.perf_counter()
             drive(engine, tick, latent)
@@ -202,21 +200,6 @@ def _next_chunks(tick: Tick) -> Tick:
     """The same tick, one chunk later."""
     places = [replace(place, chunk=place.chunk + 1) for place in tick.places if isinstance(place.chunk, int)]
     return Tick(places, None if tick.finished is None else tick.finished + 1)
-
-
-@contextmanager
-def _watched_cuts(watch: Watch) -> Iterator[None]:
-    """Inside, the time of cutting histories is added up."""
-
-    def timed(work):
-        def within(*what):
-            with watch.piece():
-                return work(*what)
-
-        return within
-
-    with patch.multiple(History, _cut_layer=timed(History._cut_layer), close_layer=timed(History.close_layer)):
-        yield
 
 
 def _profiled(work: Callable[[], object], device: torch.device) -> tuple[float, int]:

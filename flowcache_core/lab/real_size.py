@@ -369,13 +369,6 @@ def _passes(engine: Engine) -> list[int]:
 def _cuts_apart(meter: Meter) -> Iterator[None]:
     """Inside, what histories do to cut themselves is counted as a part of its own, "cut"."""
 
-    def apart(work):
-        def counted(*what):
-            with meter.part("cut"):
-                return work(*what)
-
-        return counted
-
     def evict(compression, keys, parts, queries, keep, frame_tokens, chunk_tokens, layer) -> list[Tensor]:
         """All layers, and all runs with the same budget, cut alike."""
         shapes = [None if part is None else (part.shape, part.stride(), part.dtype) for part in (keys, queries, *parts)]
@@ -384,10 +377,22 @@ def _cuts_apart(meter: Meter) -> Iterator[None]:
         return list(meter.once(key, work))
 
     evict_all = cache.evict
-    with (
-        patch.object(cache, "evict", evict),
-        patch.multiple(History, _cut_layer=apart(History._cut_layer), close_layer=apart(History.close_layer)),
-    ):
+    with patch.object(cache, "evict", evict), cutting_inside(partial(meter.part, "cut")):
+        yield
+
+
+@contextmanager
+def cutting_inside(entered: Callable[[], AbstractContextManager]) -> Iterator[None]:
+    """While it is on, histories cut themselves inside what is entered for each piece of that work."""
+
+    def within(work):
+        def cutting(*what):
+            with entered():
+                return work(*what)
+
+        return cutting
+
+    with patch.multiple(History, _cut_layer=within(History._cut_layer), close_layer=within(History.close_layer)):
         yield
 
 

@@ -2,6 +2,7 @@
 
 from collections.abc import Iterable, Sequence
 
+from .markdown import markdown
 from .roofline import BESIDE, H100, LINK, RTX_4090, assumptions
 
 GIB = 2**30
@@ -94,7 +95,7 @@ def _main(rows: Sequence[dict]) -> Iterable[str]:
             f"{first['memory']['weights'] / GIB:.1f} GiB in bf16"
             + ("" if len(mine) > 2 else "; every preset recomputes all of so few steps")
         )
-        yield _markdown(MAIN, [_cells(row) for row in mine])
+        yield markdown(MAIN, [_cells(row) for row in mine])
 
 
 def _cells(row: dict) -> list[str]:
@@ -162,7 +163,7 @@ def _stock(report: dict) -> str:
         "WanModel and CausalWanModel (Self-Forcing) with the same weights, on one chunk with all branches of guidance. "
         "Attention over the history costs the same in both: it counts as a launch a layer, and not in the times. Stock "
         "has a fused rotary product and makes the text's keys anew in every WanModel forward.\n\n"
-        + _markdown(names, cells)
+        + markdown(names, cells)
     )
 
 
@@ -188,10 +189,10 @@ def _memory(report: dict) -> str:
     ]
     return (
         "GiB for a minute of video. With a budget the keys of active chunks need room in one layer alone.\n\n"
-        + _markdown(names, cells)
+        + markdown(names, cells)
         + "\n\nThe published thresholds let every chunk recompute on ticks of its own, so active chunks keep their "
         "keys in every layer (planned; how often they recompute depends on the video: their work is not counted):\n\n"
-        + _markdown(("model", "preset", "budget", "history"), published)
+        + markdown(("model", "preset", "budget", "history"), published)
     )
 
 
@@ -227,7 +228,7 @@ def _goals(rows: Sequence[dict]) -> list[str]:
     ]
     words = (
         "Before: as counted on version 0.1.0.\n\n"
-        + _markdown(("what", "before", "goal", "now"), cells)
+        + markdown(("what", "before", "goal", "now"), cells)
         + "\n\nHeld by tests: the layers that ComfyUI's fp8 product takes are those of its own forward "
         "(`tests/host/test_kernels.py`); memory asked of ComfyUI is 1.0 to 1.15 of what is used, texts included "
         "(`tests/lab/test_scale.py`)."
@@ -267,7 +268,7 @@ def _fits(report: dict) -> str:
         "up to* is the length of a video that fits beside the same weights without a budget, stored as computed, in 8 "
         "and in 4 bits; with a budget that is so much smaller, too. MAGI-1 keeps what its "
         f"chunks look back on, so it needs no budget. {BESIDE:.0f} GiB is set aside for CUDA and the desktop.\n\n"
-        + _markdown(names, cells)
+        + markdown(names, cells)
     )
 
 
@@ -314,8 +315,3 @@ def _time(seconds: float) -> str:
 def _number(value: float) -> str:
     """Three digits that matter."""
     return f"{value:,.0f}" if value >= 99.95 else f"{value:.1f}" if value >= 9.995 else f"{value:.2f}"
-
-
-def _markdown(names: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
-    lines = [list(names), ["---"] * len(names), *rows]
-    return "\n".join("| " + " | ".join(cells) + " |" for cells in lines)

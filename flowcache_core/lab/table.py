@@ -14,6 +14,7 @@ from ..errors import UserError
 from ..report import megabytes
 from ..storage.files import write_whole
 from .aims import aims, at
+from .markdown import markdown
 from .methods import FEWER, OURS, THRESHOLDS
 
 BEGIN, END = "<!-- bench: begin -->", "<!-- bench: end -->"
@@ -63,7 +64,7 @@ def summary(report: dict) -> str:
     met = [aim.holds for aim in aims(report)]
     size = report["size"]
     return (
-        _markdown(names, rows)
+        markdown(names, rows)
         + f"\n\nDemo model, means over {size['clips']} captions of {size['chunks']} chunks, speed by the clock. "
         + f"Of the project's {len(met)} aims {sum(holds is True for holds in met)} are reached."
     )
@@ -123,7 +124,7 @@ def _aims(report: dict) -> str:
     left_out = "; ".join(report["left_out"])
     return (
         "**Aims** (leads are the smallest over the measured points of the curves)\n\n"
-        + _markdown(("aim", "wanted", "reached", "holds"), rows)
+        + markdown(("aim", "wanted", "reached", "holds"), rows)
         + (f"\n\nFor want of time left out: {left_out}." if left_out else "")
     )
 
@@ -132,7 +133,7 @@ def _points(report: dict) -> Iterable[str]:
     for schedule, title in TITLES.items():
         rows = [point for point in report["points"] if point["schedule"] == schedule]
         if rows:
-            yield f"**{title}**\n\n" + _markdown(COLUMNS, [_row(point) for point in sorted(rows, key=_order)])
+            yield f"**{title}**\n\n" + markdown(COLUMNS, [_row(point) for point in sorted(rows, key=_order)])
 
 
 def _order(point: dict) -> tuple:
@@ -196,7 +197,7 @@ def _short(report: dict) -> str:
     ]
     names = ("history", "peak", "caption found", "lost from first to last chunk", "PSNR to whole history, dB")
     short = report["short_history"]
-    return f"**A history of {short['budget']} clean chunks, {short['chunks']} chunks long**\n\n" + _markdown(
+    return f"**A history of {short['budget']} clean chunks, {short['chunks']} chunks long**\n\n" + markdown(
         names, cells
     )
 
@@ -213,7 +214,7 @@ def _host(report: dict) -> str:
     ]
     return (
         f"**In ComfyUI, on its own path (SamplerARVideo, {host['steps']} steps, {host['chunks']} chunks)**\n\n"
-        + _markdown(("node", "setting", "faster", "seconds", "PSNR, dB"), cells)
+        + markdown(("node", "setting", "faster", "seconds", "PSNR, dB"), cells)
     )
 
 
@@ -238,11 +239,6 @@ def _compiled(report: dict) -> str:
         f"{run['seconds_compiled'] / run['seconds']:.2f} of its time; the first one takes {run['seconds_first']:.0f} s "
         f"with the compiling. Latents differ by {run['apart']:.0e} at most."
     )
-
-
-def _markdown(names: Iterable[str], rows: Iterable[Iterable[str]]) -> str:
-    lines = ["| " + " | ".join(cells) + " |" for cells in (names, ["---"] * len(list(names)), *rows)]
-    return "\n".join(lines)
 
 
 def main() -> None:

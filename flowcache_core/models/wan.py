@@ -221,7 +221,26 @@ def feeds_forward(block: Any, x: Tensor, shift: Tensor, scale: Tensor, gate: Ten
     return torch.addcmul(x, y.view_as(x), gate)
 
 
-class WanBackbone:
+class Compiled:
+    """What backbones have in common whose blocks are run in parts.
+
+    Attributes:
+        parts: functions of a block and of tensors alone.
+    """
+
+    parts: tuple[Callable[..., Any], ...]
+
+    def compile(self, **options) -> None:
+        """Compiles the blocks, at the first chunk that goes through: one graph for each part of a block, for all layers
+        and runs. Attention stays outside.
+
+        Args:
+            options: of `torch.compile`.
+        """
+        self.parts = tuple(torch.compile(part, **options) for part in self.parts)
+
+
+class WanBackbone(Compiled):
     """Runs chunks through a network of the Wan 2.1 layout.
 
     Args:
@@ -243,16 +262,7 @@ class WanBackbone:
         self.dim: int = network.blocks[0].modulation.shape[-1]
         self.head_dim = self.dim // self.heads
         self.rotary = Rotary(self.head_dim)
-        self.parts: tuple[Callable[..., Any], ...] = (asks_history, asks_text, reads_text, feeds_forward)
-
-    def compile(self, **options) -> None:
-        """Compiles the blocks, at the first chunk that goes through: one graph for each part of a block, for all layers
-        and runs. Attention stays outside.
-
-        Args:
-            options: of `torch.compile`.
-        """
-        self.parts = tuple(torch.compile(part, **options) for part in self.parts)
+        self.parts = (asks_history, asks_text, reads_text, feeds_forward)
 
     @property
     def sizes(self) -> NetworkSizes:

@@ -13,10 +13,10 @@ Source: MAGI-1, inference/model/dit/dit_model.py and dit_module.py.
 """
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property, partial
-from typing import Any, NamedTuple, cast
+from typing import NamedTuple, cast
 
 import torch
 import torch.nn.functional as F
@@ -29,7 +29,7 @@ from ...history.products import wide_product
 from ...solvers.weights import joined_heads
 from ..fit import fit
 from ..rotary import GridRotary
-from ..wan import Attend, Attention, CastingConv3d, unpatched
+from ..wan import Attend, Attention, CastingConv3d, Compiled, unpatched
 from .config import MagiConfig
 from .fp8 import Fp8Linear, SmoothFp8Linear
 
@@ -371,7 +371,7 @@ def merged(past: Tensor, text: Tensor) -> Tensor:
     return both.unflatten(3, (MERGE_GROUPS, -1)).transpose(2, 3).flatten(2)
 
 
-class MagiBackbone:
+class MagiBackbone(Compiled):
     """Runs chunks through a network of the MAGI-1 layout.
 
     Args:
@@ -391,16 +391,7 @@ class MagiBackbone:
         self.head_dim = config.head_dim
         self.blocks = cast(Sequence[MagiBlock], network.videodit_blocks.layers)
         self.rotary = MagiRotary(network.rope, config.head_dim)
-        self.parts: tuple[Callable[..., Any], ...] = (asks_both, adds_attention, feeds_forward)
-
-    def compile(self, **options) -> None:
-        """Compiles the blocks, at the first chunk that goes through: one graph for each part of a block, for all layers
-        and runs. Attention stays outside.
-
-        Args:
-            options: of `torch.compile`.
-        """
-        self.parts = tuple(torch.compile(part, **options) for part in self.parts)
+        self.parts = (asks_both, adds_attention, feeds_forward)
 
     @property
     def sizes(self) -> NetworkSizes:
