@@ -222,11 +222,9 @@ def carry_out(
             finished.settle()  # what an interrupt has cut off from its next tick
     latents = torch.cat([*finished.latents, *([] if layout.after is None else [layout.after])], dim=2)
     state = make_state(latents, finished.histories, chunk_frames, name, dropped=layout.frames - latents.shape[2])
-    shown = model.model.process_latent_out(latents.float())
-    patch.remember(shown, finished.report)
     if asked.stream is not None and asked.resume is None:
         HELD.hold(kept.name, state, finished.report)
-    return Extended(shown, state, finished.report, video)
+    return _handed_out(model, latents, state, finished.report, video)
 
 
 def written_anew(
@@ -249,7 +247,14 @@ def written_anew(
             if frames is not None:
                 show(frames, number, len(parts))
         video = outlet.finish(report)
-    shown = model.model.process_latent_out(state.latents.float())
+    return _handed_out(model, state.latents, state, report, video)
+
+
+def _handed_out(
+    model: comfy.model_patcher.ModelPatcher, latents: Tensor, state: State, report: Report, video: OutputFile | None
+) -> Extended:
+    """A result with its latents in the host's space, whose report is found again by them."""
+    shown = model.model.process_latent_out(latents.float())
     host.patch_on(model.model_options).remember(shown, report)
     return Extended(shown, state, report, video)
 

@@ -8,7 +8,7 @@ from torch import Tensor
 from ...flowcache_core.engine.windows import window_sizes
 from ...flowcache_core.errors import UserError
 from ...flowcache_core.models.memory import FRAME_STRIDE
-from .checks import rounded_notes
+from .checks import pixel_frames, rounded_notes
 from .extend import Extension, Sampling, extend
 
 
@@ -36,7 +36,7 @@ def extend_in_windows(
     sizes = window_sizes(*(latent_frames(count) for count in (frames, window, overlap)))
     for number, size in enumerate(sizes):
         taken = latent_frames(min(overlap, len(images))) if len(images) else 0
-        given = FRAME_STRIDE * taken - (FRAME_STRIDE - 1) if taken else 0
+        given = pixel_frames(taken)
         prefix = vae.encode(images[-given:, :, :, :3]) if given else None
         new = size - taken
         if new < 1:
