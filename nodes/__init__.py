@@ -18,6 +18,7 @@ from .load_model import LoadARVideoModel
 from .load_state import LoadState
 from .magi_prompt import MagiPrompt
 from .prompts_over_time import PromptsOverTime
+from .read_video import ReadVideo
 from .report import FlowCacheReport
 from .resume import Resume
 from .save_state import SaveState
@@ -46,6 +47,7 @@ class FlowCacheExtension(ComfyExtension):
             FlowCacheReport,
             SaveVideo,
             CompareVideos,
+            ReadVideo,
         ]
         return [checked(node) for node in nodes]
 

@@ -20,7 +20,7 @@ class SaveVideo(io.ComfyNode):
             "FlowCacheSaveVideo",
             inputs=[
                 io.Image.Input("images"),
-                ReportType.Input("report"),
+                ReportType.Input("report", optional=True),
                 io.String.Input("filename_prefix", default="flowcache/video"),
                 io.Float.Input("fps", default=16.0, min=1.0, max=120.0, step=1.0, round=0.001),
             ],
@@ -31,13 +31,13 @@ class SaveVideo(io.ComfyNode):
         )
 
     @classmethod
-    def execute(cls, images: torch.Tensor, report, filename_prefix: str, fps: float) -> io.NodeOutput:
+    def execute(cls, images: torch.Tensor, filename_prefix: str, fps: float, report=None) -> io.NodeOutput:
         file = OutputFile.new(filename_prefix, images.shape[2], images.shape[1])
         stream = VideoStream(file.path, fps, workflow_metadata(cls.hidden))
         try:
             for part in images[..., :3].split(AT_ONCE):
                 stream.write(frames_of(2 * part.movedim(-1, 0) - 1))
-            stream.finish(report_metadata(report))
+            stream.finish(report_metadata(report) if report else None)
             if stream.warning:
                 progress_text(stream.warning, cls.hidden.unique_id)
         finally:

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from contextlib import suppress
 from fractions import Fraction
 from pathlib import Path
+from typing import BinaryIO
 
 import numpy as np
 import torch
@@ -103,33 +104,62 @@ def colours_of(height: int) -> int:
     return BT709 if height >= HD else BT601
 
 
-def read_video(path: Path | str) -> np.ndarray:
-    """Reads all frames of a video, uint8 [T, H, W, 3], by what it says its colours mean and with exact rounding.
+def read_video(path: Path | str | BinaryIO, start: float = 0.0, duration: float = 0.0) -> np.ndarray:
+    """Reads the frames of a video, uint8 [T, H, W, 3], by what it says its colours mean and with exact rounding.
 
-    A stream that was cut short is read up to its last whole frame.
+    A stream that was cut short is read up to its last whole frame. Frames that the file says are to be turned are.
+
+    Args:
+        path: a file's path, or an open file.
+        start, duration: what to read, in seconds; a duration of 0 reads to the end.
 
     Raises:
-        UserError: no `av` package, or no video.
+        UserError: no `av` package, no video, or no frame where it was asked for.
     """
-    av, path = pyav(), Path(path)
+    av = pyav()
+    name = "The video" if hasattr(path, "read") else Path(path).name
     try:
         with opened(path) as file:
-            frames = [_pixels(frame) for frame in _whole_frames(file, av.FFmpegError)]
+            _go_to(file, start)
+            frames = [_pixels(frame) for frame in _between(_whole_frames(file, av.FFmpegError), start, duration)]
     except (OSError, av.FFmpegError, IndexError) as error:
-        raise UserError(f"{path.name} cannot be read as a video ({error}); give an mp4, webm or gif file.") from error
+        raise UserError(f"{name} cannot be read as a video ({error}); give an mp4, webm or gif file.") from error
     if not frames:
-        raise UserError(f"{path.name} has no whole frame of video; give another file.")
+        where = f" from second {start:g} on" if start else ""
+        raise UserError(f"{name} has no whole frame of video{where}; give another file.")
     return np.stack(frames)
 
 
-def opened(path: Path):
+def frame_rate(path: Path | str | BinaryIO) -> Fraction:
+    """Frames a second that a video has on average, by what its file says; 1 where it says nothing."""
+    with opened(path) as file:
+        return Fraction(file.streams.video[0].average_rate or 1)
+
+
+def opened(path: Path | str | BinaryIO):
     """Opens a video for reading. One that was cut inside the header of a fragment cannot be opened as a file that one
     may seek in, but as a stream it can."""
     av = pyav()
+    source = path if hasattr(path, "read") else str(path)
     try:
-        return av.open(str(path))
+        return av.open(source)
     except av.InvalidDataError:
-        return av.open(str(path), options={"seekable": "0"})
+        return av.open(source, options={"seekable": "0"})
+
+
+def _go_to(file, start: float) -> None:
+    """Seeks the last key frame before a time in seconds."""
+    if start:
+        stream = file.streams.video[0]
+        file.seek(int(start / stream.time_base), stream=stream)
+
+
+def _between(frames, start: float, duration: float):
+    for frame in frames:
+        if duration and frame.time is not None and frame.time >= start + duration:
+            return
+        if not start or (frame.time is not None and frame.time >= start):
+            yield frame
 
 
 def _whole_frames(file, ends: type[Exception]):
@@ -141,7 +171,8 @@ def _pixels(frame) -> np.ndarray:
     said = frame.colorspace if frame.colorspace != UNSAID else colours_of(frame.height)
     matrix, other = (1, 5) if said == BT709 else (5, 1)
     how = {"src_colorspace": matrix, "dst_colorspace": other, "interpolation": EXACT}
-    return frame.reformat(format="rgb24", **how).to_ndarray()
+    pixels = frame.reformat(format="rgb24", **how).to_ndarray()
+    return np.ascontiguousarray(np.rot90(pixels, k=round(frame.rotation / 90)))
 
 
 def _write_mp4(frames: np.ndarray, path: Path, fps: int) -> None:

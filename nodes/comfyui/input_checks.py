@@ -134,6 +134,12 @@ def _image(value) -> str | None:
     return None
 
 
+def _video(value) -> str | None:
+    if not hasattr(value, "get_components"):
+        return f"holds a {_kind(value)}, no video; connect the output of Load Video"
+    return None
+
+
 def _kind(value) -> str:
     return type(value).__name__
 
@@ -151,6 +157,7 @@ CHECKS: dict[str, Check] = {
     "CONDITIONING": _conditioning,
     "LATENT": _latent,
     "IMAGE": _image,
+    "VIDEO": _video,
     "FLOWCACHE_STATE": _is(State, OURS),
     "FLOWCACHE_REPORT": _is(Report, OURS),
     "FLOWCACHE_STREAM": _is(StreamSettings, OURS),

@@ -55,7 +55,9 @@ def everything() -> Graph:
     graph.add("PreviewAny", source=(words, 0))
     images = graph.add("EmptyImage", width=32, height=32, batch_size=5, color=255)
     graph.add("FlowCacheSaveVideo", images=(images, 0), report=(made, 2), filename_prefix="any/saved", fps=16.0)
-    graph.add("FlowCacheCompareVideos", first=(images, 0), second=(images, 0), view="wipe")
+    video = graph.add("CreateVideo", images=(images, 0), fps=16.0)
+    frames = graph.add("FlowCacheReadVideo", video=(video, 0))
+    graph.add("FlowCacheCompareVideos", first=(images, 0), second=(frames, 0), view="wipe")
     windows = graph.add(
         "FlowCacheExtendInWindows", model=(loaded, 0), vae=(vae, 0), frames=9, window=5, overlap=1, guidance=3.0,
         start=(images, 0), **common,

@@ -18,6 +18,7 @@ NODES = [
     "FlowCacheSaveState",
     "FlowCacheLoadState",
     "FlowCacheCompareVideos",
+    "FlowCacheReadVideo",
     "FlowCacheSaveVideo",
 ]
 

@@ -8,7 +8,7 @@ import pytest
 from PIL import Image
 
 from flowcache_core.errors import UserError
-from flowcache_core.media.video import BROADCAST, BT601, BT709, h264_stream, read_video, save_video
+from flowcache_core.media.video import BROADCAST, BT601, BT709, frame_rate, h264_stream, read_video, save_video
 from flowcache_core.media.video_stream import VideoStream
 
 SIZES = [(720, 1280, BT709), (722, 404, BT709), (480, 832, BT601)]
@@ -79,3 +79,26 @@ def test_what_is_no_video(tmp_path):
         read_video(tmp_path / "text.mp4")
     with pytest.raises(UserError, match="gone.mp4"):
         read_video(tmp_path / "gone.mp4")
+
+
+def test_a_part_and_a_turned_video(tmp_path):
+    """By the file's own words: seconds from its start, and the matrix with which phones say how they were held."""
+    frames = np.repeat(np.arange(0, 240, 10, dtype=np.uint8), 64 * 64 * 3).reshape(24, 64, 64, 3).copy()
+    frames[:, :8] = 255  # the edge that is up
+    path = save_video(frames, tmp_path / "part.mp4", fps=8)
+    part = read_video(path, start=1.0, duration=0.5)
+    assert len(part) == 4 and np.abs(part[:, 32, 32, 0].astype(int) - (80, 90, 100, 110)).max() <= 2
+    assert len(read_video(path)) == 24 and frame_rate(path) == 8
+    with path.open("rb") as file:
+        assert np.array_equal(read_video(file, 1.0, 0.5), part)
+    with pytest.raises(UserError, match="from second 9"):
+        read_video(path, start=9.0)
+
+    data = bytearray(path.read_bytes())
+    matrix = data.index(b"tkhd") + 4 + 40  # of a track header's version 0
+    assert data[matrix : matrix + 4] == (1 << 16).to_bytes(4, "big")
+    clockwise = (0, 1 << 16, 0, -(1 << 16), 0, 0, 64 << 16, 0, 1 << 30)
+    data[matrix : matrix + 36] = b"".join(number.to_bytes(4, "big", signed=True) for number in clockwise)
+    path.write_bytes(data)
+    turned = read_video(path)
+    assert turned[0, :, 60].mean() > 200 > 50 > turned[0, 4, :50].mean()
