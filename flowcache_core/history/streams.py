@@ -4,7 +4,7 @@ On other devices, and switched off, the same work is done at once, in order.
 """
 
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any, Generic, TypeVar
 
@@ -22,6 +22,11 @@ class Pending(Generic[Result]):
     _result: Result
     _made: Any = None  # the event after it, where it is made on a stream of its own
     _device: torch.device | None = None
+
+    @property
+    def there(self) -> bool:
+        """Whether the CPU need not wait for it any more."""
+        return self._made is None or self._made.query()
 
     def on_cpu(self) -> Result:
         """The result, for the CPU: waits until it is there."""
@@ -89,17 +94,14 @@ class SideStream:
         return torch.empty(size, dtype=tensor.dtype)
 
     @contextmanager
-    def instead(self) -> Iterator[None]:
-        """What is begun inside goes to this stream in place of the current one, and is done when the block ends.
+    def beside(self) -> Iterator[None]:
+        """What is begun inside goes to this stream in place of the current one, and nobody waits for it.
 
-        It does not wait for the current stream: what it begins with must be on the CPU.
+        It does not wait for the current stream: what it begins with must be on the CPU, and what it makes must be asked
+        for with `to_cpu`.
         """
-        if self._stream is None:
+        with nullcontext() if self._stream is None else torch.cuda.stream(self._stream):
             yield
-            return
-        with torch.cuda.stream(self._stream):
-            yield
-        self._stream.synchronize()
 
     def later(self, work: Callable[[], object]) -> None:
         """Work for the CPU, which waits for results: done at the next `settle`, when the device has got more to do;

@@ -11,6 +11,7 @@ from torch import Tensor
 from ...flowcache_core.demo.vae import Memory, WanVAE
 from ...flowcache_core.errors import UserError
 from ...flowcache_core.history.offload import runs_out_of_memory
+from ...flowcache_core.history.streams import AT_ONCE, Pending, SideStream
 from .magi_model import VaeForHost
 
 try:
@@ -50,17 +51,17 @@ def stream_decoder(vae, make_room: Callable[[], bool] = lambda: False) -> "Strea
 class StreamDecoder(ABC):
     """Call it with a latent [1, C, T, H, W], then `finish` it.
 
-    Each gives frames [T, H, W, 3] in [0, 1]; some may wait for the next call.
+    Each gives frames [T, H, W, 3] in [0, 1] on the CPU, or none; some may wait for the next call.
     """
 
     def __init__(self, vae):
         self.vae = vae
 
     @abstractmethod
-    def __call__(self, latent: Tensor) -> Tensor | None:
-        """Decodes the next frames."""
+    def __call__(self, latent: Tensor, side: SideStream = AT_ONCE) -> Pending[Tensor] | None:
+        """Decodes the next frames. On a side stream nothing waits for them: neither the CPU nor the network."""
 
-    def finish(self) -> Tensor | None:
+    def finish(self) -> Pending[Tensor] | None:
         """Decodes what still waits."""
         return None
 
@@ -72,8 +73,8 @@ class DemoDecoder(StreamDecoder):
         super().__init__(vae)
         self.memory = Memory()
 
-    def __call__(self, latent: Tensor) -> Tensor:
-        return _pixels(self.vae, self.vae.first_stage_model.decode(_ready(self.vae, latent), self.memory))
+    def __call__(self, latent: Tensor, side: SideStream = AT_ONCE) -> Pending[Tensor]:
+        return _pixels(self.vae, self.vae.first_stage_model.decode(_ready(self.vae, latent), self.memory), side)
 
 
 class SmallDecoder(StreamDecoder):
@@ -83,7 +84,7 @@ class SmallDecoder(StreamDecoder):
         super().__init__(vae)
         self.past: dict[int, Tensor] = {}  # by place of the block: its last input, [1, C, H, W]
 
-    def __call__(self, latent: Tensor) -> Tensor | None:
+    def __call__(self, latent: Tensor, side: SideStream = AT_ONCE) -> Pending[Tensor] | None:
         network = self.vae.first_stage_model
         x = network.process_in(_ready(self.vae, latent)).movedim(2, 1)[0]  # [T, C, H, W]
         trimmed = 0 if self.past else network.frames_to_trim
@@ -96,7 +97,7 @@ class SmallDecoder(StreamDecoder):
             x = block(x, torch.cat([before, x[:-1]]))
         if network.patch_size > 1:
             x = torch.nn.functional.pixel_shuffle(x, network.patch_size)
-        return _pixels(self.vae, x[trimmed:].movedim(0, 1)[None])
+        return _pixels(self.vae, x[trimmed:].movedim(0, 1)[None], side)
 
 
 class TileDecoder(StreamDecoder):
@@ -112,20 +113,20 @@ class TileDecoder(StreamDecoder):
         self.waiting: Tensor | None = None
 
     @abstractmethod
-    def decode(self, tiles: list[Tensor]) -> Tensor:
+    def decode(self, tiles: list[Tensor], side: SideStream) -> Pending[Tensor]:
         """Decodes tiles that follow one another."""
 
-    def __call__(self, latent: Tensor) -> Tensor | None:
+    def __call__(self, latent: Tensor, side: SideStream = AT_ONCE) -> Pending[Tensor] | None:
         waiting = latent if self.waiting is None else torch.cat([self.waiting, latent], dim=2)
         tiles = []
         while waiting.shape[2] >= self.next:
             tiles.append(waiting[:, :, : self.next])
             waiting, self.next = waiting[:, :, self.next :], self.tile
         self.waiting = waiting
-        return self.decode(tiles) if tiles else None
+        return self.decode(tiles, side) if tiles else None
 
-    def finish(self) -> Tensor | None:
-        return None if self.waiting is None or not self.waiting.shape[2] else self.decode([self.waiting])
+    def finish(self) -> Pending[Tensor] | None:
+        return None if self.waiting is None or not self.waiting.shape[2] else self.decode([self.waiting], AT_ONCE)
 
 
 class WanDecoder(TileDecoder):
@@ -144,22 +145,22 @@ class WanDecoder(TileDecoder):
         self.places: list[Place] = []  # of the tiles in space; none while the picture is decoded whole
         self.caches: list[list] = [[None] * count(vae.first_stage_model.decoder)]  # of each tile
 
-    def decode(self, tiles: list[Tensor]) -> Tensor:
+    def decode(self, tiles: list[Tensor], side: SideStream) -> Pending[Tensor]:
         found: list[Tensor] = []
-        while runs_out_of_memory(lambda: found.append(self._decoded(tiles))):
+        while runs_out_of_memory(lambda: found.append(self._decoded(tiles, side))):
             if not self.make_room() and not self._cut_smaller(tiles[0]):
-                found.append(self._decoded(tiles))  # the device's own error
-        return _pixels(self.vae, found[0])
+                found.append(self._decoded(tiles, side))  # the device's own error
+        return _pixels(self.vae, found[0], side)
 
-    def _decoded(self, tiles: list[Tensor]) -> Tensor:
+    def _decoded(self, tiles: list[Tensor], side: SideStream) -> Tensor:
         """Decodes tiles in time, one place in space after the other. What is kept changes when all of it is done."""
         if not self.places:
-            frames, cache = self._of_place(tiles, self.caches[0])
+            frames, cache = self._of_place(tiles, self.caches[0], side)
             self.caches = [cache]
             return frames
         caches, whole, weights = [], None, None
         for (rows, columns), cache in zip(self.places, self.caches, strict=True):
-            frames, kept = self._of_place([tile[..., rows, columns] for tile in tiles], cache)
+            frames, kept = self._of_place([tile[..., rows, columns] for tile in tiles], cache, side)
             caches.append(kept)
             scale = frames.shape[-1] // (columns.stop - columns.start)
             if whole is None or weights is None:
@@ -173,15 +174,15 @@ class WanDecoder(TileDecoder):
         self.caches = caches
         return whole / weights
 
-    def _of_place(self, tiles: list[Tensor], cache: list) -> tuple[Tensor, list]:
+    def _of_place(self, tiles: list[Tensor], cache: list, side: SideStream) -> tuple[Tensor, list]:
         """Decodes one place; gives its frames, and what its layers keep, on the CPU."""
         network, frames = self.vae.first_stage_model, list[Tensor]()
         ready = [_ready(self.vae, tile) for tile in tiles]
-        cache = [_moved(kept, self.vae.device) for kept in cache]
+        cache = [_brought_back(kept, self.vae.device) for kept in cache]
         for tile in ready:
             made = network.decoder(network.conv2(tile), feat_cache=cache, feat_idx=[0])
             frames += made if isinstance(made, list) else [made]
-        return torch.cat(frames, dim=2), [_moved(kept, "cpu") for kept in cache]
+        return torch.cat(frames, dim=2), [side.to_cpu(kept) if isinstance(kept, Tensor) else kept for kept in cache]
 
     def _cut_smaller(self, latent: Tensor) -> bool:
         """Cuts every place in two, and what was kept of it; False where they are as small as can be."""
@@ -207,14 +208,14 @@ def _halves(place: Place) -> list[Place]:
 
 def _part(kept, half: Place, place: Place):
     """What a layer keeps of a half of a place; [..., h, w] at its own scale."""
-    if not isinstance(kept, Tensor):
+    if not isinstance(kept, Pending):
         return kept
-    cuts = []
-    for side, whole, size in zip(half, place, kept.shape[-2:], strict=True):
+    pixels, cuts = kept.on_cpu(), list[slice]()
+    for side, whole, size in zip(half, place, pixels.shape[-2:], strict=True):
         scale = size // (whole.stop - whole.start)
         cuts.append(slice(scale * (side.start - whole.start), scale * (side.stop - whole.start)))
     down, across = cuts
-    return kept[..., down, across].clone()
+    return Pending(pixels[..., down, across].clone())
 
 
 def _faded(size: int, border: int) -> Tensor:
@@ -231,8 +232,8 @@ class MagiDecoder(TileDecoder):
         tile = module.tile_frames // module.config.patch_length
         super().__init__(vae, tile, tile)
 
-    def decode(self, tiles: list[Tensor]) -> Tensor:
-        return _images(self.vae.decode(torch.cat(tiles, dim=2)))
+    def decode(self, tiles: list[Tensor], side: SideStream) -> Pending[Tensor]:
+        return Pending(_images(self.vae.decode(torch.cat(tiles, dim=2))))
 
 
 class OverlapDecoder(StreamDecoder):
@@ -242,11 +243,11 @@ class OverlapDecoder(StreamDecoder):
         super().__init__(vae)
         self.before: Tensor | None = None
 
-    def __call__(self, latent: Tensor) -> Tensor:
+    def __call__(self, latent: Tensor, side: SideStream = AT_ONCE) -> Pending[Tensor]:
         whole = latent if self.before is None else torch.cat([self.before, latent], dim=2)
         known = 0 if self.before is None else self._count(self.before.shape[2])
         self.before = whole[:, :, -OVERLAP:]
-        return _images(self.vae.decode(whole))[known:]
+        return Pending(_images(self.vae.decode(whole))[known:])
 
     def _count(self, frames: int) -> int:
         """Pixel frames of so many latent frames."""
@@ -261,8 +262,8 @@ def _ready(vae, latent: Tensor) -> Tensor:
     return latent.to(vae.device, vae.vae_dtype)
 
 
-def _pixels(vae, decoded: Tensor) -> Tensor:
-    return _images(vae.process_output(decoded.to(vae.output_device, torch.float32)).movedim(1, -1))
+def _pixels(vae, decoded: Tensor, side: SideStream) -> Pending[Tensor]:
+    return side.to_cpu(_images(vae.process_output(decoded.float()).movedim(1, -1)))
 
 
 def _images(decoded: Tensor) -> Tensor:
@@ -270,5 +271,6 @@ def _images(decoded: Tensor) -> Tensor:
     return decoded[0] if decoded.ndim == 5 else decoded
 
 
-def _moved(kept, device):
-    return kept.to(device) if isinstance(kept, Tensor) else kept
+def _brought_back(kept, device):
+    """What a layer kept, on the device, and what is no tensor as it is."""
+    return kept.on_device().to(device, non_blocking=True) if isinstance(kept, Pending) else kept

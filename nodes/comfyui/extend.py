@@ -243,8 +243,7 @@ def written_anew(
         for number, part in enumerate(parts, start=1):
             throw_exception_if_processing_interrupted()
             progress_text(f"writing part {number} of {len(parts)}; nothing is sampled anew", asked.node_id)
-            frames = outlet.add(part)
-            if frames is not None:
+            for frames in outlet.add(part):
                 show(frames, number, len(parts))
         video = outlet.finish(report)
     return _handed_out(model, state.latents, state, report, video)

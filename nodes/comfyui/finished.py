@@ -108,6 +108,8 @@ class FinishedChunks(RunListener):
         self.settle()
         self._begin_to_keep(engine)
         self.tick, self.ticks = told.tick, told.ticks
+        if self.outlet is not None:
+            self._show(self.outlet.written())
         progress_text(describe(told, engine, self.begun, self.finished(engine), len(self.earlier)), self.node_id)
 
     def chunk(self, chunk: Chunk, engine: Engine) -> None:
@@ -142,8 +144,10 @@ class FinishedChunks(RunListener):
             self.lost, self.folder = str(error), None
 
     def _hand_on(self, number: int, latent: Pending[Tensor]) -> None:
-        frames = self._take(self._generated(Chunk(number, latent.on_cpu())))
-        if frames is not None:
+        self._show(self._take(self._generated(Chunk(number, latent.on_cpu()))))
+
+    def _show(self, chunks: Sequence[Tensor]) -> None:
+        for frames in chunks:
             show(frames, self.tick, self.ticks)
 
     def settle(self) -> None:
@@ -159,8 +163,9 @@ class FinishedChunks(RunListener):
         """A chunk's frames that were not given."""
         return chunk.latent[:, :, self.inside :] if chunk.number == self.first else chunk.latent
 
-    def _take(self, latent: Tensor) -> Tensor | None:
+    def _take(self, latent: Tensor) -> list[Tensor]:
+        """Takes a latent; gives the frames [T, H, W, 3] of chunks that were written."""
         if not self.keep:
             self.latents.clear()
         self.latents.append(latent)
-        return None if self.outlet is None else self.outlet.add(latent)
+        return [] if self.outlet is None else self.outlet.add(latent)

@@ -3,7 +3,7 @@
 import json
 import os
 from collections.abc import Callable, Collection, Mapping
-from contextlib import nullcontext, suppress
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,7 +19,7 @@ from torch import Tensor
 
 from ...flowcache_core.errors import UserError, first_line
 from ...flowcache_core.history.offload import Movable
-from ...flowcache_core.history.streams import SideStream
+from ...flowcache_core.history.streams import AT_ONCE, Pending, SideStream
 from ...flowcache_core.media.pictures import filmstrip
 from ...flowcache_core.media.video import frames_of
 from ...flowcache_core.media.video_stream import VideoStream
@@ -148,20 +148,41 @@ class VideoOutlet:
         self.decode = stream_decoder(settings.vae, self._make_room)
         self.movable: Callable[[], Collection[Movable]] = tuple  # histories of the run, which may leave the device
         self.vae, self.model, self.side = settings.vae, model, side
+        self._begun: list[Pending[Tensor]] = []  # frames that are being decoded
         self.file = OutputFile.new(settings.prefix, 8 * shape[4], 8 * shape[3])
         self.stream = VideoStream(self.file.path, settings.fps, metadata)
 
-    def add(self, latent: Tensor) -> Tensor | None:
-        """Decodes and writes a chunk in the network's latent space; returns its frames [T, H, W, 3] in [0, 1]."""
-        with self.side.instead() if self.side.overlaps and self._has_room(latent) else nullcontext():
-            frames = self.decode(self.model.model.process_latent_out(latent.float()))
-            self._write(frames)
+    def add(self, latent: Tensor) -> list[Tensor]:
+        """Begins to decode a chunk in the network's latent space; writes and returns what is there, as `written`.
+
+        What was begun before is waited for, so that no more than one chunk is under way.
+        """
+        written = self.written(wait=True)
+        side = self.side if self._has_room(latent) else AT_ONCE
+        with side.beside():
+            frames = self.decode(self.model.model.process_latent_out(latent.float()), side)
+        if frames is not None:
+            self._begun.append(frames)
         # The VAE may have pushed the model off its device, in the middle of a run.
         comfy.model_management.load_models_gpu([self.model])
-        return frames
+        return written + self.written()
+
+    def written(self, wait: bool = False) -> list[Tensor]:
+        """Writes what has been decoded; returns those frames, [T, H, W, 3] in [0, 1] a chunk.
+
+        Args:
+            wait: for all that was begun.
+        """
+        written = []
+        while self._begun and (wait or self._begun[0].there):
+            written.append(self._begun.pop(0).on_cpu())
+            self._write(written[-1])
+        return written
 
     def _has_room(self, latent: Tensor) -> bool:
-        """Whether a chunk can be decoded with the model where it is."""
+        """Whether a chunk can be decoded beside the run, with the model where it is."""
+        if not self.side.overlaps:
+            return False
         needed = self.vae.patcher.model_size() + self.vae.memory_used_decode(latent.shape, self.vae.vae_dtype)
         return comfy.model_management.get_free_memory(self.vae.device) > needed
 
@@ -180,7 +201,10 @@ class VideoOutlet:
         return bool(here)
 
     def finish(self, report: Report) -> OutputFile:
-        self._write(self.decode.finish())
+        self.written(wait=True)
+        rest = self.decode.finish()
+        if rest is not None:
+            self._write(rest.on_cpu())
         self.stream.finish(report_metadata(report))
         if self.stream.warning:
             report.notes.append(self.stream.warning)
@@ -190,12 +214,15 @@ class VideoOutlet:
 
     def close(self) -> None:
         """Leaves a file that plays as far as it goes."""
+        with suppress(UserError):
+            self.written(wait=True)
+        for frames in self._begun:  # the device may not be at work on them when the host takes the VAE away
+            frames.on_cpu()
         self.stream.close()
         self.file.drop_empty()
 
-    def _write(self, frames: Tensor | None) -> None:
-        if frames is not None:
-            self.stream.write(frames_of(2 * frames.movedim(-1, 0) - 1))
+    def _write(self, frames: Tensor) -> None:
+        self.stream.write(frames_of(2 * frames.movedim(-1, 0) - 1))
 
 
 def show(frames: Tensor, tick: int, ticks: int) -> None:

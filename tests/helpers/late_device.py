@@ -10,7 +10,9 @@ from dataclasses import dataclass, field
 from types import ModuleType
 
 import torch
+from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
+from torch.utils._pytree import tree_leaves
 
 RUBBISH = 77
 
@@ -24,10 +26,14 @@ class Late(TorchDispatchMode):
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
         if function is not torch.ops.aten.copy_.default:
+            read = {leaf.untyped_storage()._cdata for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)}
+            if any(target.untyped_storage()._cdata in read for target, _ in self.stream.waiting):
+                self.stream.catch_up()  # a stream's own work stays in order
             return function(*args, **(kwargs or {}))
         target, source = args[:2]
+        target.fill_(RUBBISH)
         self.stream.waiting.append((target, source))
-        return target.fill_(RUBBISH)
+        return target
 
 
 @dataclass
@@ -89,6 +95,10 @@ class Event:
 
     def synchronize(self) -> None:
         self.stream.synchronize()
+
+    def query(self) -> bool:
+        """Whether it is done: what nobody waits for, never."""
+        return not self.stream.waiting
 
 
 def pretend_streams(streams: ModuleType, put: Callable[[object, str, object], None]) -> Device:

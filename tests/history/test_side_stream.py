@@ -49,12 +49,13 @@ def test_host_work_is_left_for_later_and_done_in_order(device):
     assert done == [1, 2]
 
 
-def test_what_is_done_instead_is_done_when_its_block_ends(device):
-    copy = torch.zeros(3)
-    with SideStream(CPU).instead():
+def test_nobody_waits_for_what_goes_on_beside(device):
+    side, copy = SideStream(CPU), torch.zeros(3)
+    with side.beside():
         copy.copy_(torch.ones(3))
-        assert copy.tolist() == [RUBBISH] * 3
-    assert copy.tolist() == [1] * 3 and device.told == ["side begins", "host waits"]
+        found = side.to_cpu(copy)
+    assert not found.there and "host waits" not in device.told and "current waits" not in device.told
+    assert found.on_cpu().tolist() == [1] * 3 and found.there
 
 
 def test_without_a_switch_or_without_streams_there_is_none(device, monkeypatch):
@@ -64,7 +65,7 @@ def test_without_a_switch_or_without_streams_there_is_none(device, monkeypatch):
         done, given = [], torch.ones(3)
         side.later(lambda: done.append(1))
         copy = side.run(lambda: torch.zeros(3).copy_(given), [given])
-        with side.instead():
+        with side.beside():
             assert not side.overlaps and done == [1]
         assert torch.equal(copy.on_cpu(), given) and torch.equal(copy.on_device(), given)
         assert side.to_cpu(given).on_cpu() is given

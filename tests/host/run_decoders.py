@@ -1,20 +1,27 @@
 """Runs in the host's Python: `run_decoders.py host pack` decodes a latent whole and chunk by chunk with each decoder.
 
-Prints, as JSON, for each decoder the shapes of both and their largest difference, all frames and the last ones; and
-what becomes of a decode that runs out of memory.
+Prints, as JSON, for each decoder the shapes of both and their largest difference, all frames and the last ones; what
+becomes of a decode that runs out of memory; and of one on the side stream of a pretended device, which copies as late
+as it may.
 """
 
 import json
+import sys
 from functools import cache
+from pathlib import Path
 
 from in_host import of_pack
 
+sys.path.append(str(Path(__file__).resolve().parents[1] / "helpers"))
+
 import comfy.ldm.wan.vae  # isort: skip
 import torch
+from late_device import pretend_streams
 
 core_vae = of_pack("flowcache_core.demo.vae")
 host_decode = of_pack("nodes.comfyui.decode")
 host_models = of_pack("nodes.comfyui.models")
+streams = of_pack("flowcache_core.history.streams")
 
 
 def stock() -> torch.nn.Module:
@@ -29,11 +36,11 @@ def decoded_whole(vae, latent: torch.Tensor) -> torch.Tensor:
         return vae.decode(latent)[0]
 
 
-def compare(decoder, vae, latent: torch.Tensor, chunk: int) -> dict:
+def compare(decoder, vae, latent: torch.Tensor, chunk: int, side=streams.AT_ONCE) -> dict:
     whole = decoded_whole(vae, latent)
     with torch.inference_mode():
-        parts = [decoder(part) for part in latent.split(chunk, dim=2)] + [decoder.finish()]
-    ours = torch.cat([part for part in parts if part is not None])
+        parts = [decoder(part, side) for part in latent.split(chunk, dim=2)] + [decoder.finish()]
+    ours = torch.cat([part.on_cpu() for part in parts if part is not None])
     differences = (ours - whole).abs() if ours.shape == whole.shape else torch.full((1,), float("inf"))
     return {
         "shapes": [list(ours.shape), list(whole.shape)],
@@ -41,6 +48,20 @@ def compare(decoder, vae, latent: torch.Tensor, chunk: int) -> dict:
         "mean": differences.mean().item(),
         "spread": whole.std().item(),
     }
+
+
+def beside(vae, latent: torch.Tensor, device) -> dict:
+    """Decodes a latent on a side stream; also what the device was asked for until the frames are read."""
+    decoder, side = host_decode.stream_decoder(vae), streams.SideStream(torch.device("cpu"))
+    device.told.clear()
+    with torch.inference_mode():
+        plain = host_decode.stream_decoder(vae)
+        expected = torch.cat([plain(part).on_cpu() for part in latent.split(2, dim=2)])
+        with side.beside():
+            parts = [decoder(part, side) for part in latent.split(2, dim=2)]
+    told, early = list(device.told), sum(part.there for part in parts)
+    found = torch.cat([part.on_cpu() for part in parts])
+    return {"equal": torch.equal(found, expected), "early": early, "waits": told.count("host waits"), "told": len(told)}
 
 
 def small() -> torch.nn.Module:
@@ -77,7 +98,7 @@ def cramped(vae, latent: torch.Tensor, most: int, rooms: int) -> dict:
                 parts.append(decoder.finish() if part is None else decoder(part))
         finally:
             del network.decoder.forward
-    ours = torch.cat([part for part in parts if part is not None])
+    ours = torch.cat([part.on_cpu() for part in parts if part is not None])
     apart = (ours - whole).abs()
     return {
         "shapes": [list(ours.shape), list(whole.shape)],
@@ -110,6 +131,9 @@ def main() -> None:
         tae.process_output = lambda image: image
         for chunk in (1, 2, 3):
             results[f"small {chunk}"] = compare(host_decode.stream_decoder(tae), tae, latent, chunk)
+    device = pretend_streams(streams, setattr)
+    for name, vae in {"demo": demo, "wan": wan, **({} if host_decode.TAEHV is None else {"small": tae})}.items():
+        results[f"{name} beside"] = beside(vae, latent, device)
     results["classes"] = [type(host_decode.stream_decoder(vae)).__name__ for vae in (demo, wan)]
     print("RESULT " + json.dumps(results))
 

@@ -36,6 +36,16 @@ def test_small_decoders_are_carried_on_too(found, chunk):
     assert result["spread"] > 0.01 and result["largest"] < 1e-4 * result["spread"]
 
 
+@pytest.mark.parametrize("vae", ["demo", "wan", "small"])
+def test_beside_a_run_nothing_waits_for_a_decode(found, vae):
+    """Neither the host nor the network's stream, until the frames are read; and they are the same to the bit."""
+    if f"{vae} beside" not in found:
+        pytest.skip("ComfyUI 0.3.64 has no small decoder for videos")
+    result = found[f"{vae} beside"]
+    assert result["told"] and result["waits"] == 0 and result["early"] == 0
+    assert result["equal"]
+
+
 def test_a_decode_that_runs_out_makes_room_and_goes_on_in_tiles(found):
     result = found["cramped"]
     assert result["rooms"] == [True, True, False, False] and result["tiles"] == 4
