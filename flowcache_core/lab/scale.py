@@ -383,7 +383,13 @@ def measure(models: Sequence[Model], jobs: int) -> dict:
     return {
         "rows": [row(one) for one in counted.values()],
         "stock": [
-            {"model": model.name, "size": list(model.size), "forward": work_row(work)} for model, work in stock.items()
+            {
+                "model": model.name,
+                "size": list(model.size),
+                "forward": work_row(each.forward),
+                "decode": work_row(each.decode),
+            }
+            for model, each in stock.items()
         ],
         "published_rules": paper_rows(models),
         "fits": found,

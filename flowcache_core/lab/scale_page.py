@@ -4,6 +4,7 @@ from collections.abc import Iterable, Sequence
 
 from .markdown import markdown
 from .roofline import BESIDE, H100, LINK, RTX_4090, assumptions
+from .timeline import Way, late
 
 GIB = 2**30
 MAIN = (
@@ -26,6 +27,7 @@ def page(report: dict) -> str:
         *_main(report["rows"]),
         "## Beside ComfyUI's own forward",
         _stock(report),
+        *_decode(report),
         "## Memory",
         _memory(report),
         *_goals(report["rows"]),
@@ -170,6 +172,35 @@ def _stock(report: dict) -> str:
 def _past_seconds(work: dict) -> float:
     """Attention's time but the text's, which is a few percent of it at most."""
     return work["past_seconds"][RTX_4090.name]
+
+
+def _decode(report: dict) -> list[str]:
+    """How much later a chunk is there because the one before it is decoded; nothing without a ComfyUI, whose VAE it
+    is."""
+    cells = []
+    for stock in report["stock"]:
+        quick = _row(report, _model(stock), "balanced", bounded=True)
+        row = quick or _row(report, _model(stock), "plain", bounded=True)
+        assert row
+        for card in (RTX_4090, H100):
+            chunk, tick, decode = (work["seconds"][card.name] for work in (row["chunk"], row["tick"], stock["decode"]))
+            ways: tuple[Way, ...] = ("in order", "host waits", "beside")
+            delays = [late(tick, round(chunk / tick), decode, way) for way in ways]
+            cells.append(
+                [_title(_model(stock)), row["preset"], card.name, *map(_number, (chunk, tick, decode, *delays))]
+            )
+    if not cells:
+        return []
+    names = ("model", "preset", "card", "a chunk", "a tick", "its decode", "in order", "the host waits", "beside")
+    words = (
+        "Seconds by the roofline, with a budget, and with ComfyUI's Wan VAE. The last three: how much later each chunk "
+        "is there because the one before it is decoded and written while the run goes on. *In order*: by the network's "
+        "own stream. *The host waits*: on a stream of its own, and nothing is given to the network before it is done, "
+        "as it was at first. *Beside*: nothing waits, which is what the node's *overlap* does "
+        "(`tests/host/test_decoders.py`). The streams do not slow each other down here; a card that one of them fills "
+        "shares its time, whatever the order. Stream Video to Disk takes ComfyUI's small decoders (TAE) too."
+    )
+    return ["## Decoding while the run goes on", words + "\n\n" + markdown(names, cells)]
 
 
 def _memory(report: dict) -> str:

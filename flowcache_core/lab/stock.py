@@ -1,10 +1,11 @@
-"""ComfyUI's own forward of the same networks, counted in a process of the host's, where there is one."""
+"""ComfyUI's own forward of the same networks, and its VAE, counted in a process of the host's, where there is one."""
 
 import json
 import os
 import subprocess
 from collections.abc import Sequence
 from pathlib import Path
+from typing import NamedTuple
 
 from ..models.wan import WanConfig
 from .meter import Work, in_layers
@@ -14,8 +15,20 @@ HOST = Path(os.environ.get("COMFYUI_PATH", Path.home() / "comfy" / "ComfyUI"))
 SCRIPT = Path(__file__).parents[2] / "tests" / "host" / "count_stock.py"
 
 
-def count_stock(models: Sequence[Model]) -> dict[Model, Work]:
-    """Counts the host's forward of one chunk with all branches of guidance, attention over the history left out.
+class Stock(NamedTuple):
+    """What the host's own code does with a chunk.
+
+    Attributes:
+        forward: with all branches of guidance; attention over the history is left out.
+        decode: of its Wan VAE, in the middle of a video.
+    """
+
+    forward: Work
+    decode: Work
+
+
+def count_stock(models: Sequence[Model]) -> dict[Model, Stock]:
+    """Counts the host's forward and its decode of one chunk.
 
     Returns:
         Nothing where there is no ComfyUI with a Python of its own; MAGI-1, which it cannot run, is left out.
@@ -33,8 +46,8 @@ def count_stock(models: Sequence[Model]) -> dict[Model, Work]:
         raise RuntimeError(f"ComfyUI's forward at {HOST} could not be counted:\n{ran.stderr[-2000:]}")
     answers = json.loads(ran.stdout)
     return {
-        model: in_layers(Work.from_list(one), Work.from_list(two), model.layers)
-        for model, (one, two) in zip(asked, answers, strict=True)
+        model: Stock(in_layers(Work.from_list(one), Work.from_list(two), model.layers), Work.from_list(decode))
+        for model, (one, two), decode in zip(asked, answers["forwards"], answers["decodes"], strict=True)
     }
 
 

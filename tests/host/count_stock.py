@@ -1,7 +1,9 @@
-"""Counts ComfyUI's own forward of a Wan network without data, for `flowcache_core.lab.stock`, in the host's Python.
+"""Counts ComfyUI's own forward of a Wan network, and its Wan VAE's decode of a chunk, without data, for
+`flowcache_core.lab.stock`, in the host's Python.
 
 Reads cases from the standard input and writes what it counted to the standard output, both as JSON. A causal model goes
-on from a cache of earlier chunks; any other one sees the chunk alone. Attention, except over the text, is left out.
+on from a cache of earlier chunks; any other one sees the chunk alone. Attention, except over the text, is left out. A
+decode goes on from the frames before.
 """
 
 import json
@@ -18,6 +20,7 @@ comfy.cli_args.args.cpu = True  # nothing is computed, and there may be no GPU
 
 import comfy.ldm.wan.ar_model as causal  # noqa: E402
 import comfy.ldm.wan.model as plain  # noqa: E402
+import comfy.ldm.wan.vae as vae  # noqa: E402
 import comfy.ops  # noqa: E402
 import torch  # noqa: E402
 
@@ -66,4 +69,42 @@ def count(case: dict, layers: int) -> list:
     return (counted[""] + counted["text"]).to_list()
 
 
-json.dump([[count(case, layers) for layers in (1, 2)] for case in CASES], sys.stdout)
+@torch.inference_mode()
+def count_decode(shape: list[int]) -> list:
+    with torch.device("meta"):
+        network = vae.WanVAE(dim=96, z_dim=16, temperal_downsample=[False, True, True]).to(torch.bfloat16)
+    pairs = hasattr(vae, "count_cache_layers")
+    cache = [None] * (vae.count_cache_layers if pairs else vae.count_conv3d)(network.decoder)
+    meter, latent = Meter(), torch.empty(1, *shape[1:], **WHERE)
+
+    def attention(*pixels):  # [B, C, H, W] each, as on a device with fused attention
+        q, k, v = (each.flatten(2).transpose(1, 2)[:, None] for each in pixels)
+        return meter.attention(q, k, v)[:, 0].transpose(1, 2).reshape(pixels[0].shape)
+
+    for module in network.modules():
+        if hasattr(module, "optimized_attention"):
+            module.optimized_attention = attention
+
+    def decode(frames: int) -> None:
+        network.decoder(network.conv2(latent[:, :, :frames]), feat_cache=cache, feat_idx=[0])
+
+    at_once = 2 if pairs else 1
+    for _ in range(3):  # until every layer keeps frames of before
+        decode(1)
+    counted = []
+    for frames in (1, at_once):
+        meter.take()
+        with meter:
+            decode(frames)
+        counted.append(meter.take()[""])
+    whole, rest = divmod(shape[2], at_once)
+    return (counted[1] * whole + counted[0] * rest).to_list()
+
+
+json.dump(
+    {
+        "forwards": [[count(case, layers) for layers in (1, 2)] for case in CASES],
+        "decodes": [count_decode(case["shape"]) for case in CASES],
+    },
+    sys.stdout,
+)

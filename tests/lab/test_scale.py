@@ -12,7 +12,7 @@ import torch
 
 from flowcache_core.lab.meter import Meter, Work
 from flowcache_core.lab.real_size import MODELS, Model, Steady, attention_work, count_steady, seen_chunks
-from flowcache_core.lab.roofline import CONSUMER, H100, RTX_4060
+from flowcache_core.lab.roofline import CONSUMER, H100, RTX_4060, RTX_4090
 from flowcache_core.lab.scale import HELD, Case, Counted, count, fits, grown, held_figures, row
 from flowcache_core.lab.scale_page import page
 from flowcache_core.lab.stock import count_stock
@@ -111,8 +111,15 @@ def test_planned_memory_is_what_was_counted(counted):
 def test_the_page_has_every_row(counted):
     rows = [row(one) for one in counted.values()]
     other = [row(count(Case(MODELS[0], "plain", False)))]
-    words = page({"rows": [*rows[:1], *other], "stock": [], "published_rules": [], "fits": []})
-    assert "| plain | 3 |" in words and "| plain | – |" in words
+    report = {"rows": [*rows[:1], *other], "stock": [], "published_rules": [], "fits": []}
+    words = page(report)
+    assert "| plain | 3 |" in words and "| plain | – |" in words and "its decode" not in words
+    given = {name: rows[0][name] for name in ("model", "size")}
+    chunk = rows[0]["chunk"]
+    report["stock"] = [
+        given | {"forward": rows[0]["forward"], "decode": chunk | {"seconds": {RTX_4090.name: 1, H100.name: 9}}}
+    ]
+    assert "| RTX 4090 | 1.48 | 0.37 | 1.00 | 1.00 | 0.63 | 0.00 |" in page(report)
 
 
 def test_a_smaller_card_holds_less(counted):
