@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
+from statistics import median
 
 import torch
 
@@ -23,8 +24,10 @@ from . import gpu_checks, gpu_speed
 from .gpu_page import page
 from .process import machine
 from .real_size import MODELS, Model
+from .stock import time_stock
 
 SELF_FORCING, SKYREELS, MAGI = MODELS[0], MODELS[1], MODELS[4]
+STOCK_FORWARDS = 9  # of ComfyUI, that are timed
 TINY = WanConfig(dim=48, ffn_dim=64, num_heads=2, num_layers=2, text_dim=16)
 TINY_MAGI = replace(
     MAGI_4_5B, layers=3, width=64, ffn_width=96, heads=4, kv_heads=2, head_dim=16, caption_width=16, caption_tokens=8
@@ -56,7 +59,9 @@ def parts(device: torch.device, models: tuple[Model, Model, Model], toy: bool) -
                 return
 
     def timed(model: Model, until: float) -> Iterator[dict]:
-        yield from map(asdict, gpu_speed.timings(model, device, until))
+        stock = time_stock(model, device, STOCK_FORWARDS)
+        for timing in map(asdict, gpu_speed.timings(model, device, until)):
+            yield timing | ({"stock": median(stock)} if stock and timing["setting"] == "plain, budget" else {})
 
     def whole(until: float) -> Iterator[dict]:
         begun = time.monotonic()

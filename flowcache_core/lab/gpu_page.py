@@ -71,6 +71,11 @@ def _verdicts(found: Sequence[dict]) -> str:
         worst = max(_share(one["cut"], one["chunk"]) for one in cuts)
         lines.append(f"- A cut takes {worst:.1%} of its chunk at most (wanted: {CUT_SHARE:.0%}).")
     plain, compiled = by_name.get("plain, budget"), by_name.get("plain, budget, compiled")
+    if plain and plain.get("stock"):
+        ratio, theirs = plain["forward"] / plain["stock"], 1000 * plain["stock"]
+        lines.append(
+            f"- ComfyUI's own forward takes {theirs:.1f} ms: a plain one of ours {ratio:.2f}x (wanted: 1.00x)."
+        )
     if plain and compiled:
         ratio = compiled["forward"] / plain["forward"]
         lines.append(f"- Compiled a forward takes {ratio:.2f} of its time (wanted: {COMPILED}).")

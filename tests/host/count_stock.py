@@ -21,8 +21,8 @@ comfy.cli_args.args.cpu = True  # nothing is computed, and there may be no GPU
 import comfy.ldm.wan.ar_model as causal  # noqa: E402
 import comfy.ldm.wan.model as plain  # noqa: E402
 import comfy.ldm.wan.vae as vae  # noqa: E402
-import comfy.ops  # noqa: E402
 import torch  # noqa: E402
+from stock_forward import forward_of  # noqa: E402
 
 from flowcache_core.lab.meter import Meter  # noqa: E402
 
@@ -46,25 +46,11 @@ def count(case: dict, layers: int) -> list:
     meter = Meter()
     for module in (plain, causal):
         module.optimized_attention = attention_of(meter, case["text_tokens"])
-    kind = causal.CausalWanModel if case["causal"] else plain.WanModel
-    model = kind(**case["config"], num_layers=layers, operations=comfy.ops.disable_weight_init, **WHERE)
-    x = torch.empty(case["shape"], **WHERE)
-    rows, tokens = x.shape[0], x.shape[2] * -(-x.shape[3] // 2) * -(-x.shape[4] // 2)
-    text = torch.empty(rows, case["text_tokens"], 4096, **WHERE)
-    options: dict = {}
-    if case["causal"]:
-        caches = model.init_kv_caches(rows, (case["past"] + 1) * tokens, **WHERE)
-        options["ar_state"] = {
-            "start_frame": case["past"] * x.shape[2],
-            "kv_caches": caches,
-            "crossattn_caches": model.init_crossattn_caches(rows, **WHERE),
-        }
+    forward = forward_of(case, layers, "meta")
     for _ in range(2):  # the text's keys and values are made the first time
-        for cache in options.get("ar_state", {}).get("kv_caches", []):
-            cache["end"] = case["past"] * tokens
         meter.take()
         with meter:
-            model(x, torch.empty(rows, device="meta"), text, transformer_options=options)
+            forward()
     counted = meter.take()
     return (counted[""] + counted["text"]).to_list()
 

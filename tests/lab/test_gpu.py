@@ -5,7 +5,7 @@ import sys
 
 import pytest
 
-from flowcache_core.lab import gpu, gpu_checks
+from flowcache_core.lab import gpu, gpu_checks, stock
 from flowcache_core.lab.gpu_page import page
 
 TIMING = {
@@ -19,7 +19,7 @@ REPORT = {
         "correct": {"found": [{"name": "the same again", "found": "differs", "holds": False}], "error": None},
         "fast: a model": {
             "found": [
-                TIMING | {"setting": "plain, budget"},
+                TIMING | {"setting": "plain, budget", "stock": 0.125},
                 TIMING | {"setting": "plain, budget, compiled", "forward": 0.08, "cut": 0.03},
             ],
             "error": "RuntimeError: no",
@@ -37,6 +37,7 @@ REPORT = {
 
 def test_the_whole_script_runs_on_a_processor(tmp_path, monkeypatch):
     monkeypatch.setattr(sys, "argv", ["gpu", "--toy", "--out", str(tmp_path), "--minutes", "0.2"])
+    monkeypatch.setattr(stock, "HOST", tmp_path)  # tests/host/test_stock.py has one
     assert gpu.main() == 0
     report = json.loads((tmp_path / "report.json").read_text())
     assert list(report["parts"]) == [
@@ -67,6 +68,7 @@ def test_the_page_says_what_is_wanted_and_what_was_reached():
     words = page(REPORT)
     assert "| the same again | differs | **no** |" in words
     assert "A cut takes 3.0% of its chunk at most (wanted: 2%)" in words
+    assert "ComfyUI's own forward takes 125.0 ms: a plain one of ours 0.80x (wanted: 1.00x)" in words
     assert "Compiled a forward takes 0.80 of its time (wanted: 0.85)" in words
     assert "Planned memory is off by +10% at most (wanted: 5%)" in words
     assert "4.00x faster by the clock (wanted: 6x), 5.00x fewer forwards: 80% of that ratio" in words
