@@ -1,8 +1,4 @@
-"""Pixels to files: mp4 (h264), animated WebP and GIF. A file appears whole or not at all. And frames back from files.
-
-Players take the colours of HD video as BT.709's and those of smaller ones as BT.601's, so that is what is written, and
-the file says so too.
-"""
+"""Pixels to files: mp4 (h264), animated WebP and GIF, each whole or not at all. And frames back from files."""
 
 from collections.abc import Sequence
 from contextlib import suppress
@@ -17,15 +13,9 @@ from torch import Tensor
 
 from ..errors import UserError
 from ..storage.files import write_whole
+from .encoding import BT709, EXACT, UNSAID, colours_of, encode, pyav, video_stream
 
 FORMATS = (".mp4", ".webp", ".gif")
-HD = 720  # rows of pixels from which on a video is HD
-BT709, BT601, UNSAID = 1, 6, 2  # how files name what their colours mean (H.273)
-MATRIX = {BT709: 1, BT601: 5}  # the same for what converts pixels
-BROADCAST = 1  # of a file's range: 16 to 235
-# Of what converts pixels: bicubic, every pixel's own chroma, exact rounding. As it goes by itself, reading darkens by
-# more than 1 of 255.
-EXACT = 0x4 | 0x2000 | 0x4000 | 0x40000
 
 
 def frames_of(pixels: Tensor) -> np.ndarray:
@@ -65,43 +55,6 @@ def save_video(frames: np.ndarray, path: Path | str, fps: int = 16) -> Path:
 def save_animation(images: Sequence[Image.Image], path: Path | str, fps: int) -> Path:
     """Writes pictures of the same size as an animated .webp or .gif; errors as for `save_video`."""
     return save_video(np.stack([np.asarray(image.convert("RGB")) for image in images]), path, fps)
-
-
-def pyav():
-    """Imports PyAV, which takes long and is not always needed."""
-    try:
-        import av
-    except ImportError as error:
-        raise UserError(
-            "Writing mp4 needs the package 'av': pip install av, or choose a name that ends in .webp."
-        ) from error
-    return av
-
-
-def h264_stream(container, fps: Fraction, shape: Sequence[int], **options: str):
-    """Adds a video stream to a file that PyAV writes, for images of a shape [T, H, W, 3]."""
-    stream = container.add_stream("libx264", rate=fps)
-    stream.height, stream.width = (side + side % 2 for side in shape[1:3])  # yuv420p halves both
-    stream.pix_fmt = "yuv420p"
-    told = stream.codec_context
-    told.colorspace = told.color_primaries = told.color_trc = colours_of(stream.height)
-    told.color_range = BROADCAST
-    stream.options = {"crf": "14", **options}
-    return stream
-
-
-def encode(stream, frames: np.ndarray) -> None:
-    """Appends images, uint8 [T, H, W, 3]; of odd width or height the last column or row is repeated."""
-    av, matrix = pyav(), MATRIX[colours_of(stream.height)]
-    for image in np.pad(frames, ((0, 0), (0, frames.shape[1] % 2), (0, frames.shape[2] % 2), (0, 0)), mode="edge"):
-        picture = av.VideoFrame.from_ndarray(np.ascontiguousarray(image), format="rgb24")
-        picture = picture.reformat(format="yuv420p", dst_colorspace=matrix, interpolation=EXACT)
-        stream.container.mux(stream.encode(picture))
-
-
-def colours_of(height: int) -> int:
-    """Says what the colours of a video mean that says nothing of them."""
-    return BT709 if height >= HD else BT601
 
 
 def read_video(path: Path | str | BinaryIO, start: float = 0.0, duration: float = 0.0) -> np.ndarray:
@@ -177,7 +130,7 @@ def _pixels(frame) -> np.ndarray:
 
 def _write_mp4(frames: np.ndarray, path: Path, fps: int) -> None:
     with pyav().open(str(path), "w") as container:
-        stream = h264_stream(container, Fraction(fps), frames.shape)
+        stream = video_stream(container, Fraction(fps), frames.shape)
         encode(stream, frames)
         container.mux(stream.encode())
 

@@ -134,6 +134,15 @@ def _image(value) -> str | None:
     return None
 
 
+def _audio(value) -> str | None:
+    waveform = value.get("waveform") if isinstance(value, Mapping) else None
+    if not isinstance(waveform, Tensor) or not isinstance(value.get("sample_rate"), Integral):
+        return f"holds a {_kind(value)}, no sound; connect the output of Load Audio"
+    if waveform.ndim != 3 or 0 in waveform.shape:
+        return f"holds sound of shape {list(waveform.shape)}, expected [1, channels, samples]"
+    return None if isfinite(waveform).all() else "holds NaN or infinite values; check the node that made it"
+
+
 def _video(value) -> str | None:
     if not hasattr(value, "get_components"):
         return f"holds a {_kind(value)}, no video; connect the output of Load Video"
@@ -158,6 +167,7 @@ CHECKS: dict[str, Check] = {
     "LATENT": _latent,
     "IMAGE": _image,
     "VIDEO": _video,
+    "AUDIO": _audio,
     "FLOWCACHE_STATE": _is(State, OURS),
     "FLOWCACHE_REPORT": _is(Report, OURS),
     "FLOWCACHE_STREAM": _is(StreamSettings, OURS),

@@ -20,11 +20,14 @@ from torch import Tensor
 from ...flowcache_core.errors import UserError, first_line
 from ...flowcache_core.history.offload import Movable
 from ...flowcache_core.history.streams import AT_ONCE, Pending, SideStream
+from ...flowcache_core.media.encoding import CODECS, QUALITIES, Encoding, Sound
+from ...flowcache_core.media.picture_stream import PictureStream
 from ...flowcache_core.media.pictures import filmstrip
 from ...flowcache_core.media.video import frames_of
 from ...flowcache_core.media.video_stream import VideoStream
 from ...flowcache_core.report import Report
 from .decode import stream_decoder
+from .widgets import advanced
 
 PREVIEW_SIZE = 768  # pixels of the longer side of a chunk's preview
 
@@ -39,6 +42,8 @@ class StreamSettings:
         fps: frames a second.
         keep_latents: whether the run also holds all latents in memory, for its output.
         node_id: of the node that shows the finished video.
+        how: it is encoded.
+        sound: that is written with it at the end.
     """
 
     vae: Any
@@ -46,11 +51,13 @@ class StreamSettings:
     fps: float
     keep_latents: bool
     node_id: str | None = None
+    how: Encoding = Encoding()
+    sound: Sound | None = None
 
 
 @dataclass(frozen=True)
 class OutputFile:
-    """A new file in ComfyUI's output folder, as the page knows it."""
+    """A new file in ComfyUI's output folder, as the page knows it; or a folder of pictures, without an ending."""
 
     name: str
     subfolder: str
@@ -58,6 +65,9 @@ class OutputFile:
     @classmethod
     def new(cls, prefix: str, width: int, height: int, ending: str = ".mp4") -> "OutputFile":
         """The next free number behind a prefix. The file is there from now on, so that no other run or server takes it.
+
+        Args:
+            ending: of a file; none for a folder.
 
         Raises:
             UserError: the prefix leads out of the output folder, or names no file that can be written.
@@ -69,7 +79,10 @@ class OutputFile:
             while True:
                 file = cls(f"{name}_{counter:05}_{ending}", subfolder)
                 with suppress(FileExistsError):
-                    file.path.touch(exist_ok=False)
+                    if ending:
+                        file.path.touch(exist_ok=False)
+                    else:
+                        file.path.mkdir()
                     return file
                 counter += 1
         except OSError as error:
@@ -80,7 +93,10 @@ class OutputFile:
 
     def drop_empty(self) -> None:
         """Takes the file away if nothing was written to it."""
-        if self.path.exists() and not self.path.stat().st_size:
+        if self.path.is_dir():
+            with suppress(OSError):  # it holds something
+                self.path.rmdir()
+        elif self.path.exists() and not self.path.stat().st_size:
             self.path.unlink()
 
     @property
@@ -88,9 +104,33 @@ class OutputFile:
         return Path(folder_paths.get_output_directory()) / self.subfolder / self.name
 
     @property
-    def shown(self) -> ui.PreviewVideo:
-        """For the page."""
-        return ui.PreviewVideo([ui.SavedResult(self.name, self.subfolder, io.FolderType.output)])
+    def shown(self) -> ui.PreviewVideo | ui.SavedImages:
+        """For the page: the video, or the first and the last picture."""
+        if not self.path.is_dir():
+            return ui.PreviewVideo([ui.SavedResult(self.name, self.subfolder, io.FolderType.output)])
+        pictures = sorted(path.name for path in self.path.glob("*.png"))
+        folder = f"{self.subfolder}/{self.name}" if self.subfolder else self.name
+        ends = dict.fromkeys([*pictures[:1], *pictures[-1:]])
+        return ui.SavedImages([ui.SavedResult(name, folder, io.FolderType.output) for name in ends])
+
+
+def encoding_inputs() -> list[io.Input]:
+    """Inputs of a node that writes a video; `execute` gets what they hold as `codec`, `quality` and `audio`."""
+    return [
+        advanced(io.Combo.Input("codec", options=list(CODECS), default=CODECS[0])),
+        advanced(io.Combo.Input("quality", options=list(QUALITIES), default=QUALITIES[0])),
+        io.Audio.Input("audio", optional=True),
+    ]
+
+
+def sound_of(audio: Mapping | None) -> Sound | None:
+    """What a link of the host's type AUDIO holds: `waveform` [1, channels, samples], `sample_rate`."""
+    return None if audio is None else Sound(audio["waveform"][0].float().cpu().numpy(), int(audio["sample_rate"]))
+
+
+def new_stream(file: OutputFile, fps: float, metadata: Mapping, how: Encoding) -> VideoStream | PictureStream:
+    """What writes frames to a file or folder."""
+    return VideoStream(file.path, fps, metadata, how) if how.ending else PictureStream(file.path, metadata)
 
 
 def check_prefix(prefix: str) -> None:
@@ -149,8 +189,8 @@ class VideoOutlet:
         self.movable: Callable[[], Collection[Movable]] = tuple  # histories of the run, which may leave the device
         self.vae, self.model, self.side = settings.vae, model, side
         self._begun: list[Pending[Tensor]] = []  # frames that are being decoded
-        self.file = OutputFile.new(settings.prefix, 8 * shape[4], 8 * shape[3])
-        self.stream = VideoStream(self.file.path, settings.fps, metadata)
+        self.file = OutputFile.new(settings.prefix, 8 * shape[4], 8 * shape[3], settings.how.ending)
+        self.stream = new_stream(self.file, settings.fps, metadata, settings.how)
 
     def add(self, latent: Tensor) -> list[Tensor]:
         """Begins to decode a chunk in the network's latent space; writes and returns what is there, as `written`.
@@ -205,7 +245,7 @@ class VideoOutlet:
         rest = self.decode.finish()
         if rest is not None:
             self._write(rest.on_cpu())
-        self.stream.finish(report_metadata(report))
+        self.stream.finish(report_metadata(report), self.settings.sound)
         if self.stream.warning:
             report.notes.append(self.stream.warning)
         if self.settings.node_id is not None:

@@ -8,7 +8,8 @@ import pytest
 from PIL import Image
 
 from flowcache_core.errors import UserError
-from flowcache_core.media.video import BROADCAST, BT601, BT709, frame_rate, h264_stream, read_video, save_video
+from flowcache_core.media.encoding import BROADCAST, BT601, BT709, video_stream
+from flowcache_core.media.video import frame_rate, read_video, save_video
 from flowcache_core.media.video_stream import VideoStream
 
 SIZES = [(720, 1280, BT709), (722, 404, BT709), (480, 832, BT601)]
@@ -63,7 +64,7 @@ def test_three_rounds_of_saving_and_reading_do_not_drift(tmp_path, height, width
 def test_a_file_without_tags_is_read_by_its_size(tmp_path, height, width, colours):
     path = tmp_path / "untold.mp4"
     with av.open(str(path), "w") as container:
-        stream = h264_stream(container, Fraction(8), (1, height, width, 3))
+        stream = video_stream(container, Fraction(8), (1, height, width, 3))
         told = stream.codec_context
         told.colorspace = told.color_primaries = told.color_trc = 2
         red = av.VideoFrame.from_ndarray(np.full((height, width, 3), (255, 0, 0), dtype=np.uint8), format="rgb24")

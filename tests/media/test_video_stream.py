@@ -55,7 +55,7 @@ def test_a_full_disk_at_the_end_leaves_the_file_that_plays(tmp_path, monkeypatch
     for number in range(5):
         stream.write(picture(number))
 
-    def full(whole: Path) -> None:
+    def full(sound, whole: Path) -> None:
         whole.write_bytes(b"begun")
         raise OSError(errno.ENOSPC, "No space left on device")
 
