@@ -6,6 +6,8 @@ LONGEST = 700  # characters; a file from a stranger may bring names of any lengt
 class UserError(ValueError):
     """A mistake of input. One line: what was found, what was expected, what to do."""
 
+    __module__ = "flowcache_core"  # its public name, which ComfyUI shows in front of the line
+
     def __init__(self, message: str):
         super().__init__(one_line(message))
 

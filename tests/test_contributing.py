@@ -2,6 +2,7 @@
 
 import json
 import re
+import runpy
 
 import pytest
 import torch
@@ -19,10 +20,12 @@ TEXT = (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8")
 
 
 @pytest.fixture
-def unit_time() -> families.Family:
+def unit_time(tmp_path) -> families.Family:
     (code,) = re.findall(r"```python\n(.*?)```", TEXT, re.DOTALL)
     before = dict(families.FAMILIES), dict(checkpoints.FAMILIES)
-    exec(code, {})
+    file = tmp_path / "unit_time.py"
+    file.write_text(code, encoding="utf-8")
+    runpy.run_path(str(file))
     yield family("unit time")
     for names, kept in zip((families.FAMILIES, checkpoints.FAMILIES), before, strict=True):
         names.clear()

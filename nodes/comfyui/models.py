@@ -3,7 +3,8 @@
 import inspect
 import json
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import asdict
 
 import comfy.model_management
@@ -97,7 +98,8 @@ def video_vae(module: torch.nn.Module) -> comfy.sd.VAE:
     Args:
         module: encode [B, 3, T, H, W] in [-1, 1] to raw latents [B, 16, 1 + (T - 1) / 4, H / 8, W / 8], and decode.
     """
-    vae = comfy.sd.VAE(sd={})  # finds no weights and leaves the object to be filled
+    with _without("No VAE weights detected"):
+        vae = comfy.sd.VAE(sd={})  # finds no weights and leaves the object to be filled
     vae.first_stage_model = module.eval()
     vae.latent_dim, vae.latent_channels, vae.output_channels = 3, 16, 3
     vae.upscale_ratio = (lambda frames: max(0, 4 * frames - 3), 8, 8)
@@ -114,3 +116,18 @@ def video_vae(module: torch.nn.Module) -> comfy.sd.VAE:
     patcher = getattr(comfy.model_patcher, "CoreModelPatcher", comfy.model_patcher.ModelPatcher)
     vae.patcher = patcher(vae.first_stage_model, load_device=vae.device, offload_device=management.vae_offload_device())
     return vae
+
+
+@contextmanager
+def _without(words: str) -> Iterator[None]:
+    """Leaves lines with these words out of the host's log."""
+
+    def others(record: logging.LogRecord) -> bool:
+        return words not in record.getMessage()
+
+    log = logging.getLogger()
+    log.addFilter(others)
+    try:
+        yield
+    finally:
+        log.removeFilter(others)

@@ -1,5 +1,6 @@
 """The example of headless use, run as its page says, and the page's own code."""
 
+import ast
 import json
 import re
 import subprocess
@@ -49,9 +50,7 @@ def test_example_says_why_a_server_refuses(server, tmp_path):
 def test_graph_of_the_page_runs(server):
     (code,) = re.findall(r"```python\n(.*?)```", PAGE, re.DOTALL)
     prompt = re.search(r"prompt = (\{.*?\n\})", code, re.DOTALL)[1]
-    made = {}
-    exec(f"made['prompt'] = {prompt}", {"made": made})
-    outcome = server.run(made["prompt"])
+    outcome = server.run(ast.literal_eval(prompt))
     assert outcome.error is None
     (path,) = server.saved(outcome, "9")
     assert frames_of(path).shape == (4 * 12 - 3, 64, 64, 3)

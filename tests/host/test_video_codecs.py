@@ -72,3 +72,8 @@ def test_frames_are_saved_as_pictures_beside_earlier_ones(server):
         assert (first.name, last.name) == ("00001.png", "00003.png")
         folders.append(first.parent)
     assert folders[0] != folders[1] and folders[0].parent == folders[1].parent
+
+
+def test_the_demos_decoder_is_not_told_to_lack_its_weights(server):
+    run(server)
+    assert "No VAE weights" not in server.log.read_text()
