@@ -122,6 +122,53 @@ def test_help_shows_beside_the_node(page, language, heading):
         page.set_language("en")
 
 
+@pytest.mark.parametrize("nodes", ["classic", "Nodes 2.0"])
+def test_a_node_shows_what_its_preset_uses(page, nodes):
+    """As the page draws it; what was changed from its default is never hidden, and the API form holds everything."""
+    page.server.post("/settings/Comfy.VueNodes.Enabled", nodes == "Nodes 2.0")
+    page.reopen()
+    try:
+        page.load(WORKFLOWS / "demo_text_to_video.json")
+        before = page.to_api()
+        custom = ["preset", "history_budget", "policy", "every", "warmup", "forecast", "correct"]
+        changes = [
+            ({}, ["preset", "history_budget"]),
+            ({"preset": "quality"}, ["preset", "history_budget", "quality"]),
+            ({"preset": "custom"}, custom),
+            ({"policy": "teacache"}, [*custom[:3], "threshold", *custom[4:]]),
+            ({"policy": "even", "preset": "balanced", "history_budget": 2, "positions": "relative"},
+             ["preset", "history_budget", "positions"]),
+            ({"history_budget": 0, "positions": "absolute"}, ["preset", "history_budget"]),
+        ]  # fmt: skip
+        for changed, expected in changes:
+            for name, value in changed.items():
+                page.evaluate(CHANGED % (json.dumps(name), json.dumps(value)))
+            page.wait(f"({DRAWN % json.dumps('FlowCache')}).join() === {json.dumps(','.join(expected))}")
+        page.wait(f"({DRAWN % json.dumps(EXTEND)}).join() === 'seed,chunks,steps,width,height'")
+        page.evaluate(f"{NODE}.toggleAdvanced ? {NODE}.toggleAdvanced() : ({NODE}.showAdvanced = true)")
+        page.wait(f"({DRAWN % json.dumps(EXTEND)}).includes('condition_noise')")
+        assert page.to_api() == before and page.errors == []
+    finally:
+        page.server.post("/settings/Comfy.VueNodes.Enabled", False)
+        page.reopen()
+
+
+CHANGED = """(() => {
+  const node = app.graph.nodes.find((node) => node.type === 'FlowCache');
+  const widget = node.widgets.find((widget) => widget.name === %s);
+  widget.value = %s;
+  widget.callback?.(widget.value);
+})()"""
+# Names of the inputs that a node of a kind shows: by the elements of Nodes 2.0, by the canvas's own rule else.
+DRAWN = """(() => {
+  const node = app.graph.nodes.find((node) => node.type === %s);
+  const names = Object.keys({...node.constructor.nodeData.input.required, ...node.constructor.nodeData.input.optional});
+  const drawn = document.querySelector(`[data-node-id="${node.id}"]`);
+  const lines = drawn?.innerText.split('\\n').map((line) => line.trim());
+  return node.widgets.filter((widget) => names.includes(widget.name))
+    .filter((widget) => (lines ? lines.includes(widget.label ?? widget.name) : node.isWidgetVisible(widget)))
+    .map((widget) => widget.name);
+})()"""
 NODE = f"app.graph.nodes.find((node) => node.type === '{EXTEND}')"
 SHOWN = f"{NODE}.widgets.filter((widget) => widget.name.startsWith('$$')).map((widget) => String(widget.value))"
 REPORT = "String(app.graph.nodes.find((node) => node.type === 'PreviewAny').widgets[0].value)"

@@ -1,0 +1,99 @@
+// A node of ours shows the inputs that its preset uses. The page folds away inputs that are marked as advanced only in
+// Nodes 2.0 and knows nothing of what depends on what. Names, order and values of the inputs stay as they are.
+
+import { app } from "../../scripts/app.js";
+
+const SHOWN = "shown";
+const FOLDED = "folded"; // behind the node's "Show Advanced"
+const GONE = "gone";
+
+const shownIf = (used) => (used ? SHOWN : GONE);
+const foldedIf = (used) => (used ? FOLDED : GONE);
+
+// By node and input: where it belongs, by what the node's other inputs hold (`at`).
+const PLACES = {
+  FlowCache: {
+    policy: (at) => shownIf(at.preset === "custom"),
+    every: (at) => shownIf(at.preset === "custom" && at.policy === "even"),
+    threshold: (at) => shownIf(at.preset === "custom" && at.policy !== "even"),
+    warmup: (at) => shownIf(at.preset === "custom"),
+    forecast: (at) => shownIf(at.preset === "custom"),
+    correct: (at) => shownIf(at.preset === "custom" && at.forecast !== "hold"),
+    quality: (at) => shownIf(at.preset === "quality"),
+    history_rule: (at) => foldedIf(at.history_budget > 0),
+    granularity: (at) => foldedIf(at.history_budget > 0 && at.history_rule !== "window"),
+    importance_weight: (at) => foldedIf(at.history_budget > 0 && at.history_rule !== "window"),
+    queries: (at) => foldedIf(at.history_budget > 0 && at.history_rule !== "window"),
+    asked_from: (at) => foldedIf(at.history_budget > 0 && at.history_rule !== "window" && at.queries > 0),
+    keep_first_chunk: (at) => foldedIf(at.history_budget > 0),
+    positions: (at) => foldedIf(at.history_budget > 0),
+  },
+  FlowCacheAutoregressiveExtend: {
+    guidance: () => FOLDED,
+    frames_per_chunk: () => FOLDED,
+    lag: () => FOLDED,
+  },
+};
+
+const inputsOf = (node) => {
+  const told = node.constructor.nodeData?.input ?? {};
+  return { ...told.required, ...told.optional };
+};
+
+function placeOf(node, widget, values, inputs) {
+  const options = inputs[widget.name]?.[1] ?? {};
+  const place = PLACES[node.comfyClass]?.[widget.name]?.(values) ?? (options.advanced ? FOLDED : SHOWN);
+  const linked = node.inputs?.some((input) => input.widget?.name === widget.name && input.link != null);
+  if (linked) return SHOWN;
+  return place === FOLDED && widget.value !== options.default ? SHOWN : place; // what was changed is to be seen
+}
+
+/** Puts every input of a node where it belongs now. */
+function fold(node) {
+  const inputs = inputsOf(node);
+  const values = Object.fromEntries(node.widgets.map((widget) => [widget.name, widget.value]));
+  let changed = false;
+  const set = (holder, name, value) => {
+    changed ||= (holder[name] ?? false) !== value;
+    holder[name] = value;
+  };
+  for (const widget of node.widgets) {
+    if (!(widget.name in inputs)) continue; // the page's own
+    const place = placeOf(node, widget, values, inputs);
+    widget.options ??= {};
+    set(widget, "advanced", place === FOLDED);
+    set(widget, "hidden", place === GONE || (place === FOLDED && !node.showAdvanced)); // else the canvas leaves a gap
+    set(widget.options, "advanced", place === FOLDED); // these two are for Nodes 2.0
+    set(widget.options, "hidden", place === GONE);
+  }
+  if (!changed) return;
+  node.setSize([node.size[0], node.computeSize()[1]]);
+  node.widgets = [...node.widgets]; // Nodes 2.0 looks at them anew
+  node.setDirtyCanvas(true, true);
+}
+
+app.registerExtension({
+  name: "flowcache.fold",
+  nodeCreated(node) {
+    if (!node.comfyClass?.startsWith("FlowCache") || !node.widgets) return;
+    for (const widget of node.widgets) {
+      const before = widget.callback;
+      widget.callback = function (...given) {
+        const answer = before?.apply(this, given);
+        fold(node);
+        return answer;
+      };
+    }
+    const toggle = node.toggleAdvanced;
+    node.toggleAdvanced = function (...given) {
+      toggle?.apply(this, given);
+      fold(node);
+    };
+    fold(node);
+  },
+  loadedGraphNode(node) {
+    if (!node.comfyClass?.startsWith("FlowCache") || !node.widgets) return;
+    fold(node);
+    if (node.comfyClass === "FlowCache") node.setSize([node.size[0], node.computeSize()[1]]); // of when all was shown
+  },
+});
