@@ -36,8 +36,7 @@ lint: $(VENV)/lint
 	$(VENV)/bin/ruff check .
 	$(VENV)/bin/ruff format --check .
 	$(VENV)/bin/mypy
-	@said=$$($(VENV)/bin/comfy --skip-prompt --no-enable-telemetry node validate 2>&1); code=$$?; echo "$$said"; \
-		case "$$said" in *[Ww]arning*) exit 1;; esac; exit $$code
+	$(VENV)/bin/comfy --skip-prompt --no-enable-telemetry node validate
 
 clean:
 	rm -rf $(VENV) out

@@ -50,7 +50,7 @@ def download(server: str, outputs: dict, folder: Path) -> list[Path]:
     folder.mkdir(parents=True, exist_ok=True)
     files = []
     for output in outputs.values():
-        for item in output.get("images", []):
+        for item in output.get("images", []) + output.get("video", []):
             if item["type"] != "output":
                 continue
             path = folder / Path(item["filename"]).name

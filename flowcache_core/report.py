@@ -71,6 +71,16 @@ class Report:
         return 1.0 - sum(steps) / len(steps) if steps else 0.0
 
     @property
+    def fewer(self) -> float:
+        """How many times more forwards a plain run takes."""
+        return self.forwards_total / self.forwards_executed if self.forwards_executed else 1.0
+
+    @property
+    def saved(self) -> float:
+        """Seconds that a plain run takes longer, by what a forward of this one took."""
+        return self.forward_seconds * (self.fewer - 1.0)
+
+    @property
     def overhead(self) -> float:
         """Share of the run's time that was not spent inside the backbone, 0 to 1."""
         return max(0.0, 1.0 - self.forward_seconds / self.seconds) if self.seconds else 0.0
@@ -108,14 +118,13 @@ class Report:
 
     def text(self) -> str:
         """Writes a few lines for people."""
-        fewer = self.forwards_total / self.forwards_executed if self.forwards_executed else 1.0
         lines = [
             self.settings,
             f"{self.chunks_done} chunks of {self.schedule.steps} steps, lag {self.schedule.lag}",
-            f"forwards: {self.forwards_executed} of {self.forwards_total} ({fewer:.1f}x fewer), {self.reused:.0%} of "
-            f"steps reused",
+            f"forwards: {self.forwards_executed} of {self.forwards_total} ({self.fewer:.1f}x fewer), "
+            f"{self.reused:.0%} of steps reused",
             f"time: {self.seconds:.1f} s, {self.seconds / max(1, self.chunks_done):.2f} s a chunk, overhead "
-            f"{self.overhead:.1%}",
+            f"{self.overhead:.1%}" + (f", about {self.saved:.1f} s saved against plain" if self.saved else ""),
             "history: "
             + (f"planned {megabytes(self.history_bytes_planned)}, " if self.history_bytes_planned else "")
             + f"peak {megabytes(self.history_bytes_peak)}, unbounded {megabytes(self.history_bytes_unbounded)}",

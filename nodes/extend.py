@@ -105,5 +105,6 @@ class AutoregressiveExtend(io.ComfyNode):
 
 
 def _output(result: Extended) -> io.NodeOutput:
-    shown = None if result.video is None else result.video.shown
+    # Not among "images": the page would put a player over the live preview, and the stream's node has the video.
+    shown = None if result.video is None else {"video": result.video.shown.as_dict()["images"]}
     return io.NodeOutput({"samples": result.latent}, result.state, result.report, ui=shown)

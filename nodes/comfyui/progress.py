@@ -10,10 +10,10 @@ from ...flowcache_core.report import Report, clock, megabytes, share_of
 
 
 def progress_text(text: str, node_id: str | None) -> None:
-    """Shows a line on the node that is running."""
+    """Shows lines on the node that is running. Nodes 2.0 draws them as one, so each ends with a sign of its own."""
     server = getattr(PromptServer, "instance", None)
     if server is not None and node_id is not None:
-        server.send_progress_text(text, node_id)
+        server.send_progress_text(text.replace("\n", " ·\n"), node_id)
 
 
 def say(lines: Sequence[str]) -> None:
@@ -45,6 +45,6 @@ def describe(told: Progress, engine: Engine, begun: float, finished: int, earlie
     whole = spent * told.ticks / told.tick  # seconds that the run will take
     lines = [
         f"chunk {number} of {total}, {whole / chunks:.1f} s a chunk, {clock(whole - spent)} left",
-        f"{report.reused:.0%} reused" + (f", history {share_of(used, room)}" if room else ""),
+        f"{report.fewer:.1f}x fewer forwards" + (f", history {share_of(used, room)}" if room else ""),
     ]
     return "\n".join([*lines, *report.notes])
