@@ -99,7 +99,7 @@ def test_a_video_that_cannot_be_written_anew_costs_nothing_else(server, refused)
     (video,) = server.saved(outcome, node)
     assert len(frames_of(video)) == 13 and [file.name for file in video.parent.glob(f".{video.stem}*")] == []
     (report,) = (out["text"][0] for out in outcome.outputs.values() if "text" in out and "chunks" in out["text"][0])
-    assert f"plays, but has its index behind and no report inside: Cannot write {video}" in report
+    assert f"plays, but has its index behind, and neither sound nor report inside: Cannot write {video}" in report
 
 
 def test_finished_chunks_are_shown_decoded(server):
