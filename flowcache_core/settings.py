@@ -217,7 +217,8 @@ class HistorySettings:
         budget: clean chunks that are kept, or None for all of them.
         compression: how the history is cut when it is over budget.
         relative: rotary positions count from the start of the window, not of the video, so that a run of any length
-            uses only positions from 0 to (budget + active) chunks. Needs a budget.
+            uses only positions from 0 to (budget + active) chunks; kept frames follow one another without gaps. Needs a
+            budget.
         memory: "auto" keeps the history on the device that computes, and moves its oldest chunks to system memory, one
             after another, when that device runs out; "system" keeps all of it there from the start. What is there is
             brought back for attention, a layer at a time.

@@ -92,6 +92,7 @@ class History:
         self.clean = plan.end_tokens  # tokens, those of the end included
         self.has_end = False  # whether the end's tokens are there yet
         self.slots: list[Chunk] = []  # chunks behind the clean tokens, oldest first
+        self.follows = 0  # the frame of the video that follows the clean tokens, where positions are relative
         self.storing: list[Chunk] = []  # those of them that become clean with the forward that goes on
         self.saved = 0  # tokens at the front that are loaded or that `begin_delta` gave out; 0 once one is dropped
         # Where it is a dictionary: keys and values of what is attended to, by layer, on the CPU, turned by their place
@@ -137,6 +138,9 @@ class History:
         new = [chunk for chunk in numbered if chunk not in self.slots]
         if not self.keeps_slots:
             self.slots = [chunk for chunk in numbered if chunk not in new]
+        if self.positions.relative:
+            oldest = next(iter([*self.slots, *new]), None)
+            self.follows = self._frames_done() if oldest is None else self.plan.first_frame(oldest)
         if new and self.plan.kind == "stored" and self.clean > self.plan.clean_tokens:
             self._cut_stored()
         self.slots = [*self.slots, *new] if self.keeps_slots else numbered
@@ -170,7 +174,10 @@ class History:
         keys, values = (part.here[:, :, :filled] for part in self.scratch)
         if self.positions.relative:
             turned = self.positions.turn(
-                stored.keys.read(0, filled), self.tokens[layer, :, :, :filled], self.plan.end_tokens
+                stored.keys.read(0, filled),
+                self.tokens[layer, :, :, :filled],
+                self._frame_after(filled),
+                self.plan.end_tokens,
             )
             keys.copy_(turned)
         else:
@@ -312,7 +319,7 @@ class History:
         clean = [part.read(given, self.clean) for part in parts]
         seen = clean[0]
         if self.positions.relative:
-            seen = self.positions.turn(clean[0], clean[2])
+            seen = self.positions.turn(clean[0], clean[2], self._frame_after(self.clean))
         fresh = self._evicted(layer, seen, clean)
         if self.slots:
             moved = [part.read(self.clean, filled) for part in parts]
@@ -352,6 +359,10 @@ class History:
         """Numbers of a chunk's tokens in the video."""
         first = self.plan.first_frame(chunk) * self.plan.frame_tokens
         return torch.arange(first, first + self.plan.tokens_of(chunk), device=self.device, dtype=torch.int32)
+
+    def _frame_after(self, filled: int) -> int:
+        """The frame of the video that follows so many filled tokens: the clean ones, or those of slots too."""
+        return self.follows + (filled - self.clean) // self.plan.frame_tokens
 
     def _frames_done(self) -> int:
         if self.clean == self.plan.end_tokens:

@@ -101,7 +101,7 @@ class Positions:
     """Rotary tables of one run.
 
     Where positions are relative, keys are stored without their turn in time and get it when they are read, so that no
-    rounding adds up over a long run.
+    rounding adds up over a long run, and kept frames are numbered one after another (`kept_places`).
 
     Args:
         plan: of the run's memory.
@@ -147,18 +147,39 @@ class Positions:
         """The same without a turn in time."""
         return self._tables.still(self.plan.frames_of(chunk))
 
-    def turn(self, keys: Tensor, tokens: Tensor, front: int = 0) -> Tensor:
+    def turn(self, keys: Tensor, tokens: Tensor, end: int, front: int = 0) -> Tensor:
         """Turns stored keys in time, to where they stand in the window.
 
         Args:
             keys: [B, heads, N, D], turned in space alone.
-            tokens: [B, heads, N] their numbers in the video.
+            tokens: [B, heads, N] their numbers in the video, in time order.
+            end: the frame of the video that follows them.
             front: so many at the beginning are of a given end.
         """
-        frames = self.frames(tokens) - self.shift
+        places = self.kept_places(tokens[:, :, front:], end)
         if front:
-            frames[:, :, :front] -= self._beyond()
-        return self._turned(keys, frames.clamp(min=0), self._tables.time(1))
+            far = self.shift + self._beyond()
+            places = torch.cat([(self.frames(tokens[:, :, :front]) - far).clamp(min=0), places], dim=2)
+        return self._turned(keys, places, self._tables.time(1))
+
+    def kept_places(self, tokens: Tensor, end: int) -> Tensor:
+        """Numbers kept frames one after another, whatever was dropped between them: the newest stands right before the
+        frame that follows, and each head numbers its own. A head that keeps single tokens may have some of more
+        frames than the window has places for; then the oldest of them stand at 0.
+
+        Source: flashdreams 0.1.0, KVCacheRelativeRotaryPositionEmbedding3D, for a sink and the newest frames.
+
+        Args:
+            tokens: [B, heads, N] numbers in the video, in time order.
+            end: the frame of the video that follows them.
+
+        Returns:
+            int32 [B, heads, N].
+        """
+        frames = self.frames(tokens)
+        begins = frames.diff(dim=2, prepend=frames[:, :, :1]) != 0
+        number = begins.cumsum(dim=2, dtype=torch.int32)
+        return (number - number[:, :, -1:] + (end - self.shift - 1)).clamp(min=0)
 
     def turn_absolute(self, keys: Tensor, tokens: Tensor) -> Tensor:
         """Turns stored keys in time, to where they stand in the video."""

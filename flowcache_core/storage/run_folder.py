@@ -36,7 +36,7 @@ from ..history.snapshot import Snapshot, SnapshotDelta
 from .files import check_header, checksum, parse_json, write_whole
 from .state import State, load_state, make_state, save_state, state_metadata
 
-FORMAT = "flowcache-run-3"  # runs of version 0.1.0 say none
+FORMAT = "flowcache-run-4"  # runs of version 0.1.0 say none
 NAME = re.compile(r"[0-9a-f]{32}")  # of a run; nothing else in the root is ever touched
 Kind = Literal["chunk", "history", "added"]
 

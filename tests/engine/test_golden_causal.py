@@ -1,4 +1,5 @@
-"""Self-Forcing, Causal-Forcing and CausVid against upstream's own runs (tests/golden/README.md)."""
+"""Self-Forcing, Causal-Forcing and CausVid against upstream's own runs, and positions that count from the window's
+start against flashdreams' (tests/golden/README.md)."""
 
 from dataclasses import dataclass, field
 from functools import partial
@@ -20,7 +21,7 @@ from tests.helpers.golden_runs import StretchedRotary, frames_of, latents_seen, 
 from tests.helpers.place import golden
 from tests.helpers.runs import build, give
 
-GOLDEN = golden("causal")
+GOLDEN = golden("causal") | golden("flashdreams")
 SELF_FORCING = levels.linear(4, 5.0)
 
 
@@ -53,6 +54,8 @@ RUNS = {
     "self_forcing": Run(3, 3),
     "self_forcing_window": Run(6, 3, history=HistorySettings(2, WINDOW())),  # local_attn_size 9: itself and 2 chunks
     "self_forcing_sink": Run(6, 3, history=HistorySettings(2, WINDOW(protect_first=True))),
+    "flashdreams_sink": Run(7, 3, history=HistorySettings(3, WINDOW(protect_first=True), relative=True)),
+    "flashdreams_sink_framewise": Run(9, 1, history=HistorySettings(3, WINDOW(protect_first=True), relative=True)),
     "causal_forcing": Run(5, 1),
     "causal_forcing_image": Run(4, 1, image=True),
     "causal_forcing_2_steps": Run(4, 1, levels.linear(2, 5.0), SELF_FORCING),
