@@ -169,6 +169,8 @@ class Compression:
             (SkyReels-V2).
         queries: how many of that chunk's tokens ask; 0 asks with the whole chunk.
         asked_from: those queries lie spread over the chunk, or are its last ones.
+        at_once: cut as soon as the history is over its budget, as a window's last chunks find it (SkyReels-V2); else
+            when another chunk begins (MAGI-1). Chunks that share memory between layers are always cut at once.
         protect_first: the first chunk (sink) always stays, where there is room for more than one.
         protect_newest: the newest clean chunk always stays.
     """
@@ -180,6 +182,7 @@ class Compression:
     asking: Literal["newest", "oldest"] = "newest"
     queries: int = 256
     asked_from: Literal["spread", "last"] = "spread"
+    at_once: bool = False
     protect_first: bool = False
     protect_newest: bool = False
 
@@ -199,6 +202,11 @@ class Compression:
     def protected_chunks(self) -> int:
         return int(self.protect_first) + int(self.protect_newest)
 
+
+# How the paper's runs cut: MAGI-1's on VBench (FlowCache4MAGI-1, yaml_config/sample/flowcache_vbench.yaml) and
+# SkyReels-V2's (FlowCache4SkyReels-V2, modules/compression/compress_kv.py and transformer_flowcache.py).
+MAGI_PAPER_CUT = Compression(queries=0)
+SKYREELS_PAPER_CUT = Compression(queries=0, asking="oldest", at_once=True)
 
 # What stays unless told otherwise: whole frames and the first chunk. With a budget of 3 chunks on the demo model, that
 # was more alike to the whole history than the published choice of single tokens, which the defaults above make.

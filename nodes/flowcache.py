@@ -6,7 +6,7 @@ from comfy_api.latest import io
 
 from ..flowcache_core.checkpoints import wan_families
 from ..flowcache_core.models.families import family_preset, fitted
-from ..flowcache_core.models.presets import DEFAULT_PRESET, PRESETS, quality_notes, quality_settings
+from ..flowcache_core.models.presets import DEFAULT_PRESET, PAPER_PRESETS, PRESETS, quality_notes, quality_settings
 from ..flowcache_core.settings import HISTORY_TYPES, Between, Compression, Drift, Every, HistorySettings, Settings
 from .comfyui import patch as host
 from .comfyui.progress import say
@@ -79,5 +79,7 @@ class FlowCache(io.ComfyNode):
         else:
             settings = family_preset(preset, family, width, history)
         budget = f"history budget {history_budget} chunks" if history_budget else "whole history"
+        if history_budget and preset in PAPER_PRESETS:
+            budget += ", cut as published"
         settings = replace(settings, overlap=overlap)
         return io.NodeOutput(host.patched(model, settings, f"FlowCache {preset}, {budget}", notes))

@@ -22,7 +22,7 @@ from ..settings import Settings
 from .causal import CausalForward
 from .forward import Forward
 from .guidance import Guidance
-from .idle import idle_notes
+from .idle import idle_notes, uncut_notes
 from .joint import JointForward
 from .loop import Engine, Progress, Sampling, check_cancelled
 from .rolling import RollingForward, rolling_bytes
@@ -90,6 +90,7 @@ def build_engine(run: RunSettings, make: Callable[..., CausalForward] = CausalFo
     report.notes += idle_notes(settings.reuse, schedule)
     forward: Forward
     if run.seeing == "joint":
+        report.notes += uncut_notes(settings, schedule, joint=True, at_once=False)
         check_room(_window_bytes(run, schedule.total_chunks), run.device)
         first, start = run.sampling.sigmas[0], run.sampling.start
         forward = JointForward(
@@ -119,6 +120,8 @@ def causal_forward(
         UserError: there is less memory than that.
     """
     plan = placed(plan_run(run, policy), run.device, run.beside)
+    at_once = plan.kind == "shared" or run.settings.history.compression.at_once
+    report.notes += uncut_notes(run.settings, run.schedule, joint=False, at_once=at_once)
     return make(
         run.backbone,
         run.guidance,

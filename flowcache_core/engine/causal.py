@@ -253,13 +253,21 @@ class CausalForward:
         return site.backbone.head(step.x, row_levels(step.sigma, step.x), joined(held))
 
     def _asking(self, steps: Sequence[Step]) -> int | Given | None:
-        """The chunk whose queries are kept for the next cut: never one that is finished."""
+        """The chunk whose queries are kept for the next cut: never one that is finished, and of the older ones the
+        first that goes on, which is the oldest when a cut finds the next one finished."""
         if not self.plan.asking:
             return None
-        active = [step.place.chunk for step in steps if not step.place.is_clean_pass]
+        active = [step.place for step in steps if not step.place.is_clean_pass]
         if not active:
             return None
-        return active[-1] if self.settings.history.compression.asking == "newest" else active[0]
+        if self.settings.history.compression.asking == "newest":
+            return active[-1].chunk
+        return next((place.chunk for place in active if self._goes_on(place)), active[0].chunk)
+
+    def _goes_on(self, place: Place) -> bool:
+        """Whether a chunk has a step after this one."""
+        assert isinstance(place.chunk, int) and place.step is not None
+        return place.step + 1 < self.report.schedule.steps_of(place.chunk)
 
     def _history_of(self, branch: Hashable, site: CausalSite) -> History:
         if branch not in site.histories:

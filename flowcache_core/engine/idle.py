@@ -1,11 +1,12 @@
-"""Settings that reuse nothing though they were meant to: why, and the nearest ones that do."""
+"""Settings that do nothing though they were meant to: those that reuse nothing, why, and the nearest ones that do; a
+budget that nothing is cut to."""
 
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 
 from ..reuse.policies import Policy
 from ..schedule import ChunkSchedule
-from ..settings import Drift, Every, Fixed, Off, Reuse, Spread
+from ..settings import Drift, Every, Fixed, Off, Reuse, Settings, Spread
 
 FEWEST = 4  # recomputed steps of a chunk that a suggestion leaves, where there are so many
 
@@ -18,6 +19,30 @@ def idle_notes(reuse: Reuse, schedule: ChunkSchedule) -> list[str]:
     found = better(reuse, schedule)
     remedy = "no setting reuses any of them" if found is None else f"{_named(reuse, schedule, *found)} does"
     return [f"nothing is reused: {_why(reuse, schedule)}; {remedy}"]
+
+
+def uncut_notes(settings: Settings, schedule: ChunkSchedule, joint: bool, at_once: bool) -> list[str]:
+    """Says where a history budget has nothing to cut.
+
+    Args:
+        joint: all chunks of a window go through the network together.
+        at_once: a history over its budget is cut whether or not another chunk begins.
+    """
+    budget = settings.history.budget
+    if budget is None:
+        return []
+    if joint:
+        return ["nothing is cut: with attention joint all frames of a window see each other, and there is no history"]
+    if budget >= schedule.total_chunks:
+        return [f"nothing is cut: the budget of {budget} chunks holds the whole video of {schedule.total_chunks}"]
+    last = schedule.start(schedule.indices[-1])
+    clean = schedule.prefix + sum(schedule.start(one) + schedule.steps_of(one) <= last for one in schedule.indices)
+    if at_once or clean > budget:
+        return []
+    return [
+        f"nothing is cut: the last chunk begins when {clean} chunks are finished, and the budget holds {budget}; the "
+        "presets high, balanced, fast and, on SkyReels-V2, the paper's cut without waiting for another chunk"
+    ]
 
 
 def reuses(reuse: Reuse, schedule: ChunkSchedule) -> bool:

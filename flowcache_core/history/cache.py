@@ -141,7 +141,8 @@ class History:
         if self.positions.relative:
             oldest = next(iter([*self.slots, *new]), None)
             self.follows = self._frames_done() if oldest is None else self.plan.first_frame(oldest)
-        if new and self.plan.kind == "stored" and self.clean > self.plan.clean_tokens:
+        now = new or self.settings.compression.at_once
+        if now and self.plan.kind == "stored" and self.clean > self.plan.clean_tokens:
             self._cut_stored()
         self.slots = [*self.slots, *new] if self.keeps_slots else numbered
         for chunk in chunks:

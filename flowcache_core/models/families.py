@@ -8,11 +8,11 @@ from typing import Literal
 from torch import nn
 
 from ..errors import UserError
-from ..settings import HELD, Drift, HistorySettings, Reuse, Settings
+from ..settings import HELD, MAGI_PAPER_CUT, SKYREELS_PAPER_CUT, Compression, Drift, HistorySettings, Reuse, Settings
 from ..solvers import noise_levels
 from ..solvers.multistep import SkyReelsUniPC, UniPC
 from ..solvers.one_step import Euler, Noise, Renoise, SolverFactory
-from .presets import PRESETS
+from .presets import PAPER_PRESETS, PRESETS
 from .skyreels import POLYNOMIAL_1_3B, POLYNOMIAL_14B, SkyReelsBackbone
 from .wan import Attention, WanBackbone
 
@@ -32,7 +32,6 @@ SOLVERS: dict[str, SolverFactory] = {
     "unipc": UniPC,
     "skyreels unipc": SkyReelsUniPC,  # with its upstream's slip: see `multistep`
 }
-PAPER_PRESETS = ("paper slow", "paper fast")
 
 
 @dataclass(frozen=True)
@@ -54,6 +53,7 @@ class Family:
         attention: chunk by chunk over a history, or the active chunks together and both ways ("rolling").
         backbone: makes what runs a network of the family, from the network, frames a second and attention.
         published: the family's own settings for a preset, from its name and the network's width, or None.
+        published_cut: how the paper's presets cut a history to its budget.
     """
 
     steps: int
@@ -73,6 +73,7 @@ class Family:
         network, attention
     )
     published: Callable[[str, int], Settings | None] = lambda preset, dim: None
+    published_cut: Compression = MAGI_PAPER_CUT
 
     def shifted_levels(self, steps: int, shift: float) -> list[float]:
         """Gives noise levels with another shift than the family's: shifts multiply."""
@@ -131,7 +132,7 @@ FAMILIES: dict[str, Family] = {
     "skyreels": Family(
         50, 5, 5, always("skyreels unipc"), noise_levels.skyreels, 6.0, (960, 544), 8.0,
         "SkyReels-V2, README (asynchronous inference, addnoise_condition 20)", fps=24, condition=0.02,
-        backbone=SkyReelsBackbone, published=skyreels_published,
+        backbone=SkyReelsBackbone, published=skyreels_published, published_cut=SKYREELS_PAPER_CUT,
     ),
     "wan": Family(
         50, 50, 3, always("unipc"), evenly(8.0), 6.0, (832, 480), 8.0,
@@ -157,12 +158,16 @@ def family(name: str) -> Family:
 
 
 def family_preset(preset: str, name: str, dim: int, history: HistorySettings) -> Settings:
-    """Gives a preset as a family takes it: the paper's presets are the published settings for that family.
+    """Gives a preset as a family takes it: the paper's presets are the published settings for that family, and cut a
+    history with a budget as published.
 
     Args:
         preset: a key of `presets.PRESETS`.
         dim: width of the network.
+        history: of which the paper's presets replace how it is cut.
     """
+    if preset in PAPER_PRESETS:
+        history = replace(history, compression=family(name).published_cut)
     return replace(family(name).published(preset, dim) or PRESETS[preset], history=history)
 
 

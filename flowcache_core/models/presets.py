@@ -4,7 +4,17 @@ from dataclasses import replace
 
 from ..errors import UserError
 from ..reuse.calibration import Calibration, quality_of
-from ..settings import BY_FRAMES, HELD, OFF, Compression, Drift, HistorySettings, Settings, Spread
+from ..settings import (
+    BY_FRAMES,
+    HELD,
+    MAGI_PAPER_CUT,
+    OFF,
+    Compression,
+    Drift,
+    HistorySettings,
+    Settings,
+    Spread,
+)
 from ..storage.calibrations import SHIPPED, load_calibration
 
 # Steps spread by rule, forecast and corrected, won over every published rule in the project's own trials on the demo
@@ -20,16 +30,21 @@ PRESETS: dict[str, Settings] = {
     "paper fast": Settings(Drift(0.015), HELD, clean_pass=False),
 }
 DEFAULT_PRESET = "balanced"
+PAPER_PRESETS = ("paper slow", "paper fast")
 
 
-def preset(name: str, budget: int | None = None, compression: Compression = BY_FRAMES) -> Settings:
+def preset(name: str, budget: int | None = None, compression: Compression | None = None) -> Settings:
     """Looks a preset up, with a history budget in clean chunks if wanted.
+
+    Args:
+        compression: how the history is cut; the paper's presets do it as the paper's MAGI-1 runs unless told otherwise.
 
     Raises:
         UserError: no such preset, or a budget smaller than what must stay.
     """
     if name not in PRESETS:
         raise UserError(f"There is no preset '{name}'. There are: {', '.join(PRESETS)}.")
+    compression = compression or (MAGI_PAPER_CUT if name in PAPER_PRESETS else BY_FRAMES)
     return replace(PRESETS[name], history=HistorySettings(budget, compression))
 
 

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from ...engine.forward import Step, Velocity
-from ...engine.idle import idle_notes
+from ...engine.idle import idle_notes, uncut_notes
 from ...engine.layers import row_levels, run_layers
 from ...engine.loop import Engine, Progress, Sampling, check_cancelled
 from ...errors import UserError
@@ -489,6 +489,7 @@ def magi_engine(
     report.notes += idle_notes(settings.reuse, schedule)
     plan = magi_plan(backbone.config, schedule, settings, sampling, shape, backbone.network.dtype.itemsize)
     plan = placed(plan, device, beside)
+    report.notes += uncut_notes(settings, schedule, joint=False, at_once=plan.kind == "shared")
 
     check = partial(check_cancelled, cancelled, report)
     forward = MagiForward(
