@@ -21,6 +21,9 @@ class Report:
         history_bytes_planned: what the run will allocate for its history, worked out before it begins.
         history_bytes_allocated: what it did allocate: buffers, and queries for the next cut.
         history_bytes_unbounded: what an unbounded history of the same run would take.
+        device_bytes_peak: what the process had allocated on a CUDA device at most, weights and all; 0 elsewhere.
+        attention_flops: floating-point operations of attention among the video's tokens, two for each multiply-add.
+        layer_tokens: tokens that went through a layer, all layers and branches counted.
         chunks_done: chunks finished.
         notes: lines on what was out of the ordinary.
     """
@@ -35,6 +38,9 @@ class Report:
     history_bytes_planned: int = 0
     history_bytes_allocated: int = 0
     history_bytes_unbounded: int = 0
+    device_bytes_peak: int = 0
+    attention_flops: int = 0
+    layer_tokens: int = 0
     chunks_done: int = 0
     notes: list[str] = field(default_factory=list)
 
@@ -107,6 +113,9 @@ class Report:
             "history_bytes_planned": self.history_bytes_planned,
             "history_bytes_allocated": self.history_bytes_allocated,
             "history_bytes_unbounded": self.history_bytes_unbounded,
+            "device_bytes_peak": self.device_bytes_peak,
+            "attention_flops": self.attention_flops,
+            "layer_tokens": self.layer_tokens,
             "history_bytes": [used for _, used in self.history],
             "decisions": {
                 str(branch): {

@@ -1,5 +1,7 @@
 """FlowCache Report."""
 
+import json
+
 import numpy as np
 import torch
 from comfy_api.latest import io
@@ -31,7 +33,8 @@ class FlowCacheReport(io.ComfyNode):
             report = _find(model, latent)
         picture = np.asarray(report_picture(report).convert("RGB"), dtype=np.float32) / 255.0
         text = report.text()
-        return io.NodeOutput(text, torch.from_numpy(picture)[None], ui={"text": (text,)})
+        numbers = json.dumps(report.as_dict())  # for who asks over the API
+        return io.NodeOutput(text, torch.from_numpy(picture)[None], ui={"text": (text,), "report": (numbers,)})
 
 
 def _find(model, latent):

@@ -20,6 +20,7 @@ from ..reuse.policies import Policy, aligned
 from ..schedule import ChunkSchedule, Given
 from ..settings import Settings
 from .causal import CausalForward
+from .counted import counted
 from .forward import Forward
 from .guidance import Guidance
 from .idle import idle_notes, uncut_notes
@@ -153,7 +154,7 @@ def _tables(run: RunSettings) -> RotaryTables:
 
 def _shared(run: RunSettings, report: Report) -> dict[str, Any]:
     """What every forward is made from."""
-    return {"attention": run.attention, "check": partial(check_cancelled, run.cancelled, report)}
+    return {"attention": counted(run.attention, report), "check": partial(check_cancelled, run.cancelled, report)}
 
 
 def plan_run(run: RunSettings, policy: Policy) -> MemoryPlan:

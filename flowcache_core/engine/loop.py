@@ -16,6 +16,7 @@ from ..schedule import ChunkSchedule, Given, Place
 from ..settings import Between
 from ..solvers.one_step import Euler, SolverFactory, no_noise
 from .chunk import ActiveChunk, Held
+from .counted import peak_bytes, reset_peak
 from .forward import Forward, Step
 from .idle import unreached_notes
 
@@ -169,6 +170,9 @@ class Engine:
     def _tick(self, tick: int, places: Sequence[Place]) -> list[Chunk]:
         check_cancelled(self.cancelled, self.report)
         self.active += [self.begin(place.chunk) for place in places if place.step == 0 and isinstance(place.chunk, int)]
+        device = self.active[0].latent.device
+        if tick == 0:
+            reset_peak(device)
         for chunk in self.active:
             chunk.latent = self.sampling.pinned(chunk.index, chunk.latent)
         steps = [Step(chunk.latent, chunk.sigma, place) for chunk, place in zip(self.active, places, strict=True)]
@@ -188,6 +192,7 @@ class Engine:
                 self.forward.finish(chunk.index, self.sampling.pinned(chunk.index, chunk.latent))
             self.report.chunks_done += 1
         self.report.history.append((tick, self.forward.history_bytes[0]))
+        self.report.device_bytes_peak = max(self.report.device_bytes_peak, peak_bytes(device))
         return [Chunk(chunk.index, chunk.latent) for chunk in finished]
 
     def begin(self, index: int) -> ActiveChunk:

@@ -3,7 +3,8 @@
 Only matrix products count (linear layers, attention, the patch embedding), as in torch.utils.flop_counter.
 """
 
-from ..models.wan import WanBackbone
+from ..models.magi.config import MagiConfig
+from ..models.wan import WanBackbone, WanConfig
 from ..report import Report
 
 
@@ -54,3 +55,24 @@ def window_flops(
         forward_flops(backbone, chunk_tokens, (chunk + 1) * chunk_tokens, text, chunk_frames) for chunk in range(chunks)
     )
     return ticks * tick + context_flops(backbone, text)
+
+
+def layer_token_flops(config: WanConfig | MagiConfig, text: int) -> int:
+    """Of a token in a layer, attention among the video's tokens apart; embeddings and head, which come once a forward,
+    are left out.
+
+    Args:
+        text: tokens of the caption.
+    """
+    if isinstance(config, MagiConfig):
+        dim, queries, keys = config.width, config.heads * config.head_dim, config.kv_heads * config.head_dim
+        projections = dim * (2 * queries + 2 * keys) + 2 * queries * dim
+        ffn = (3 if config.gated else 2) * dim * config.ffn_width
+        return 2 * (projections + 2 * text * queries + ffn)
+    dim = config.dim
+    return 2 * (6 * dim * dim + 2 * text * dim + 2 * dim * config.ffn_dim)
+
+
+def noted_flops(report: dict, config: WanConfig | MagiConfig, text: int) -> int:
+    """Of a run, from what its report counted (`Report.as_dict`)."""
+    return report["attention_flops"] + report["layer_tokens"] * layer_token_flops(config, text)

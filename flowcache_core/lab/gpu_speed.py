@@ -8,6 +8,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
+from ..engine.counted import peak_bytes, reset_peak
 from ..engine.loop import Cancelled, Progress
 from ..settings import HistoryType, Settings
 from .meter import Work, in_layers
@@ -157,7 +158,7 @@ def steady(model: Model, backbone, setting: Setting, device: torch.device, until
     forward = (sum(seconds) - cut) / max(1, places)
     timing = Timing(
         model.name, str(setting), forward, sum(seconds) / max(1, asked), cut / max(1, cuts),
-        forward * total + cut / max(1, cuts), places, _peak(device) - weights, engine.forward.plan.device_bytes,  # type: ignore[attr-defined]
+        forward * total + cut / max(1, cuts), places, peak_bytes(device) - weights, engine.forward.plan.device_bytes,  # type: ignore[attr-defined]
     )  # fmt: skip
     if setting == SETTINGS[0] and device.type == "cuda" and len(seconds) == len(ticks):
         busy, launches = _profiled(lambda: drive(engine, _next_chunks(ticks[0]), latent), device)
@@ -225,11 +226,7 @@ def _allocated(device: torch.device) -> int:
     return torch.cuda.memory_allocated(device) if device.type == "cuda" else 0
 
 
-def _peak(device: torch.device) -> int:
-    return torch.cuda.max_memory_allocated(device) if device.type == "cuda" else 0
-
-
 def _reset_peak(device: torch.device) -> None:
     if device.type == "cuda":
         torch.cuda.empty_cache()
-        torch.cuda.reset_peak_memory_stats(device)
+    reset_peak(device)

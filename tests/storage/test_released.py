@@ -38,7 +38,8 @@ KEPT = {  # history settings, lag
 
 @pytest.mark.parametrize("name", KEPT)
 def test_a_state_goes_on_to_what_its_own_version_made_of_it(backbone, name):
-    """With a budget the next chunk alone is the same: later cuts ask with other queries than 0.1.0 did."""
+    """With a budget the next chunk alone is the same: later cuts ask with other queries than 0.1.0 did. With relative
+    positions it is near: kept frames follow one another now, where 0.1.0 piled the older ones up at 0."""
     state, (kept, lag) = load_state(RELEASED / f"state_{name}.safetensors"), KEPT[name]
     longer = generate(
         backbone, text(0), 3, steps=6, lag=lag, settings=replace(OFF, history=kept), seed=4, frames_per_chunk=2,
@@ -47,7 +48,7 @@ def test_a_state_goes_on_to_what_its_own_version_made_of_it(backbone, name):
     frames, new = state.latents.shape[2], LATER[name].shape[2]
     assert longer.latents.shape[2] == frames + 6 and longer.state.chunks == 7
     assert torch.equal(longer.latents[:, :, :frames], state.latents)
-    assert relative_error(longer.latents[:, :, frames : frames + new], LATER[name]) < 1e-5
+    assert relative_error(longer.latents[:, :, frames : frames + new], LATER[name]) < (2e-2 if kept.relative else 1e-5)
 
 
 def test_a_magi_state_goes_on_to_what_its_own_version_made_of_it():

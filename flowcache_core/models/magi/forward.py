@@ -18,6 +18,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from ...engine.counted import counted
 from ...engine.forward import Step, Velocity
 from ...engine.idle import idle_notes, uncut_notes
 from ...engine.layers import row_levels, run_layers
@@ -494,8 +495,8 @@ def magi_engine(
     check = partial(check_cancelled, cancelled, report)
     forward = MagiForward(
         backbone, schedule, settings, plan, report, text, null,
-        policy=policy, device=device, sampling=sampling, attention=attention, loaded=loaded, kept=kept,
-        check=check,
+        policy=policy, device=device, sampling=sampling, attention=counted(attention, report), loaded=loaded,
+        kept=kept, check=check,
     )  # fmt: skip
     denoising = magi_sampling(schedule, sampling, start, given)
     engine = Engine(forward, schedule, policy, settings.between, denoising, on_progress, cancelled)
