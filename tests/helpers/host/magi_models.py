@@ -10,13 +10,14 @@ from safetensors.torch import save_file
 from flowcache_core.models.magi.network import MagiNetwork
 from flowcache_core.models.magi.text import SpecialTokens
 from flowcache_core.models.magi.vae import MagiVae, MagiVaeConfig
-from tests.helpers.magi_weights import SMALL, SMALL_FP8, fill, normal
+from tests.helpers.magi_weights import SMALL, SMALL_FP8, SMALL_GATED, fill, normal
 
 BASE = replace(SMALL, channels=16, caption_width=4096, caption_tokens=800)
 CONFIGS = {
     "base": BASE,
     "distilled": replace(BASE, distilled=True),
     "fp8": replace(SMALL_FP8, channels=16, caption_width=4096, caption_tokens=800),
+    "gated": replace(SMALL_GATED, caption_width=4096, caption_tokens=800, distilled=True),
 }
 VAE = {
     "_class_name": "ViTVAE",
@@ -27,7 +28,7 @@ VAE = {
 
 def network_of(name: str) -> MagiNetwork:
     network = MagiNetwork(CONFIGS[name])
-    fill(network, velocity=1 / 3)
+    fill(network, velocity=CONFIGS[name].input_scale / 3)
     return network.requires_grad_(False).eval()
 
 

@@ -19,6 +19,7 @@ from tests.helpers.host.magi_models import VAE, network_of, tokens, vae_alone
 # One head of 128: without metadata a network's head count follows from its width.
 NETWORK = WanConfig(dim=128, ffn_dim=128, num_heads=1, num_layers=2, text_dim=64)
 SKYREELS = "Wan2_1-SkyReels-V2-DF-1_3B-540P_fp32.safetensors"
+SKYREELS_14B = "Wan2_1-SkyReels-V2-DF-14B-720P_fp16.safetensors"
 
 
 def write_published(base: Path) -> None:
@@ -26,7 +27,8 @@ def write_published(base: Path) -> None:
     networks = base / "models" / "diffusion_models"
     write_network(networks / SKYREELS, random_network(3, replace(NETWORK, fps=True)), NETWORK)
     write_network(networks / "causal_forcing-framewise.safetensors", random_network(4, NETWORK), NETWORK)
-    for name in ("self_forcing_dmd.pt", "rolling_forcing_dmd.pt"):
+    write_network(networks / SKYREELS_14B, random_network(6, NETWORK), NETWORK)
+    for name in ("self_forcing_dmd.pt", "rolling_forcing_dmd.pt", "causvid.pt"):
         weights = {f"model.{key}": weight for key, weight in random_network(5, NETWORK).items()}
         torch.save({"generator_ema": weights}, networks / name)
     shutil.copy(VAE_FILE, base / "models" / "vae" / "wan_2.1_vae.safetensors")
@@ -39,9 +41,10 @@ def write_published(base: Path) -> None:
 
 def write_published_magi(base: Path) -> None:
     """As `convert` makes them of Sand AI's folders, and a video to go on from."""
-    weights = network_of("distilled").state_dict() | tokens().tensors()
     stamp = {STAMP: json.dumps({"family": "magi distilled"})}
-    save_file(weights, base / "models" / "diffusion_models" / "magi1_4.5b_distill.safetensors", stamp)
+    for name, file in (("distilled", "magi1_4.5b_distill"), ("gated", "magi1_24b_distill")):
+        weights = network_of(name).state_dict() | tokens().tensors()
+        save_file(weights, base / "models" / "diffusion_models" / f"{file}.safetensors", stamp)
     stamp = {magi_files.STAMP: json.dumps(VAE)}
     save_file(dict(vae_alone().state_dict()), base / "models" / "vae" / "magi1_vae.safetensors", stamp)
     (base / "models" / "text_encoders" / "t5xxl_fp16.safetensors").touch()

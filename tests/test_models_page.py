@@ -1,0 +1,68 @@
+"""docs/models.md against the workflows: every row has one, and every loader offers its file or says how to get it."""
+
+import json
+import re
+import urllib.parse
+
+import pytest
+
+from tests.helpers.paths import ROOT
+
+PAGE = (ROOT / "docs" / "models.md").read_text(encoding="utf-8")
+WORKFLOWS = {path.stem: json.loads(path.read_text(encoding="utf-8")) for path in (ROOT / "workflows").glob("*.json")}
+SHIPPED = "demo model (ships with FlowCache)"
+LOADERS = {  # type: the folder that it lists
+    "UNETLoader": "diffusion_models",
+    "FlowCacheLoadARVideoModel": "diffusion_models",
+    "CLIPLoader": "text_encoders",
+    "VAELoader": "vae",
+    "FlowCacheLoadMagiVAE": "vae",
+}
+HOSTS = ("huggingface.co",)  # that the page takes downloads from
+ENDINGS = (".safetensors", ".sft", ".ckpt", ".pth", ".pt")
+LINKS = dict(re.findall(r"\[`([^`]+)`\]\((https://[^)]+/resolve/[^)]+)\)", PAGE))
+
+
+def rows() -> list[list[str]]:
+    """Cells of the table of networks."""
+    table = PAGE[PAGE.index("The networks go to diffusion_models") :].split("\n\n")[1]
+    return [[cell.strip() for cell in line.strip("|").split("|")] for line in table.splitlines()[2:]]
+
+
+def loaders(graph: dict) -> list[dict]:
+    return [node for node in graph["nodes"] if node["type"] in LOADERS and node["widgets_values"]]
+
+
+def test_the_page_links_files_where_it_can():
+    assert len(LINKS) == 8
+    for name, url in LINKS.items():
+        parts = urllib.parse.urlsplit(url)
+        assert parts.netloc in HOSTS and parts.path.endswith("/" + name) and name.endswith(ENDINGS)
+
+
+@pytest.mark.parametrize("name", WORKFLOWS)
+def test_a_loader_offers_its_file_or_the_note_says_how_to_get_it(name):
+    notes = "\n".join(node["widgets_values"][0] for node in WORKFLOWS[name]["nodes"] if node["type"] == "MarkdownNote")
+    for node in loaders(WORKFLOWS[name]):
+        file, folder = node["widgets_values"][0], LOADERS[node["type"]]
+        offered = node["properties"].get("models")
+        if file in LINKS:
+            assert offered == [{"name": file, "url": LINKS[file], "directory": folder}], file
+        else:
+            assert offered is None and (file == SHIPPED or file in notes or "MAGI" in notes), file
+        assert file == SHIPPED or file in PAGE or file == "magi1_vae.safetensors", file
+
+
+@pytest.mark.parametrize("row", rows(), ids=lambda row: row[0])
+def test_every_row_has_workflows_that_load_it_as_its_family(row):
+    _, _, _, families, named = row
+    for name in re.sub(r"\([^)]*\)", "", named).replace(" ", "").split(","):
+        networks = [node for node in loaders(WORKFLOWS[name]) if LOADERS[node["type"]] == "diffusion_models"]
+        assert networks, name
+        for node in networks:
+            assert node["widgets_values"][1] in (*families.split(", "), "auto", "default"), name
+
+
+def test_every_workflow_of_a_published_model_is_in_a_row():
+    named = {name for row in rows() for name in re.findall(r"[a-z0-9_]{6,}", row[4])}
+    assert {name for name in WORKFLOWS if not name.startswith("demo_")} <= named
