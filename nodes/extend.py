@@ -69,6 +69,8 @@ class AutoregressiveExtend(io.ComfyNode):
             if latent is not None and latent.get("noise_mask") is not None
         ]
         notes += rounded_notes(8, 0, width=width, height=height)
+        model, missing = host.with_family(model, family)
+        notes += missing
         prefix, end = (None if latent is None else latent["samples"] for latent in (prefix, end))
         image = model.model_options.get("transformer_options", {}).get("ar_config", {}).get("initial_latent")
         if prefix is None and state is None:
@@ -77,7 +79,6 @@ class AutoregressiveExtend(io.ComfyNode):
             positive, negative, seed, chunks, (width, height), prefix, end, state, stream, resume,
             metadata=workflow_metadata(cls.hidden), node_id=cls.hidden.unique_id,
         )  # fmt: skip
-        model = host.with_family(model, family)
         name = host.family_of(model)
         if name in MAGI_FAMILIES:
             host_magi.check_fixed(

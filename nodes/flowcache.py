@@ -62,9 +62,9 @@ class FlowCache(io.ComfyNode):
             history_budget or None, compression, relative=positions == "relative", memory=history_memory,
             type=HISTORY_TYPES[0] if history_type == "auto" else history_type,
         )  # fmt: skip
-        model = host.with_family(model, family)
+        model, notes = host.with_family(model, family)
+        say(notes)
         family, width = host.family_of(model), getattr(model.model.diffusion_model, "dim", 0)
-        notes: list[str] = []
         if preset == CUSTOM:
             if policy == "even":
                 reuse = Every(every, warmup=warmup)
@@ -74,8 +74,9 @@ class FlowCache(io.ComfyNode):
         elif preset == QUALITY:
             calibration = host.calibration_of(model)
             settings = replace(quality_settings(quality, calibration), history=history)
-            notes = quality_notes(quality, calibration)
-            say(notes)
+            told = quality_notes(quality, calibration)
+            say(told)
+            notes += told
         else:
             settings = family_preset(preset, family, width, history)
         budget = f"history budget {history_budget} chunks" if history_budget else "whole history"

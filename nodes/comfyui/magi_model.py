@@ -2,6 +2,7 @@
 
 import logging
 
+import comfy.float
 import comfy.latent_formats
 import comfy.model_base
 import comfy.model_management
@@ -39,9 +40,54 @@ class CastWeights(comfy.ops.CastWeightBiasOp):
 
 
 class CastFp8(CastWeights):
-    """The same for layers that know no bias, which the host asks for."""
+    """The same for layers that know no bias, which the host asks for. What the host changes in a matrix (LoRA) is
+    changed in its own numbers, not in those that are stored, and rounded to fp8 again."""
 
     bias = None
+    weight: torch.nn.Parameter
+    weight_function: list
+
+    def forward(self, x: Tensor) -> Tensor:
+        changes, self.weight_function = self.weight_function, []
+        if not hasattr(comfy.ops, "uncast_bias_weight"):  # 0.3.64, whose changes call what is below themselves
+            self.weight_function = changes
+            return super().forward(x)
+        self.changes = changes
+        try:
+            return super().forward(x)
+        finally:
+            self.weight_function, self.changes = changes, []
+
+    def product(self, x: Tensor, weight: Tensor) -> Tensor:
+        if changes := getattr(self, "changes", []):
+            weight = self.convert_weight(weight.float())
+            for change in changes:
+                weight = change(weight)
+            weight = self._stored(weight, seed=0)
+        return super().product(x, weight)
+
+    def convert_weight(self, weight: Tensor, inplace: bool = False, **kwargs) -> Tensor:
+        """Makes a matrix's own numbers of stored ones; the host calls it before a change."""
+        return weight * self.factors.to(weight)
+
+    def set_weight(
+        self, weight: Tensor, inplace_update: bool = False, seed: int | None = None, return_weight: bool = False,
+        **kwargs,
+    ) -> Tensor | None:  # fmt: skip
+        """Stores a matrix's own numbers; the host calls it after a change."""
+        stored = self._stored(weight, seed or 0)
+        if return_weight:
+            return stored
+        if inplace_update:
+            self.weight.data.copy_(stored)
+        else:
+            self.weight = torch.nn.Parameter(stored, requires_grad=False)
+        return None
+
+    def _stored(self, weight: Tensor, seed: int) -> Tensor:
+        most = torch.finfo(fp8.FP8).max
+        numbers = (weight / self.factors.to(weight)).clamp(-most, most)
+        return comfy.float.stochastic_rounding(numbers, fp8.FP8, seed=seed)
 
 
 class Operations(comfy.ops.manual_cast):

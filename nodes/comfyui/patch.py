@@ -109,34 +109,38 @@ def family_of(model: comfy.model_patcher.ModelPatcher) -> str:
     return named or ("causal" if hasattr(model.model.diffusion_model, "init_kv_caches") else "wan")
 
 
-def with_family(model: comfy.model_patcher.ModelPatcher, family: str) -> comfy.model_patcher.ModelPatcher:
-    """Gives a clone of the model that runs as a family of the Wan 2.1 layout; for "auto" the model itself.
+def with_family(
+    model: comfy.model_patcher.ModelPatcher, family: str
+) -> tuple[comfy.model_patcher.ModelPatcher, list[str]]:
+    """Gives a clone of the model that runs as a family of the Wan 2.1 layout, and notes for the report; for "auto" the
+    model itself.
 
     Raises:
         UserError: the network cannot be of that family.
     """
     if family == "auto":
-        return model
+        return model, []
     found, network = family_of(model), model.model.diffusion_model
     if found in MAGI_FAMILIES or (hasattr(network, "fps_embedding") and family != "skyreels"):
         raise UserError(f"The family is set to {family}, and the model is {found} by its file; set the family to auto.")
-    if family == "skyreels" and not hasattr(network, "fps_embedding"):
-        _find_frame_rate(model)
+    without = family == "skyreels" and not hasattr(network, "fps_embedding")
+    notes = _find_frame_rate(model) if without else []
     clone = model.clone()
     clone.model_options.setdefault("transformer_options", {})[FAMILY] = family
-    return clone
+    return clone, notes
 
 
-def _find_frame_rate(model: comfy.model_patcher.ModelPatcher) -> None:
-    """Gives a SkyReels-V2 network the frame-rate layers of its file, which the host's loader passes over. Nothing but
-    a run as SkyReels-V2 asks them, so the network may keep them."""
+def _find_frame_rate(model: comfy.model_patcher.ModelPatcher) -> list[str]:
+    """Gives a SkyReels-V2 network the frame-rate layers of its file, which the host's loader passes over, or says that
+    they are missing. Nothing but a run as SkyReels-V2 asks them, so the network may keep them."""
     try:
         weights = load(file_of(model), "skyreels")[1]
     except UserError as error:
-        if model.model.diffusion_model.dim == SMALL_WIDTH:
-            logging.warning("FlowCache: SkyReels-V2 1.3B runs without its frame-rate layers. %s", error)
-        return
+        if model.model.diffusion_model.dim != SMALL_WIDTH:
+            return []
+        return [f"SkyReels-V2 1.3B runs without its frame-rate layers, so the frame rate is not told to it: {error}"]
     add_frame_rate(model.model.diffusion_model, weights, comfy.ops.manual_cast)
+    return []
 
 
 def model_name(model: comfy.model_patcher.ModelPatcher) -> str:

@@ -29,8 +29,8 @@ def export(page: ComfyPage, name: str) -> None:
         videos = [frames_of(path) for path in page.saved_videos()]
         thumbnails.write(thumbnails.of_videos(videos), workflow)
     else:
-        (family,) = {node["inputs"]["family"] for node in prompt.values() if "family" in node["inputs"]}
-        family = name.split("_")[0] if family == "auto" else family
+        told = {node["inputs"]["family"] for node in prompt.values() if "family" in node["inputs"]} - {"auto"}
+        family = told.pop() if told else ("causal" if "causal" in name else name.split("_")[0])
         presets = [node["inputs"]["preset"] for node in prompt.values() if node["class_type"] == "FlowCache"]
         title = name.replace("_", " ").capitalize()
         thumbnails.write(thumbnails.of_family(family, title, *presets), workflow)

@@ -25,7 +25,11 @@ from tests.helpers.magi_weights import normal
 
 X, TEXT, SIGMA = normal("x", (1, 16, 2, 4, 6)), golden_weights.text("cond"), torch.tensor([0.6])
 BARE = replace(SMALL, cross_attn_norm=False, eps=0.01)
-LORA = {"blocks.0.self_attn.q": 96, "blocks.2.ffn.0": 96, "blocks.1.cross_attn.v": 96}  # layer: input width
+LORA = [  # a layer of every kind
+    *(f"blocks.{block}.{part}.{name}" for block, part in ((0, "self_attn"), (1, "cross_attn")) for name in "qkvo"),
+    "blocks.2.ffn.0", "blocks.2.ffn.2", "text_embedding.0", "text_embedding.2", "time_embedding.0", "time_embedding.2",
+    "time_projection.1", "head.head", "patch_embedding",
+]  # fmt: skip
 
 
 def ours(weights: dict[str, torch.Tensor], config=SMALL, fps: int = 0) -> torch.Tensor:
@@ -48,11 +52,11 @@ def rounded(weights: dict[str, torch.Tensor], dtype: torch.dtype) -> dict[str, t
 def lora_files(path: Path) -> tuple[Path, dict[str, torch.Tensor]]:
     """A LoRA of rank 4, and what it adds to each weight."""
     saved, added = {}, {}
-    for layer, width in LORA.items():
-        height = golden_weights.network().get_submodule(layer).out_features
-        down, up = 0.1 * normal(f"{layer}.down", (4, width)), 0.1 * normal(f"{layer}.up", (height, 4))
+    for layer in LORA:
+        shape = golden_weights.network().get_submodule(layer).weight.shape
+        down, up = 0.1 * normal(f"{layer}.down", (4, shape[1:].numel())), 0.1 * normal(f"{layer}.up", (shape[0], 4))
         saved |= {f"diffusion_model.{layer}.lora_A.weight": down, f"diffusion_model.{layer}.lora_B.weight": up}
-        added[f"{layer}.weight"] = up @ down
+        added[f"{layer}.weight"] = (up @ down).reshape(shape)
     save_file(saved, path)
     return path, added
 

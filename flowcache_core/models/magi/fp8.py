@@ -29,6 +29,11 @@ class Fp8Linear(nn.Module):
         """What inputs are divided by, [inputs]; upstream's kernel multiplies by the first entry again."""
         return self.input_scale
 
+    @property
+    def factors(self) -> Tensor:
+        """What the stored numbers of a column are multiplied by to be the matrix's own, float32 [inputs]."""
+        return self.input_scale[0] * self.weight_scale[0] / self.scale
+
     def forward(self, x: Tensor) -> Tensor:
         return self.product(x, self.weight.to(x.device, x.dtype))
 
@@ -36,7 +41,7 @@ class Fp8Linear(nn.Module):
         """Gives the layer's output from its own weight [1, outputs, inputs], brought to x's precision."""
         rounded = to_fp8(x, self.scale.to(x.device)).to(x.dtype)
         factor = (self.input_scale[0] * self.weight_scale[0]).to(x.device)
-        return (F.linear(rounded, weight[0]).float() * factor).to(x.dtype)
+        return (F.linear(rounded, weight[0].to(x.dtype)).float() * factor).to(x.dtype)
 
 
 class SmoothFp8Linear(Fp8Linear):
