@@ -435,7 +435,12 @@ def test_a_vae_that_is_none(server):
 @pytest.mark.usefixtures("published")
 @pytest.mark.parametrize(
     ("name", "frames"),
-    [("magi_text_to_video", 6), ("magi_image_to_video", 6), ("magi_continue_three_prompts", 4 * 6)],
+    [
+        ("magi_text_to_video", 6),
+        ("magi_24b_text_to_video", 6),
+        ("magi_image_to_video", 6),
+        ("magi_continue_three_prompts", 4 * 6),
+    ],  # fmt: skip
 )
 def test_workflows_run_to_a_video(server, name, frames):
     prompt = prompt_of(name)

@@ -3,6 +3,8 @@
 Only sizes, lengths and step counts are swapped, and the text encoder (6 GB) for captions that need none.
 """
 
+import re
+
 import numpy as np
 import pytest
 
@@ -17,7 +19,9 @@ FRAMES = {  # latent frames of an image, and of 2 chunks; of 6 where a history i
     "skyreels_image_to_video": 1 + 2 * 5,
     "skyreels_long_video": 6 * 5,
     "skyreels_paper": 2 * 5,
+    "skyreels_14b_text_to_video": 2 * 5,
     "self_forcing_text_to_video": 2 * 3,
+    "causvid_text_to_video": 2 * 3,
     "causal_forcing_framewise": 1 + 2,
     "rolling_forcing": 6 * 3,
 }
@@ -38,6 +42,8 @@ def small(name: str, **inputs) -> dict:
         elif node["class_type"] == "FlowCacheAutoregressiveExtend":
             sizes = {} if "prefix" in node["inputs"] or "state" in node["inputs"] else {"width": 64, "height": 64}
             node["inputs"] |= sizes | ({"steps": 6} if name.startswith("skyreels") else {}) | {"chunks": 2} | inputs
+        elif node["class_type"] in ("ARVideoI2V", "FlowCacheExtendInWindows"):
+            node["inputs"] |= {"width": 64, "height": 64} | inputs
     return prompt
 
 
@@ -60,6 +66,24 @@ def test_runs_to_a_video(server, name):
     size, unit = told.removeprefix("history: ").split(" planned")[0].split()
     assert f"planned {size} {unit}" in text and float(size) > 0
     assert "6 steps, lag 5" in text if name.startswith("skyreels") else "0% of steps reused" in text
+
+
+def test_windows_follow_one_another(server):
+    prompt = small("skyreels_windows", frames=57, window=33, overlap=9, steps=3)
+    check_video(saved(server, prompt, run(server, prompt), "flowcache/skyreels_windows"), 57, 64)
+
+
+def test_comfyuis_own_nodes_go_beyond_81_frames(server):
+    """What its template is with one FlowCache node, over more frames than the budget holds."""
+    length = 4 * 40 - 3
+    prompt = small("causal_forcing_native", length=length)
+    outcome = run(server, prompt)
+    check_video(saved(server, prompt, outcome, "flowcache/causal_forcing_native"), length, 64)
+    (report,) = [key for key, node in prompt.items() if node["class_type"] == "FlowCacheReport"]
+    (text,) = outcome.outputs[report]["text"]
+    assert "history budget 20 chunks" in text and "39 chunks of 4 steps, lag 4" in text
+    sizes = dict(re.findall(r"(planned|peak|unbounded) ([\d.]+) MB", text))
+    assert float(sizes["peak"]) < 0.95 * float(sizes["unbounded"]), text
 
 
 def test_two_prompts_make_one_video(server):

@@ -6,12 +6,14 @@ import pytest
 
 from tests.helpers.host.browser import CHROMIUM
 from tests.helpers.host.comfy_page import DEMOS, NAMES, WORKFLOWS, ComfyPage, listed_templates
+from tests.helpers.host.comfy_server import Server
 from tests.helpers.host.thumbnails import SIDE
 from tests.host.store_release import RELEASED
 
 pytestmark = pytest.mark.skipif(CHROMIUM is None, reason="no chromium: apt-get install chromium, to test the page")
 EXTEND = "FlowCacheAutoregressiveExtend"
 BLUEPRINT = "FlowCache text to long video"
+BUTTONS = "[...document.querySelectorAll('button')]"
 
 
 @pytest.fixture(scope="module")
@@ -37,6 +39,27 @@ def test_template_opens_and_runs(page, name):
     assert page.complaints() == []
     assert page.errors == []
     assert "SaveVideo" in page.evaluate("app.graph.nodes.filter((n) => app.nodeOutputs[n.id]).map((n) => n.type)")
+
+
+def test_missing_models_are_offered_for_download(tmp_path):
+    """A `.pt` file too; each goes to the folder that its loader lists."""
+    bare = Server(tmp_path)
+    try:
+        with ComfyPage(bare) as page:
+            page.load(WORKFLOWS / "self_forcing_text_to_video.json")
+            page.wait(f"{BUTTONS}.some((button) => /Show missing models/.test(button.innerText))")
+            page.evaluate(f"{BUTTONS}.find((button) => /Show missing models/.test(button.innerText)).click()")
+            page.wait(f"{BUTTONS}.some((button) => button.innerText === 'Download all')")
+            assert page.evaluate(f"{BUTTONS}.filter((button) => button.innerText === 'Download').length") == 3
+            told = page.evaluate("document.body.innerText")
+            for folder, file in (
+                ("diffusion_models", "self_forcing_dmd.pt"),
+                ("text_encoders", "umt5_xxl_fp8_e4m3fn_scaled.safetensors"),
+                ("vae", "wan_2.1_vae.safetensors"),
+            ):
+                assert told.index(f"{folder} (1)") < told.index(f"{file} (1)")
+    finally:
+        bare.stop()
 
 
 @pytest.mark.parametrize("name", NAMES)
