@@ -5,8 +5,9 @@ import re
 import urllib.parse
 
 import pytest
+from safetensors import safe_open
 
-from tests.helpers.paths import ROOT
+from tests.helpers.paths import GOLDEN_FOLDER, ROOT
 
 PAGE = (ROOT / "docs" / "models.md").read_text(encoding="utf-8")
 WORKFLOWS = {path.stem: json.loads(path.read_text(encoding="utf-8")) for path in (ROOT / "workflows").glob("*.json")}
@@ -66,3 +67,30 @@ def test_every_row_has_workflows_that_load_it_as_its_family(row):
 def test_every_workflow_of_a_published_model_is_in_a_row():
     named = {name for row in rows() for name in re.findall(r"[a-z0-9_]{6,}", row[4])}
     assert {name for name in WORKFLOWS if not name.startswith("demo_")} <= named
+
+
+GOLDEN = {  # row: file of golden tensors, runs of upstream's in it
+    "SkyReels-V2 diffusion forcing 1.3B": ("skyreels_flowcache", ["off_fps.0"]),
+    "SkyReels-V2 diffusion forcing 14B": ("skyreels_flowcache", ["off.0"]),
+    "Self-Forcing": ("causal", ["self_forcing", "self_forcing_window", "self_forcing_sink"]),
+    "Causal-Forcing framewise, 4 steps": ("causal", ["causal_forcing", "causal_forcing_image"]),
+    "Causal-Forcing++ framewise, 2 and 1 steps": ("causal", ["causal_forcing_2_steps", "causal_forcing_1_step"]),
+    "Causal-Forcing chunkwise": ("causal", ["self_forcing"]),  # the same pipeline, frames and levels
+    "Causal-Forcing long video": ("rolling_forcing", ["rolling_forcing"]),  # the same pipeline
+    "CausVid": ("causal", ["causvid_3_steps", "causvid_4_steps"]),
+    "Rolling Forcing": ("rolling_forcing", ["rolling_forcing"]),
+    "MAGI-1 4.5B": ("magi_runs", ["base", "distill", "image", "video"]),
+    "MAGI-1 24B": ("magi_runs", ["gated"]),
+}
+
+
+@pytest.mark.parametrize("row", rows(), ids=lambda row: row[0])
+def test_every_row_has_a_golden_run(row):
+    file, runs = GOLDEN[row[0]]
+    with safe_open(GOLDEN_FOLDER / f"{file}.safetensors", "pt") as stored:
+        names = set(stored.keys())
+    for run in runs:
+        assert {f"{run}.final", f"{run}.latents"} & names, run
+    tests = "".join(path.read_text() for path in (ROOT / "tests").rglob("test_golden_*.py"))
+    tests += (ROOT / "tests" / "models" / "magi" / "test_engine.py").read_text()
+    assert f'golden("{file}")' in tests

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from flowcache_core.checkpoints import inspect
+from flowcache_core.checkpoints import STAMP, inspect
 from flowcache_core.models.magi.config import MAGI_4_5B, MAGI_24B
 from flowcache_core.models.wan import WanConfig
 from tests.helpers.headers import Header, stored, write_safetensors, write_shards, write_torch
@@ -65,6 +65,11 @@ def magi(inner: str) -> Callable[[Path, Header, dict], None]:
     return write
 
 
+def converted(path: Path, header: Header, config: dict) -> None:
+    """As `convert` writes it."""
+    write_safetensors(path, header, {STAMP: json.dumps({"family": "magi distilled"})})
+
+
 # file or folder: its list in tests/headers, how it is written, family, sizes, whether the family stays a guess
 FILES = {
     "Wan2_1-SkyReels-V2-DF-1_3B-540P_fp32.safetensors": ("skyreels_1_3b", alone, "skyreels", SKYREELS, False),
@@ -80,6 +85,9 @@ FILES = {
     "longvideo.pt": ("wan_1_3b", trained, "causal", WAN, True),
     "rolling_forcing_dmd.pt": ("wan_1_3b", trained, "causal", WAN, True),
     "model.pt": ("wan_1_3b", causvid, "causal", WAN, True),  # CausVid's
+    "causvid.pt": ("wan_1_3b", causvid, "causal", WAN, True),  # as the docs have it saved
+    "magi1_4.5b_distill.safetensors": ("magi_4_5b", converted, "magi distilled", MAGI_4_5B, False),
+    "magi1_24b_distill.safetensors": ("magi_24b", converted, "magi distilled", MAGI_24B, False),
     "4.5B_base": ("magi_4_5b", magi("inference_weight"), "magi", MAGI_4_5B, False),
     "4.5B_distill": ("magi_4_5b", magi("inference_weight.distill"), "magi distilled", MAGI_4_5B, False),
     "4.5B_distill_quant": (
