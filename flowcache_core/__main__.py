@@ -114,8 +114,26 @@ def run_info(options: argparse.Namespace) -> None:
     for warning in info.warnings:
         print(f"warning   {warning}")
     if info.family in FAMILIES:
+        for line in settings_lines(info.family, config):
+            print(line)
         for line in memory_lines(options, info.family, config):
             print(line)
+
+
+def settings_lines(name: str, config: WanConfig | MagiConfig) -> list[str]:
+    """Says what a family is run with where nothing else is asked for, as docs/models.md has it."""
+    usual, steps = FAMILIES[name], FAMILIES[name].steps
+    lag, (width, height) = usual.lag, usual.size
+    if isinstance(config, MagiConfig):
+        steps, (width, height) = magi_usual(config)
+        lag = steps // 4
+    guidance = 1.0 if name == "magi distilled" else usual.guidance
+    seen = "" if usual.attention == "causal" else f", attention {usual.attention}"
+    return [
+        f"settings  {steps} steps, lag {lag}, {usual.chunk_frames} latent frames a chunk, shift {usual.shift:g}, "
+        f"guidance {guidance:g}, {usual.solver(steps)}{seen}; {width}x{height}, {usual.fps} fps",
+        f"          from {usual.source}",
+    ]
 
 
 def memory_lines(options: argparse.Namespace, name: str, config: WanConfig | MagiConfig) -> list[str]:

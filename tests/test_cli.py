@@ -21,6 +21,7 @@ from flowcache_core.media.video import save_video
 from flowcache_core.models.wan import WanConfig, WanNetwork
 from flowcache_core.reuse.calibration import Calibration, Measured
 from flowcache_core.storage.calibrations import calibration_path, save_calibration
+from tests.helpers.paths import ROOT
 
 SMALL = WanConfig(dim=48, ffn_dim=64, num_heads=2, num_layers=2, text_dim=64)
 FAST = ["--chunks", "2", "--steps", "4", "--enlarge", "1"]
@@ -113,6 +114,18 @@ def test_info_tells_the_memory_of_a_video(network, capsys):
     assert "2 finished chunks kept" in capsys.readouterr().out
     assert cli.main(["info", str(network), "--seconds", "0.4", "--lag", "64"]) == 0
     assert "9 frames (0.6 s), 1 chunks" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("family", ["skyreels", "causal", "causvid", "rolling"])
+def test_info_tells_the_settings_that_the_docs_do(family, tmp_path, capsys):
+    table = (ROOT / "docs" / "models.md").read_text(encoding="utf-8").partition("## Settings")[2]
+    line = next(line for line in table.splitlines() if line.startswith(f"| {family}"))
+    _, steps, lag, frames, shift, guidance, _, size, *_ = (cell.strip() for cell in line.strip("|").split("|"))
+    assert cli.main(["info", str(stamped(tmp_path / "file.safetensors", family))]) == 0
+    (said,) = [line for line in capsys.readouterr().out.splitlines() if line.startswith("settings")]
+    steps, lag = steps.split()[0], steps.split()[0] if lag == "all" else lag
+    expected = f"{steps} steps, lag {lag}, {frames} latent frames a chunk, shift {shift}, guidance {guidance}, "
+    assert expected in said and said.endswith(f"; {size}")
 
 
 def test_info_of_rolling_forcing_tells_what_its_history_grows_to(tmp_path, capsys):
