@@ -135,10 +135,13 @@ def _find_frame_rate(model: comfy.model_patcher.ModelPatcher) -> list[str]:
     they are missing. Nothing but a run as SkyReels-V2 asks them, so the network may keep them."""
     try:
         weights = load(file_of(model), "skyreels")[1]
-    except UserError as error:
+    except UserError:
         if model.model.diffusion_model.dim != SMALL_WIDTH:
             return []
-        return [f"SkyReels-V2 1.3B runs without its frame-rate layers, so the frame rate is not told to it: {error}"]
+        return [
+            "SkyReels-V2 1.3B runs without its frame-rate layers, which this model's loader drops (GGUF loaders do); a "
+            "safetensors file in Load AR Video Model keeps them"
+        ]
     add_frame_rate(model.model.diffusion_model, weights, comfy.ops.manual_cast)
     return []
 

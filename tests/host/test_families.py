@@ -10,7 +10,7 @@ from safetensors.torch import save_file
 from flowcache_core import generate
 from flowcache_core.demo.captions import embed_caption
 from flowcache_core.models.families import FAMILIES, SOLVERS, family_preset
-from flowcache_core.models.wan import WanNetwork
+from flowcache_core.models.wan import WanConfig, WanNetwork
 from flowcache_core.settings import OFF, HistorySettings
 from tests.helpers.host.graph import SMALL, Graph, fails, random_network, sample, write_network
 
@@ -243,6 +243,33 @@ def test_a_stock_loaded_model_runs_as_the_family_that_is_named(server, family):
     expected = made("FlowCacheLoadARVideoModel", {}, **ours)
     assert torch.equal(made("UNETLoader", {"family": family}, **stock), expected)
     assert not torch.equal(made("UNETLoader", {}, **stock), expected)
+
+
+@pytest.mark.parametrize("named_on", ["FlowCache", "Extend"])
+def test_missing_frame_rate_layers_are_told(server, named_on):
+    """A GGUF loader drops those of SkyReels-V2 1.3B and does not say which file it read; the published rule goes on."""
+    wide = WanConfig(dim=1536, ffn_dim=64, num_heads=12, num_layers=1, text_dim=64)
+    file = server.base / "models" / "diffusion_models" / "wide.safetensors"
+    if not file.exists():
+        weights = {name: weight.half() for name, weight in random_network(2, wide).items()}
+        save_file(weights, file, {"config": json.dumps({"transformer": {"num_heads": 12, "text_dim": 64}})})
+    graph = Graph()
+    model = graph.add("UNETLoader", unet_name="wide.safetensors", weight_dtype="default")
+    model = graph.add("TestUntold", model=(model, 0))
+    on_node = {"family": "skyreels"} if named_on == "FlowCache" else {}
+    model = graph.add("FlowCache", model=(model, 0), preset="paper fast", history_budget=0, **on_node)
+    words = [graph.add("FlowCacheDemoPrompt", caption=caption) for caption in ("a red circle", "")]
+    made = graph.add(
+        "FlowCacheAutoregressiveExtend", model=(model, 0), positive=(words[0], 0), negative=(words[1], 0),
+        guidance=1.0, seed=4, chunks=1, steps=8, frames_per_chunk=1, lag=-1, width=64, height=64,
+        **({"family": "skyreels"} if named_on == "Extend" else {}),
+    )  # fmt: skip
+    report = graph.add("FlowCacheReport", report=(made, 2))
+    outcome = server.run(graph)
+    assert outcome.error is None, outcome.error["exception_message"]
+    told = "SkyReels-V2 1.3B runs without its frame-rate layers"
+    assert told in outcome.outputs[report]["text"][0]
+    assert any(told in text for _, text in outcome.texts)
 
 
 def test_the_family_named_on_extend_alone(server):

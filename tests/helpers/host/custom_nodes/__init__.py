@@ -35,6 +35,20 @@ class Caption:
         return ([[embedding, {"attention_mask": (torch.arange(256) < tokens).long()[None]}]],)
 
 
+class Untold:
+    """A model that does not say which file it is of, as GGUF loaders leave it."""
+
+    INPUT_TYPES = classmethod(lambda cls: {"required": {"model": ("MODEL",)}})
+    RETURN_TYPES = ("MODEL",)
+    FUNCTION = "make"
+    CATEGORY = "test"
+
+    def make(self, model):
+        model = model.clone()
+        model.cached_patcher_init = None
+        return (model,)
+
+
 class SmallT5:
     """ComfyUI's own T5 of type 'mochi', with one block of random weights."""
 
@@ -195,6 +209,7 @@ comfy.samplers.sampling_function = counted(comfy.samplers.sampling_function)
 
 NODE_CLASS_MAPPINGS = {
     "TestCaption": Caption,
+    "TestUntold": Untold,
     "TestSmallT5": SmallT5,
     "TestSeeEveryStep": SeeEveryStep,
     "TestLatentAs": LatentAs,
