@@ -1,41 +1,30 @@
 """The command line: `python -m flowcache_core generate "a red circle"`; `--help` lists the rest."""
 
 import argparse
-import json
 import sys
 from collections.abc import Callable
-from dataclasses import replace
 from pathlib import Path
 
 import torch
 
 from . import checkpoints
 from .checkpoints import magi_files
-from .demo import decode, embed_caption, load_network
-from .demo.clips import FPS
+from .command_generate import run_generate
 from .demo.compare import CAPTION, compare, table
-from .demo.model import weights_name
-from .demo.train_network import FRAMES_PER_CHUNK
 from .engine.loop import Cancelled
 from .errors import UserError
-from .generation import generate
 from .history.plan import MemoryPlan
 from .media.likeness import common, likeness
-from .media.pictures import report_picture
-from .media.progress_bar import Bar
-from .media.video import FORMATS, enlarged, frames_of, read_video, save_video
+from .media.video import read_video
 from .models.families import FAMILIES, family_preset
 from .models.magi.config import MagiConfig, magi_usual
 from .models.magi.memory import magi_frames, plan_magi
 from .models.memory import plan_wan, rolling_history_bytes, wan_frames
-from .models.presets import DEFAULT_PRESET, PRESETS, preset, quality_settings
+from .models.presets import DEFAULT_PRESET, PRESETS
 from .models.wan import WanConfig
 from .report import megabytes
 from .reuse.calibration import QUALITIES
 from .settings import BY_FRAMES, HISTORY_TYPES, HistorySettings
-from .storage.calibrations import calibration_path, load_calibration
-from .storage.files import check_writable, write_whole
-from .storage.state import load_state, save_state
 
 DTYPES = {"as it is": None, "float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 
@@ -46,53 +35,6 @@ def number_or_name(word: str) -> float | str:
         return float(word)
     except ValueError:
         return word
-
-
-def run_generate(options: argparse.Namespace) -> None:
-    for path in (options.out, options.save_state, options.report):
-        if path is not None:
-            check_writable(path)
-    if options.out.suffix.lower() not in FORMATS:
-        raise UserError(f"The output is called {options.out.name}; give a name that ends in {', '.join(FORMATS)}.")
-    settings = preset(options.preset, options.budget)
-    if options.quality is not None:
-        own = calibration_path(options.network) if options.network else None
-        measured = load_calibration(own) if own and own.is_file() else None
-        settings = replace(quality_settings(options.quality, measured), history=settings.history)
-    history = replace(settings.history, relative=options.relative, type=options.history_type)
-    settings = replace(settings, history=history)
-    state = load_state(options.state) if options.state else None
-    backbone = load_network(options.network) if options.network else load_network()
-    if options.chunks < 1:
-        raise UserError(f"chunks is {options.chunks}, expected at least 1.")
-    texts = [embed_caption(caption) for caption in options.captions]
-    shares = [texts[chunk * len(texts) // options.chunks] for chunk in range(options.chunks)]
-    result = generate(
-        backbone,
-        shares,
-        options.chunks,
-        steps=options.steps,
-        lag=max(1, options.steps // 4) if options.lag is None else options.lag,
-        settings=settings,
-        seed=options.seed,
-        frames_per_chunk=FRAMES_PER_CHUNK,
-        guidance_scale=options.guidance,
-        negative=embed_caption(options.negative),
-        state=state,
-        model=weights_name(backbone),
-        on_progress=Bar("generating", options.chunks + (state.chunks if state else 0)),
-    )
-    frames = frames_of(decode(result.latents, FRAMES_PER_CHUNK))
-    save_video(enlarged(frames, options.enlarge), options.out, FPS)
-    if options.save_state:
-        save_state(result.state, options.save_state)
-    if options.report and options.report.suffix == ".json":
-        words = json.dumps(result.report.as_dict(), indent=1) + "\n"
-        write_whole(options.report, lambda partial: partial.write_text(words))
-    elif options.report:
-        write_whole(options.report, report_picture(result.report).save)
-    print(result.report.text())
-    print(f"{options.out}: {len(frames)} frames")
 
 
 def run_demo(options: argparse.Namespace) -> None:
@@ -214,10 +156,8 @@ def parser() -> argparse.ArgumentParser:
         part.set_defaults(run=run)
         return part.add_argument
 
-    option = command(
-        "generate", run_generate, "a video from captions, or a longer one from a state, with the demo model"
-    )
-    option("captions", nargs="+", help='such as "a red circle and a blue square"; several share the chunks evenly')
+    option = command("generate", run_generate, "a video from captions or embeddings, or a longer one from a state")
+    option("captions", nargs="*", help='such as "a red circle and a blue square"; several share the chunks evenly')
     option("--out", type=Path, default=Path("out/video.mp4"), help=".mp4, .webp or .gif (default: %(default)s)")
     option("--chunks", type=int, default=16, help="new chunks, of 12 frames each (default: %(default)s)")
     option("--preset", choices=PRESETS, default=DEFAULT_PRESET, help="how much is reused (default: %(default)s)")
@@ -231,16 +171,36 @@ def parser() -> argparse.ArgumentParser:
     option("--relative", action="store_true", help="positions count from the start of the history (needs --budget)")
     option("--history-type", choices=HISTORY_TYPES, default=HISTORY_TYPES[0], help="how finished chunks are stored")
     option("--seed", type=int, default=0)
-    option("--steps", type=int, default=64, help="denoising steps of a chunk (default: %(default)s)")
-    option("--lag", type=int, help="steps that a chunk is ahead of the next (default: a quarter of the steps)")
-    option("--guidance", type=float, default=1.0, help="classifier-free guidance; 1 is off (default: %(default)s)")
+    option("--steps", type=int, help="denoising steps of a chunk (default: the family's)")
+    option("--lag", type=int, help="steps that a chunk is ahead of the next (default: the family's)")
+    option("--guidance", type=float, help="classifier-free guidance; 1 is off (default: the family's)")
     option("--negative", default="", metavar="CAPTION", help="what to keep away from, with guidance")
     option("--state", type=Path, metavar="FILE", help="go on from this state of an earlier run")
     option("--save-state", type=Path, metavar="FILE", help="write the state, to go on from later (.safetensors)")
     option("--report", type=Path, metavar="FILE", help="write what the run did: .json, or a picture .png")
     sizes = range(1, 17)
     option("--enlarge", type=int, default=4, choices=sizes, metavar="TIMES", help="pixel size (default: %(default)s)")
-    option("--network", type=Path, metavar="FILE", help="another network of the demo's family")
+    option("--network", type=Path, metavar="FILE", help="the network; of the family demo one is there")
+    option("--family", default="demo", help=f"demo, auto or {', '.join(checkpoints.FAMILIES)} (default: %(default)s)")
+    option(
+        "--text", type=Path, nargs="+", metavar="EMBEDDING", help="instead of captions: files of Save Text Embedding"
+    )
+    option("--negative-text", type=Path, metavar="EMBEDDING", help="the same of what to keep away from, with guidance")
+    option("--width", type=int, help="in pixels, but for the demo model (default: the family's)")
+    option("--height", type=int, help="likewise")
+    option("--dtype", choices=DTYPES, default="as it is", help="to compute in, but for the demo model")
+    option("--device", choices=("cpu", "cuda"), help="that computes (default: cpu; with torchrun cuda where it can)")
+    option("--resume", type=Path, metavar="FOLDER", help="keep finished chunks there, and go on from those of this run")
+    option(
+        "--resume-gb",
+        type=float,
+        default=20.0,
+        metavar="GB",
+        help="that runs there may take (default: %(default)g)",
+    )
+    option("--stream", type=Path, metavar="FILE", help="an .mp4 that grows while the demo model runs")
+    option("--scheme", choices=("ulysses", "pipeline"), default="ulysses", help="of several processes (torchrun)")
+    option("--shard", action="store_true", help="with torchrun and ulysses: each process holds a part of the weights")
 
     option = command("demo", run_demo, "the same video plain, with FlowCache, and with a short history; compared")
     option("--out", type=Path, default=Path("out/demo"), help="folder (default: %(default)s)")

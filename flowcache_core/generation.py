@@ -9,7 +9,7 @@ longer = generate(demo.load_network(), demo.embed_caption("a blue square"), chun
 from collections.abc import Callable, Sequence
 from functools import partial
 from math import prod
-from typing import NamedTuple
+from typing import NamedTuple, Protocol
 
 import torch
 from torch import Tensor
@@ -25,6 +25,7 @@ from .report import Report
 from .schedule import ChunkSchedule, Given
 from .settings import Settings
 from .solvers.one_step import SolverFactory, chunk_noise
+from .storage.keeping import KeptChunks
 from .storage.state import State, make_state
 
 Text = Tensor | Sequence[Tensor]  # one embedding [B, tokens, width], or one for each new chunk
@@ -41,6 +42,14 @@ class Result(NamedTuple):
     latents: Tensor
     state: State
     report: Report
+
+
+class Division(Protocol):
+    """How a run is divided among processes, as far as this file is concerned."""
+
+    def run(self, run: RunSettings) -> RunSettings: ...
+
+    def engine(self, engine: Engine, cancelled: Callable[[], bool]) -> Engine: ...
 
 
 def generate(
@@ -68,6 +77,8 @@ def generate(
     on_progress: Callable[[Progress], None] = lambda progress: None,
     on_chunk: Callable[[Chunk], None] = lambda chunk: None,
     cancelled: Callable[[], bool] = lambda: False,
+    keep: KeptChunks | None = None,
+    parallel: Division | None = None,
 ) -> Result:
     """Generates `chunks` chunks, or goes on from a state or a prefix by so many.
 
@@ -98,6 +109,9 @@ def generate(
         on_chunk: called with each finished chunk, oldest first; on a CUDA device a tick later, where
             `settings.overlap` is on.
         cancelled: asked before every forward; True ends the run with `engine.loop.Cancelled`.
+        keep: takes finished chunks to disk, so that an interrupted run can be gone on from.
+        parallel: this process is one of several that make the video together, `parallel.layout.Parallel`; `backbone` is
+            then what it made. The first process gets the result, the others one without a history.
 
     Raises:
         UserError: one line, for every input that does not fit, before anything is run; or a model that gives NaN.
@@ -142,7 +156,7 @@ def generate(
         return (chunk_noise(seed, chunk, shape, step) if noise is None else noise(chunk, step)).to(texts[0])
 
     sampling = Sampling(levels, start, fresh, solver or SOLVERS[usual.solver(steps)], first_levels)
-    output = _Output(device, dtype, settings, given, on_progress, on_chunk)
+    output = Output(device, dtype, settings, given, on_progress, on_chunk, keep)
     run = RunSettings(
         backbone, guidance, schedule, settings, sampling, way, shape, len(guidance.texts), dtype, device,
         texts=len(texts),
@@ -155,7 +169,9 @@ def generate(
         cancelled=cancelled,
         label=describe(settings),
     )  # fmt: skip
-    engine = build_engine(run)
+    engine = build_engine(run if parallel is None else parallel.run(run))
+    if parallel is not None:
+        engine = parallel.engine(engine, cancelled)
     together = chunk_frames if way == "causal" or prefix is None else prefix.shape[2]  # a window takes them as one
     for chunk, latent in given_chunks(prefix, lead, together) if prefix is not None else []:
         engine.give(chunk, latent.to(device, dtype))
@@ -164,25 +180,40 @@ def generate(
     return output.result(engine, end, chunk_frames, model, 0 if state is None else state.dropped)
 
 
-class _Output:
-    """Takes what a run gives: chunks to the CPU, progress to its listener, everything together in the end."""
+class Output:
+    """Takes what a run gives: chunks to the CPU, progress to its listener, everything together in the end.
 
-    def __init__(self, device, dtype, settings: Settings, given: Tensor | None, on_progress, on_chunk):
+    Args:
+        device, dtype: that is computed with.
+        settings, on_progress, on_chunk, keep: as for `generate`.
+        given: latents that come before, or None.
+    """
+
+    def __init__(self, device, dtype, settings: Settings, given: Tensor | None, on_progress, on_chunk, keep):
         self.side, self.dtype = SideStream(device, settings.overlap), dtype
         self.latents = [] if given is None else [given.cpu()]
         self.on_progress, self.on_chunk = on_progress, on_chunk
+        self.keep: KeptChunks | None = keep
+        self.engine: Engine | None = None  # once it runs
 
     def progress(self, told: Progress) -> None:
         self.side.settle()
+        if self.keep is not None and self.engine is not None:
+            self.keep.settle(self.engine)
         self.on_progress(told)
 
     def result(self, engine: Engine, end: Tensor | None, chunk_frames: int, model: str, dropped: int) -> Result:
         """Runs the engine to its end."""
+        self.engine = engine
         for chunk in engine.run():
+            if self.keep is not None:
+                self.keep.chunk(chunk, engine)
             self.side.later(partial(self._take, chunk, self.side.to_cpu(chunk.latent)))  # the one read-back a chunk
         self.side.settle()
         whole = torch.cat(self.latents if end is None else [*self.latents, end.cpu()], dim=2)
         histories = engine.save() if end is None else {}
+        if self.keep is not None:
+            self.keep.settle(engine)
         return Result(whole, make_state(whole, histories, chunk_frames, model, dropped), engine.report)
 
     def _take(self, chunk: Chunk, latent: Pending[Tensor]) -> None:

@@ -25,6 +25,7 @@ from .forward import Forward
 from .guidance import Guidance
 from .idle import idle_notes, uncut_notes
 from .joint import JointForward
+from .layers import by_chunk
 from .loop import Engine, Progress, Sampling, check_cancelled
 from .rolling import RollingForward, rolling_bytes
 
@@ -170,7 +171,7 @@ def plan_run(run: RunSettings, policy: Policy) -> MemoryPlan:
         branches=run.branches,
         itemsize=run.dtype.itemsize,
         given=(run.lead, run.end),
-        at_once=run.guidance.at_once,
+        at_once=run.guidance.at_once and not by_chunk(run.backbone),
         texts=run.texts,
         last_frames=run.last_frames,
     )

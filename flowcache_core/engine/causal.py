@@ -23,7 +23,7 @@ from ..solvers.weights import joined, joined_heads
 from .contexts import Contexts, texts_kept
 from .forward import Step, Velocity
 from .guidance import Again, Guidance, Texts
-from .layers import Group, row_levels, run_layers
+from .layers import Group, by_chunk, row_levels, run_layers
 from .sites import Sites
 
 
@@ -81,7 +81,9 @@ class CausalForward:
         self.backbone, self.guidance, self.attention = backbone, guidance, attention
         self.plan, self.settings, self.report, self.check = plan, settings, report, check
         self.dtype, self.device = dtype, device
-        self.keeps_slots = not (aligned and guidance.at_once and settings.clean_pass)
+        self.keeps_slots = by_chunk(backbone) or not (aligned and guidance.at_once and settings.clean_pass)
+        # Where layers have no scratch in common for want of order, a cut comes when it would come with one.
+        self.cuts_early = by_chunk(backbone) and aligned and settings.clean_pass and plan.max_active > 1
         self.sites = Sites(backbone, device, lambda one, where: CausalSite(one, where, plan, settings))
         self.loaded = dict(loaded or {})
         self.spare = [self._history(self.sites.home) for _ in range(plan.branches)]  # not yet of a branch
@@ -173,6 +175,8 @@ class CausalForward:
     def _commit(self, chunks: Sequence[int | Given]) -> None:
         for history in self.histories.values():
             history.commit(chunks)
+            if self.cuts_early:
+                history.cut_now()
         for key in [key for key in self.held if key[0] in chunks]:
             del self.held[key]
         if chunks:

@@ -80,18 +80,21 @@ class WeightedGuidance:
         """Runs all branches of all steps."""
         names = tuple(self.texts)
         asked = [step._replace(x=torch.cat([step.x] * len(names))) for step in steps] if len(names) > 1 else steps
-        results = network(asked, names, self._of)
-        return [self._sum(step.sigma, result) for step, result in zip(steps, results, strict=True)], names
+        results = network(asked, names, self.texts_of)
+        return [
+            self.sum(step.sigma, result.chunk(len(names))) for step, result in zip(steps, results, strict=True)
+        ], names
 
-    def _sum(self, sigma: float, velocities: Tensor) -> Tensor:
-        weights = self._weights(sigma)
-        return weighted(velocities.chunk(len(weights)), list(weights.values()))
+    def sum(self, sigma: float, velocities: Sequence[Tensor]) -> Tensor:
+        """The guided velocity at a noise level, of one for each branch."""
+        return weighted(velocities, list(self._weights(sigma).values()))
 
     def _weights(self, sigma: float) -> Mapping[Hashable, float]:
         weights = self.weights(sigma) if callable(self.weights) else self.weights
         return {name: weights[name] for name in self.texts}
 
-    def _of(self, chunk: int | Given) -> list[Tensor]:
+    def texts_of(self, chunk: int | Given) -> list[Tensor]:
+        """Each branch's text at a chunk."""
         return [text(chunk) if callable(text) else text for text in self.texts.values()]
 
 

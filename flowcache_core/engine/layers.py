@@ -21,7 +21,8 @@ from .forward import Step
 
 
 class Backbone(Protocol):
-    """A network by layers; see `models.wan.WanBackbone`."""
+    """A network by layers; see `models.wan.WanBackbone`. One that has `by_chunk` set wants each chunk to go through all
+    its layers before the next chunk does: it hands chunks on to the process that has the layers behind them."""
 
     layers: int
 
@@ -110,13 +111,18 @@ def run_layers(
                 history.arrange([step.place.chunk for step in steps], stored)
     for attempt in attempts(movable):
         with attempt:
-            groups = groups_of(backbone, steps, [texts(step) for step in steps], together)
-    for layer in range(backbone.layers):
+            at_most = 1 if by_chunk(backbone) else together
+            groups = groups_of(backbone, steps, [texts(step) for step in steps], at_most)
+    layers = range(backbone.layers)
+    rounds = [(layer, groups) for layer in layers]
+    if by_chunk(backbone):
+        rounds = [(layer, [group]) for group in groups for layer in layers]
+    for layer, together_now in rounds:
         for history in histories:
             for attempt in attempts(movable):
                 with attempt:
                     history.open_layer(layer)
-        for group in groups:
+        for group in together_now:
             check()
 
             def attended(q: Tensor, k: Tensor, v: Tensor, layer: int = layer, group: Group = group) -> Tensor:
@@ -132,6 +138,11 @@ def run_layers(
                 with attempt:
                     history.close_layer(layer)
     return groups
+
+
+def by_chunk(backbone: object) -> bool:
+    """Whether each chunk goes through all layers before the next one does; then every layer stores active chunks."""
+    return getattr(backbone, "by_chunk", False)
 
 
 def row_levels(sigma: float, x: Tensor) -> Tensor:

@@ -301,6 +301,11 @@ class History:
         if self.plan.kind == "shared" and self.clean > self.plan.clean_tokens:
             self.clean, self.saved = self.plan.clean_tokens, 0
 
+    def cut_now(self) -> None:
+        """Cuts what is over budget, which otherwise waits for another chunk to begin."""
+        if self.plan.kind == "stored" and self.clean > self.plan.clean_tokens:
+            self._cut_stored()
+
     def _cut_stored(self) -> None:
         """Cuts every layer to the budget and moves the slots up behind the clean tokens.
 

@@ -10,6 +10,7 @@ Source of the architecture: Wan 2.1, wan/modules/model.py.
 
 import math
 from collections.abc import Callable, Iterable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from functools import partial
 from itertools import groupby
@@ -249,6 +250,7 @@ class WanBackbone(Compiled):
 
     Attributes:
         patches: of a host's other nodes, or None. Chunks then go through a block one by one.
+        whole: holds a layer's weights together while they are used, where several processes have a part of each.
     """
 
     patches: Patches | None = None
@@ -256,6 +258,7 @@ class WanBackbone(Compiled):
     def __init__(self, network: Any, attention: Attention = F.scaled_dot_product_attention):
         self.network = network
         self.attention = attention
+        self.whole: Callable[[int], AbstractContextManager] = nullcontext
         self.layers = len(network.blocks)
         self.heads: int = network.num_heads
         # A normalised query is as wide as the model, whatever class the linear layers are of.
@@ -294,10 +297,13 @@ class WanBackbone(Compiled):
         """Makes cross-attention keys and values of a text embedding [B, tokens, text_dim]: one pair a layer, [B, H,
         tokens, D]."""
         embedded = self.network.text_embedding(text)
-        crosses = [block.cross_attn for block in self.network.blocks]
-        keys = (split_heads(cross.norm_k(cross.k(embedded)), self.heads) for cross in crosses)
-        values = (split_heads(cross.v(embedded), self.heads) for cross in crosses)
-        return Context(zip(keys, values, strict=True), text)
+        return Context((self._text_keys(layer, embedded) for layer in range(self.layers)), text)
+
+    def _text_keys(self, layer: int, embedded: Tensor) -> tuple[Tensor, Tensor]:
+        with self.whole(layer):
+            cross = self.network.blocks[layer].cross_attn
+            keys, values = cross.norm_k(cross.k(embedded)), cross.v(embedded)
+            return split_heads(keys, self.heads), split_heads(values, self.heads)
 
     def conditioning(self, x: Tensor, sigma: Tensor, texts: Sequence[Sequence[Context]]) -> Conditioning:
         """Prepares what all blocks are told about one or more chunks.
@@ -328,20 +334,31 @@ class WanBackbone(Compiled):
 
     def residual(self, x: Tensor, hidden: Tensor) -> Tensor:
         """Takes the blocks' input from their output; the input is embedded anew, so that it need not be kept."""
-        return hidden - self.embed(x)
+        return self.exact(hidden) - self.exact(self.embed(x))
+
+    def exact(self, tokens: Tensor) -> Tensor:
+        """Tokens in the precision that residuals are kept in."""
+        return tokens
 
     def head(self, x: Tensor, sigma: Tensor, residual: Tensor) -> Tensor:
         """Gives the velocity [B, C, T, H, W] from the latent, its noise level and a residual that `trunk` gave."""
+        return self.velocity(x, self.patches_of(x, sigma, self.embed(x) + residual))
+
+    def patches_of(self, x: Tensor, sigma: Tensor, tokens: Tensor) -> Tensor:
+        """Gives what each of the last layer's tokens [B, T, S, dim] says of the velocity, [B, T, S, patch height *
+        patch width * C]; S may be a part of a frame's."""
         head = self.network.head
         embedding, _ = self._time(sigma, x.dtype)  # [B, T or 1, dim]
         shift, scale = (head.modulation.to(x) + embedding[:, :, None]).split(1, dim=2)
-        tokens = self.embed(x) + residual
 
         def plain() -> Tensor:
             told = modulate(head.norm(tokens), shift, scale)
             return head.head(told.flatten(1, 2)).unflatten(1, told.shape[1:3])
 
-        patches = plain() if self.patches is None else self.patches.head(tokens, embedding, plain)
+        return plain() if self.patches is None else self.patches.head(tokens, embedding, plain)
+
+    def velocity(self, x: Tensor, patches: Tensor) -> Tensor:
+        """Puts the patches of all tokens of a latent's frames together to the velocity [B, C, T, H, W]."""
         height, width = x.shape[-2:]
         latent = unpatched(patches, self.grid(height, width), self.network.patch_size[1:])
         return latent[:, :, :, :height, :width]
@@ -387,6 +404,10 @@ class WanBackbone(Compiled):
         return self.patches.block(layer, x, conditioning, attend, plain)
 
     def _block(self, layer: int, x: Tensor, conditioning: Conditioning, attend: Attention) -> Tensor:
+        with self.whole(layer):
+            return self._whole_block(layer, x, conditioning, attend)
+
+    def _whole_block(self, layer: int, x: Tensor, conditioning: Conditioning, attend: Attention) -> Tensor:
         block, (asks, asks_of_text, reads, feeds) = self.network.blocks[layer], self.parts
         # One modulation a frame (or one for all) is broadcast over its S tokens.
         shift1, scale1, gate1, shift2, scale2, gate2 = (

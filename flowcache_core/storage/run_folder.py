@@ -62,8 +62,8 @@ class RunFolder:
         self.root, self.path, self.limit = Path(root), Path(root) / name, limit
         self.first, self.chunk_frames, self.model, self.lead = first, chunk_frames, model, lead
         self._shape = torch.Size()  # of a chunk's latent, by the state that was loaded
-        self.begun = False  # a history is there that can be added to
-        self.full = False  # this run alone is larger than the limit: no more chunks are kept
+        self.begun: bool = False  # a history is there that can be added to
+        self.full: bool = False  # this run alone is larger than the limit: no more chunks are kept
 
     def load(self) -> State | None:
         """Reads the history after the newest finished chunk, with that chunk's latent alone; None to start anew.

@@ -196,7 +196,7 @@ class OneByOne(WeightedGuidance):
 
     def _apart(self, steps, network):
         parts = [network(steps, [name], lambda chunk, name=name: [self.texts[name]]) for name in self.texts]
-        return [self._sum(step.sigma, torch.cat(values)) for step, *values in zip(steps, *parts, strict=True)]
+        return [self.sum(step.sigma, values) for step, *values in zip(steps, *parts, strict=True)]
 
 
 @pytest.mark.parametrize("at_once", [True, False])
@@ -451,8 +451,8 @@ class ForecastByBranch(WeightedGuidance):
         due = [step for step in steps if step.place.is_clean_pass or step.place.step in self.listed]
         self.asked += len(due)
         asked = [step._replace(x=torch.cat([step.x] * len(names))) for step in due]
-        answers = iter(network(asked, names, self._of) if asked else [])
-        return [self._sum(step.sigma, self._one(step, answers)) for step in steps], names
+        answers = iter(network(asked, names, self.texts_of) if asked else [])
+        return [self.sum(step.sigma, self._one(step, answers).chunk(len(names))) for step in steps], names
 
     def _one(self, step, answers):
         place, both = step.place, torch.cat([step.x] * len(self.texts))

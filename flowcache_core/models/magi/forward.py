@@ -21,7 +21,7 @@ from torch import Tensor
 from ...engine.counted import counted
 from ...engine.forward import Step, Velocity
 from ...engine.idle import idle_notes, uncut_notes
-from ...engine.layers import row_levels, run_layers
+from ...engine.layers import by_chunk, row_levels, run_layers
 from ...engine.loop import Engine, Progress, Sampling, check_cancelled
 from ...errors import UserError
 from ...history.cache import History, begin_delta, moved_note
@@ -137,6 +137,7 @@ def magi_plan(
     sampling: MagiSampling,
     latent: Sequence[int],
     itemsize: int = 2,
+    at_once: bool = True,
 ) -> MemoryPlan:
     """Plans a run's memory.
 
@@ -144,6 +145,7 @@ def magi_plan(
         settings: `magi_settings`'.
         latent: shape of a chunk, [B, C, 6, H, W].
         itemsize: bytes of a number.
+        at_once: as for `history.plan.plan_memory`.
     """
     plan = plan_memory(
         config.sizes,
@@ -154,6 +156,7 @@ def magi_plan(
         chunk_frames=CHUNK_FRAMES,
         batch=latent[0],
         itemsize=itemsize,
+        at_once=at_once,
         waiting=settings.clean_pass,
         also=mix_changes(config, schedule, sampling),
     )
@@ -232,7 +235,8 @@ class MagiForward:
         self.distilled = backbone.config.distilled
         self.branches = ("text",) if self.distilled else ("text", "past")
         same_ticks = aligned(policy, schedule, mix_changes(backbone.config, schedule, sampling))
-        keeps_slots = not (same_ticks and settings.clean_pass)
+        keeps_slots = by_chunk(backbone) or not (same_ticks and settings.clean_pass)
+        self.cuts_early = by_chunk(backbone) and same_ticks and settings.clean_pass  # as in `engine.causal`
         stream = SideStream(device, settings.overlap)
         rotary, dtype = backbone.rotary, backbone.network.dtype
         positions = Positions(plan, rotary, device)
@@ -399,6 +403,8 @@ class MagiForward:
 
     def _commit(self, chunks: Sequence[int | Given]) -> None:
         self.history.commit(chunks)
+        if self.cuts_early:
+            self.history.cut_now()
         self.report.note(moved_note([self.history]), TOO_LITTLE)
 
     def _headed(self, x: Tensor, level: Tensor, hidden: Tensor) -> Tensor:
@@ -488,8 +494,9 @@ def magi_engine(
     settings = magi_settings(settings, sampling, schedule)
     policy, report = settings.reuse.policy(schedule), Report(schedule)
     report.notes += idle_notes(settings.reuse, schedule)
-    plan = magi_plan(backbone.config, schedule, settings, sampling, shape, backbone.network.dtype.itemsize)
-    plan = placed(plan, device, beside)
+    itemsize, at_once = backbone.network.dtype.itemsize, not by_chunk(backbone)
+    plan = magi_plan(backbone.config, schedule, settings, sampling, shape, itemsize, at_once)
+    plan = placed(replace(plan, network=backbone.sizes), device, beside)  # one of several processes has a part of it
     report.notes += uncut_notes(settings, schedule, joint=False, at_once=plan.kind == "shared")
 
     check = partial(check_cancelled, cancelled, report)

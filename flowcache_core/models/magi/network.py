@@ -13,8 +13,9 @@ Source: MAGI-1, inference/model/dit/dit_model.py and dit_module.py.
 """
 
 import math
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass, replace
 from functools import cached_property, partial
 from typing import NamedTuple, cast
 
@@ -378,11 +379,15 @@ class MagiBackbone(Compiled):
         network: its blocks' precision is that of the computation.
         attention: used for cross-attention here; the history uses its own. It must accept fewer heads in keys and
             values than in queries.
+
+    Attributes:
+        whole: as in `models.wan.WanBackbone`.
     """
 
     def __init__(self, network: MagiNetwork, attention: Attention = grouped_attention):
         config = network.config
         self.network = network
+        self.whole: Callable[[int], AbstractContextManager] = nullcontext
         self.config = config
         self.attention = attention
         self.layers = config.layers
@@ -396,7 +401,7 @@ class MagiBackbone(Compiled):
     @property
     def sizes(self) -> NetworkSizes:
         """What decides how much memory a run takes."""
-        return self.config.sizes
+        return replace(self.config.sizes, layers=self.layers)  # of several processes each may have some of the layers
 
     def grid(self, height: int, width: int) -> tuple[int, int]:
         """Rows and columns of tokens of one frame of latent size height x width.
@@ -420,7 +425,7 @@ class MagiBackbone(Compiled):
         embedder = self.network.y_embedder
         embedded = embedder.y_proj_xattn(text.embedding.float()).to(self.network.dtype)
         rows = [row[: sum(map(bool, keep.tolist()))] for row, keep in zip(embedded, text.mask, strict=True)]
-        captions = [[self._caption(block.self_attention, row) for row in rows] for block in self.blocks]
+        captions = [self._captions(layer, rows) for layer in range(self.layers)]
         null = embedder.null_caption_embedding[-2 if text.captioned else -1].to(embedded.device).float()
         kind = embedder.y_proj_adaln(null[None])
         if self.config.distilled:
@@ -459,15 +464,25 @@ class MagiBackbone(Compiled):
 
     def residual(self, x: Tensor, hidden: Tensor) -> Tensor:
         """Takes the blocks' input from their output; float32."""
-        return hidden.float() - self.embed(x).float()
+        return self.exact(hidden) - self.exact(self.embed(x))
+
+    def exact(self, tokens: Tensor) -> Tensor:
+        """Tokens in the precision that residuals are kept in."""
+        return tokens.float()
 
     def head(self, x: Tensor, sigma: Tensor, residual: Tensor) -> Tensor:
         """Gives the velocity [B, C, T, H, W] from the latent and a residual; the noise level plays no part."""
-        hidden = self.network.videodit_blocks.final_layernorm(self.embed(x).float() + residual)
-        velocity = unpatched(
-            self.network.final_linear.linear(hidden), self.grid(*x.shape[-2:]), (self.config.patch, self.config.patch)
-        )
-        return -(velocity[:, : self.config.channels] / self.config.input_scale).to(x.dtype)
+        return self.velocity(x, self.patches_of(x, sigma, self.exact(self.embed(x)) + residual))
+
+    def patches_of(self, x: Tensor, sigma: Tensor, tokens: Tensor) -> Tensor:
+        """Gives what each of the last layer's tokens, float32 [B, T, S, width], says of the velocity, [B, T, S, patch *
+        patch * channels fed]; S may be a part of a frame's."""
+        return self.network.final_linear.linear(self.network.videodit_blocks.final_layernorm(tokens))
+
+    def velocity(self, x: Tensor, patches: Tensor) -> Tensor:
+        """Puts the patches of all tokens of a latent's frames together to the velocity [B, C, T, H, W]."""
+        latent = unpatched(patches, self.grid(*x.shape[-2:]), (self.config.patch, self.config.patch))
+        return -(latent[:, : self.config.channels] / self.config.input_scale).to(x.dtype)
 
     def reuse_signal(self, x: Tensor, sigma: Tensor) -> Tensor:
         """Gives what FlowCache watches for change: the patch embedding, [B, T, rows * columns, width]."""
@@ -495,6 +510,10 @@ class MagiBackbone(Compiled):
         sinusoid = torch.cat([angles.cos(), angles.sin()], dim=-1).to(self.network.dtype)
         return self.network.t_embedder.mlp(sinusoid.float())
 
+    def _captions(self, layer: int, rows: Sequence[Tensor]) -> list[CaptionKeys]:
+        with self.whole(layer):
+            return [self._caption(self.blocks[layer].self_attention, row) for row in rows]
+
     def _caption(self, attention: MagiAttention, tokens: Tensor) -> CaptionKeys:
         """Keys and values of caption tokens [tokens, width]; upstream stores them head by head, key before value."""
         pairs = attention.linear_kv_xattn(tokens).unflatten(-1, (self.kv_heads, 2 * self.head_dim)).transpose(0, 1)
@@ -509,6 +528,10 @@ class MagiBackbone(Compiled):
             conditioning: of the chunk.
             attend: attention over the history; it gets unrotated q [B, heads, T * S, D] and k, v [B, kv_heads, ...].
         """
+        with self.whole(layer):
+            return self._whole_block(layer, x, conditioning, attend)
+
+    def _whole_block(self, layer: int, x: Tensor, conditioning: MagiConditioning, attend: Attention) -> Tensor:
         block, (asks, adds, feeds) = self.blocks[layer], self.parts
         gate_attention, gate_feed_forward = block.ada_modulate_layer(conditioning.gates)
         shape, x = x.shape, x.flatten(1, 2)
