@@ -8,6 +8,7 @@ from pathlib import Path
 import torch
 
 from . import checkpoints
+from .batch.command import default_host, run_batch
 from .checkpoints import magi_files
 from .command_generate import run_generate
 from .demo.compare import CAPTION, compare, table
@@ -220,6 +221,19 @@ def parser() -> argparse.ArgumentParser:
     option("--history-type", choices=HISTORY_TYPES, default=HISTORY_TYPES[0], help="as for generate")
     option("--lag", type=int, help="steps that a chunk is ahead of the next (default: the model's own)")
     option("--preset", choices=PRESETS, default=DEFAULT_PRESET, help="(default: %(default)s)")
+
+    option = command("batch", run_batch, "many videos: a workflow for each line of a file, by workers on Ray")
+    option("jobs", type=Path, help="a file with one JSON object a line: values of the workflow's inputs by name")
+    option("--workflow", type=Path, required=True, metavar="FILE", help="in the API's form, as in workflows/api/")
+    option("--out", type=Path, default=Path("out/batch"), help="folder of the results (default: %(default)s)")
+    option("--ray", metavar="ADDRESS", help="of a Ray cluster, or auto (default: Ray is started here)")
+    option("--workers", type=int, help="ComfyUIs (default: one for each GPU)")
+    option("--threads", type=int, default=0, help="of each of them, where they compute on processors (default: all)")
+    option("--comfyui", type=Path, default=default_host(), help="its folder, on every machine (default: %(default)s)")
+    option("--models", type=Path, metavar="FOLDER", help="of models (default: ComfyUI's own)")
+    option("--runs", type=Path, metavar="FOLDER", help="of runs to go on from; all machines see it (default: in --out)")
+    option("--host-argument", action="append", default=[], metavar="WORD", help="for ComfyUI, as --host-argument=--cpu")
+    option("--heartbeat", type=float, default=60.0, help="seconds in which ComfyUI must answer (default: %(default)g)")
 
     option = command("compare", run_compare, "how alike two video files are, frame by frame")
     option("first", type=Path)

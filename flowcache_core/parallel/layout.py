@@ -81,6 +81,7 @@ class Parallel:
         self.peers: Ranks | None = None
         self.everyone = Ranks.everyone()
         self.ranks = self.everyone
+        self._keeping = Ranks.everyone()  # what goes to states and folders is no traffic of the network
         if scheme == "ulysses" and branches == 2 and team.size % 2 == 0:
             self.ranks = Ranks.divided([everyone[:half], everyone[half:]])
             self.peers = Ranks.divided([(one, one + half) for one in range(half)])
@@ -163,14 +164,14 @@ class Parallel:
 
     def whole(self, mine: Mapping[Hashable, Snapshot]) -> dict[Hashable, Snapshot]:
         """Puts a history together in the first process, of all processes' parts; elsewhere there is none."""
-        told = self.everyone.objects(
+        told = self._keeping.objects(
             [self.part, [(str(name), [(tuple(x.shape), x.dtype) for x in snapshot]) for name, snapshot in mine.items()]]
         )
         if not self.first:
             if self.part.counts:
                 for snapshot in mine.values():
                     for tensor in snapshot:
-                        self.everyone.send(tensor.cpu(), 0)()
+                        self._keeping.send(tensor.cpu(), 0)()
             return {}
         parts: dict[str, list[tuple[Part, Snapshot]]] = {}
         for rank, (part, shapes) in enumerate(told):
@@ -182,7 +183,7 @@ class Parallel:
                 else:
                     snapshot = Snapshot(*(torch.empty(shape, dtype=dtype) for shape, dtype in sizes))
                     for tensor in snapshot:
-                        self.everyone.receive(tensor, rank)
+                        self._keeping.receive(tensor, rank)
                 parts.setdefault(name, []).append((part, snapshot))
         names = {str(name): name for name in mine}
         return {names.get(name, name): _joined(some) for name, some in parts.items()}

@@ -131,9 +131,7 @@ def stop_asked() -> Iterator[Callable[[], bool]]:
 
 def gone(how: str) -> str:
     """What the user is told."""
-    return (
-        f"{how[0].upper()}{how[1:]}, so the others end too; what was kept with --resume is gone on from: run it again."
-    )
+    return f"{how[0].upper()}{how[1:]}, so all end; run it again, what was kept with --resume is gone on from."
 
 
 class Watch:

@@ -342,7 +342,8 @@ class MagiForward:
 
     def _captures(self, chunk: int | Given) -> bool:
         """Whether a chunk is one that a run which goes on from here sees, and may be dropped before this one ends."""
-        if self.plan.kind == "stored" or self.seen_by_next <= self.plan.clean_chunks or not isinstance(chunk, int):
+        dropped_late = self.plan.kind == "stored" and not self.cuts_early
+        if dropped_late or self.seen_by_next <= self.plan.clean_chunks or not isinstance(chunk, int):
             return False
         return chunk >= self.schedule.total_chunks - self.seen_by_next
 
