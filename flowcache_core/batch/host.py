@@ -102,7 +102,7 @@ class Host:
             *memory, *self._models(), *self.settings.arguments,
         ]  # fmt: skip
         keeper = [sys.executable, str(Path(__file__).with_name("keeper.py")), str(self.log), *command]
-        self.keeper = subprocess.Popen(keeper, stdin=subprocess.PIPE, cwd=self.settings.folder)
+        self.keeper = subprocess.Popen(keeper, stdin=subprocess.PIPE, cwd=self.settings.folder, start_new_session=True)
         deadline = time.monotonic() + STARTS_WITHIN
         while True:
             try:
@@ -116,6 +116,8 @@ class Host:
 
     def _models(self) -> list[str]:
         folder = (self.settings.models or self.settings.folder / "models").resolve()
+        if not folder.is_dir():
+            return []
         kinds = "".join(f"  {kind.name}: {kind.name}\n" for kind in sorted(folder.iterdir()) if kind.is_dir())
         if not kinds:
             return []
@@ -130,7 +132,7 @@ class Host:
             Failed: the workflow did not fit, or failed.
             Hangs: the server is gone or hangs; end it and take another one.
         """
-        prompt = self._ask("/prompt", {"prompt": graph})["prompt_id"]
+        prompt = self._ask("/prompt", {"prompt": graph}, self.settings.heartbeat)["prompt_id"]
         while True:
             if self._hanging.is_set() or self.keeper.poll() is not None:
                 raise Hangs(f"ComfyUI gave no answer for {self.settings.heartbeat:.0f} s, or has ended")

@@ -90,7 +90,11 @@ class RayWorkers:
         self.running: dict[Any, Hashable] = {}
 
     def _actor(self):
-        return ray.remote(HostWorker).options(max_restarts=0, **self.asks).remote(self.settings, self.threads)
+        return (
+            ray.remote(HostWorker)
+            .options(max_restarts=0, max_concurrency=2, **self.asks)
+            .remote(self.settings, self.threads)
+        )
 
     def names(self) -> Sequence[Hashable]:
         return list(self.actors)
@@ -116,6 +120,10 @@ class RayWorkers:
 
     def replace(self, worker: Hashable) -> None:
         self.actors[worker] = self._actor()
+
+    def where(self, worker: Hashable) -> dict:
+        """A worker's process, and its server's; also while it works."""
+        return ray.get(self.actors[worker].where.remote())
 
     def close(self) -> None:
         """Ends all servers, then Ray where it was started here."""

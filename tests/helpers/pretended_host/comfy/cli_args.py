@@ -1,0 +1,1 @@
+"""Says which arguments a host knows: none."""
