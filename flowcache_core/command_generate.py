@@ -3,6 +3,7 @@
 import argparse
 import hashlib
 import json
+import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import replace
@@ -62,15 +63,18 @@ def run_generate(options: argparse.Namespace) -> None:
             f"Only the demo model has its VAE here: write --out NAME{LATENT}, without --stream, and decode that in "
             "ComfyUI with Load Latent and VAE Decode."
         )
-    from .parallel.team import launched  # without torch.distributed where there is one process
-
     with _team(options) if launched() else nullcontext() as team:
         _generate(options, team, demo)
 
 
+def launched() -> bool:
+    """Whether torchrun, or a launcher that speaks like it, has started this process beside others."""
+    return int(os.environ.get("WORLD_SIZE", "1")) > 1 and "RANK" in os.environ
+
+
 @contextmanager
 def _team(options: argparse.Namespace) -> Iterator[Any]:
-    from .parallel.team import Team, leave, stop_asked
+    from .parallel.team import Team, leave, stop_asked  # which nothing else needs
 
     team = Team.join(options.device)
     with team.together(leave), stop_asked() as team.stop:

@@ -28,6 +28,7 @@ from .real_size import MODELS, Model, Steady, attention_work, count_steady, seen
 from .roofline import BESIDE, CONSUMER, H100, LINK, RTX_4090, Card, seconds
 from .scale_page import page
 from .stock import count_stock
+from .traffic import traffic_rows
 
 PRESETS = ("plain", "high", "balanced", "fast")
 PAPER = ("paper slow", "paper fast")
@@ -392,8 +393,15 @@ def measure(models: Sequence[Model], jobs: int) -> dict:
             for model, each in stock.items()
         ],
         "published_rules": paper_rows(models),
+        "gpus": traffic_rows(models, tick_seconds(counted)),
         "fits": found,
     }
+
+
+def tick_seconds(counted: dict[Case, Counted]) -> dict[tuple, float]:
+    """How long an H100 takes over a tick that recomputes everything, over the whole history."""
+    plain = [one for case, one in counted.items() if case.preset == "plain" and not case.bounded]
+    return {(one.case.model.name, *one.case.model.size): seconds(one.tick, H100) for one in plain}
 
 
 def _fit_row(fit: Fit) -> dict:

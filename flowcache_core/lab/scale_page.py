@@ -33,6 +33,8 @@ def page(report: dict) -> str:
         *_goals(report["rows"]),
         "## What fits",
         _fits(report),
+        "## One video over several GPUs",
+        _gpus(report["gpus"]),
         "## What the estimates stand on",
         f"{assumptions()} Weights and history that live in system memory come at {LINK / 1e9:.0f} GB/s. No figure on "
         "this page was measured on a GPU.",
@@ -300,6 +302,24 @@ def _fits(report: dict) -> str:
         "and in 4 bits; with a budget that is so much smaller, too. MAGI-1 keeps what its "
         f"chunks look back on, so it needs no budget. {BESIDE:.0f} GiB is set aside for CUDA and the desktop.\n\n"
         + markdown(names, cells)
+    )
+
+
+def _gpus(rows: Sequence[dict]) -> str:
+    links = list(rows[0]["speed"])
+    cells = []
+    for row in rows:
+        if row["gpus"] == 1:
+            continue
+        speeds = [f"{row['speed'][link]:.1f}x" for link in links]
+        sent = f"{row['sent'] / 1e6:,.0f} MB"
+        cells.append([_title(_model(row)), row["scheme"], str(row["gpus"]), sent, f"{row['history']:.0%}", *speeds])
+    return (
+        "Bytes that the busiest GPU sends in a tick that recomputes everything (tests hold `parallel/` to this count "
+        "to the byte), the share of the history that the fullest holds, and how many times as fast as one H100 that "
+        "may be over NVLink (360 GB/s each way), PCIe 4.0 (20 GB/s) and 10 GbE (1.1 GB/s). Nothing is hidden behind "
+        "work in the estimate. [How to run it](scale-out.md).\n\n"
+        + markdown(("model", "scheme", "GPUs", "sent a tick", "history", *links), cells)
     )
 
 

@@ -18,7 +18,6 @@ from ..settings import Settings
 from .branches import DividedBranches
 from .pipeline import OneByOne, PipelineBackbone
 from .ranks import Ranks
-from .sharding import shard
 from .team import Team
 from .ulysses import UlyssesBackbone
 
@@ -109,6 +108,8 @@ class Parallel:
         else:
             if self.sharded:
                 from torch.distributed.device_mesh import init_device_mesh
+
+                from .sharding import shard
 
                 shard(whole, init_device_mesh(self.team.device.type, (self.team.size,)))
             made = whole

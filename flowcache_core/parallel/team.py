@@ -26,16 +26,6 @@ LOST = 12.0  # seconds without one, after which a process counts as gone
 HELD_UP = timedelta(minutes=30)  # that an exchange may take: as long as others may have to move their history away
 
 
-def launched() -> bool:
-    """Whether torchrun, or another launcher that speaks like it, has started this process beside others."""
-    return int(os.environ.get("WORLD_SIZE", "1")) > 1 and "RANK" in os.environ
-
-
-def is_first() -> bool:
-    """Whether this process writes what is written: the only one, or the first of several."""
-    return os.environ.get("RANK", "0") == "0"
-
-
 @dataclass
 class Team:
     """The processes of one run.
