@@ -21,6 +21,7 @@ from .prompts_over_time import PromptsOverTime
 from .read_video import ReadVideo
 from .report import FlowCacheReport
 from .resume import Resume
+from .save_embedding import SaveEmbedding
 from .save_state import SaveState
 from .save_video import SaveVideo
 from .stream_video import StreamVideo
@@ -43,6 +44,7 @@ class FlowCacheExtension(ComfyExtension):
             Resume,
             SaveState,
             LoadState,
+            SaveEmbedding,
             ARSamplerNode,
             FlowCacheReport,
             SaveVideo,

@@ -52,7 +52,7 @@ import importlib, pkgutil
 import flowcache_core
 for module in pkgutil.walk_packages(flowcache_core.__path__, "flowcache_core."):
     name = module.name.rpartition(".")[2]
-    if not name.startswith(("__main__", "train_")) and name not in ("on_ray", "sharding"):  # programs; what is asked for
+    if not name.startswith(("__main__", "train_", "on_ray", "sharding")):  # programs, and what is imported when asked
         importlib.import_module(module.name)
 """
 ALONE = """
