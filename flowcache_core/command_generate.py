@@ -79,6 +79,7 @@ def _team(options: argparse.Namespace) -> Iterator[Any]:
     team = Team.join(options.device)
     with team.together(leave), stop_asked() as team.stop:
         yield team
+    team.leave()
 
 
 def _generate(options: argparse.Namespace, team: Any, demo: bool) -> None:

@@ -12,7 +12,7 @@ import torch
 from PIL import Image
 
 from flowcache_core import __main__ as cli
-from flowcache_core import checkpoints
+from flowcache_core import checkpoints, command_generate
 from flowcache_core.checkpoints.weight_files import write_safetensors
 from flowcache_core.demo import compare as comparison
 from flowcache_core.engine.loop import Progress
@@ -195,7 +195,7 @@ def test_interrupt_leaves_nothing(network, tmp_path, capsys, monkeypatch):
     def interrupted(*args, **kwargs):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(cli, "generate", interrupted)
+    monkeypatch.setattr(command_generate, "generate", interrupted)
     assert cli.main(["generate", "a red circle", "--out", str(tmp_path / "a.mp4"), "--network", str(network)]) == 130
     assert list(tmp_path.iterdir()) == [] and "Cancelled" in capsys.readouterr().err
 

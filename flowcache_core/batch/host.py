@@ -74,9 +74,14 @@ class Host:
             raise UserError(f"There is no ComfyUI at {settings.folder}; give its folder with --comfyui.")
         self.settings = settings
         self.base = Path(tempfile.mkdtemp(prefix="flowcache-worker-"))
-        for name in ("custom_nodes", "input", "output", "temp", "user", "models"):
+        for name in ("custom_nodes", "output", "temp", "user", "models"):
             (self.base / name).mkdir()
-        (self.base / "custom_nodes" / "flowcache").symlink_to(PACK, target_is_directory=True)
+        given = settings.folder / "input"  # what its LoadImage nodes read
+        if given.is_dir():
+            (self.base / "input").symlink_to(given.resolve(), target_is_directory=True)
+        else:
+            (self.base / "input").mkdir()
+        self._link_nodes()
         settings.runs.mkdir(parents=True, exist_ok=True)
         (self.base / "user" / "flowcache").mkdir()
         (self.base / "user" / "flowcache" / "runs").symlink_to(settings.runs.resolve(), target_is_directory=True)
@@ -113,6 +118,17 @@ class Host:
                     words = self.log.read_text(errors="replace")[-2000:] if self.log.exists() else ""
                     raise UserError(f"ComfyUI at {self.settings.folder} does not start: {words}") from None
                 time.sleep(0.3)
+
+    def _link_nodes(self) -> None:
+        """Takes over ComfyUI's node packs; of FlowCache, the one that this code is of, where it is one."""
+        ours = (PACK / "nodes" / "__init__.py").exists()
+        there = self.settings.folder / "custom_nodes"
+        packs = [one for one in there.iterdir() if not one.name.startswith((".", "_"))] if there.is_dir() else []
+        for pack in packs:
+            if not (ours and (pack / "flowcache_core").is_dir()):
+                (self.base / "custom_nodes" / pack.name).symlink_to(pack.resolve(), target_is_directory=pack.is_dir())
+        if ours:
+            (self.base / "custom_nodes" / "flowcache").symlink_to(PACK, target_is_directory=True)
 
     def _models(self) -> list[str]:
         folder = (self.settings.models or self.settings.folder / "models").resolve()

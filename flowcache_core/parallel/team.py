@@ -64,6 +64,10 @@ class Team:
         dist.init_process_group("cpu:gloo,cuda:nccl" if kind == "cuda" else "gloo", timeout=HELD_UP)
         return cls(dist.get_rank(), dist.get_world_size(), device)
 
+    def leave(self) -> None:
+        """Lets go of the others, when all is done."""
+        dist.destroy_process_group()
+
     def any(self, mine: bool) -> bool:
         """Whether it is so in any process; all of them ask at the same place."""
         flag = torch.tensor([int(mine)])
