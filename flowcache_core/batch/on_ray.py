@@ -83,6 +83,13 @@ class RayWorkers:
         self.dashboard = context.dashboard_url or ""  # address of Ray's dashboard, where it is installed
         gpus = int(ray.cluster_resources().get("GPU", 0))
         self.count = count or max(1, gpus)
+        room = gpus or int(ray.cluster_resources().get("CPU", 0))
+        if self.count > room:
+            ray.shutdown()
+            kind = "GPUs" if gpus else "processors"
+            raise UserError(
+                f"{self.count} workers are asked for, and Ray has {room} {kind}; lower --workers, or add nodes."
+            )
         self.settings, self.threads = settings, threads
         # An actor that asks for no GPU would see all of them.
         self.asks: dict[str, Any] = {"num_gpus": 1} if gpus else {"num_cpus": 1}

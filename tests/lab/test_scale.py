@@ -16,6 +16,7 @@ from flowcache_core.lab.roofline import CONSUMER, H100, RTX_4060, RTX_4090
 from flowcache_core.lab.scale import HELD, Case, Counted, count, fits, grown, held_figures, row
 from flowcache_core.lab.scale_page import page
 from flowcache_core.lab.stock import count_stock
+from flowcache_core.lab.traffic import traffic_rows
 from flowcache_core.models.wan import WanConfig
 
 BUDGET = Path(__file__).with_name("scale_budget.json")
@@ -111,7 +112,9 @@ def test_planned_memory_is_what_was_counted(counted):
 def test_the_page_has_every_row(counted):
     rows = [row(one) for one in counted.values()]
     other = [row(count(Case(MODELS[0], "plain", False)))]
-    report = {"rows": [*rows[:1], *other], "stock": [], "published_rules": [], "fits": []}
+    first = MODELS[0]
+    gpus = traffic_rows([first], {(first.name, *first.size): 1.0})
+    report = {"rows": [*rows[:1], *other], "stock": [], "published_rules": [], "fits": [], "gpus": gpus}
     words = page(report)
     assert "| plain | 3 |" in words and "| plain | – |" in words and "its decode" not in words
     given = {name: rows[0][name] for name in ("model", "size")}
