@@ -37,7 +37,7 @@ class Sleepers:
                 return lost
 
         self.ray = ray
-        ray.init(num_cpus=max(actors, os.cpu_count() or 1), log_to_driver=False, include_dashboard=False)
+        ray.init("local", num_cpus=max(actors, os.cpu_count() or 1), log_to_driver=False, include_dashboard=False)
         remote = ray.remote(Sleeper).options(num_cpus=0.1, max_concurrency=count // actors + 1)
         self.actors = [remote.remote() for _ in range(actors)]
         self.workers = list(range(count))
