@@ -139,8 +139,7 @@ class History:
         if not self.keeps_slots:
             self.slots = [chunk for chunk in numbered if chunk not in new]
         if self.positions.relative:
-            oldest = next(iter([*self.slots, *new]), None)
-            self.follows = self._frames_done() if oldest is None else self.plan.first_frame(oldest)
+            self._follow(new)
         now = new or self.settings.compression.at_once
         if now and self.plan.kind == "stored" and self.clean > self.plan.clean_tokens:
             self._cut_stored()
@@ -304,7 +303,14 @@ class History:
     def cut_now(self) -> None:
         """Cuts what is over budget, which otherwise waits for another chunk to begin."""
         if self.plan.kind == "stored" and self.clean > self.plan.clean_tokens:
+            if self.positions.relative:
+                self._follow()  # the newest clean chunk had a slot when the forward began
             self._cut_stored()
+
+    def _follow(self, new: Sequence[Chunk] = ()) -> None:
+        """Notes which frame follows the clean tokens, when these chunks begin."""
+        oldest = next(iter([*self.slots, *new]), None)
+        self.follows = self._frames_done() if oldest is None else self.plan.first_frame(oldest)
 
     def _cut_stored(self) -> None:
         """Cuts every layer to the budget and moves the slots up behind the clean tokens.
