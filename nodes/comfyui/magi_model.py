@@ -20,6 +20,7 @@ from ...flowcache_core.models.magi.network import MagiNetwork, load_network, wid
 from ...flowcache_core.models.magi.sampling import SHIFT
 from ...flowcache_core.models.magi.text import SpecialTokens
 from ...flowcache_core.models.magi.vae import LATENT_SCALE, MagiVae
+from .empty_vae import empty_vae
 
 BLOCKS = "videodit_blocks.layers."
 GREY = 0.25 / 16  # nobody has published colours of this latent space, so previews are the channels' sum
@@ -207,7 +208,7 @@ def magi_vae(path: str) -> comfy.sd.VAE:
         UserError: see `magi_files.read_vae`.
     """
     management = comfy.model_management
-    vae = comfy.sd.VAE(sd={})  # finds no weights and leaves the object to be filled
+    vae = empty_vae()
     module = VaeForHost(magi_files.read_vae(path))
     config = module.vae.config
     vae.latent_dim, vae.latent_channels, vae.output_channels = 3, config.latent_channels, 3

@@ -3,8 +3,7 @@
 import inspect
 import json
 import logging
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import asdict
 
 import comfy.model_management
@@ -21,6 +20,7 @@ from ...flowcache_core.checkpoints.conversion import untold
 from ...flowcache_core.demo.preview import RGB_BIAS, RGB_FACTORS
 from ...flowcache_core.models.skyreels import add_frame_rate
 from ...flowcache_core.models.wan import WanConfig
+from .empty_vae import empty_vae
 from .guider import FAMILY, FPS
 from .magi_model import magi_model
 
@@ -98,8 +98,7 @@ def video_vae(module: torch.nn.Module) -> comfy.sd.VAE:
     Args:
         module: encode [B, 3, T, H, W] in [-1, 1] to raw latents [B, 16, 1 + (T - 1) / 4, H / 8, W / 8], and decode.
     """
-    with _without("No VAE weights detected"):
-        vae = comfy.sd.VAE(sd={})  # finds no weights and leaves the object to be filled
+    vae = empty_vae()
     vae.first_stage_model = module.eval()
     vae.latent_dim, vae.latent_channels, vae.output_channels = 3, 16, 3
     vae.upscale_ratio = (lambda frames: max(0, 4 * frames - 3), 8, 8)
@@ -116,18 +115,3 @@ def video_vae(module: torch.nn.Module) -> comfy.sd.VAE:
     patcher = getattr(comfy.model_patcher, "CoreModelPatcher", comfy.model_patcher.ModelPatcher)
     vae.patcher = patcher(vae.first_stage_model, load_device=vae.device, offload_device=management.vae_offload_device())
     return vae
-
-
-@contextmanager
-def _without(words: str) -> Iterator[None]:
-    """Leaves lines with these words out of the host's log."""
-
-    def others(record: logging.LogRecord) -> bool:
-        return words not in record.getMessage()
-
-    log = logging.getLogger()
-    log.addFilter(others)
-    try:
-        yield
-    finally:
-        log.removeFilter(others)
