@@ -153,7 +153,8 @@ RESIDUAL = "skyreels residual"
 
 @pytest.mark.parametrize(
     ("name", "policy"),
-    [(name, policy) for name in ENGINES for policy in ("spread", "flowcache") if (name, policy) != (RESIDUAL, "spread")]
+    [(name, "flowcache") for name in ENGINES]
+    + [(name, "spread") for name in ("wan", "wan budget", "skyreels", "magi")]
     + [("wan", "fixed"), ("wan", "teacache")],
 )
 def test_the_host_waits_at_most_once_a_tick_and_never_without_a_watching_policy(name, policy, monkeypatch):

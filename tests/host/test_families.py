@@ -249,12 +249,12 @@ def test_a_stock_loaded_model_runs_as_the_family_that_is_named(server, family):
 def test_missing_frame_rate_layers_are_told(server, named_on):
     """A GGUF loader drops those of SkyReels-V2 1.3B and does not say which file it read; the published rule goes on."""
     wide = WanConfig(dim=1536, ffn_dim=64, num_heads=12, num_layers=1, text_dim=64)
-    file = server.base / "models" / "diffusion_models" / "wide.safetensors"
+    file = server.base / "models" / "diffusion_models" / "wide untold.safetensors"
     if not file.exists():
         weights = {name: weight.half() for name, weight in random_network(2, wide).items()}
         save_file(weights, file, {"config": json.dumps({"transformer": {"num_heads": 12, "text_dim": 64}})})
     graph = Graph()
-    model = graph.add("UNETLoader", unet_name="wide.safetensors", weight_dtype="default")
+    model = graph.add("UNETLoader", unet_name="wide untold.safetensors", weight_dtype="default")
     model = graph.add("TestUntold", model=(model, 0))
     on_node = {"family": "skyreels"} if named_on == "FlowCache" else {}
     model = graph.add("FlowCache", model=(model, 0), preset="paper fast", history_budget=0, **on_node)

@@ -35,11 +35,3 @@ def test_text_to_video(old_server):
     check_video(saved(old_server, prompt, outcome, "flowcache/text_to_video"), 16 * 12 - 3, 256)
     (report,) = outcome.outputs[node(prompt, "FlowCacheReport")]["text"]
     assert "81% of steps reused" in report
-
-
-def test_two_continuations_of_one_state(old_server):
-    prompt = prompt_of("demo_extend")
-    outcome = old_server.run(prompt, PATIENCE)
-    assert outcome.error is None
-    for name, chunks in (("beginning", 8), ("first", 16), ("second", 16)):
-        check_video(saved(old_server, prompt, outcome, f"flowcache/extend_{name}"), chunks * 12 - 3, 256)

@@ -5,13 +5,14 @@ import json
 import pytest
 
 from tests.helpers.host.browser import CHROMIUM
-from tests.helpers.host.comfy_page import DEMOS, NAMES, WORKFLOWS, ComfyPage, listed_templates
+from tests.helpers.host.comfy_page import NAMES, WORKFLOWS, ComfyPage, listed_templates
 from tests.helpers.host.comfy_server import Server
 from tests.helpers.host.thumbnails import SIDE
 from tests.host.store_release import RELEASED
 
 pytestmark = pytest.mark.skipif(CHROMIUM is None, reason="no chromium: apt-get install chromium, to test the page")
 EXTEND = "FlowCacheAutoregressiveExtend"
+RUN = ("demo_text_to_video", "demo_native_sampler")
 BLUEPRINT = "FlowCache text to long video"
 BUTTONS = "[...document.querySelectorAll('button')]"
 
@@ -32,7 +33,7 @@ def test_template_opens_and_runs(page, name):
         f"workflows/{name}.jpg is missing: run tests/host/export_workflows.py {name}"
     )
     assert page.complaints() == []
-    if name not in DEMOS:  # models of gigabytes: that these run is tested through their API forms
+    if name not in RUN:  # models of gigabytes, or long: that these run is tested through their API forms
         return
     page.set_widget(EXTEND, "chunks", 2)
     page.run()

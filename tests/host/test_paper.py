@@ -1,10 +1,15 @@
 """The script of the paper's rows, on the model that ships."""
 
+from dataclasses import replace
+
 from flowcache_core.lab import paper
 from flowcache_core.lab.paper_rows import MODELS
 
 
-def test_the_demo_models_rows(server, tmp_path, capsys):
+def test_the_demo_models_rows(server, tmp_path, capsys, monkeypatch):
+    demo = MODELS["demo"]
+    few = [row for row in demo.rows if row.name in ("vanilla", "FlowCache slow, budget 2", "ours, high", "ours, fast")]
+    monkeypatch.setitem(MODELS, "demo", replace(demo, rows=tuple(few)))  # what each row is, is a test without a host
     asked = ["demo", "--server", server.address, "--chunks", "1", "--out", str(tmp_path)]
     assert paper.main(asked) == 0
     words = (tmp_path / "table.md").read_text()

@@ -8,6 +8,7 @@ from tests.helpers.host.node_texts import inputs_of
 from tests.host.store_release import RELEASED
 
 STORED = sorted(RELEASED.glob("*/api/*.json"))
+NEWEST = STORED[-1].parts[-3]  # whose demos are those that the other tests run
 names = pytest.mark.parametrize("file", STORED, ids=lambda file: f"{file.parts[-3]} {file.stem}")
 
 
@@ -28,7 +29,9 @@ def test_nodes_and_inputs_are_still_there(server, published, file):
 
 
 @pytest.mark.parametrize(
-    "file", [file for file in STORED if file.stem.startswith("demo_")], ids=lambda file: f"{file.parts[-3]} {file.stem}"
+    "file",
+    [file for file in STORED if file.stem.startswith("demo_") and file.parts[-3] != NEWEST],
+    ids=lambda file: f"{file.parts[-3]} {file.stem}",
 )
 def test_demo_runs(server, file):
     prompt = json.loads(file.read_text())
