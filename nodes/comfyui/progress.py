@@ -10,10 +10,10 @@ from ...flowcache_core.report import Report, clock, megabytes, share_of
 
 
 def progress_text(text: str, node_id: str | None) -> None:
-    """Shows lines on the node that is running. Nodes 2.0 draws them as one, so each ends with a sign of its own."""
+    """Shows lines on the node that is running. Nodes 2.0 draws them as one, so a sign stands between them."""
     server = getattr(PromptServer, "instance", None)
     if server is not None and node_id is not None:
-        server.send_progress_text(text.replace("\n", " ·\n"), node_id)
+        server.send_progress_text(text.replace("\n", "\n· "), node_id)
 
 
 def say(lines: Sequence[str]) -> None:

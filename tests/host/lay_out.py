@@ -53,8 +53,11 @@ def lay_out(graph: dict, sizes: dict[int, list[float]]) -> bool:
 
 
 def _held(group: dict, nodes: list[dict]) -> list[dict]:
+    """Nodes whose title lies inside a group."""
     left, top, width, height = group["bounding"]
-    return [node for node in nodes if left <= node["pos"][0] < left + width and top <= node["pos"][1] < top + height]
+    return [
+        node for node in nodes if left <= node["pos"][0] < left + width and top <= node["pos"][1] - TITLE < top + height
+    ]
 
 
 def main() -> None:
