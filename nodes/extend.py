@@ -107,5 +107,5 @@ class AutoregressiveExtend(io.ComfyNode):
 
 def _output(result: Extended) -> io.NodeOutput:
     # Not among "images": the page would put a player over the live preview, and the stream's node has the video.
-    shown = None if result.video is None else {"video": result.video.shown.as_dict()["images"]}
+    shown = None if result.video is None else {"video": result.video.results}
     return io.NodeOutput({"samples": result.latent}, result.state, result.report, ui=shown)

@@ -19,5 +19,5 @@ class SaveEmbedding(io.ComfyNode):
 
     @classmethod
     def execute(cls, conditioning: list, filename_prefix: str) -> io.NodeOutput:
-        saved, described = save_embedding(conditioning, filename_prefix)
-        return io.NodeOutput(ui={"text": (described,), "embeddings": [saved]})
+        file, described = save_embedding(conditioning, filename_prefix)
+        return io.NodeOutput(ui={"text": (described,), "embeddings": file.results})

@@ -28,5 +28,4 @@ class SaveState(io.ComfyNode):
             save_state(state, file.path)
         finally:
             file.drop_empty()
-        saved = {"filename": file.name, "subfolder": file.subfolder, "type": "output"}
-        return io.NodeOutput(ui={"text": (f"{file.name}\n{described(state)}",), "states": [saved]})
+        return io.NodeOutput(ui={"text": (f"{file.name}\n{described(state)}",), "states": file.results})

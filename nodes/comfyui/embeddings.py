@@ -11,8 +11,8 @@ from .stream import OutputFile
 FOLDER = "flowcache_embeddings"  # of the host's output folder
 
 
-def save_embedding(conditioning: list, prefix: str) -> tuple[dict[str, str], str]:
-    """Writes a condition of the host's; gives the file as the page takes it, and a line on it.
+def save_embedding(conditioning: list, prefix: str) -> tuple[OutputFile, str]:
+    """Writes a condition of the host's; gives the file and a line on it.
 
     Raises:
         UserError: several prompts, or one that does not hold for a whole video.
@@ -32,5 +32,4 @@ def save_embedding(conditioning: list, prefix: str) -> tuple[dict[str, str], str
         write_whole(file.path, lambda partial: save_file(tensors, partial))
     finally:
         file.drop_empty()
-    saved = {"filename": file.name, "subfolder": file.subfolder, "type": "output"}
-    return saved, f"{file.name}\n{embedding.shape[1]} tokens of width {embedding.shape[2]}"
+    return file, f"{file.name}\n{embedding.shape[1]} tokens of width {embedding.shape[2]}"

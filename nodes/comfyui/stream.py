@@ -104,14 +104,19 @@ class OutputFile:
         return Path(folder_paths.get_output_directory()) / self.subfolder / self.name
 
     @property
-    def shown(self) -> ui.PreviewVideo | ui.SavedImages:
-        """For the page: the video, or the first and the last picture."""
+    def results(self) -> list[ui.SavedResult]:
+        """The file as the page finds it, or the first and the last picture."""
         if not self.path.is_dir():
-            return ui.PreviewVideo([ui.SavedResult(self.name, self.subfolder, io.FolderType.output)])
+            return [ui.SavedResult(self.name, self.subfolder, io.FolderType.output)]
         pictures = sorted(path.name for path in self.path.glob("*.png"))
         folder = f"{self.subfolder}/{self.name}" if self.subfolder else self.name
         ends = dict.fromkeys([*pictures[:1], *pictures[-1:]])
-        return ui.SavedImages([ui.SavedResult(name, folder, io.FolderType.output) for name in ends])
+        return [ui.SavedResult(name, folder, io.FolderType.output) for name in ends]
+
+    @property
+    def shown(self) -> ui.PreviewVideo | ui.SavedImages:
+        """A video or pictures, for the page to show."""
+        return (ui.SavedImages if self.path.is_dir() else ui.PreviewVideo)(self.results)
 
 
 def encoding_inputs() -> list[io.Input]:

@@ -7,26 +7,31 @@ const SHOWN = "shown";
 const FOLDED = "folded"; // behind the node's "Show Advanced"
 const GONE = "gone";
 
+const isOurs = (node) => node.comfyClass?.startsWith("FlowCache") && node.widgets;
+const isCustom = (at) => at.preset === "custom";
+const cuts = (at) => at.history_budget > 0;
+const scores = (at) => cuts(at) && at.history_rule !== "window";
+
 const shownIf = (used) => (used ? SHOWN : GONE);
 const foldedIf = (used) => (used ? FOLDED : GONE);
 
 // By node and input: where it belongs, by what the node's other inputs hold (`at`).
 const PLACES = {
   FlowCache: {
-    policy: (at) => shownIf(at.preset === "custom"),
-    every: (at) => shownIf(at.preset === "custom" && at.policy === "even"),
-    threshold: (at) => shownIf(at.preset === "custom" && at.policy !== "even"),
-    warmup: (at) => shownIf(at.preset === "custom"),
-    forecast: (at) => shownIf(at.preset === "custom"),
-    correct: (at) => shownIf(at.preset === "custom" && at.forecast !== "hold"),
+    policy: (at) => shownIf(isCustom(at)),
+    every: (at) => shownIf(isCustom(at) && at.policy === "even"),
+    threshold: (at) => shownIf(isCustom(at) && at.policy !== "even"),
+    warmup: (at) => shownIf(isCustom(at)),
+    forecast: (at) => shownIf(isCustom(at)),
+    correct: (at) => shownIf(isCustom(at) && at.forecast !== "hold"),
     quality: (at) => shownIf(at.preset === "quality"),
-    history_rule: (at) => foldedIf(at.history_budget > 0),
-    granularity: (at) => foldedIf(at.history_budget > 0 && at.history_rule !== "window"),
-    importance_weight: (at) => foldedIf(at.history_budget > 0 && at.history_rule !== "window"),
-    queries: (at) => foldedIf(at.history_budget > 0 && at.history_rule !== "window"),
-    asked_from: (at) => foldedIf(at.history_budget > 0 && at.history_rule !== "window" && at.queries > 0),
-    keep_first_chunk: (at) => foldedIf(at.history_budget > 0),
-    positions: (at) => foldedIf(at.history_budget > 0),
+    history_rule: (at) => foldedIf(cuts(at)),
+    granularity: (at) => foldedIf(scores(at)),
+    importance_weight: (at) => foldedIf(scores(at)),
+    queries: (at) => foldedIf(scores(at)),
+    asked_from: (at) => foldedIf(scores(at) && at.queries > 0),
+    keep_first_chunk: (at) => foldedIf(cuts(at)),
+    positions: (at) => foldedIf(cuts(at)),
   },
   FlowCacheAutoregressiveExtend: {
     guidance: () => FOLDED,
@@ -75,7 +80,7 @@ function fold(node) {
 app.registerExtension({
   name: "flowcache.fold",
   nodeCreated(node) {
-    if (!node.comfyClass?.startsWith("FlowCache") || !node.widgets) return;
+    if (!isOurs(node)) return;
     for (const widget of node.widgets) {
       const before = widget.callback;
       widget.callback = function (...given) {
@@ -92,7 +97,7 @@ app.registerExtension({
     fold(node);
   },
   loadedGraphNode(node) {
-    if (!node.comfyClass?.startsWith("FlowCache") || !node.widgets) return;
+    if (!isOurs(node)) return;
     fold(node);
     if (node.comfyClass === "FlowCache") node.setSize([node.size[0], node.computeSize()[1]]); // of when all was shown
   },

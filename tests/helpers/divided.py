@@ -23,6 +23,7 @@ from flowcache_core.parallel.team import Team
 from flowcache_core.settings import OFF, Compression, Every, HistorySettings, Settings
 from tests.helpers.magi_runs import tokens
 from tests.helpers.magi_weights import SMALL, fill, normal
+from tests.helpers.tiny import random_network
 
 # Three heads, and 5 x 3 tokens a frame: neither 2 nor 4 divides them.
 CONFIG = WanConfig(dim=72, ffn_dim=64, num_heads=3, num_layers=4, in_dim=4, out_dim=4, text_dim=16, freq_dim=32)
@@ -33,15 +34,7 @@ MAGI = replace(SMALL, layers=4, heads=8, kv_heads=4, width=128, head_dim=16, cha
 
 def network(fps: bool = False) -> WanNetwork:
     """Random, with attention that is far from uniform."""
-    torch.manual_seed(0)
-    made = WanNetwork(replace(CONFIG, fps=fps))
-    with torch.no_grad():
-        for name, parameter in made.named_parameters():
-            if parameter.ndim > 1:
-                parameter.normal_(std=1.2 * parameter[0].numel() ** -0.5)
-            if "norm_q" in name or "norm_k" in name:
-                parameter.fill_(1.5)
-    return made.eval().requires_grad_(False)
+    return random_network(replace(CONFIG, fps=fps), 0, 1.2)
 
 
 def history(**more) -> Settings:

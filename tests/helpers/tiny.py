@@ -9,12 +9,17 @@ TINY = WanConfig(dim=48, ffn_dim=64, num_heads=2, num_layers=2, in_dim=4, out_di
 
 def tiny_network(seed: int = 0) -> WanNetwork:
     """A random network whose attention is far from uniform, so that a wrong position or mask shows."""
+    return random_network(TINY, seed, 1.5)
+
+
+def random_network(config: WanConfig, seed: int, spread: float) -> WanNetwork:
+    """The same of any sizes; `spread` is what a product makes of numbers of unit variance."""
     torch.manual_seed(seed)
-    network = WanNetwork(TINY)
+    network = WanNetwork(config)
     with torch.no_grad():
         for name, parameter in network.named_parameters():
             if parameter.ndim > 1:
-                parameter.normal_(std=1.5 * parameter[0].numel() ** -0.5)
+                parameter.normal_(std=spread * parameter[0].numel() ** -0.5)
             if "norm_q" in name or "norm_k" in name:
                 parameter.fill_(1.5)
     return network.eval().requires_grad_(False)

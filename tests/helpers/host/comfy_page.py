@@ -122,18 +122,6 @@ class ComfyPage(Browser):
         self.wait(f"Object.keys({SIZES}).length === app.graph.nodes.length")
         return self.evaluate(SIZES)
 
-    def overlaps(self) -> list[str]:
-        """Nodes that lie over one another as Nodes 2.0 draws them."""
-        sizes = self.node_sizes()
-        places = self.evaluate("app.graph.nodes.map((node) => [String(node.id), node.title, ...node.pos])")
-        boxes = [(title, x, y - 30, x + sizes[key][0], y + sizes[key][1]) for key, title, x, y in places]
-        return [
-            f"{one[0]} overlaps {other[0]}"
-            for number, one in enumerate(boxes)
-            for other in boxes[number + 1 :]
-            if one[1] < other[3] and other[1] < one[3] and one[2] < other[4] and other[2] < one[4]
-        ]
-
     def to_api(self) -> dict:
         """The open graph in the form that is posted to /prompt."""
         made = self.evaluate("app.graphToPrompt().then(made => made.output)")
