@@ -17,6 +17,7 @@ from .load_magi_vae import LoadMagiVAE
 from .load_model import LoadARVideoModel
 from .load_state import LoadState
 from .magi_prompt import MagiPrompt
+from .over_gpus import FlowCacheOverGPUs
 from .prompts_over_time import PromptsOverTime
 from .read_video import ReadVideo
 from .report import FlowCacheReport
@@ -37,6 +38,7 @@ class FlowCacheExtension(ComfyExtension):
             MagiPrompt,
             PromptsOverTime,
             FlowCache,
+            FlowCacheOverGPUs,
             Calibrate,
             AutoregressiveExtend,
             ExtendInWindows,

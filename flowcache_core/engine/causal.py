@@ -127,7 +127,7 @@ class CausalForward:
         if latent.shape[2] < self.plan.chunk_frames:
             return
         if not self.settings.clean_pass:
-            self._commit([chunk])
+            self.commit([chunk])
             return
         self.waiting.append(Step(latent, 0.0, Place(chunk, None, 0)))
         if self.settings.history.budget is not None or self.plan.max_active == 1:
@@ -169,10 +169,11 @@ class CausalForward:
         stored = [step.place.chunk for step in steps if step.place.is_clean_pass]
         values, branches = self.guidance.velocities(steps, self.network)
         self.report.clean_passes += len(stored) * sum(not isinstance(name, Again) for name in branches)
-        self._commit(stored)
+        self.commit(stored)
         return values, branches
 
-    def _commit(self, chunks: Sequence[int | Given]) -> None:
+    def commit(self, chunks: Sequence[int | Given]) -> None:
+        """Makes chunks clean, whose keys and values are stored."""
         for history in self.histories.values():
             history.commit(chunks)
             if self.cuts_early:

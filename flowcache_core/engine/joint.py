@@ -159,7 +159,7 @@ class JointForward(WindowForward):
         window += [*steps, *(self._part(latent, self.first_level) for latent in self.waiting[begun:])]
         if self.end is not None:
             window.append(self._part(self.end, 0.0))
-        values, branches = self.guided(window, self._network)
+        values, branches = self.guided(window, self.network)
         return [Velocity(value, branches) for value in values[before : before + len(steps)]]
 
     def finish(self, chunk: int, latent: Tensor) -> None:
@@ -180,7 +180,7 @@ class JointForward(WindowForward):
     def _part(self, latent: Tensor, sigma: float) -> Step:
         return Step(latent, sigma, Place(0, None, 0))
 
-    def _network(
+    def network(
         self, steps: Sequence[Step], branches: Sequence[Hashable], texts: Texts, backbone: Any | None = None
     ) -> list[Tensor]:
         site = self.sites.of(backbone, steps[0].x.device)

@@ -98,7 +98,7 @@ class RollingForward(WindowForward):
 
     def velocities(self, steps: Sequence[Step]) -> list[Velocity]:
         """Runs all active chunks."""
-        values, branches = self.guided(steps, self._network)
+        values, branches = self.guided(steps, self.network)
         return [Velocity(value, branches) for value in values]
 
     def finish(self, chunk: int, latent: Tensor) -> None:
@@ -106,7 +106,7 @@ class RollingForward(WindowForward):
         looks at."""
         if latent.shape[2] < self.chunk_frames:
             return
-        _, branches = self.guided([Step(latent, 0.0, Place(chunk, None, 0))], self._network)
+        _, branches = self.guided([Step(latent, 0.0, Place(chunk, None, 0))], self.network)
         self.report.clean_passes += len(branches)
 
     @property
@@ -115,7 +115,7 @@ class RollingForward(WindowForward):
         total = sum(history.bytes for history in self.histories.values())
         return total, total
 
-    def _network(
+    def network(
         self, steps: Sequence[Step], branches: Sequence[Hashable], texts: Texts, backbone: Any | None = None
     ) -> list[Tensor]:
         chunk, whole = steps[0].place.chunk, sum(step.x.shape[2] for step in steps)

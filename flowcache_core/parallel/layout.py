@@ -16,7 +16,7 @@ from ..history.cache import Attention
 from ..history.snapshot import Snapshot, SnapshotDelta
 from ..settings import Settings
 from .branches import DividedBranches
-from .pipeline import OneByOne, PipelineBackbone
+from .pipeline import OneByOne, PipelineBackbone, keep_layers
 from .ranks import Ranks
 from .team import Team
 from .ulysses import UlyssesBackbone
@@ -70,6 +70,7 @@ class Parallel:
         ranks: among which tokens or layers are divided.
         peers: processes with the same part of other branches, or None.
         notes: lines for the report.
+        pipeline: this process's layers, where those are divided; once there is a backbone.
     """
 
     def __init__(self, team: Team, scheme: Scheme = "ulysses", branches: int = 1, sharded: bool = False):
@@ -86,7 +87,7 @@ class Parallel:
             self.peers = Ranks.divided([(one, one + half) for one in range(half)])
         self.part = Part()
         self.notes: list[str] = []
-        self._pipeline: PipelineBackbone | None = None
+        self.pipeline: PipelineBackbone | None = None
 
     @property
     def first(self) -> bool:
@@ -99,12 +100,17 @@ class Parallel:
         groups = {id(group): group for group in (self.everyone, self.ranks, self.peers) if group}
         return sum(group.sent for group in groups.values())
 
-    def backbone(self, whole: Any) -> Any:
-        """What runs this process's part of a network; layers that it does not need are let go of."""
+    def backbone(self, whole: Any, keep: Callable[[Any, range], None] = keep_layers) -> Any:
+        """What runs this process's part of a network.
+
+        Args:
+            keep: takes all layers but some away from a backbone; as it is, they are let go of.
+        """
+        self.part, self.notes = Part(), []
         if self.scheme == "pipeline":
-            self._pipeline = PipelineBackbone(whole, self.ranks)
-            self.part = Part(layers=self._pipeline.held, counts=True)
-            made: Any = self._pipeline
+            self.pipeline = PipelineBackbone(whole, self.ranks, keep)
+            self.part = Part(layers=self.pipeline.held, counts=True)
+            made: Any = self.pipeline
         else:
             if self.sharded:
                 from torch.distributed.device_mesh import init_device_mesh
@@ -197,6 +203,18 @@ def _joined(parts: Sequence[tuple[Part, Snapshot]]) -> Snapshot:
     return Snapshot(*(tensors[0] if not tensors[0].numel() else torch.cat(tensors, dim) for tensors in every))
 
 
+def agreed(values: Sequence[Tensor], parallel: Parallel) -> list[Tensor]:
+    """Velocities as the processes that know them say: of a pipeline, the last one; else each knows them."""
+    pipeline = parallel.pipeline
+    if pipeline is None or not values:
+        return list(values)
+    whole = torch.cat([value.reshape(-1) for value in values])
+    whole = parallel.ranks.spread(whole, pipeline.ranks.size - 1)
+    pipeline.settle()
+    pieces = whole.split([value.numel() for value in values])
+    return [piece.view_as(value) for piece, value in zip(pieces, values, strict=True)]
+
+
 class _Agreed:
     """A forward of which this process has a part; whatever is not said here is the part's own."""
 
@@ -209,18 +227,8 @@ class _Agreed:
     def velocities(self, steps: Sequence[Step]) -> list[Velocity]:
         """The velocities of a tick, the same in every process."""
         answers = self._forward.velocities(steps)
-        pipeline = self._parallel._pipeline
-        if pipeline is None:
-            return answers
-        values: list[Tensor] = [answer.value for answer in answers]
-        whole = torch.cat([value.reshape(-1) for value in values])
-        whole = self._parallel.ranks.spread(whole, pipeline.ranks.size - 1)
-        pipeline.settle()
-        pieces = whole.split([value.numel() for value in values])
-        return [
-            answer._replace(value=piece.view_as(value))
-            for answer, piece, value in zip(answers, pieces, values, strict=True)
-        ]
+        values = agreed([answer.value for answer in answers], self._parallel)
+        return [answer._replace(value=value) for answer, value in zip(answers, values, strict=True)]
 
     def save(self) -> dict[Hashable, Snapshot]:
         """The whole clean history, in the first process."""

@@ -33,12 +33,32 @@ def keep_layers(backbone: Any, kept: range) -> None:
     backbone.layers = len(kept)
 
 
+class SomeLayers:
+    """A network of which some layers are seen, and whose others are somebody else's."""
+
+    def __init__(self, network: Any, kept: range):
+        self._network, self.blocks = network, network.blocks[kept.start : kept.stop]
+
+    def __getattr__(self, name: str):
+        return getattr(self._network, name)
+
+
+def look_at_layers(backbone: Any, kept: range) -> None:
+    """Has a backbone run some layers of its network, which itself is left as it is."""
+    if hasattr(backbone.network, "videodit_blocks"):  # MAGI-1
+        backbone.blocks = backbone.blocks[kept.start : kept.stop]
+    else:
+        backbone.network = SomeLayers(backbone.network, kept)
+    backbone.layers = len(kept)
+
+
 class PipelineBackbone(WrappedBackbone):
     """Runs this process's layers of a network.
 
     Args:
-        inner: runs the whole network, whose other layers are let go of.
+        inner: runs the whole network.
         ranks: the processes, in the order of the layers.
+        keep: takes all layers but some away from a backbone.
 
     Attributes:
         held: this process's layers.
@@ -46,11 +66,11 @@ class PipelineBackbone(WrappedBackbone):
 
     by_chunk = True
 
-    def __init__(self, inner: Any, ranks: Ranks):
+    def __init__(self, inner: Any, ranks: Ranks, keep: Callable[[Any, range], None] = keep_layers):
         if inner.layers < ranks.size:
             raise UserError(f"The network has {inner.layers} layers, too few for {ranks.size} processes; take fewer.")
         self.held = shares(inner.layers, ranks.size)[ranks.rank]
-        keep_layers(inner, self.held)
+        keep(inner, self.held)
         super().__init__(inner)
         self.ranks = ranks
         self.sending: list[Callable[[], None]] = []

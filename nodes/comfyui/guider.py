@@ -23,6 +23,7 @@ from ...flowcache_core.schedule import ChunkSchedule, Given
 from ...flowcache_core.solvers.weights import joined
 from .captions import ChunkCaptions
 from .checks import COMPILE
+from .gpus import Led, refuse
 from .model_patches import OVERRIDE, ModelPatches, scales, unheeded
 
 RUN = "flowcache_run"  # key of the guidance in transformer_options, while its run goes on
@@ -155,6 +156,14 @@ def text_tokens(guider) -> int:
     return max((text.shape[1] for text in texts if text is not None), default=0)
 
 
+def wan_backbone(network: torch.nn.Module, options: dict, attention) -> Any:
+    """What runs a network of the Wan layout, as the transformer options of a run say."""
+    kind = family(options.get(FAMILY, "wan"))
+    backbone = fitted(kind.backbone(network, options.get(FPS, 24), attention), options)
+    backbone.rotary = replace(backbone.rotary, scales=scales(options))
+    return backbone
+
+
 class GuiderGuidance:
     """Puts a forward's steps to the guider, and answers for the network when the guider calls it.
 
@@ -168,6 +177,7 @@ class GuiderGuidance:
         schedule: of the run; a given end is shown what its last chunk is.
         stores: whether chunks leave something in a history.
         plain: whether the guider gives the same weighted sum at every noise level.
+        led: workers that have a part of the network, or None.
     """
 
     def __init__(
@@ -181,8 +191,9 @@ class GuiderGuidance:
         schedule: ChunkSchedule,
         stores: bool = True,
         plain: bool = False,
+        led: Led | None = None,
     ):
-        self.guider, self.captions, self.ask, self.at_once = guider, captions, ask, at_once
+        self.guider, self.captions, self.ask, self.at_once, self.led = guider, captions, ask, at_once, led
         self.last_chunk, self.texts_kept = schedule.total_chunks - 1, texts_kept(schedule.max_active)
         self.options, self.stores, self.plain = options, stores, plain
         self._call = local()  # of a thread: the transformer options of its call
@@ -256,6 +267,8 @@ class GuiderGuidance:
             self._seen |= dict.fromkeys(names)
             self._called += names
         backbone.patches = ModelPatches.of(network, options, (x.shape[3], x.shape[4]), self.stores and first)
+        if self.led is not None and backbone.patches is not None:
+            refuse(["patches of its blocks or its attention"])
         rows = x.shape[0] // len(names)
 
         def texts(chunk: int | Given) -> list[Tensor]:
@@ -267,10 +280,8 @@ class GuiderGuidance:
         return joined(self._network(steps, names, texts, backbone), dim=2)
 
     def _backbone(self, network: torch.nn.Module) -> Any:
-        kind = family(self.options.get(FAMILY, "wan"))
-        backbone = fitted(kind.backbone(network, self.options.get(FPS, 24), self.attention), self.options)
-        backbone.rotary = replace(backbone.rotary, scales=scales(self.options))
-        return backbone
+        whole = wan_backbone(network, self.options, self.attention)
+        return whole if self.led is None else self.led.backbone(whole)
 
     def _backbone_of(self, network: torch.nn.Module, options: dict) -> Any:
         """The backbone that runs a call: of the device that its branches are on, or the run's own, over the network

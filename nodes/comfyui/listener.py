@@ -16,5 +16,8 @@ class RunListener:
     def chunk(self, chunk: Chunk, engine: Engine) -> None:
         """Takes a finished chunk in the network's latent space, oldest first."""
 
+    def settle(self) -> None:
+        """Does now what was left for the next tick."""
+
     def done(self, engine: Engine, keeps_history: bool) -> None:
         """Hears of the end of a run, and whether another can go on from its history."""

@@ -6,6 +6,7 @@ step.
 """
 
 from dataclasses import dataclass, replace
+from typing import Any
 
 import comfy.model_management
 import comfy.model_patcher
@@ -33,6 +34,7 @@ from ...flowcache_core.schedule import ChunkSchedule
 from ...flowcache_core.settings import Settings
 from ...flowcache_core.solvers.one_step import chunk_noise
 from ...flowcache_core.storage.state import State
+from . import gpus
 from . import patch as host
 from .captions import ChunkCaptions, embedding_of
 from .checks import adapt_others, check_finite
@@ -109,10 +111,15 @@ class MagiSampler(host.ChunkSampler):
         self, guider, sigmas, extra_args, callback, noise, latent_image=None, denoise_mask=None, disable_pbar=False
     ) -> Tensor:
         """Called by the host with a tensor of a chunk's shape [B, C, T, H, W]; returns the last chunk."""
-        model, schedule, device = guider.inner_model, self.schedule, noise.device
-        patch = host.patch_on(extra_args["model_options"])
-        network, batch = model.diffusion_model, noise.shape[0]
         options = comfy.model_patcher.create_model_options_clone(extra_args["model_options"])
+        family = host.family_of(guider.model_patcher)
+        with gpus.led(guider, options, family, 1, self.listener.settle) as led:
+            return self._run(guider, options, callback, noise, led)
+
+    def _run(self, guider, options: dict, callback, noise: Tensor, led: gpus.Led | None) -> Tensor:
+        model, schedule, device = guider.inner_model, self.schedule, noise.device
+        patch = host.patch_on(options)
+        network, batch = model.diffusion_model, noise.shape[0]
         notes = [*adapt_others(options), *unheeded_by_magi(guider, options, FUNCTIONS, WRAPPERS, host.KEY)]
         attention = host_attention(lambda: options["transformer_options"])
         captions = ChunkCaptions(guider.conds)
@@ -123,7 +130,7 @@ class MagiSampler(host.ChunkSampler):
                 raise UserError(f"There are {len(positive)} positive captions for chunk {chunk}; MAGI-1 takes one.")
             width, remaining = network.config.caption_width, schedule.total_chunks - 1 - chunk
             shown = embedding_of(positive[0], chunk, positive[0]["cross_attn"])
-            return _rows(text_of(positive[0], shown, width, model.special_tokens, remaining), batch, device)
+            return rows(text_of(positive[0], shown, width, model.special_tokens, remaining), batch, device)
 
         def progress(told: Progress) -> None:
             self.listener.progress(told, engine)
@@ -131,23 +138,29 @@ class MagiSampler(host.ChunkSampler):
                 shown = engine.advanced[0].estimate()
                 callback(told.tick - 1, shown, shown, told.ticks)
 
+        backbone = fitted(MagiBackbone(network, attention), options["transformer_options"])
+        made: dict[str, Any] = {"backbone": backbone, "attention": attention, "loaded": self.loaded}
+        if led is not None:
+            made = led.magi(
+                led.backbone(backbone), attention, self.loaded, schedule=schedule, settings=patch.settings,
+                sampling=self.sampling, shape=tuple(noise.shape), kept=self.kept,
+            )  # fmt: skip
+            notes += led.notes
         engine = magi_engine(
-            fitted(MagiBackbone(network, attention), options["transformer_options"]),
-            schedule,
-            patch.settings,
-            text,
-            _rows(null_text(network.y_embedder.null_caption_embedding), batch, device),
-            lambda chunk: chunk_noise(self.seed, chunk, tuple(noise.shape)).to(noise),
+            schedule=schedule,
+            settings=patch.settings,
+            text=text,
+            null=rows(null_text(network.y_embedder.null_caption_embedding), batch, device),
+            start=lambda chunk: chunk_noise(self.seed, chunk, tuple(noise.shape)).to(noise),
             shape=noise.shape,
             device=device,
             sampling=self.sampling,
             given=None if self.given is None else self.given.to(noise),
-            attention=attention,
-            loaded=self.loaded,
             kept=self.kept,
             beside=self.beside,
             on_progress=progress,
             cancelled=interrupted,
+            **made,
         )
         engine.report.settings = patch.label
         engine.report.notes += [*patch.notes, *notes]
@@ -265,7 +278,7 @@ def interrupted() -> bool:
     return False
 
 
-def _rows(text: MagiText, batch: int, device: torch.device) -> MagiText:
+def rows(text: MagiText, batch: int, device: torch.device) -> MagiText:
     """The text for every row of a batch, on a device."""
     embedding, mask = text.embedding.to(device).expand(batch, -1, -1), text.mask.expand(batch, -1)
     return text._replace(embedding=embedding, mask=mask)

@@ -38,6 +38,7 @@ from ...flowcache_core.settings import OFF, Settings
 from ...flowcache_core.storage.calibrations import calibration_path, load_calibration
 from .captions import at_once
 from .checks import adapt_others, check_finite
+from .gpus import division_of
 from .guider import FAMILY, RUN, text_tokens
 from .levels import check_flow, time_step_note
 from .native import NativeRun
@@ -201,6 +202,11 @@ def _outer_sample(executor, noise, latent_image, sampler, sigmas, *args, **kwarg
     if isinstance(sampler, ChunkSampler):
         options[MEMORY] = sampler.planned_bytes(guider, noise, sigmas, patch.settings)
         return executor(noise, latent_image, sampler, sigmas, *args, **kwargs)
+    if division_of(guider.model_options) is not None:
+        raise UserError(
+            "FlowCache over GPUs divides runs of Autoregressive Extend and AR Sampler (FlowCache), not this sampler's; "
+            "take one of those, or bypass it."
+        )
     native = getattr(comfy.k_diffusion.sampling, "sample_ar_video", None)
     if native is None or getattr(sampler, "sampler_function", None) is not native:
         logging.warning(

@@ -8,6 +8,7 @@ import folder_paths
 from ...flowcache_core.settings import Settings
 from . import patch as host
 from .checks import COMPILED
+from .gpus import GPUS
 from .guider import FAMILY, FPS
 
 PLACES = (  # of the host's patcher, where nodes hang what changes a run
@@ -66,6 +67,11 @@ def patches_of(model) -> list:
         {kind: {key: one for key, one in held.items() if key not in ours} for kind, held in found.items()}
         for found in (inside.get("wrappers", {}), model.wrappers)
     ]
-    other = {name: value for name, value in inside.items() if name not in (host.KEY, FAMILY, FPS, "wrappers")}
+    other = {name: value for name, value in inside.items() if name not in (host.KEY, FAMILY, FPS, GPUS, "wrappers")}
     more = set(model.additional_models) - {"multigpu"}  # copies of the same on other devices
-    return [options, other, wrappers, more, [getattr(model, name, None) for name in PLACES]]
+    places = {name: getattr(model, name, None) for name in PLACES}
+    heard = getattr(model, "callbacks", {}).items()
+    places["callbacks"] = {
+        kind: {key: one for key, one in held.items() if key != GPUS} for kind, held in heard if set(held) != {GPUS}
+    }
+    return [options, other, wrappers, more, list(places.values())]

@@ -16,6 +16,7 @@ from ...flowcache_core.schedule import ChunkSchedule, Given
 from ...flowcache_core.settings import OFF, Off, Settings
 from ...flowcache_core.solvers.one_step import chunk_noise
 from ...flowcache_core.storage.state import State
+from . import gpus
 from . import patch as host
 from .captions import ChunkCaptions
 from .checks import adapt_others, check_finite, cut_into_chunks, short_note
@@ -79,12 +80,17 @@ class ARSampler(host.ChunkSampler):
         seed = extra_args.get("seed") or 0
         cut = self.cut(noise, options)
         self._check_end(levels, cut.chunks)
-        call = SamplerCall(self, guider, options, levels, seed, noise, latent_image, callback, cut)
+        family, branches = host.family_of(guider.model_patcher), host.branches_of(guider)
+        with gpus.led(guider, options, family, branches, self.listener.settle) as led:
+            call = SamplerCall(self, guider, options, levels, seed, noise, latent_image, callback, cut, led)
+            return self._run(call, patch, notes)
+
+    def _run(self, call: "SamplerCall", patch: host.Patch | None, notes: list[str]) -> Tensor:
         engine = call.engine(patch.settings if patch else OFF)
         engine.report.settings = patch.label if patch else "FlowCache off"
-        short = short_note(cut.last_frames, self.chunk_frames)
+        short = short_note(call.cut.last_frames, self.chunk_frames)
         engine.report.notes += [*(patch.notes if patch else []), *notes, *call.split_notes(engine), *short]
-        if self.lag > (steps := len(sigmas) - 1):
+        if self.lag > (steps := len(call.levels) - 1):
             engine.report.notes.append(f"lag is {self.lag}, above the {steps} steps: one chunk runs after the other")
         say(engine.report.notes)
         for chunk in engine.run():
@@ -94,7 +100,7 @@ class ARSampler(host.ChunkSampler):
             self.listener.chunk(chunk, engine)
         result = torch.cat(call.samples, dim=2)
         if patch and not self.chunks:
-            patch.remember(guider.inner_model.process_latent_out(result.to(torch.float32)), engine.report)
+            patch.remember(call.model.process_latent_out(result.to(torch.float32)), engine.report)
         self.listener.done(engine, keeps_history=self.end is None)
         return result
 
@@ -168,17 +174,18 @@ class SamplerCall:
         levels: noise levels, [steps + 1].
         seed: of the run.
         cut: of the noise.
+        led: workers that follow the run, or None.
     """
 
     def __init__(
         self, sampler: ARSampler, guider, options: dict, levels: list[float], seed: int, noise: Tensor, latent_image,
-        callback, cut: Cut,
+        callback, cut: Cut, led: gpus.Led | None,
     ):  # fmt: skip
         self.sampler, self.guider, self.options, self.levels, self.seed = sampler, guider, options, levels, seed
         self.noise, self.latent_image, self.callback = noise, latent_image, callback
         self.model = guider.inner_model
         self.shape = (*noise.shape[:2], sampler.chunk_frames, *noise.shape[3:])
-        self.cut = cut
+        self.cut, self.led = cut, led
         self.schedule = sampler.schedule(cut.chunks, len(levels) - 1)
         self.captions = ChunkCaptions(guider.conds)
         self.begun = self._inside(cut.given)  # before the chunks, in the network's space
@@ -195,7 +202,7 @@ class SamplerCall:
         guidance = GuiderGuidance(
             self.guider, self.model.diffusion_model, options, self.captions, self._ask,
             at_once=one_sum or seeing != "causal", schedule=self.schedule, stores=seeing != "joint",
-            plain=one_sum,
+            plain=one_sum, led=self.led,
         )  # fmt: skip
         first_levels = sampler.first_levels if self.schedule.first_steps else None
         sampling = Sampling(self.levels, self._start, self._fresh, SOLVERS[sampler.solver], first_levels)
@@ -215,7 +222,7 @@ class SamplerCall:
             grain=None if prefix is None else partial(self._grain, prefix),
             on_progress=lambda told: self._progress(told, engine),
         )  # fmt: skip
-        engine: Engine = build_engine(run)
+        engine: Engine = build_engine(run) if self.led is None else self.led.engine(run)
         engine.report.notes += guidance.notes
         if seeing != "causal" and not (isinstance(asked.reuse, Off) and asked.history.budget is None):
             engine.report.notes.append(

@@ -230,7 +230,7 @@ class MagiForward:
         check: Callable[[], None] = lambda: None,
     ):
         self.backbone, self.schedule, self.settings, self.plan = backbone, schedule, settings, plan
-        self.report, self.sampling = report, sampling
+        self.report, self.sampling, self.text = report, sampling, text
         self.attention, self.check = attention, check
         self.distilled = backbone.config.distilled
         self.branches = ("text",) if self.distilled else ("text", "past")
@@ -454,6 +454,40 @@ def _with_chunk(copies: Callable[[], SnapshotDelta], captured: Captured) -> Snap
     return SnapshotDelta({SHARED: Snapshot(keys, values, tokens, saved.queries)}, delta.full)
 
 
+def magi_forward(
+    backbone: MagiBackbone,
+    schedule: ChunkSchedule,
+    settings: Settings,
+    text: Callable[[int], MagiText],
+    null: MagiText,
+    *,
+    shape: Sequence[int],
+    device: torch.device,
+    sampling: MagiSampling = MagiSampling(),
+    attention: Attention = grouped_attention,
+    loaded: Snapshot | None = None,
+    kept: Kept = "",
+    beside: int = 0,
+    cancelled: Callable[[], bool] = lambda: False,
+    make: Callable[..., MagiForward] = MagiForward,
+) -> tuple[Policy, MagiForward]:
+    """Makes a run's forward, with its memory planned and allocated, and says when it will be asked. Arguments are those
+    of `magi_engine`."""
+    settings = magi_settings(settings, sampling, schedule)
+    policy, report = settings.reuse.policy(schedule), Report(schedule)
+    report.notes += idle_notes(settings.reuse, schedule)
+    itemsize, at_once = backbone.network.dtype.itemsize, not by_chunk(backbone)
+    plan = magi_plan(backbone.config, schedule, settings, sampling, shape, itemsize, at_once)
+    plan = placed(replace(plan, network=backbone.sizes), device, beside)  # one of several processes has a part of it
+    report.notes += uncut_notes(settings, schedule, joint=False, at_once=plan.kind == "shared")
+    forward = make(
+        backbone, schedule, settings, plan, report, text, null,
+        policy=policy, device=device, sampling=sampling, attention=counted(attention, report), loaded=loaded,
+        kept=kept, check=partial(check_cancelled, cancelled, report),
+    )  # fmt: skip
+    return policy, forward
+
+
 def magi_engine(
     backbone: MagiBackbone,
     schedule: ChunkSchedule,
@@ -472,6 +506,7 @@ def magi_engine(
     beside: int = 0,
     on_progress: Callable[[Progress], None] = lambda progress: None,
     cancelled: Callable[[], bool] = lambda: False,
+    make: Callable[..., MagiForward] = MagiForward,
 ) -> Engine:
     """Makes a run ready to go; whole chunks that are given have been run.
 
@@ -482,6 +517,7 @@ def magi_engine(
         given: latent frames [B, C, T, H, W] before the first generated one, as `magi_schedule` was told.
         beside: as for `engine.build.RunSettings`.
         on_progress, cancelled: as for `Engine`.
+        make: of the forward.
 
     Raises:
         UserError: settings that MAGI-1 cannot be run with, or given frames that are not the schedule's.
@@ -492,20 +528,11 @@ def magi_engine(
             f"{frames} latent frames are given, but the schedule is one for {schedule.prefix} given chunks of "
             f"{CHUNK_FRAMES}: tell magi_schedule() how many frames are given, or load a state."
         )
-    settings = magi_settings(settings, sampling, schedule)
-    policy, report = settings.reuse.policy(schedule), Report(schedule)
-    report.notes += idle_notes(settings.reuse, schedule)
-    itemsize, at_once = backbone.network.dtype.itemsize, not by_chunk(backbone)
-    plan = magi_plan(backbone.config, schedule, settings, sampling, shape, itemsize, at_once)
-    plan = placed(replace(plan, network=backbone.sizes), device, beside)  # one of several processes has a part of it
-    report.notes += uncut_notes(settings, schedule, joint=False, at_once=plan.kind == "shared")
-
-    check = partial(check_cancelled, cancelled, report)
-    forward = MagiForward(
-        backbone, schedule, settings, plan, report, text, null,
-        policy=policy, device=device, sampling=sampling, attention=counted(attention, report), loaded=loaded,
-        kept=kept, check=check,
+    policy, forward = magi_forward(
+        backbone, schedule, settings, text, null, shape=shape, device=device, sampling=sampling, attention=attention,
+        loaded=loaded, kept=kept, beside=beside, cancelled=cancelled, make=make,
     )  # fmt: skip
+    settings = forward.settings
     denoising = magi_sampling(schedule, sampling, start, given)
     engine = Engine(forward, schedule, policy, settings.between, denoising, on_progress, cancelled)
     if loaded is None and given is not None:
