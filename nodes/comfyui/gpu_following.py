@@ -93,17 +93,21 @@ class Worker:
 
     def _hold(self, parallel: Parallel) -> None:
         """Leaves the weights of layers that others have where they are: in the file, mapped."""
-        network, whole, team = self._network, range(len(self.layers)), parallel.team
-        held = shares(len(self.layers), team.size)[team.rank] if parallel.scheme == "pipeline" else whole
-        if held == self.held:
-            return
-        comfy.model_management.unload_all_models()
-        kept = nn.ModuleList(layer if number in held else nn.Identity() for number, layer in enumerate(self.layers))
+        held, team = range(len(self.layers)), parallel.team
+        if parallel.scheme == "pipeline":
+            held = shares(len(self.layers), team.size)[team.rank]
+        if held != self.held:
+            comfy.model_management.unload_all_models()
+            self.held, self.model.size, self.patched.size = held, 0, 0  # the host weighs it anew
+        self._put([layer if number in held else nn.Identity() for number, layer in enumerate(self.layers)])
+
+    def _put(self, layers: Sequence[nn.Module]) -> None:
+        """Sets the network's layers."""
+        network = self._network
         if hasattr(network, "videodit_blocks"):
-            network.videodit_blocks.layers = kept
+            network.videodit_blocks.layers = nn.ModuleList(layers)
         else:
-            network.blocks = kept
-        self.held, self.model.size, self.patched.size = held, 0, 0  # the host weighs it anew
+            network.blocks = nn.ModuleList(layers)
 
     def _ready(self, planned: int) -> None:
         """Has the weights on the device, with room for the run."""
@@ -114,7 +118,7 @@ class Worker:
         self, key: tuple, options: dict, told: dict, levels: Sequence, at_once: bool, branches: int, loaded: str | None
     ) -> None:
         parallel, mine = self.divided[key], self.options | options
-        self._hold(parallel)
+        self._put(self.layers)
         attention = host_attention(lambda: mine)
         backbone = parallel.backbone(wan_backbone(self._network, mine, attention), look_at_layers)
         ours = branches_here(parallel, branches)
@@ -125,6 +129,7 @@ class Worker:
             sampling=Sampling(levels[0], lambda chunk: torch.empty(0), first_sigmas=levels[1]),
             attention=parallel.attention(backbone, attention), loaded=_part(loaded, parallel), **told,
         )  # fmt: skip
+        self._hold(parallel)
         causal = run.seeing == "causal"
         self._ready(plan_run(run, run.settings.reuse.policy(run.schedule)).device_bytes if causal else 0)
         forward: Any = build_engine(run).forward
@@ -134,11 +139,12 @@ class Worker:
     @torch.inference_mode()
     def _begin_magi(self, key: tuple, options: dict, told: dict, loaded: str | None) -> None:
         parallel, batch = self.divided[key], told["shape"][0]
-        self._hold(parallel)
+        self._put(self.layers)
         network = self._network
         attention = host_attention(lambda: options)
         backbone = parallel.backbone(fitted(MagiBackbone(network, attention), options), look_at_layers)
         self.texts = {}
+        self._hold(parallel)
         settings = magi_settings(told["settings"], told["sampling"], told["schedule"])
         plan = magi_plan(
             network.config, told["schedule"], settings, told["sampling"], told["shape"], network.dtype.itemsize

@@ -4,11 +4,14 @@ It imports the host's and the pack's modules under the names that they have in t
 did, and follows the server's runs. It serves no page and ends when its standard input does.
 """
 
-import importlib
 import sys
-import types
-from pathlib import Path
-from typing import Any
+
+del sys.path[0]  # this folder, whose `types` would be found before Python's own
+
+import importlib  # noqa: E402
+import types  # noqa: E402
+from pathlib import Path  # noqa: E402
+from typing import Any  # noqa: E402
 
 HOST, PACK, PACKAGE = sys.argv[1:4]
 

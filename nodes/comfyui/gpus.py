@@ -20,6 +20,7 @@ import comfy.model_management
 import comfy.model_patcher
 import torch
 from comfy.patcher_extension import CallbacksMP
+from server import PromptServer
 
 from ...flowcache_core.engine.build import RunSettings, build_engine
 from ...flowcache_core.engine.loop import Engine
@@ -169,8 +170,12 @@ class Pool:
         self._divided.clear()
 
     def _model_gone(self, model: weakref.ref) -> None:
+        """Where the host has let go of the model between two prompts, as it does to free memory, workers end; in the
+        midst of one it makes room for another model, which they load next."""
         if model is self._model:
-            self.end()
+            self._model = None
+            if not PromptServer.instance.prompt_queue.currently_running:
+                self.end()
 
 
 POOL = Pool()
@@ -202,7 +207,7 @@ def _start(processes: int) -> "Crew":
     from ...flowcache_core.parallel.crew import Crew
 
     device = comfy.model_management.get_torch_device()
-    host, pack = Path(comfy.__file__).parents[1], Path(__file__).parents[2]
+    host, pack = Path(comfy.model_management.__file__).parents[1], Path(__file__).parents[2]
     say([f"starting {processes - 1} worker{'s' if processes > 2 else ''} on other devices"])
     crew = Crew(
         lambda number: [sys.executable, str(WORKER), str(host), str(pack), PACKAGE, *sys.argv[1:]],
