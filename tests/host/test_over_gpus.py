@@ -11,6 +11,7 @@ from safetensors.torch import load_file, save_file
 
 from tests.helpers.host.graph import Graph, fails, native, random_network, sample, write_network
 from tests.helpers.host.magi_models import write_network as write_magi
+from tests.helpers.host.videos import frames_of
 from tests.host.test_extend import extend
 from tests.host.test_magi import extend as magi_extend
 
@@ -71,12 +72,20 @@ def away(found: torch.Tensor, expected: torch.Tensor) -> float:
     return ((found - expected).norm() / expected.norm()).item()
 
 
+def continued(gpus: int):
+    """A graph whose second Extend goes on from the first one's state."""
+    graph, first = video(gpus, guidance=3.0)
+    model = tuple(graph[first]["inputs"]["model"])
+    return graph, extend(graph, model=model, guidance=3.0, state=(first, 1))
+
+
 RUNS = {
     "plain": lambda gpus: video(gpus),
     "lora": lambda gpus: video(gpus, lora=True),
     "guidance": lambda gpus: video(gpus, guidance=3.0),
     "guidance, tokens alone": lambda gpus: video(gpus, guidance=3.0, scheme="ulysses"),
     "several active, budget": lambda gpus: video(gpus, chunks=4, lag=2, budget=1),
+    "from a state": continued,
     "layers": lambda gpus: video(gpus, guidance=3.0, lag=2, scheme="pipeline"),
     "rolling": lambda gpus: video(gpus, family="rolling", lag=1),
     "joint": lambda gpus: video(gpus, family="skyreels", attention="joint", lag=1),
@@ -118,6 +127,25 @@ def worker(server, expected) -> int:
 def test_the_video_is_that_of_one(server, expected, worker, name):
     assert away(sample(server, *RUNS[name](2)), expected[name]) < 1e-5
     assert workers(server) == [worker]  # the one that was there
+
+
+def test_patches_on_weights_reach_the_worker(expected):
+    assert away(expected["lora"], expected["plain"]) > 1e-2
+
+
+def test_chunks_arrive_as_with_one(server, worker):
+    graph, node = video(2, chunks=3, frames_per_chunk=3, seed=10)
+    vae = graph.add("FlowCacheLoadDemoVAE")
+    stream = graph.add("FlowCacheStreamVideo", vae=(vae, 0), filename_prefix="over/v", fps=8.0, keep_latents=True)
+    graph[node]["inputs"]["stream"] = (stream, 0)
+    graph.add("FlowCacheReport", report=(node, 2))
+    outcome = server.run(graph)
+    assert outcome.error is None, outcome.error["exception_message"]
+    assert {value for value, most in outcome.progress if most == 12} == set(range(1, 13))
+    assert outcome.previews >= 3
+    assert any("chunk 3 of 3" in text for at, text in outcome.texts if at == node)
+    (file,) = server.saved(outcome, node)
+    assert len(frames_of(file)) == 33
 
 
 def watched(server, graph, node: str, act, after: int):
