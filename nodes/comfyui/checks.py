@@ -1,6 +1,6 @@
 """What a run of ours in the host cannot do, said before it begins; and results that are no numbers."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import torch
 from comfy.patcher_extension import WrappersMP
@@ -52,6 +52,26 @@ def _compile_blocks(model_options: dict) -> list[str]:
         graphs_off["mode"] = GRAPHS_OFF[wanted["mode"]]
     options[COMPILE] = taken = wanted | graphs_off
     return [f"the network's blocks are compiled ({taken['backend']})", *([NO_CUDA_GRAPHS] if graphs_off else [])]
+
+
+RAYLIGHT = (
+    "is of Raylight, which runs networks in processes of its own and replaces their blocks; use Load AR Video Model, "
+    "and FlowCache over GPUs for several GPUs"
+)
+
+
+def of_raylight(value: object) -> bool:
+    """Whether a value is what Raylight's nodes hand on in place of a model (a dictionary of its workers, which a node
+    that takes anything lets through), or a model that its code has patched."""
+    if isinstance(value, Mapping):
+        return "workers" in value
+    network = getattr(getattr(value, "model", None), "diffusion_model", None)
+    modules = [network, *(part for block in list(getattr(network, "blocks", []))[:1] for part in block.modules())]
+    held = [value, *(replaced for module in modules if module is not None for replaced in vars(module).values())]
+    held += getattr(value, "object_patches", {}).values()
+    for by_kind in (getattr(value, "callbacks", {}), getattr(value, "wrappers", {})):
+        held += [one for by_key in by_kind.values() for called in by_key.values() for one in called]
+    return any(str(getattr(one, "__module__", "")).startswith("raylight.") for one in held)
 
 
 def check_network(network: torch.nn.Module) -> None:

@@ -23,6 +23,8 @@ def import_host() -> None:
     import comfy.options
 
     comfy.options.enable_args_parsing()
+    import utils.extra_config  # noqa: F401  (as in main.py: another package's `utils` would be found later)
+
     for name, folder in ((PACKAGE, Path(PACK)), (f"{PACKAGE}.nodes", Path(PACK) / "nodes")):
         sys.modules[name] = package = types.ModuleType(name)
         package.__path__ = [str(folder)]

@@ -111,6 +111,9 @@ def _environments(processes: int, device: torch.device) -> list[dict[str, str]]:
 def _loader(model: comfy.model_patcher.ModelPatcher) -> tuple[Callable, tuple]:
     """How another process loads the model."""
     loader = getattr(model, "cached_patcher_init", None)
+    while loader is None and getattr(model, "parent", None) is not None:  # ComfyUI 0.3.64's clones forget it
+        model = model.parent
+        loader = getattr(model, "cached_patcher_init", None)
     module = getattr(loader[0], "__module__", "") if loader else ""
     if not loader or len(loader) > 2 or not module.startswith(("comfy.", PACKAGE)):
         raise UserError(

@@ -17,7 +17,7 @@ from ...flowcache_core.errors import UserError
 from ...flowcache_core.report import Report
 from ...flowcache_core.storage.state import State
 from . import patch as host
-from .checks import check_network
+from .checks import RAYLIGHT, check_network, of_raylight
 from .resume import ResumeSettings
 from .stream import StreamSettings
 
@@ -79,6 +79,8 @@ def _text(value) -> str | None:
 
 
 def _model(value) -> str | None:
+    if of_raylight(value):
+        return RAYLIGHT
     if not hasattr(value, "model_options") or not hasattr(getattr(value, "model", None), "diffusion_model"):
         return f"holds a {_kind(value)}, no model; connect the output of a model loader"
     if host.family_of(value) not in MAGI_FAMILIES:

@@ -157,3 +157,16 @@ def test_names_that_lead_out_of_the_hosts_folders_are_refused(server, name):
         graph.add("PreviewAny", source=(graph.add(kind, **inputs), 0))
         with pytest.raises(Refused, match="not in list"):
             server.run(graph)
+
+
+@pytest.mark.parametrize("how", ["handed on", "patched"])
+def test_models_of_raylight(server, how):
+    graph = Graph()
+    if how == "patched":
+        loaded = graph.add(
+            "FlowCacheLoadARVideoModel", model_name="extend.safetensors", family="causal", weight_type="default"
+        )
+        model = graph.add("TestPatched", model=(loaded, 0), kind="Raylight"), 0
+    else:
+        model = graph.add("TestWrongObject", name="MODEL: Raylight's actors"), 0
+    assert "is of Raylight" in fails(server, graph, extend(graph, model=model))

@@ -108,6 +108,17 @@ def whole_forward(model) -> None:
     model.add_object_patch("diffusion_model.forward_orig", patch)
 
 
+def raylight(model) -> None:
+    """As Raylight's workers have it, where they are loaded: the blocks' own attention replaced."""
+
+    def usp_self_attn_forward(self, x, freqs, **kwargs):
+        return x
+
+    usp_self_attn_forward.__module__ = "raylight.diffusion_models.wan.xdit_context_parallel"
+    module = model.get_model_object("diffusion_model.blocks.0.self_attn")
+    model.add_object_patch("diffusion_model.blocks.0.self_attn.forward", MethodType(usp_self_attn_forward, module))
+
+
 def no_place(model) -> None:
     model.set_model_attn1_output_patch(lambda out, options: out)
     model.set_model_attn1_replace(lambda q, k, v, options: torch.zeros_like(q), "middle", 0, 0)
@@ -134,4 +145,5 @@ KINDS = {
     "later call": later_call,
     "whole forward": whole_forward,
     "no place": no_place,
+    "Raylight": raylight,
 }

@@ -61,7 +61,12 @@ OBJECTS = {
         "NaN": lambda: torch.full((5, 64, 64, 3), float("nan")),
         "a list": lambda: [torch.rand(64, 64, 3)],
     },
-    "MODEL": {"Flux": foreign_model, "bare": Bare, "a network": lambda: torch.nn.Linear(2, 2)},
+    "MODEL": {
+        "Flux": foreign_model,
+        "bare": Bare,
+        "a network": lambda: torch.nn.Linear(2, 2),
+        "Raylight's actors": lambda: {"workers": [Bare()]},
+    },
     "VAE": {
         "bare": Bare,
         "a network": lambda: torch.nn.Linear(2, 2),
