@@ -103,12 +103,11 @@ def read_jobs(path: Path, workflow: Workflow, done: "Done") -> Iterator[Job]:
                 if line.strip() and not done.has(number, line_digest(workflow, line)):
                     yield _job(number, line, workflow)
     except OSError as error:
-        raise UserError(
-            f"Cannot read the jobs {path} ({error.strerror}); give a file with one JSON object a line."
-        ) from error
+        raise unreadable(path, error) from error
 
 
 def unreadable(path: Path, error: OSError) -> UserError:
+    """What is said of a file of jobs that cannot be read."""
     return UserError(f"Cannot read the jobs {path} ({error.strerror}); give a file with one JSON object a line.")
 
 
@@ -118,9 +117,7 @@ def count_lines(path: Path) -> int:
         with path.open(encoding="utf-8", errors="replace") as file:
             return sum(bool(line.strip()) for line in file)
     except OSError as error:
-        raise UserError(
-            f"Cannot read the jobs {path} ({error.strerror}); give a file with one JSON object a line."
-        ) from error
+        raise unreadable(path, error) from error
 
 
 def line_digest(workflow: Workflow, line: str) -> str:

@@ -15,6 +15,17 @@ try:
 except ImportError as error:
     raise UserError("The command batch needs Ray: pip install 'flowcache[ray]'.") from error
 
+BEHIND = 0.02  # seconds in which more jobs may end, and are dealt with together
+
+
+def those_ended(running: list, seconds: float) -> list:
+    """Waits for what ends of what runs, so long at most: the first, and what ends right behind it, for Ray looks at all
+    of them each time."""
+    ready, _ = ray.wait(running, num_returns=1, timeout=seconds)
+    if ready and len(running) > 1:
+        ready, _ = ray.wait(running, num_returns=len(running), timeout=BEHIND)
+    return ready
+
 
 class HostWorker:
     """Keeps a ComfyUI, and runs workflows in it; an actor."""
@@ -110,11 +121,7 @@ class RayWorkers:
         self.running[self.actors[worker].run.remote(job.graph)] = worker
 
     def ended(self, seconds: float) -> list[Ended]:
-        waited = list(self.running)
-        ready, _ = ray.wait(waited, num_returns=1, timeout=seconds)
-        if ready and len(waited) > 1:
-            ready, _ = ray.wait(waited, num_returns=len(waited), timeout=0)
-        return [self._of(reference) for reference in ready]
+        return [self._of(reference) for reference in those_ended(list(self.running), seconds)]
 
     def _of(self, reference) -> Ended:
         worker = self.running.pop(reference)

@@ -31,12 +31,14 @@ class Sleepers:
     def __init__(self, count: int, actors: int, loss: float):
         import ray
 
+        from .on_ray import those_ended
+
         class Sleeper:
             async def run(self, seconds: float, lost: bool) -> bool:
                 await asyncio.sleep(seconds)
                 return lost
 
-        self.ray = ray
+        self.ray, self.those_ended = ray, those_ended
         ray.init("local", num_cpus=max(actors, os.cpu_count() or 1), log_to_driver=False, include_dashboard=False)
         remote = ray.remote(Sleeper).options(num_cpus=0.1, max_concurrency=count // actors + 1)
         self.actors = [remote.remote() for _ in range(actors)]
@@ -54,9 +56,7 @@ class Sleepers:
         self.running[actor.run.remote(seconds, self.random.random() < self.loss)] = worker
 
     def ended(self, seconds: float) -> list[Ended]:
-        waited = list(self.running)
-        ready, _ = self.ray.wait(waited, num_returns=1, timeout=seconds)
-        ready, _ = self.ray.wait(waited, num_returns=len(waited), timeout=0)
+        ready = self.those_ended(list(self.running), seconds)
         lost = self.ray.get(ready)
         return [
             Ended(self.running.pop(reference), lost=gone, error="lost" if gone else "")
