@@ -14,11 +14,13 @@ demo: $(VENV)/ready
 bench: $(VENV)/tools
 	$(VENV)/bin/python -m flowcache_core.lab.bench --out out/bench --pictures docs
 	$(VENV)/bin/python tests/host/bench_host.py --out out/bench
+	$(VENV)/bin/python -m flowcache_core.lab.throughput --out out/bench
 	$(VENV)/bin/python -m flowcache_core.lab.table --report out/bench/report.json
 
 bench-smoke: $(VENV)/tools
 	$(VENV)/bin/python -m flowcache_core.lab.bench --smoke --out out/bench_smoke
 	$(VENV)/bin/python tests/host/bench_host.py --out out/bench_smoke --chunks 2 --pairs 1
+	$(VENV)/bin/python -m flowcache_core.lab.throughput --out out/bench_smoke --videos 2 --chunks 1 --pairs 1
 
 scale: $(VENV)/tools
 	$(VENV)/bin/python -m flowcache_core.lab.scale --out out/scale --docs docs

@@ -43,7 +43,7 @@ COLUMNS = (
 
 def table(report: dict) -> str:
     """Markdown: aims and whether they were reached, and folded away what was measured on and every figure."""
-    of_parts = (_long_run, _short, _cut, _compiled, _host)
+    of_parts = (_long_run, _short, _cut, _compiled, _host, _throughput)
     parts = [_machine(report), *_points(report), *(part(report) for part in of_parts)]
     figures = "\n\n".join(part for part in parts if part)
     return f"{_aims(report)}\n\n<details>\n<summary>Every figure</summary>\n\n{figures}\n\n</details>"
@@ -215,6 +215,18 @@ def _host(report: dict) -> str:
     return (
         f"**In ComfyUI, on its own path (SamplerARVideo, {host['steps']} steps, {host['chunks']} chunks)**\n\n"
         + markdown(("node", "setting", "faster", "seconds", "PSNR, dB"), cells)
+    )
+
+
+def _throughput(report: dict) -> str:
+    found = report.get("throughput")
+    if not found:
+        return ""
+    one, both = (sorted(seconds)[len(seconds) // 2] for seconds in found["seconds"])
+    return (
+        f"**Many videos ({found['videos']} of {found['chunks']} chunks, ComfyUI on the processor, a thread a worker, "
+        f"{found['processors']} cores)**: {found['workers']} workers make {found['ratio']:.2f} times as many as one "
+        f"({both:.1f} s instead of {one:.1f} s)"
     )
 
 

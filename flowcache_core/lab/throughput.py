@@ -1,0 +1,137 @@
+"""How many videos two workers make in the time of one: `python -m flowcache_core.lab.throughput`.
+
+The workers are those of the command batch, on Ray: a ComfyUI each, on the processor, with one thread. Both are there
+all the time, with the demo model loaded; runs with one and with both alternate. Adds "throughput" to report.json.
+"""
+
+import argparse
+import json
+import os
+import statistics
+import tempfile
+import time
+from collections.abc import Callable, Hashable, Sequence
+from pathlib import Path
+
+from ..batch.command import default_host
+from ..batch.dispatch import Ended, Tally, Workers, dispatch
+from ..batch.host import HostSettings
+from ..batch.jobs import Job
+from ..batch.manifest import Manifest
+from ..errors import UserError
+from ..storage.files import write_whole
+from .comfy import Graph
+
+DEMO = "demo model (ships with FlowCache)"
+STEPS = 16
+
+
+class Some:
+    """The first so many of some workers."""
+
+    def __init__(self, workers: Workers, count: int):
+        self.workers, self.count = workers, count
+        self.begin, self.ended, self.replace = workers.begin, workers.ended, workers.replace
+
+    def names(self) -> Sequence[Hashable]:
+        """Those who are there."""
+        return self.workers.names()[: self.count]
+
+
+def video(seed: int, chunks: int) -> dict:
+    """A workflow of the demo model whose latents are saved; a worker has its model after the first one."""
+    graph = Graph()
+    model = graph.add("FlowCacheLoadARVideoModel", model_name=DEMO, family="auto", weight_type="default"), 0
+    texts = [(graph.add("FlowCacheDemoPrompt", caption=caption), 0) for caption in ("a red circle", "")]
+    node = graph.add(
+        "FlowCacheAutoregressiveExtend", model=model, positive=texts[0], negative=texts[1], seed=seed, chunks=chunks,
+        steps=STEPS, guidance=0.0, frames_per_chunk=0, lag=-1, width=0, height=0,
+    )  # fmt: skip
+    graph.add("SaveLatent", samples=(node, 0), filename_prefix="throughput")
+    return dict(graph)
+
+
+def seconds_of(workers: Workers, graphs: Sequence[dict], folder: Path) -> float:
+    """How long some workers take for all of some workflows.
+
+    Raises:
+        UserError: one of them failed.
+    """
+    jobs = [Job(number, graph, f"{number:016x}", DEMO) for number, graph in enumerate(graphs, start=1)]
+    manifest, tally = Manifest(folder, len(jobs)), Tally(len(jobs))
+    why: list[str] = []
+
+    def take(job: Job, ended: Ended) -> dict:
+        if not ended.files:
+            why.append("a video came without its file")
+        return {}
+
+    begun = time.perf_counter()
+    dispatch(jobs, workers, manifest, tally, take)
+    took = time.perf_counter() - begun
+    manifest.close()
+    if tally.done < len(jobs) or why:
+        raise UserError(f"{len(jobs) - tally.done} of {len(jobs)} videos failed: {manifest.path.read_text()[-500:]}")
+    return took
+
+
+def measure(workers: Workers, videos: int, chunks: int, pairs: int, folder: Path, told: Callable[[str], None]) -> dict:
+    """Times one worker and all of them, in alternation, each video with a seed of its own.
+
+    Returns:
+        Seconds of each run, and the ratio of their medians.
+    """
+    seeds = iter(range(1, 10**6))
+    every = len(workers.names())
+    seconds: dict[int, list[float]] = {1: [], every: []}
+
+    def run(count: int, how_many: int) -> float:
+        graphs = [video(next(seeds), chunks) for _ in range(how_many)]
+        return seconds_of(Some(workers, count), graphs, folder / str(next(seeds)))
+
+    run(every, every)  # loads the models
+    for pair in range(pairs):
+        for count, found in seconds.items():
+            found.append(run(count, videos))
+            told(f"{videos} videos, {count} worker{'s' if count > 1 else ''}, run {pair + 1}: {found[-1]:.1f} s")
+    one, both = (statistics.median(found) for found in seconds.values())
+    return {"workers": every, "videos": videos, "chunks": chunks, "steps": STEPS, "seconds": list(seconds.values()),
+            "ratio": round(one / both, 3)}  # fmt: skip
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """Measures, or says in one line why it cannot."""
+    parser = argparse.ArgumentParser(prog="python -m flowcache_core.lab.throughput", description=__doc__.split("\n")[0])
+    parser.add_argument("--out", type=Path, default=Path("out/bench"), help="of report.json (default: %(default)s)")
+    parser.add_argument("--videos", type=int, default=8, help="of each run (default: %(default)s)")
+    parser.add_argument("--chunks", type=int, default=4, help="of a video (default: %(default)s)")
+    parser.add_argument("--pairs", type=int, default=3, help="runs with one and with both (default: %(default)s)")
+    options = parser.parse_args(arguments)
+    host = default_host()
+    if not (host / "main.py").exists():
+        print(f"Throughput is not measured: there is no ComfyUI at {host}; set COMFYUI_PATH.")
+        return
+    try:
+        from ..batch.on_ray import RayWorkers
+    except UserError as error:
+        print(f"Throughput is not measured. {error}")
+        return
+    with tempfile.TemporaryDirectory() as folder:
+        settings = HostSettings(host.resolve(), Path(folder) / "runs", ("--cpu",))
+        workers = RayWorkers(settings, 2, threads=1)
+        try:
+            found = measure(workers, options.videos, options.chunks, options.pairs, Path(folder), print)
+        finally:
+            workers.close()
+    path = options.out / "report.json"
+    report = json.loads(path.read_text()) if path.exists() else {}
+    report["throughput"] = found | {"processors": os.cpu_count()}
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_whole(path, lambda partial: partial.write_text(json.dumps(report, indent=1) + "\n"))
+    print(
+        f"2 workers with one thread each make {found['ratio']:.2f} times as many videos as 1 ({os.cpu_count()} cores)"
+    )
+
+
+if __name__ == "__main__":
+    main()
