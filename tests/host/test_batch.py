@@ -15,7 +15,7 @@ from tests.helpers.paths import ROOT
 
 pytest.importorskip("ray", reason="no Ray: pip install 'flowcache[ray]'")
 
-CHUNKS = 10
+CHUNKS = 6
 
 
 def workflow() -> dict:

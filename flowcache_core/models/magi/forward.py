@@ -473,13 +473,15 @@ def magi_forward(
 ) -> tuple[Policy, MagiForward]:
     """Makes a run's forward, with its memory planned and allocated, and says when it will be asked. Arguments are those
     of `magi_engine`."""
+    own_budget = settings.history.budget  # what `magi_settings` sets where there is none is no cut
     settings = magi_settings(settings, sampling, schedule)
     policy, report = settings.reuse.policy(schedule), Report(schedule)
     report.notes += idle_notes(settings.reuse, schedule)
     itemsize, at_once = backbone.network.dtype.itemsize, not by_chunk(backbone)
     plan = magi_plan(backbone.config, schedule, settings, sampling, shape, itemsize, at_once)
     plan = placed(replace(plan, network=backbone.sizes), device, beside)  # one of several processes has a part of it
-    report.notes += uncut_notes(settings, schedule, joint=False, at_once=plan.kind == "shared")
+    if own_budget is not None:
+        report.notes += uncut_notes(settings, schedule, joint=False, at_once=plan.kind == "shared")
     forward = make(
         backbone, schedule, settings, plan, report, text, null,
         policy=policy, device=device, sampling=sampling, attention=counted(attention, report), loaded=loaded,
