@@ -124,6 +124,11 @@ class Host:
         ours = (PACK / "nodes" / "__init__.py").exists()
         there = self.settings.folder / "custom_nodes"
         packs = [one for one in there.iterdir() if not one.name.startswith((".", "_"))] if there.is_dir() else []
+        if not ours and not any((pack / "flowcache_core").is_dir() for pack in packs):
+            raise UserError(
+                f"FlowCache's nodes are not in {there}, and pip installs the engine alone: put the pack there, or run "
+                "the command in the pack's folder."
+            )
         for pack in packs:
             if not (ours and (pack / "flowcache_core").is_dir()):
                 (self.base / "custom_nodes" / pack.name).symlink_to(pack.resolve(), target_is_directory=pack.is_dir())

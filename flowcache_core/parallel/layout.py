@@ -13,13 +13,15 @@ from ..engine.guidance import WeightedGuidance
 from ..engine.loop import Engine
 from ..errors import UserError
 from ..history.cache import Attention
+from ..history.plan import NetworkSizes
 from ..history.snapshot import Snapshot, SnapshotDelta
 from ..settings import Settings
 from .branches import DividedBranches
+from .heads import head_scheme
 from .pipeline import OneByOne, PipelineBackbone, keep_layers
-from .ranks import Ranks
+from .ranks import Ranks, shares
 from .team import Team
-from .ulysses import UlyssesBackbone
+from .ulysses import UlyssesBackbone, sizes_of_part
 
 Scheme = Literal["ulysses", "pipeline"]
 SCHEMES: tuple[Scheme, ...] = ("ulysses", "pipeline")
@@ -201,6 +203,16 @@ def _joined(parts: Sequence[tuple[Part, Snapshot]]) -> Snapshot:
     dim = 0 if parts[0][0].layers is not None else 2
     every = [list(tensors) for tensors in zip(*(snapshot for _, snapshot in parts), strict=True)]
     return Snapshot(*(tensors[0] if not tensors[0].numel() else torch.cat(tensors, dim) for tensors in every))
+
+
+def planned_part(sizes: NetworkSizes, scheme: Scheme, processes: int, branches: int) -> tuple[NetworkSizes, int]:
+    """What the first of so many processes will have of a network and of its branches, before there are any of them."""
+    if scheme == "pipeline":
+        layers = len(shares(sizes.layers, processes)[0])
+        return replace(sizes, layers=layers, text_width=sizes.text_width // sizes.layers * layers), branches
+    groups = 2 if branches == 2 and processes % 2 == 0 else 1
+    ranks = processes // groups
+    return (sizes_of_part(sizes, head_scheme(sizes.kv_heads, ranks), 0) if ranks > 1 else sizes), branches // groups
 
 
 def agreed(values: Sequence[Tensor], parallel: Parallel) -> list[Tensor]:

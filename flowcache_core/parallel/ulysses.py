@@ -43,14 +43,7 @@ class UlyssesBackbone(WrappedBackbone):
     @property
     def sizes(self) -> NetworkSizes:
         """Of this process's part: its heads, and 1/P of the tokens inside the blocks."""
-        sizes, held = self.inner.sizes, len(self.scheme.of(self.ranks.rank))
-        return replace(
-            sizes,
-            heads=held * self.asked,
-            kv_heads=held,
-            dim=-(-sizes.dim // self.ranks.size),
-            inside=-(-sizes.inside // self.ranks.size),
-        )
+        return sizes_of_part(self.inner.sizes, self.scheme, self.ranks.rank)
 
     def embed(self, x: Tensor) -> Tensor:
         """Makes this process's tokens [B, T, S', dim] of a latent [B, C, T, H, W] that every process has.
@@ -153,6 +146,18 @@ class UlyssesBackbone(WrappedBackbone):
             for rank in range(self.ranks.size)
         ]
         return self.ranks.exchange(parts, shapes)
+
+
+def sizes_of_part(sizes: NetworkSizes, scheme: HeadScheme, rank: int) -> NetworkSizes:
+    """What of a network's sizes a process has: its heads, and 1/P of the tokens inside the blocks."""
+    held = len(scheme.of(rank))
+    return replace(
+        sizes,
+        heads=held * (sizes.heads // sizes.kv_heads),
+        kv_heads=held,
+        dim=-(-sizes.dim // scheme.ranks),
+        inside=-(-sizes.inside // scheme.ranks),
+    )
 
 
 def layer_numbers(scheme: HeadScheme, places: Sequence[range], rank: int, asked: int, width: int, tokens: int) -> int:

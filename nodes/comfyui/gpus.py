@@ -26,6 +26,7 @@ from ...flowcache_core.engine.build import RunSettings, build_engine
 from ...flowcache_core.engine.loop import Engine
 from ...flowcache_core.errors import UserError
 from ...flowcache_core.history.cache import Attention
+from ...flowcache_core.history.plan import NetworkSizes
 from ...flowcache_core.history.snapshot import Snapshot
 from .progress import say
 
@@ -67,9 +68,12 @@ def over_gpus(model: comfy.model_patcher.ModelPatcher, gpus: int, scheme: str) -
         UserError: there are fewer, or the model's loader did not say how another process loads it.
     """
     _loader(model)
+    processes = _processes(gpus)
+    if scheme == "branches" and processes % 2:
+        raise UserError(f"The scheme 'branches' halves the GPUs, and they are {processes}; take 'auto'.")
     clone = model.clone()
     options = clone.model_options.setdefault("transformer_options", {})
-    options[GPUS] = Division(_processes(gpus), scheme)
+    options[GPUS] = Division(processes, scheme)
     clone.remove_callbacks_with_key(CallbacksMP.ON_DETACH, GPUS)
     clone.add_callback_with_key(CallbacksMP.ON_DETACH, GPUS, _detached)
     return clone
@@ -121,6 +125,23 @@ def _loader(model: comfy.model_patcher.ModelPatcher) -> tuple[Callable, tuple]:
             "with Load AR Video Model (FlowCache) or Load Diffusion Model."
         )
     return loader
+
+
+def planned_share(sizes: NetworkSizes, branches: int, model_options: Mapping) -> tuple[NetworkSizes, int, bool]:
+    """What of a network and of its branches a run has memory for here, and whether its chunks may go through together.
+
+    Args:
+        sizes, branches: of the whole.
+        model_options: of the run.
+    """
+    division = division_of(model_options)
+    if division is None:
+        return sizes, branches, True
+    from ...flowcache_core.parallel.layout import planned_part
+
+    scheme, divisible = divided_as(division.scheme, branches)
+    here, own = planned_part(sizes, scheme, division.processes, divisible)
+    return here, branches if divisible != branches else own, scheme != "pipeline"
 
 
 class Pool:

@@ -175,8 +175,11 @@ class MagiSampler(host.ChunkSampler):
         """Works out what a run takes of the device's memory beside the network's weights."""
         network = guider.model_patcher.model.diffusion_model
         kept = magi_settings(settings, self.sampling, self.schedule)
-        plan = magi_plan(network.config, self.schedule, kept, self.sampling, noise.shape, network.dtype.itemsize)
-        return plan.device_bytes
+        sizes, _, together = gpus.planned_share(network.config.sizes, 1, guider.model_options)
+        plan = magi_plan(
+            network.config, self.schedule, kept, self.sampling, noise.shape, network.dtype.itemsize, together
+        )
+        return replace(plan, network=sizes).device_bytes
 
 
 def extend(model: comfy.model_patcher.ModelPatcher, asked: Extension, steps: int, guidance: float) -> Extended:

@@ -38,7 +38,7 @@ from ...flowcache_core.settings import OFF, Settings
 from ...flowcache_core.storage.calibrations import calibration_path, load_calibration
 from .captions import at_once
 from .checks import adapt_others, check_finite
-from .gpus import division_of
+from .gpus import division_of, planned_share
 from .guider import FAMILY, RUN, text_tokens
 from .levels import check_flow, time_step_note
 from .native import NativeRun
@@ -298,17 +298,18 @@ def planned_bytes(
     """
     model = guider.model_patcher.model
     backbone = WanBackbone(model.diffusion_model)
+    sizes, branches, together = planned_share(backbone.sizes, branches_of(guider), guider.model_options)
     plan = plan_memory(
-        replace(backbone.sizes, text_tokens=text_tokens(guider)),
+        replace(sizes, text_tokens=text_tokens(guider)),
         schedule,
         settings,
         settings.reuse.policy(schedule),
         grid=backbone.grid(*chunk[3:]),
         chunk_frames=chunk[2],
         batch=chunk[0],
-        branches=branches_of(guider),
+        branches=branches,
         itemsize=compute_dtype(model).itemsize,
-        at_once=at_once,
+        at_once=at_once and together,
         given=(lead, 0),
     )
     if seeing == "causal":

@@ -87,3 +87,9 @@ def test_no_server_is_left_behind(tmp_path, killed):
 def test_a_folder_without_comfyui_is_refused(tmp_path):
     with pytest.raises(UserError, match="There is no ComfyUI at"):
         Host(HostSettings(tmp_path, tmp_path / "runs"))
+
+
+def test_an_engine_without_the_nodes_says_so(tmp_path, monkeypatch):
+    monkeypatch.setattr("flowcache_core.batch.host.PACK", tmp_path)  # as pip installs it
+    with pytest.raises(UserError, match="put the pack there, or run the command in the pack's folder"):
+        Host(HostSettings(PRETENDED, tmp_path / "runs"))

@@ -5,6 +5,7 @@ import torch
 from torch import Tensor
 
 from flowcache_core.parallel.heads import HeadScheme, head_scheme
+from flowcache_core.parallel.layout import planned_part
 from flowcache_core.parallel.ranks import shares
 from flowcache_core.parallel.ulysses import layer_numbers
 from tests.helpers.divided import CONFIG, PIPED, RUNS, branches_of, divided, every_run, network
@@ -94,3 +95,13 @@ def test_the_scheme_that_wastes_less_is_taken():
         held = [head for rank in range(0, ranks, scheme.group) for head in scheme.of(rank)]
         assert held == list(range(heads))
         assert all(rank in scheme.asks_for(other) for rank in range(ranks) for other in scheme.answers(rank))
+
+
+def test_memory_is_planned_for_the_part_that_a_process_will_have():
+    sizes = CONFIG.sizes
+    half, branches = planned_part(sizes, "ulysses", 4, 2)  # groups of two, each with a branch
+    assert branches == 1 and half.kv_heads == -(-sizes.kv_heads // 2) and half.inside == sizes.inside // 2
+    assert planned_part(sizes, "ulysses", 2, 2) == (sizes, 1)
+    assert planned_part(sizes, "ulysses", 2, 1)[0].kv_heads == -(-sizes.kv_heads // 2)
+    piped, branches = planned_part(sizes, "pipeline", 2, 2)
+    assert branches == 2 and piped.layers == -(-sizes.layers // 2) and piped.inside == sizes.inside
