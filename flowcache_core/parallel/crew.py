@@ -25,6 +25,7 @@ from .team import BEAT, HELD_UP, LOST, Team
 
 HERE = "127.0.0.1"
 MEETING = timedelta(seconds=60)  # that all of them may take to meet, when each has said that it is there
+LEAVING = threading.Lock()  # whoever finds that one is gone, and whoever ends all for it, may come at one time
 STARTING = 300.0  # seconds that a process may take to say that it is there, or has done what it was told
 
 
@@ -128,6 +129,8 @@ class Crew:
         try:
             with self.held():
                 yield
+            if self.lost is not None:  # what came of it is nothing
+                raise ConnectionError(self.lost)
         except BaseException as error:
             raise self._given_up(error) from error
 
@@ -213,18 +216,21 @@ def over(how: str) -> str:
 def join(store: dist.Store, rank: int, size: int, device: torch.device) -> Team:
     """Makes this process one of a team."""
     backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
+    # Torch would end the whole program where a GPU of another process is gone; here that is seen by other means.
+    os.environ.update(TORCH_NCCL_ASYNC_ERROR_HANDLING="0", TORCH_NCCL_ENABLE_MONITORING="0")
     dist.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=HELD_UP)
     return Team(rank, size, device)
 
 
 def leave(device: torch.device) -> None:
     """Lets go of a team that may have lost members."""
-    if not dist.is_initialized():
-        return
-    if device.type == "cuda":
-        dist.distributed_c10d._abort_process_group()
-    else:
-        dist.destroy_process_group()
+    with LEAVING:
+        if not dist.is_initialized():
+            return
+        if device.type == "cuda":
+            dist.distributed_c10d._abort_process_group()
+        else:
+            dist.destroy_process_group()
 
 
 class Orders:

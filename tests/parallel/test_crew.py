@@ -68,6 +68,13 @@ def test_why_one_has_failed_is_told_whatever_is_noticed_first(crew):
         raise RuntimeError("Connection closed by peer")
 
 
+def test_work_that_seems_done_without_one_is_not(crew):
+    with pytest.raises(UserError, match="Process 1 has ended .code -9."), crew.section():
+        process_of(crew).kill()
+        while crew.lost is None:  # a GPU goes on with whatever is there
+            time.sleep(0.01)
+
+
 def test_what_ends_a_piece_of_work_half_way_ends_all(crew):
     with pytest.raises(KeyError, match="here"), crew.section():
         raise KeyError("here")
