@@ -9,7 +9,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from tests.helpers.host.graph import Graph, fails, native, random_network, sample, write_network
+from tests.helpers.host.graph import Graph, custom, fails, native, random_network, sample, write_network
 from tests.helpers.host.magi_models import write_network as write_magi
 from tests.helpers.host.videos import frames_of
 from tests.host.test_extend import extend
@@ -79,6 +79,17 @@ def continued(gpus: int):
     return graph, extend(graph, model=model, guidance=3.0, state=(first, 1))
 
 
+def by_the_hosts_sampler(gpus: int):
+    """A graph in which AR Sampler goes through the host's own nodes, and its sampling node."""
+    graph, node = video(gpus)
+    inputs = graph[node]["inputs"]
+    model, positive, negative = (tuple(inputs[name]) for name in ("model", "positive", "negative"))
+    guider = graph.add("CFGGuider", model=model, positive=positive, negative=negative, cfg=2.0)
+    noise = graph.add("RandomNoise", noise_seed=5)
+    sampler = graph.add("FlowCacheARSampler", frames_per_chunk=2, lag=4, solver="euler", attention="causal")
+    return graph, custom(graph, model, (guider, 0), (noise, 0), (sampler, 0), frames=4, steps=4)
+
+
 RUNS = {
     "plain": lambda gpus: video(gpus),
     "lora": lambda gpus: video(gpus, lora=True),
@@ -86,6 +97,7 @@ RUNS = {
     "guidance, tokens alone": lambda gpus: video(gpus, guidance=3.0, scheme="ulysses"),
     "several active, budget": lambda gpus: video(gpus, chunks=4, lag=2, budget=1),
     "from a state": continued,
+    "AR Sampler": by_the_hosts_sampler,
     "layers": lambda gpus: video(gpus, guidance=3.0, lag=2, scheme="pipeline"),
     "rolling": lambda gpus: video(gpus, family="rolling", lag=1),
     "joint": lambda gpus: video(gpus, family="skyreels", attention="joint", lag=1),
