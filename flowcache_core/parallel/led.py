@@ -9,7 +9,7 @@ from collections import deque
 from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -24,12 +24,6 @@ from ..models.magi.network import MagiText
 from ..schedule import Given
 from .crew import Crew
 from .layout import Parallel, agreed
-
-
-class Ends(Protocol):
-    """A network's calls by the process that makes the run, or by one that follows."""
-
-    def __call__(self, steps: Sequence[Step], branches: Sequence[Hashable], texts: Texts) -> list[Tensor]: ...
 
 
 class DividedNetwork:

@@ -28,6 +28,7 @@ from ...flowcache_core.errors import UserError
 from ...flowcache_core.history.cache import Attention
 from ...flowcache_core.history.plan import NetworkSizes
 from ...flowcache_core.history.snapshot import Snapshot
+from .checks import COMPILE
 from .progress import say
 
 if TYPE_CHECKING:  # a run on one GPU imports nothing of it
@@ -36,7 +37,7 @@ if TYPE_CHECKING:  # a run on one GPU imports nothing of it
 
 GPUS = "flowcache_gpus"  # key of a `Division` in transformer_options, and of our callback on a model
 SCHEMES = ("auto", "ulysses", "pipeline", "branches")
-HEEDED = ("flowcache_compile", "rope_options")  # in transformer_options, by what runs the network
+HEEDED = (COMPILE, "rope_options")  # in transformer_options, by what runs the network
 PACKAGE = __package__.removesuffix(".nodes.comfyui")
 WORKER = Path(__file__).with_name("gpu_worker.py")
 ON_CPU = (
@@ -357,7 +358,9 @@ def branches_here(parallel: "Parallel", branches: int) -> int:
 
 
 @contextmanager
-def led(guider, model_options: Mapping, family: str, branches: int, settle: Callable[[], None]) -> Iterator[Led | None]:
+def led(
+    guider, model_options: Mapping, family: str, branches: int, settle: Callable[[], None], frame_rate: int = 24
+) -> Iterator[Led | None]:
     """Has workers ready for a run that wants them, and lets go of what they held of it; None for any other run, of
     which none are left.
 
@@ -367,6 +370,7 @@ def led(guider, model_options: Mapping, family: str, branches: int, settle: Call
         family: of the model.
         branches: of guidance; those of MAGI-1 share a history, so they count as one.
         settle: does what was begun with the workers, before they forget the run.
+        frame_rate: that SkyReels-V2 is told.
     """
     division = division_of(model_options)
     if division is None:
@@ -376,7 +380,7 @@ def led(guider, model_options: Mapping, family: str, branches: int, settle: Call
     options = model_options["transformer_options"]
     _check(guider, options)
     key = divided_as(division.scheme, branches)
-    crew = POOL.take(guider.model_patcher, division.processes, family, options.get("flowcache_fps", 24))
+    crew = POOL.take(guider.model_patcher, division.processes, family, frame_rate)
     POOL.running = True
     try:
         yield Led(crew, key, POOL.parallel(crew, key), branches, options)

@@ -20,7 +20,7 @@ from . import gpus
 from . import patch as host
 from .captions import ChunkCaptions
 from .checks import adapt_others, check_finite, cut_into_chunks, short_note
-from .guider import RUN, GuiderGuidance, is_plain_sum, start_image, text_tokens
+from .guider import FPS, RUN, GuiderGuidance, is_plain_sum, start_image, text_tokens
 from .levels import check_flow, time_step_note
 from .listener import RunListener
 from .progress import say
@@ -81,7 +81,8 @@ class ARSampler(host.ChunkSampler):
         cut = self.cut(noise, options)
         self._check_end(levels, cut.chunks)
         family, branches = host.family_of(guider.model_patcher), host.branches_of(guider)
-        with gpus.led(guider, options, family, branches, self.listener.settle) as led:
+        frame_rate = options.get("transformer_options", {}).get(FPS, 24)
+        with gpus.led(guider, options, family, branches, self.listener.settle, frame_rate) as led:
             call = SamplerCall(self, guider, options, levels, seed, noise, latent_image, callback, cut, led)
             return self._run(call, patch, notes)
 
