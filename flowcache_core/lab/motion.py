@@ -3,7 +3,6 @@ where chunks meet, and whether its colours drift."""
 
 import numpy as np
 import torch
-from skimage.registration import optical_flow_tvl1
 from torch import Tensor
 
 from .likeness import CHUNK_PIXEL_FRAMES, Spread
@@ -18,6 +17,8 @@ def flows(video: Tensor) -> list[np.ndarray]:
         A clip each [pairs, 2, H, W], pixels a frame: from one frame to the next in the middle of every second chunk,
         as a pair takes 0.05 s.
     """
+    from skimage.registration import optical_flow_tvl1
+
     grey = ((video.float().mean(dim=1) + 1) / 2).numpy()
     middles = range(CHUNK_PIXEL_FRAMES // 2, grey.shape[1] - 1, 2 * CHUNK_PIXEL_FRAMES)
     return [np.stack([optical_flow_tvl1(clip[at], clip[at + 1]) for at in middles]) for clip in grey]

@@ -13,6 +13,7 @@ from pathlib import Path
 from ..errors import UserError
 from ..report import megabytes
 from ..storage.files import write_whole
+from . import packages
 from .aims import aims, at
 from .markdown import markdown
 from .methods import FEWER, OURS, THRESHOLDS
@@ -51,7 +52,7 @@ LOOKS = {
 
 def table(report: dict) -> str:
     """Markdown: aims and whether they were reached, and folded away what was measured on and every figure."""
-    of_parts = (_long_run, _short, _cut, _compiled, _host)
+    of_parts = (_packages, _long_run, _short, _cut, _compiled, _host)
     parts = [_machine(report), *_points(report), *(part(report) for part in of_parts)]
     figures = "\n\n".join(part for part in parts if part)
     return f"{_aims(report)}\n\n<details>\n<summary>Every figure</summary>\n\n{figures}\n\n</details>"
@@ -219,6 +220,10 @@ def _short(report: dict) -> str:
     return f"**A history of {short['budget']} clean chunks, {short['chunks']} chunks long**\n\n" + markdown(
         names, cells
     )
+
+
+def _packages(report: dict) -> str:
+    return packages.table(report["peers"]) if "peers" in report else ""
 
 
 def _host(report: dict) -> str:
