@@ -69,7 +69,7 @@ class AutoregressiveExtend(io.ComfyNode):
             if latent is not None and latent.get("noise_mask") is not None
         ]
         notes += rounded_notes(8, 0, width=width, height=height)
-        model, missing = host.with_family(model, family)
+        model, missing = host.with_family(model, family, cls.hidden)
         notes += missing
         prefix, end = (None if latent is None else latent["samples"] for latent in (prefix, end))
         image = model.model_options.get("transformer_options", {}).get("ar_config", {}).get("initial_latent")

@@ -3,6 +3,7 @@ a count of the guider's calls, a clock that jumps, a step that fails, a count of
 
 import gc
 import os
+import sys
 import time
 from collections import Counter
 from functools import wraps
@@ -11,6 +12,7 @@ import comfy.samplers
 import comfy.sd
 import comfy.supported_models_base
 import comfy.text_encoders.genmo
+import folder_paths
 import torch
 
 from .patches import Patched
@@ -45,6 +47,24 @@ class Untold:
 
     def make(self, model):
         model = model.clone()
+        model.cached_patcher_init = None
+        return (model,)
+
+
+class GGUFLoader:
+    """As ComfyUI-GGUF's loader leaves a model: its prompt names a .gguf file, the model does not, and the frame-rate
+    layers are gone. The weights come from a safetensors file; `packages` is a folder with the gguf package."""
+
+    INPUT_TYPES = classmethod(
+        lambda cls: {"required": {"unet_name": ("STRING", {}), "weights": ("STRING", {}), "packages": ("STRING", {})}}
+    )
+    RETURN_TYPES = ("MODEL",)
+    FUNCTION = "make"
+    CATEGORY = "test"
+
+    def make(self, unet_name: str, weights: str, packages: str):
+        sys.path.append(packages)
+        model = comfy.sd.load_diffusion_model(folder_paths.get_full_path_or_raise("diffusion_models", weights))
         model.cached_patcher_init = None
         return (model,)
 
@@ -210,6 +230,7 @@ comfy.samplers.sampling_function = counted(comfy.samplers.sampling_function)
 NODE_CLASS_MAPPINGS = {
     "TestCaption": Caption,
     "TestUntold": Untold,
+    "TestGGUFLoader": GGUFLoader,
     "TestSmallT5": SmallT5,
     "TestSeeEveryStep": SeeEveryStep,
     "TestLatentAs": LatentAs,
