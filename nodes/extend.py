@@ -49,6 +49,7 @@ class AutoregressiveExtend(io.ComfyNode):
                 io.Latent.Output(display_name="latent"),
                 StateType.Output(display_name="state"),
                 ReportType.Output(display_name="report"),
+                io.String.Output(display_name="prompts"),
             ],
             found_by=("long video", "extend video", "autoregressive", "video continuation", "infinite video"),
             hidden=[io.Hidden.unique_id, io.Hidden.prompt, io.Hidden.extra_pnginfo],
@@ -108,4 +109,4 @@ class AutoregressiveExtend(io.ComfyNode):
 def _output(result: Extended) -> io.NodeOutput:
     # Not among "images": the page would put a player over the live preview, and the stream's node has the video.
     shown = None if result.video is None else {"video": result.video.results}
-    return io.NodeOutput({"samples": result.latent}, result.state, result.report, ui=shown)
+    return io.NodeOutput({"samples": result.latent}, result.state, result.report, result.report.prompts, ui=shown)

@@ -12,7 +12,7 @@ import comfy.model_patcher
 import torch
 from torch import Tensor
 
-from ...flowcache_core.engine.loop import Progress
+from ...flowcache_core.engine.loop import Boundary, Progress
 from ...flowcache_core.errors import UserError
 from ...flowcache_core.history.snapshot import Snapshot
 from ...flowcache_core.models.magi.config import magi_usual
@@ -36,11 +36,12 @@ from ...flowcache_core.storage.state import State
 from . import patch as host
 from .captions import ChunkCaptions, embedding_of
 from .checks import adapt_others, check_finite
-from .extend import Extended, Extension, Layout, carry_out, chunk_shape, kept_run, latents_held, run_guider
+from .extend import Extended, Extension, Layout, carry_out, chunk_shape, kept_run, latents_held, run_guider, with_live
 from .finished import FinishedChunks
 from .guider import FUNCTIONS, WRAPPERS, fitted, host_attention
 from .listener import RunListener
 from .model_patches import unheeded_by_magi
+from .steering import Steering
 
 PROMPT = "flowcache_magi"  # key of a `Prompt` in a conditioning
 
@@ -93,6 +94,7 @@ class MagiSampler(host.ChunkSampler):
         kept: how the run is kept on disk, see `MagiForward`.
         beside: bytes of latents that the caller will hold in the end.
         listener: is told of the run.
+        may_stop: whether it may end the run.
     """
 
     schedule: ChunkSchedule
@@ -103,6 +105,7 @@ class MagiSampler(host.ChunkSampler):
     kept: Kept
     beside: int
     listener: RunListener
+    may_stop: bool = False
     chunk_frames: int = CHUNK_FRAMES
 
     def sample(
@@ -131,6 +134,11 @@ class MagiSampler(host.ChunkSampler):
                 shown = engine.advanced[0].estimate()
                 callback(told.tick - 1, shown, shown, told.ticks)
 
+        def steer(ahead: Boundary) -> bool:
+            report, seed = engine.report, self.seed
+            steering = Steering(guider, captions, noise, latent_image, seed, schedule, report)
+            return self.listener.steer(ahead, steering)
+
         engine = magi_engine(
             fitted(MagiBackbone(network, attention), options["transformer_options"]),
             schedule,
@@ -148,6 +156,7 @@ class MagiSampler(host.ChunkSampler):
             beside=self.beside,
             on_progress=progress,
             cancelled=interrupted,
+            steer=steer if self.may_stop else None,
         )
         engine.report.settings = patch.label
         engine.report.notes += [*patch.notes, *notes]
@@ -175,6 +184,7 @@ def extend(model: comfy.model_patcher.ModelPatcher, asked: Extension, steps: int
     """
     model = host.patched_or_off(model)
     settings, config = host.patch_on(model.model_options).settings, model.model.diffusion_model.config
+    asked = with_live(asked, steered=True)
     name, state = model_name(model), asked.state
     check_negative(asked.negative)
     usual_steps, usual_size = magi_usual(config)
@@ -209,6 +219,7 @@ def extend(model: comfy.model_patcher.ModelPatcher, asked: Extension, steps: int
             kept="" if asked.resume is None else "whole" if earlier is None else "added",
             beside=latents_held(layout, asked.stream),
             listener=finished,
+            may_stop=asked.live is not None,
         )
         run_guider(model, asked, sampler, sigmas(steps), shape, left.ticks)
 

@@ -1,0 +1,319 @@
+"""Captions that change while a run goes on: what Live Prompt gives, the run that takes it, and who finds that run.
+
+A caption waits in a box of one place, which the run looks into between two ticks, in its own thread. There it is
+encoded as well, when the first chunk that shows it begins.
+"""
+
+import time
+from collections import Counter
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from threading import Lock
+from typing import Any
+
+from comfy.model_management import InterruptProcessingException
+from server import PromptServer
+from torch import Tensor, isfinite
+
+from ...flowcache_core.engine.loop import Boundary
+from ...flowcache_core.errors import UserError, first_line, one_line, shortened
+from ...flowcache_core.prompts import Span
+from ...flowcache_core.report import Report
+from ...flowcache_core.timeline import Timeline
+from .captions import encoded, span_conditions
+from .steering import Steering
+
+LIVE = "flowcache_live"  # of a condition: a `LivePrompt`
+EVENT = "flowcache.live"  # what the page is told of a run
+REFUSED = "a caption was not taken"
+CHANGED = "captions that changed while it ran"
+
+
+@dataclass(frozen=True, repr=False)
+class LivePrompt:
+    """What Live Prompt hangs on its condition.
+
+    Attributes:
+        caption: that a run begins with.
+        blend: chunks over which a change is blended, where the change does not say.
+        node_id: of the node.
+        clip: the host's text encoder, or None for the demo's captions.
+        embedding: of the caption, [1, tokens, width].
+        said: beside it, by the encoder.
+    """
+
+    caption: str
+    blend: int
+    node_id: str
+    clip: Any
+    embedding: Tensor
+    said: dict = field(default_factory=dict)
+
+    @property
+    def conditioning(self) -> list:
+        """The host's, of this prompt."""
+        return [[self.embedding, self.said | {LIVE: self}]]
+
+
+def live_prompt(positive: list, negative: list, steered: bool) -> LivePrompt | None:
+    """Finds the Live Prompt of a run, if it has one.
+
+    Args:
+        steered: whether the run is one whose captions can change.
+
+    Raises:
+        UserError: it is there in a way that it cannot work.
+    """
+    if any(LIVE in more for _, more in negative):
+        raise UserError(
+            "A Live Prompt is connected as negative prompt, and works as the positive one; connect it there."
+        )
+    live = [(embedding, more[LIVE]) for embedding, more in positive if LIVE in more]
+    if not live:
+        return None
+    embedding, prompt = live[0]
+    if len(positive) > 1 or embedding is not prompt.embedding:
+        raise UserError(
+            "The Live Prompt is combined with another prompt, or another node has changed it; connect it straight to "
+            "Autoregressive Extend."
+        )
+    if not steered:
+        raise UserError(
+            "A Live Prompt needs chunks one after another and no given end, for what the last chunk shows is not known "
+            "yet; use attention 'causal' without an end, or another prompt node."
+        )
+    return prompt
+
+
+def determining_prompt(positive: list) -> list:
+    """A positive prompt as far as it tells one run from another."""
+    return [[embedding, {**more, LIVE: more[LIVE].caption} if LIVE in more else more] for embedding, more in positive]
+
+
+@dataclass(frozen=True)
+class Change:
+    """What a run shall be told: a caption and over how many chunks it is blended, or no caption."""
+
+    caption: str | None
+    blend: int | None = None
+    stop: bool = False
+
+
+class TooLate(Exception):
+    """All chunks of the run have begun."""
+
+
+class LiveRun:
+    """A run whose captions can be changed.
+
+    Args:
+        prompt: of the run.
+        prompt_id: the host's name of the run.
+        first, chunks: number of its first chunk, and of all chunks of the video.
+        timeline: what its chunks show, as far as is known.
+        keep: takes all captions so far, whenever they have changed.
+    """
+
+    def __init__(
+        self, prompt: LivePrompt, prompt_id: str, first: int, chunks: int, timeline: Timeline,
+        keep: Callable[[str], None] = lambda text: None,
+    ):  # fmt: skip
+        self.prompt, self.prompt_id, self.first, self.chunks = prompt, prompt_id, first, chunks
+        self.timeline, self.keep = timeline, keep
+        self.steered = False  # it was told something
+        self._lock = Lock()
+        self._box: Change | None = None
+        self._ahead = first  # the first chunk that has not begun
+        self._stops = False
+        self._shown = {prompt.caption: 1.0}
+        self._known = {prompt.caption: (prompt.embedding, prompt.said)}  # `encoded` of the captions that are shown
+        self._changes, self._seconds = 0, 0.0
+        self._told: Timeline | None = None
+
+    def post(self, change: Change) -> str:
+        """Takes a change, from another thread, in place of one that waits; says from which chunk it holds.
+
+        Raises:
+            UserError: a caption that cannot be shown.
+            TooLate: no chunk is left that could show it.
+        """
+        with self._lock:
+            said = []
+            if change.caption is not None:
+                if self._ahead >= self.chunks:
+                    raise TooLate
+                self.timeline.changed(self._ahead, change.caption, self._blend(change))
+                if self.prompt.clip is None:
+                    encoded(None, change.caption)  # knows few words
+                said.append(f"the caption holds from chunk {self._ahead + 1} of {self.chunks} on")
+            if change.stop:
+                self._stops = True
+                said.append("the run ends with the chunk that is finished next")
+            if change.caption is not None:
+                self._box = change
+            self.steered = True
+        return ", ".join(said)
+
+    def steer(self, ahead: Boundary, steering: Steering) -> bool:
+        """Is asked by the run between its ticks; True ends it."""
+        with self._lock:
+            change, self._box, self._ahead = self._box, None, ahead.chunk + ahead.begins
+        if change is not None:
+            self._take(change, ahead.chunk, steering.report)
+        if ahead.begins:
+            self._show(ahead.chunk, steering)
+            RUNS.open(self)  # from its second chunk on: frames that are given saw the caption of the first
+        return self._stops
+
+    def prompts(self, chunks: int) -> str:
+        """What the first chunks of the video show, as Prompts over Time."""
+        return self.timeline.until(chunks).text()
+
+    def tell(self, said: str, running: bool = True) -> None:
+        """Tells the page that queued the run."""
+        server = getattr(PromptServer, "instance", None)
+        client = getattr(server, "client_id", None)
+        if server is None or client is None:
+            return
+        told = {"node": self.prompt.node_id, "prompt_id": self.prompt_id, "running": running, "said": said}
+        if self.timeline is not self._told:
+            told["prompts"], self._told = self.prompts(self.chunks), self.timeline
+        server.send_sync(EVENT, told, client)
+
+    def _blend(self, change: Change) -> int:
+        return self.prompt.blend if change.blend is None else change.blend
+
+    def _take(self, change: Change, chunk: int, report: Report) -> None:
+        assert change.caption is not None
+        if chunk >= self.chunks:
+            self._refuse(report, f"it came when the last chunk had begun: {shortened(change.caption, 60)}")
+            return
+        try:
+            self.timeline = self.timeline.changed(chunk, change.caption, self._blend(change))
+        except UserError as error:
+            self._refuse(report, str(error))
+            return
+        self._changes += 1
+        self._note(report)
+        self.tell(f"from chunk {chunk + 1} of {self.chunks} on: {shortened(change.caption, 60)}")
+
+    def _show(self, chunk: int, steering: Steering) -> None:
+        """Has a chunk that begins show what is written for it."""
+        weights = dict(self.timeline.at(chunk))
+        said = f"chunk {chunk + 1} of {self.chunks} begins"
+        if weights != self._shown:
+            begun = time.perf_counter()
+            try:
+                new = self._encode(list(weights), steering)
+            except InterruptProcessingException:
+                raise
+            except Exception as error:  # a wrong caption, a full device: no reason to lose the run
+                self.timeline = self.timeline.until(chunk)
+                self._keep()
+                self._refuse(steering.report, one_line(first_line(error)))
+                return
+            ((embedding, more),) = span_conditions(Span(chunk, chunk, weights), self._known)
+            steering.show(chunk, embedding, more)
+            self._shown = weights
+            if new:
+                seconds = time.perf_counter() - begun
+                self._seconds += seconds
+                self._note(steering.report)
+                moved = "" if self.prompt.clip is None else ", moving the network out and back included"
+                said += f"; the caption was encoded in {seconds:.1f} s{moved}"
+        self.tell(said)
+
+    def _encode(self, captions: list[str], steering: Steering) -> bool:
+        """Makes the embeddings of captions known, and no others; says whether the encoder was needed."""
+        missing = [caption for caption in captions if caption not in self._known]
+        try:
+            found = {caption: encoded(self.prompt.clip, caption) for caption in missing}
+        finally:
+            if missing and self.prompt.clip is not None:
+                steering.bring_back()
+        for embedding, _ in found.values():
+            if not isfinite(embedding).all():
+                raise UserError("the encoder gave NaN or infinite values for it.")
+        known = self._known | found
+        self._known = {caption: known[caption] for caption in captions}
+        return bool(missing)
+
+    def _keep(self) -> None:
+        self.keep(self.timeline.text())
+
+    def _note(self, report: Report) -> None:
+        self._keep()
+        report.note(f"{CHANGED}: {self._changes}, encoded in {self._seconds:.1f} s", CHANGED)
+
+    def _refuse(self, report: Report, why: str) -> None:
+        report.note(f"{REFUSED}: {why}", REFUSED)
+        self.tell(f"{REFUSED}: {why}")
+
+
+class LiveRuns:
+    """The runs that take captions now, by the host's name of the run and the node."""
+
+    def __init__(self):
+        self._lock = Lock()
+        self._runs: dict[tuple[str, str], LiveRun] = {}
+        self._steered: Counter[str] = Counter()
+
+    @contextmanager
+    def of(self, run: LiveRun) -> Iterator[None]:
+        """Ends what `open` begins."""
+        try:
+            yield
+        finally:
+            with self._lock:
+                self._runs.pop((run.prompt_id, run.prompt.node_id), None)
+                if run.steered:
+                    self._steered = Counter(dict(self._steered.most_common(MOST_NODES)))
+                    self._steered[run.prompt.node_id] += 1
+            run.tell("", running=False)
+
+    def open(self, run: LiveRun) -> None:
+        """Has a run found from now on."""
+        with self._lock:
+            self._runs[run.prompt_id, run.prompt.node_id] = run
+
+    def find(self, prompt_id: str, node_id: str) -> LiveRun | None:
+        """Gives the run of that name, if it goes on."""
+        with self._lock:
+            return self._runs.get((prompt_id, node_id))
+
+    def steered(self, node_id: str) -> int:
+        """Counts the runs of a node that were told something: the host shall not take what they made for that of
+        another."""
+        return self._steered[node_id]
+
+
+MOST_NODES = 1000  # whose steered runs are counted
+RUNS = LiveRuns()
+
+
+def live_run(
+    prompt: LivePrompt, first: int, chunks: int, kept: str, before: str, keep: Callable[[str], None]
+) -> LiveRun:
+    """Makes the run of a prompt.
+
+    Args:
+        first, chunks: as for `LiveRun`.
+        kept: all captions of the same run that was interrupted, or nothing.
+        before: those of the video that it goes on from, or nothing.
+        keep: as for `LiveRun`.
+    """
+    if kept:
+        timeline = Timeline.read(kept)
+    else:
+        timeline = Timeline.begin(prompt.caption, first, _read(before))
+    prompt_id = str(getattr(getattr(PromptServer, "instance", None), "last_prompt_id", ""))
+    return LiveRun(prompt, prompt_id, first, chunks, timeline, keep)
+
+
+def _read(text: str) -> Timeline | None:
+    """What a state says of its chunks; nothing where it does not, or was changed by hand."""
+    try:
+        return Timeline.read(text) if text else None
+    except UserError:
+        return None
