@@ -31,8 +31,10 @@ def test_try(page):
         page.evaluate(PUT_IN)
         page.wait(part("text"))
         import time
+
         time.sleep(2)
         from pathlib import Path
+
         page.screenshot(Path(f"/tmp/live_{nodes}.png"))
         print(json.dumps(page.to_api(), indent=1)[:3000])
         print(page.errors)
