@@ -1,4 +1,4 @@
-"""Live Prompt over the API: a run is steered, stopped, resumed, and a second one with what it showed has the same bits."""
+"""Live Prompt over the API: a run is steered, stopped, resumed; another with what it showed has the same bits."""
 
 import json
 import urllib.error

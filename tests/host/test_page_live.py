@@ -1,66 +1,76 @@
-"""Live Prompt in ComfyUI's page, in both of its looks: the video changes while it is made, and ends when it is told."""
-
-import json
+"""Live Prompt in ComfyUI's page, in both of its looks: the video changes while it is made."""
 
 import pytest
+import torch
 
 from tests.helpers.host.browser import CHROMIUM
-from tests.helpers.host.comfy_page import WORKFLOWS, ComfyPage
+from tests.helpers.host.comfy_page import WORKFLOWS, ComfyPage, live
+from tests.helpers.host.videos import frames_of
 
 pytestmark = pytest.mark.skipif(CHROMIUM is None, reason="no chromium: apt-get install chromium, to test the page")
-LIVE = "app.graph.nodes.find((node) => node.type === 'FlowCacheLivePrompt')"
 EXTEND = "FlowCacheAutoregressiveExtend"
+SHOWN = "app.graph.nodes.find((node) => node.type === 'PreviewAny').widgets[0].value"
 
 
 @pytest.fixture(scope="module")
 def page(server):
     with ComfyPage(server, 900, 700) as opened:
         yield opened
-    server.post("/settings/Comfy.VueNodes.Enabled", False)
+        server.post("/settings/Comfy.VueNodes.Enabled", False)
 
 
-def part(name: str) -> str:
-    return f"document.querySelector('[data-live={name}]')"
+@pytest.fixture
+def opened(page, request):
+    """The template in one of the page's looks, with few steps."""
+    page.server.post("/settings/Comfy.VueNodes.Enabled", request.param)
+    page.reopen()
+    page.load(WORKFLOWS / "demo_live_prompt.json")
+    page.set_widget(EXTEND, "steps", 8)
+    page.set_widget("FlowCacheLivePrompt", "blend", 0)
+    page.wait(live("text"))
+    assert page.to_api()["2"]["inputs"] == {"text": "a white circle", "blend": 0}  # the box is none of the graph's
+    return page
 
 
-def test_try(page):
-    for nodes in (False, True):
-        page.server.post("/settings/Comfy.VueNodes.Enabled", nodes)
-        page.reopen()
-        page.load(WORKFLOWS / "demo_text_to_video.json")
-        page.evaluate(PUT_IN)
-        page.wait(part("text"))
-        import time
+def shapes(page) -> list[str]:
+    """Of the frames of the newest video: the colour of what is on them, white or magenta."""
+    file = max(page.server.base.glob("output/flowcache/live_*.mp4"), key=lambda path: path.stat().st_mtime)
+    red, green, _ = torch.from_numpy(frames_of(file)).float().unbind(-1)
+    return ["magenta" if more else "white" for more in ((red - green).amax(dim=(1, 2)) > 100).tolist()]
 
-        time.sleep(2)
-        from pathlib import Path
 
-        page.screenshot(Path(f"/tmp/live_{nodes}.png"))
-        print(json.dumps(page.to_api(), indent=1)[:3000])
-        print(page.errors)
-        page.set_widget(EXTEND, "chunks", 5)
-        page.set_widget(EXTEND, "steps", 8)
-        page.start()
-        page.wait(f"/chunk 2 of 5/.test({part('line')}.textContent)")
-        page.evaluate(f"{part('text')}.value = 'a blue square'")
-        page.evaluate(f"{part('apply')}.click()")
-        page.wait(f"/blue square/.test({part('prompts')}.textContent)")
-        page.evaluate(f"{part('stop')}.click()")
+@pytest.mark.parametrize("opened", [False], indirect=True, ids=["classic"])
+def test_a_shape_changes_an_interrupt_loses_nothing_and_the_next_run_is_its_own(opened):
+    page = opened
+    page.set_widget(EXTEND, "chunks", 5)
+    page.start()
+    page.steer(2, "a magenta triangle")
+    page.set_widget(EXTEND, "seed", 4)
+    page.evaluate("app.queuePrompt(0)")
+    page.server.post("/interrupt", {})
+    with pytest.raises(RuntimeError, match="interrupted"):
         page.finish()
-        page.wait(f"/over/.test({part('line')}.textContent)")
-        print(page.evaluate(f"{part('prompts')}.textContent"))
-        time.sleep(1)
-        page.screenshot(Path(f"/tmp/live_{nodes}_b.png"))
-        print(page.errors)
+    page.wait(f"{SHOWN} === '0-: a white circle'")  # the one that waited in the queue
+    page.set_widget(EXTEND, "seed", 3)
+    page.run()
+    text = page.evaluate(SHOWN)
+    assert text.startswith("0-") and text.endswith("-: a magenta triangle")
+    assert page.evaluate(f"{live('prompts')}.textContent") == text
+    seen = shapes(page)
+    assert seen[0] == "white" and seen[-1] == "magenta" and len(seen) == 5 * 12 - 3
+    assert page.errors == []
 
 
-PUT_IN = """(() => {
-  const caption = app.graph.nodes.find((node) => node.type === 'FlowCacheDemoPrompt');
-  const extend = app.graph.nodes.find((node) => node.type === 'FlowCacheAutoregressiveExtend');
-  const live = LiteGraph.createNode('FlowCacheLivePrompt');
-  app.graph.add(live);
-  live.pos = [caption.pos[0], caption.pos[1]];
-  app.graph.remove(caption);
-  live.connect(0, extend, extend.inputs.findIndex((input) => input.name === 'positive'));
-  app.canvas.centerOnNode(live);
-})()"""
+@pytest.mark.parametrize("opened", [True], indirect=True, ids=["Nodes 2.0"])
+def test_a_run_ends_after_the_chunk_and_is_a_whole_video(opened):
+    page = opened
+    page.set_widget(EXTEND, "chunks", 8)
+    page.set_widget(EXTEND, "seed", 5)
+    page.start()
+    page.steer(2, "a magenta triangle")
+    page.steer(4, None)
+    page.finish()
+    page.wait(f"{live('apply')}.disabled && /over/.test({live('line')}.textContent)")
+    seen = shapes(page)
+    assert seen[0] == "white" and seen[-1] == "magenta" and len(seen) in (4 * 12 - 3, 5 * 12 - 3)
+    assert page.errors == []

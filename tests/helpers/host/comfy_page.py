@@ -149,8 +149,19 @@ class ComfyPage(Browser):
         if ended != "execution_success":
             raise RuntimeError(ended)
 
+    def steer(self, chunk: int, text: str | None) -> None:
+        """Applies another caption on the graph's Live Prompt once a chunk begins, by its number from 1; none: has the
+        run end."""
+        self.wait(f"/^chunk ({chunk}|{chunk + 1}) of/.test({live('line')}?.textContent)")
+        if text is None:
+            self.evaluate(f"{live('stop')}.click()")
+            return
+        self.evaluate(f"{live('text')}.value = {json.dumps(text)}")
+        self.evaluate(f"{live('apply')}.click()")
+        self.wait(f"{live('prompts')}.textContent.endsWith({json.dumps(': ' + text)})")
+
     def saved_videos(self) -> list[Path]:
-        """Files that the open graph's SaveVideo nodes wrote, in the nodes' order."""
+        """Files that the open graph's SaveVideo nodes wrote, in the nodes' order; where it has none, streamed ones."""
         return [self.server.base / file["type"] / file["subfolder"] / file["filename"] for file in self.evaluate(SAVED)]
 
     def picture(self, path: Path, width: int = 1400) -> None:
@@ -168,6 +179,11 @@ class ComfyPage(Browser):
         self.screenshot(path)
         shot = Image.open(path).convert("RGB")
         shot.quantize(palette=shot.quantize(256, kmeans=1)).save(path, optimize=True)
+
+
+def live(part: str) -> str:
+    """A part of Live Prompt's box: "text", "apply", "stop", "line" or "prompts"."""
+    return f"document.querySelector('[data-live={part}]')"
 
 
 def listed_templates(server: Server) -> list[str]:
@@ -242,8 +258,11 @@ RUN = """(() => {
   });
 })()"""
 
-SAVED = """app.graph.nodes.filter((node) => node.type === 'SaveVideo').sort((a, b) => a.id - b.id)
-  .flatMap((node) => app.nodeOutputs[node.id].images)"""
+SAVED = """(() => {
+  const of = (type) => app.graph.nodes.filter((node) => node.type === type).sort((a, b) => a.id - b.id);
+  const nodes = of('SaveVideo').length ? of('SaveVideo') : of('FlowCacheStreamVideo');
+  return nodes.flatMap((node) => app.nodeOutputs[node.id].images);
+})()"""
 
 BOUNDS = """(() => {
   const boxes = [...app.graph.nodes, ...app.graph.groups].map((item) => item.boundingRect);
