@@ -210,7 +210,8 @@ class LiveRun:
                 raise
             except Exception as error:  # a wrong caption, a full device: no reason to lose the run
                 self.timeline = self.timeline.until(chunk)
-                self._keep()
+                self._changes -= 1
+                self._note(steering.report)
                 self._refuse(steering.report, one_line(first_line(error)))
                 return
             ((embedding, more),) = span_conditions(Span(chunk, chunk, weights), self._known)
@@ -239,12 +240,11 @@ class LiveRun:
         self._known = {caption: known[caption] for caption in captions}
         return bool(missing)
 
-    def _keep(self) -> None:
-        self.keep(self.timeline.text())
-
     def _note(self, report: Report) -> None:
-        self._keep()
-        report.note(f"{CHANGED}: {self._changes}, encoded in {self._seconds:.1f} s", CHANGED)
+        """Says in the report and to who keeps the run what is shown now."""
+        self.keep(self.timeline.text())
+        told = f"{CHANGED}: {self._changes}, encoded in {self._seconds:.1f} s"
+        report.note(told if self._changes else "", CHANGED)
 
     def _refuse(self, report: Report, why: str) -> None:
         report.note(f"{REFUSED}: {why}", REFUSED)

@@ -119,6 +119,7 @@ function addBox(node) {
     apply.disabled = stop.disabled = !told.running;
     line.textContent = told.running ? told.said : words().over;
     prompts.textContent = told.prompts ?? "";
+    prompts.scrollTop = prompts.scrollHeight; // the newest
   };
 }
 

@@ -92,6 +92,22 @@ class SmallT5:
         return (clip,)
 
 
+class BrittleT5(SmallT5):
+    """The same, which fails at a text with the word "boom"."""
+
+    def make(self):
+        (clip,) = super().make()
+        tokenize = clip.tokenize
+
+        def fails(text: str, *given, **more):
+            if "boom" in text:
+                raise RuntimeError("out of luck")
+            return tokenize(text, *given, **more)
+
+        clip.tokenize = fails
+        return (clip,)
+
+
 def config() -> dict:
     return {}
 
@@ -232,6 +248,7 @@ NODE_CLASS_MAPPINGS = {
     "TestUntold": Untold,
     "TestGGUFLoader": GGUFLoader,
     "TestSmallT5": SmallT5,
+    "TestBrittleT5": BrittleT5,
     "TestSeeEveryStep": SeeEveryStep,
     "TestLatentAs": LatentAs,
     "TestPatched": Patched,
