@@ -32,8 +32,8 @@ class LivePromptNode(io.ComfyNode):
 
     @classmethod
     def fingerprint_inputs(cls, **inputs) -> int:
-        """Another one after each run that was told something: the next begins anew with the node's own text."""
-        return RUNS.steered(str(cls.hidden.unique_id))
+        """Another one after each run that was stopped and can go on."""
+        return RUNS.stopped(str(cls.hidden.unique_id))
 
     @classmethod
     def execute(cls, text: str, blend: int, clip) -> io.NodeOutput:

@@ -240,7 +240,9 @@ def carry_out(
     frames = layout.frames - (asked.chunks - finished.count) * chunk_frames
     state = make_state(latents, finished.histories, chunk_frames, name, dropped=frames - latents.shape[2])
     state = state._replace(prompts=finished.report.prompts)
-    if asked.stream is not None and asked.resume is None and not (live is not None and live.steered):
+    if live is not None and finished.folder is not None and finished.count < asked.chunks:
+        RUNS.to_go_on(live.prompt.node_id)
+    if asked.stream is not None and asked.resume is None:
         HELD.hold(kept.name, state, finished.report)
     return _handed_out(model, latents, state, finished.report, video)
 

@@ -121,7 +121,6 @@ class LiveRun:
     ):  # fmt: skip
         self.prompt, self.prompt_id, self.first, self.chunks = prompt, prompt_id, first, chunks
         self.timeline, self.keep = timeline, keep
-        self.steered = False  # it was told something
         self._lock = Lock()
         self._box: Change | None = None
         self._ahead = first  # the first chunk that has not begun
@@ -152,7 +151,6 @@ class LiveRun:
                 said.append("the run ends with the chunk that is finished next")
             if change.caption is not None:
                 self._box = change
-            self.steered = True
         return ", ".join(said)
 
     def steer(self, ahead: Boundary, steering: Steering) -> bool:
@@ -162,8 +160,8 @@ class LiveRun:
         if change is not None:
             self._take(change, ahead.chunk, steering.report)
         if ahead.begins:
+            RUNS.open(self)  # for its second chunk: frames that are given saw the caption of the first
             self._show(ahead.chunk, steering)
-            RUNS.open(self)  # from its second chunk on: frames that are given saw the caption of the first
         return self._stops
 
     def prompts(self, chunks: int) -> str:
@@ -257,7 +255,7 @@ class LiveRuns:
     def __init__(self):
         self._lock = Lock()
         self._runs: dict[tuple[str, str], LiveRun] = {}
-        self._steered: Counter[str] = Counter()
+        self._to_go_on: Counter[str] = Counter()
 
     @contextmanager
     def of(self, run: LiveRun) -> Iterator[None]:
@@ -267,9 +265,6 @@ class LiveRuns:
         finally:
             with self._lock:
                 self._runs.pop((run.prompt_id, run.prompt.node_id), None)
-                if run.steered:
-                    self._steered = Counter(dict(self._steered.most_common(MOST_NODES)))
-                    self._steered[run.prompt.node_id] += 1
             run.tell("", running=False)
 
     def open(self, run: LiveRun) -> None:
@@ -282,13 +277,17 @@ class LiveRuns:
         with self._lock:
             return self._runs.get((prompt_id, node_id))
 
-    def steered(self, node_id: str) -> int:
-        """Counts the runs of a node that were told something: the host shall not take what they made for that of
-        another."""
-        return self._steered[node_id]
+    def to_go_on(self, node_id: str) -> None:
+        """Hears that a run of a node was stopped and is kept, so that the same graph goes on from it."""
+        self._to_go_on = Counter(dict(self._to_go_on.most_common(MOST_NODES)))
+        self._to_go_on[node_id] += 1
+
+    def stopped(self, node_id: str) -> int:
+        """Counts those runs: the host shall not take one for the whole, as it would by what goes into the node."""
+        return self._to_go_on[node_id]
 
 
-MOST_NODES = 1000  # whose steered runs are counted
+MOST_NODES = 1000  # whose stopped runs are counted
 RUNS = LiveRuns()
 
 

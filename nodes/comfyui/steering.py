@@ -10,6 +10,7 @@ from torch import Tensor
 from ...flowcache_core.report import Report
 from ...flowcache_core.schedule import ChunkSchedule
 from .captions import BLEND, CHUNKS, ChunkCaptions
+from .patch import MEMORY
 
 
 @dataclass(frozen=True)
@@ -44,8 +45,11 @@ class Steering:
         self.captions.show(chunk, ready, oldest=chunk - self.schedule.max_active - 1)
 
     def bring_back(self) -> None:
-        """Has the network on its device again, which the text encoder may have pushed out."""
-        comfy.model_management.load_models_gpu([self.guider.model_patcher])
+        """Has the network on its device again, which the text encoder may have pushed out, and the room that the run
+        has yet to take."""
+        planned = self.guider.model_options.get("transformer_options", {}).get(MEMORY) or 0
+        room = max(0, planned - self.report.history_bytes_allocated)
+        comfy.model_management.load_models_gpu([self.guider.model_patcher], memory_required=room)
 
 
 OWN = (CHUNKS, BLEND)  # of a condition: what belongs to its chunks

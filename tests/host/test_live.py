@@ -77,6 +77,7 @@ def test_a_second_run_with_the_captions_of_the_first_has_the_same_bits(server, m
     said = outcome.outputs[report]["text"][0]
     assert "captions that changed while it ran: 1, encoded in " in said
     assert ("a caption was not taken: out of luck" in said) == bool(encoder)  # the run went on with the one before
+    assert node not in server.run(graph).executed  # what was made is kept to be worked with
 
     again = Graph()
     clip = {"clip": (again.add("TestSmallT5"), 0)} if encoder else {}
