@@ -6,7 +6,7 @@ encoded as well, when the first chunk that shows it begins.
 
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from threading import Lock
@@ -125,10 +125,11 @@ class LiveRun:
         self._box: Change | None = None
         self._ahead = first  # the first chunk that has not begun
         self._stops = False
-        self._shown = {prompt.caption: 1.0}
+        self._shown: Mapping[str, float] = {prompt.caption: 1.0}
         self._known = {prompt.caption: (prompt.embedding, prompt.said)}  # `encoded` of the captions that are shown
+        self._untried = False  # a change that no chunk has shown yet
         self._changes, self._seconds = 0, 0.0
-        self._told: Timeline | None = None
+        self._told: Timeline | None = None  # what the page knows
 
     def post(self, change: Change) -> str:
         """Takes a change, from another thread, in place of one that waits; says from which chunk it holds.
@@ -168,14 +169,14 @@ class LiveRun:
         """What the first chunks of the video show, as Prompts over Time."""
         return self.timeline.until(chunks).text()
 
-    def tell(self, said: str, running: bool = True) -> None:
-        """Tells the page that queued the run."""
+    def tell(self, said: str, running: bool = True, prompts: bool = True) -> None:
+        """Tells the page that queued the run; with all prompts once they have changed."""
         server = getattr(PromptServer, "instance", None)
         client = getattr(server, "client_id", None)
         if server is None or client is None:
             return
         told = {"node": self.prompt.node_id, "prompt_id": self.prompt_id, "running": running, "said": said}
-        if self.timeline is not self._told:
+        if prompts and self.timeline is not self._told:
             told["prompts"], self._told = self.prompts(self.chunks), self.timeline
         server.send_sync(EVENT, told, client)
 
@@ -192,35 +193,39 @@ class LiveRun:
         except UserError as error:
             self._refuse(report, str(error))
             return
-        self._changes += 1
-        self._note(report)
-        self.tell(f"from chunk {chunk + 1} of {self.chunks} on: {shortened(change.caption, 60)}")
+        self._untried = True
+        self.keep(self.timeline.text())
+        self.tell(f"from chunk {chunk + 1} of {self.chunks} on: {shortened(change.caption, 60)}", prompts=False)
 
     def _show(self, chunk: int, steering: Steering) -> None:
         """Has a chunk that begins show what is written for it."""
         weights = dict(self.timeline.at(chunk))
         said = f"chunk {chunk + 1} of {self.chunks} begins"
-        if weights != self._shown:
+        if not _alike(weights, self._shown):
             begun = time.perf_counter()
             try:
                 new = self._encode(list(weights), steering)
             except InterruptProcessingException:
                 raise
             except Exception as error:  # a wrong caption, a full device: no reason to lose the run
-                self.timeline = self.timeline.until(chunk)
-                self._changes -= 1
-                self._note(steering.report)
+                before = self.timeline.until(chunk)
+                if not _alike(before.at(chunk), self._shown):  # a run that is resumed with it
+                    raise
+                self.timeline, self._untried = before, False
+                self.keep(before.text())
                 self._refuse(steering.report, one_line(first_line(error)))
                 return
             ((embedding, more),) = span_conditions(Span(chunk, chunk, weights), self._known)
             steering.show(chunk, embedding, more)
-            self._shown = weights
+            seconds = time.perf_counter() - begun
+            self._shown, self._untried, self._changes = weights, False, self._changes + self._untried
             if new:
-                seconds = time.perf_counter() - begun
                 self._seconds += seconds
-                self._note(steering.report)
                 moved = "" if self.prompt.clip is None else ", moving the network out and back included"
                 said += f"; the caption was encoded in {seconds:.1f} s{moved}"
+            if self._changes:
+                line = f"{CHANGED}: {self._changes}, encoded in {self._seconds:.1f} s"
+                steering.report.note(line, CHANGED)
         self.tell(said)
 
     def _encode(self, captions: list[str], steering: Steering) -> bool:
@@ -238,15 +243,14 @@ class LiveRun:
         self._known = {caption: known[caption] for caption in captions}
         return bool(missing)
 
-    def _note(self, report: Report) -> None:
-        """Says in the report and to who keeps the run what is shown now."""
-        self.keep(self.timeline.text())
-        told = f"{CHANGED}: {self._changes}, encoded in {self._seconds:.1f} s"
-        report.note(told if self._changes else "", CHANGED)
-
     def _refuse(self, report: Report, why: str) -> None:
         report.note(f"{REFUSED}: {why}", REFUSED)
         self.tell(f"{REFUSED}: {why}")
+
+
+def _alike(one: Mapping[str, float], other: Mapping[str, float]) -> bool:
+    """Whether captions are mixed alike to the bit, which takes their order too."""
+    return list(one.items()) == list(other.items())
 
 
 class LiveRuns:
