@@ -2,8 +2,7 @@
 
 from typing import Any
 
-from aiohttp import web
-from server import PromptServer
+from server import PromptServer, web  # the host's aiohttp: the pack itself opens nothing
 
 from ...flowcache_core.errors import UserError
 from ...flowcache_core.storage.files import parse_json
