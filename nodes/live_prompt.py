@@ -4,7 +4,8 @@ from comfy_api.latest import io
 
 from ..flowcache_core.timeline import MOST_BLENDED, cleaned
 from .comfyui.captions import encoded
-from .comfyui.live import RUNS, LivePrompt
+from .comfyui.live import RUNS
+from .comfyui.live_prompt import LivePrompt
 from .comfyui.widgets import schema
 
 

@@ -24,7 +24,8 @@ from .checks import check_latent, check_network, check_size
 from .digest import digest
 from .finished import FinishedChunks
 from .held import HELD
-from .live import RUNS, LivePrompt, LiveRun, determining_prompt, live_prompt, live_run
+from .live import RUNS, LiveRun, live_run
+from .live_prompt import LivePrompt, determining_prompt, live_prompt
 from .progress import progress_text
 from .resume import ResumeSettings, patches_of, root, weights_of
 from .sampler import ARSampler

@@ -1,4 +1,4 @@
-"""Captions that change while a run goes on: what Live Prompt gives, the run that takes it, and who finds that run.
+"""Captions that change while a run goes on: the run that takes them, and who finds that run.
 
 A caption waits in a box of one place, which the run looks into between two ticks, in its own thread. There it is
 encoded as well, when the first chunk that shows it begins.
@@ -7,14 +7,13 @@ encoded as well, when the first chunk that shows it begins.
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
-from dataclasses import dataclass, field
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
 from threading import Lock
-from typing import Any
 
 from comfy.model_management import InterruptProcessingException
 from server import PromptServer
-from torch import Tensor, isfinite
+from torch import isfinite
 
 from ...flowcache_core.engine.loop import Boundary
 from ...flowcache_core.errors import UserError, first_line, one_line, shortened
@@ -22,73 +21,12 @@ from ...flowcache_core.prompts import Span
 from ...flowcache_core.report import Report
 from ...flowcache_core.timeline import Timeline
 from .captions import encoded, span_conditions
+from .live_prompt import LivePrompt
 from .steering import Steering
 
-LIVE = "flowcache_live"  # of a condition: a `LivePrompt`
 EVENT = "flowcache.live"  # what the page is told of a run
 REFUSED = "a caption was not taken"
 CHANGED = "captions that changed while it ran"
-
-
-@dataclass(frozen=True, repr=False)
-class LivePrompt:
-    """What Live Prompt hangs on its condition.
-
-    Attributes:
-        caption: that a run begins with.
-        blend: chunks over which a change is blended, where the change does not say.
-        node_id: of the node.
-        clip: the host's text encoder, or None for the demo's captions.
-        embedding: of the caption, [1, tokens, width].
-        said: beside it, by the encoder.
-    """
-
-    caption: str
-    blend: int
-    node_id: str
-    clip: Any
-    embedding: Tensor
-    said: dict = field(default_factory=dict)
-
-    @property
-    def conditioning(self) -> list:
-        """The host's, of this prompt."""
-        return [[self.embedding, self.said | {LIVE: self}]]
-
-
-def live_prompt(positive: list, negative: list, steered: bool) -> LivePrompt | None:
-    """Finds the Live Prompt of a run, if it has one.
-
-    Args:
-        steered: whether the run is one whose captions can change.
-
-    Raises:
-        UserError: it is there in a way that it cannot work.
-    """
-    if any(LIVE in more for _, more in negative):
-        raise UserError(
-            "A Live Prompt is connected as negative prompt, and works as the positive one; connect it there."
-        )
-    live = [(embedding, more[LIVE]) for embedding, more in positive if LIVE in more]
-    if not live:
-        return None
-    embedding, prompt = live[0]
-    if len(positive) > 1 or embedding is not prompt.embedding:
-        raise UserError(
-            "The Live Prompt is combined with another prompt, or another node has changed it; connect it straight to "
-            "Autoregressive Extend."
-        )
-    if not steered:
-        raise UserError(
-            "A Live Prompt needs chunks one after another and no given end, for what the last chunk shows is not known "
-            "yet; use attention 'causal' without an end, or another prompt node."
-        )
-    return prompt
-
-
-def determining_prompt(positive: list) -> list:
-    """A positive prompt as far as it tells one run from another."""
-    return [[embedding, {**more, LIVE: more[LIVE].caption} if LIVE in more else more] for embedding, more in positive]
 
 
 @dataclass(frozen=True)
@@ -119,7 +57,7 @@ class LiveRun:
         self, prompt: LivePrompt, prompt_id: str, first: int, chunks: int, timeline: Timeline,
         keep: Callable[[str], None] = lambda text: None,
     ):  # fmt: skip
-        self.prompt, self.prompt_id, self.first, self.chunks = prompt, prompt_id, first, chunks
+        self.prompt, self.prompt_id, self.chunks = prompt, prompt_id, chunks
         self.timeline, self.keep = timeline, keep
         self._lock = Lock()
         self._box: Change | None = None
@@ -306,17 +244,14 @@ def live_run(
         before: those of the video that it goes on from, or nothing.
         keep: as for `LiveRun`.
     """
-    if kept:
-        timeline = Timeline.read(kept)
-    else:
-        timeline = Timeline.begin(prompt.caption, first, _read(before))
+    timeline = Timeline.read(kept) if kept else _begun(prompt.caption, first, before)
     prompt_id = str(getattr(getattr(PromptServer, "instance", None), "last_prompt_id", ""))
     return LiveRun(prompt, prompt_id, first, chunks, timeline, keep)
 
 
-def _read(text: str) -> Timeline | None:
-    """What a state says of its chunks; nothing where it does not, or was changed by hand."""
-    try:
-        return Timeline.read(text) if text else None
-    except UserError:
-        return None
+def _begun(caption: str, first: int, before: str) -> Timeline:
+    """A caption behind what a state says of its chunks; alone where it does not, or more than can be gone on with."""
+    if before:
+        with suppress(UserError):
+            return Timeline.begin(caption, first, Timeline.read(before))
+    return Timeline.begin(caption, first)

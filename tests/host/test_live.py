@@ -85,6 +85,16 @@ def test_a_second_run_with_the_captions_of_the_first_has_the_same_bits(server, m
     assert torch.equal(load_file(latent)["latent_tensor"], expected)
 
 
+def test_a_video_that_goes_on_says_what_all_of_it_shows(server):
+    graph = Graph()
+    begun = one_by_one(graph, live(graph, "a  white\ncircle"), seed=95)
+    node = one_by_one(graph, live(graph, "a cyan square"), seed=95, state=(begun, 1))
+    shown = graph.add("PreviewAny", source=(node, 3))
+    outcome = server.run(graph)
+    assert outcome.error is None, outcome.error["exception_message"]
+    assert outcome.outputs[shown]["text"] == ["0-4: a white circle\n5-: a cyan square"]
+
+
 def test_a_stopped_run_is_a_shorter_one_and_goes_on_where_it_is_kept(server):
     graph = Graph()
     resume, vae = graph.add("FlowCacheResume", limit_gb=1.0), graph.add("FlowCacheLoadDemoVAE")
