@@ -72,7 +72,6 @@ function addBox(node) {
   const button = (name, body) => {
     const made = element("button", `${colours} flex: 1; padding: 4px; cursor: pointer;`, {
       textContent: words()[name],
-      disabled: true,
       onclick: () => send(body()),
     });
     made.dataset.live = name;
@@ -90,6 +89,14 @@ function addBox(node) {
   text.addEventListener("keydown", (event) => {
     if (event.key === "Enter" && (event.ctrlKey || event.metaKey) && !apply.disabled) apply.click();
   });
+
+  function setLive(on) {
+    for (const each of [apply, stop]) {
+      each.disabled = !on;
+      each.style.opacity = on ? "1" : "0.5";
+    }
+  }
+  setLive(false);
 
   let run = {}; // that goes on
   async function send(body) {
@@ -116,7 +123,7 @@ function addBox(node) {
   node.flowcacheLive = (told) => {
     if (!told.running && told.prompt_id !== run.prompt_id) return; // another one has begun since
     run = told;
-    apply.disabled = stop.disabled = !told.running;
+    setLive(told.running);
     line.textContent = told.running ? told.said : words().over;
     prompts.textContent = told.prompts ?? "";
     prompts.scrollTop = prompts.scrollHeight; // the newest
