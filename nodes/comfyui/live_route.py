@@ -21,7 +21,9 @@ class Wrong(Exception):
 
 def listen() -> None:
     """From now on the host answers at the address."""
-    PromptServer.instance.routes.post(ADDRESS)(answer)
+    routes = PromptServer.instance.routes
+    if ADDRESS not in {getattr(route, "path", "") for route in routes}:  # it may have asked for the nodes before
+        routes.post(ADDRESS)(answer)
 
 
 async def answer(request: web.Request) -> web.Response:
