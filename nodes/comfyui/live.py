@@ -57,7 +57,7 @@ class LiveRun:
         self, prompt: LivePrompt, prompt_id: str, first: int, chunks: int, timeline: Timeline,
         keep: Callable[[str], None] = lambda text: None,
     ):  # fmt: skip
-        self.prompt, self.prompt_id, self.chunks = prompt, prompt_id, chunks
+        self.prompt, self.prompt_id, self.first, self.chunks = prompt, prompt_id, first, chunks
         self.timeline, self.keep = timeline, keep
         self._lock = Lock()
         self._box: Change | None = None
@@ -84,7 +84,7 @@ class LiveRun:
                 self.timeline.changed(self._ahead, change.caption, self._blend(change))
                 if self.prompt.clip is None:
                     encoded(None, change.caption)  # knows few words
-                said.append(f"the caption holds from chunk {self._ahead + 1} of {self.chunks} on")
+                said.append(f"the caption holds from {self._name(self._ahead)} on")
             if change.stop:
                 self._stops = True
                 said.append("the run ends with the chunk that is finished next")
@@ -118,6 +118,10 @@ class LiveRun:
             told["prompts"], self._told = self.prompts(self.chunks), self.timeline
         server.send_sync(EVENT, told, client)
 
+    def _name(self, chunk: int) -> str:
+        """A chunk as the node that samples tells it, which counts those that it makes from 1."""
+        return f"chunk {chunk + 1 - self.first} of {self.chunks - self.first}"
+
     def _blend(self, change: Change) -> int:
         return self.prompt.blend if change.blend is None else change.blend
 
@@ -133,12 +137,12 @@ class LiveRun:
             return
         self._untried = True
         self.keep(self.timeline.text())
-        self.tell(f"from chunk {chunk + 1} of {self.chunks} on: {shortened(change.caption, 60)}", prompts=False)
+        self.tell(f"from {self._name(chunk)} on: {shortened(change.caption, 60)}", prompts=False)
 
     def _show(self, chunk: int, steering: Steering) -> None:
         """Has a chunk that begins show what is written for it."""
         weights = dict(self.timeline.at(chunk))
-        said = f"chunk {chunk + 1} of {self.chunks} begins"
+        said = f"{self._name(chunk)} begins"
         if not _alike(weights, self._shown):
             begun = time.perf_counter()
             try:

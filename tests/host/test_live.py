@@ -34,7 +34,9 @@ def one_by_one(graph: Graph, positive: str, **more) -> str:
 
 
 def several(graph: Graph, positive: str) -> str:
-    return one_by_one(graph, positive, steps=6, lag=2, guidance=3.0)
+    """Behind a chunk and a frame that are given."""
+    given = graph.add("EmptyARVideoLatent", width=64, height=64, length=9, batch_size=1)
+    return one_by_one(graph, positive, steps=6, lag=2, guidance=3.0, prefix=(given, 0))
 
 
 def magi(graph: Graph, positive: str) -> str:
