@@ -28,7 +28,9 @@ def networks(server):
 
 
 def one_by_one(graph: Graph, positive: str, **more) -> str:
-    node = extend(graph, model=flowcache(graph, preset="high", history_budget=2), chunks=5, **more)
+    """With steps enough for a caption to come in time on a fast machine."""
+    model = flowcache(graph, preset="high", history_budget=2)
+    node = extend(graph, model=model, **dict(chunks=5, steps=40, lag=40) | more)
     graph[node]["inputs"]["positive"] = [positive, 0]
     return node
 
@@ -36,11 +38,11 @@ def one_by_one(graph: Graph, positive: str, **more) -> str:
 def several(graph: Graph, positive: str) -> str:
     """Behind a chunk and a frame that are given."""
     given = graph.add("EmptyARVideoLatent", width=64, height=64, length=9, batch_size=1)
-    return one_by_one(graph, positive, steps=6, lag=2, guidance=3.0, prefix=(given, 0))
+    return one_by_one(graph, positive, steps=30, lag=10, guidance=3.0, prefix=(given, 0))
 
 
 def magi(graph: Graph, positive: str) -> str:
-    return extend_magi(graph, load_magi(graph), positive=(positive, 0), chunks=5, steps=8)
+    return extend_magi(graph, load_magi(graph), positive=(positive, 0), chunks=5, steps=16)
 
 
 def live(graph: Graph, text: str = "a red circle", **more) -> str:
@@ -89,8 +91,8 @@ def test_a_second_run_with_the_captions_of_the_first_has_the_same_bits(server, m
 
 def test_a_video_that_goes_on_says_what_all_of_it_shows(server):
     graph = Graph()
-    begun = one_by_one(graph, live(graph, "a  white\ncircle"), seed=95)
-    node = one_by_one(graph, live(graph, "a cyan square"), seed=95, state=(begun, 1))
+    begun = one_by_one(graph, live(graph, "a  white\ncircle"), seed=95, steps=4, lag=4)
+    node = one_by_one(graph, live(graph, "a cyan square"), seed=95, steps=4, lag=4, state=(begun, 1))
     shown = graph.add("PreviewAny", source=(node, 3))
     outcome = server.run(graph)
     assert outcome.error is None, outcome.error["exception_message"]
@@ -101,7 +103,7 @@ def test_a_stopped_run_is_a_shorter_one_and_goes_on_where_it_is_kept(server):
     graph = Graph()
     resume, vae = graph.add("FlowCacheResume", limit_gb=1.0), graph.add("FlowCacheLoadDemoVAE")
     stream = graph.add("FlowCacheStreamVideo", vae=(vae, 0), filename_prefix="live/v", fps=8.0)
-    node = one_by_one(graph, live(graph), seed=91, steps=6, lag=2, stream=(stream, 0), resume=(resume, 0))
+    node = one_by_one(graph, live(graph), seed=91, steps=30, lag=10, stream=(stream, 0), resume=(resume, 0))
     save = graph.add("SaveLatent", samples=(node, 0), filename_prefix="s")
     report = graph.add("FlowCacheReport", report=(node, 2))
     on_event, answers = steering(server, (2, {"stop": True, "text": "a blue square"}))
@@ -123,7 +125,7 @@ def test_runs_of_a_queue_have_their_own_captions_and_an_interrupted_one_goes_on_
     def queued(seed: int) -> tuple[Graph, str, str]:
         graph = Graph()
         resume = (graph.add("FlowCacheResume", limit_gb=1.0), 0)
-        node = one_by_one(graph, live(graph), seed=seed, steps=20, lag=20, resume=resume)
+        node = one_by_one(graph, live(graph), seed=seed, resume=resume)
         return (
             graph,
             graph.add("SaveLatent", samples=(node, 0), filename_prefix="s"),
@@ -154,9 +156,7 @@ def test_runs_of_a_queue_have_their_own_captions_and_an_interrupted_one_goes_on_
     (text,) = outcome.outputs[shown]["text"]
     assert text in ("0-1: a red circle\n2-: a blue square", "0-2: a red circle\n3-: a blue square")
     again = Graph()
-    expected = sample(
-        server, again, one_by_one(again, again.add("FlowCachePromptsOverTime", text=text), seed=92, steps=20, lag=20)
-    )
+    expected = sample(server, again, one_by_one(again, again.add("FlowCachePromptsOverTime", text=text), seed=92))
     assert torch.equal(load_file(server.saved(outcome, save)[0])["latent_tensor"], expected)
 
 
@@ -191,7 +191,7 @@ def test_what_is_asked_wrongly_is_told_and_does_nothing(server):
 def test_a_caption_that_cannot_be_shown_costs_nothing(server):
     """Words that the encoder does not know are told at once, and that no chunk is left."""
     graph = Graph()
-    node = one_by_one(graph, live(graph), seed=94, steps=12, lag=12)
+    node = one_by_one(graph, live(graph), seed=94)
     graph.add("SaveLatent", samples=(node, 0), filename_prefix="s")
     said = []
 

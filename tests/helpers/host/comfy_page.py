@@ -150,15 +150,14 @@ class ComfyPage(Browser):
             raise RuntimeError(ended)
 
     def steer(self, chunk: int, text: str | None) -> None:
-        """Applies another caption on the graph's Live Prompt once a chunk begins, by its number from 1; none: has the
-        run end."""
-        self.wait(f"/^chunk ({chunk}|{chunk + 1}) of/.test({live('line')}?.textContent)")
-        if text is None:
-            self.evaluate(f"{live('stop')}.click()")
-            return
-        self.evaluate(f"{live('text')}.value = {json.dumps(text)}")
-        self.evaluate(f"{live('apply')}.click()")
-        self.wait(f"{live('prompts')}.textContent.endsWith({json.dumps(': ' + text)})")
+        """Applies another caption on the graph's Live Prompt once a chunk begins, by its number from 1; none: ends the
+        run."""
+        write = "" if text is None else f"{live('text')}.value = {json.dumps(text)};"
+        self.at_chunk(chunk, f"{write} {live('apply' if text else 'stop')}.click()")
+
+    def at_chunk(self, chunk: int, act: str) -> None:
+        """Runs JavaScript in the page as soon as the graph's Live Prompt tells of a chunk, by its number from 1."""
+        self.evaluate(f"(async () => {{ await {REACHED % chunk}; {act}; }})()")
 
     def saved_videos(self) -> list[Path]:
         """Files that the open graph's SaveVideo nodes wrote, in the nodes' order; where it has none, streamed ones."""
@@ -257,6 +256,18 @@ RUN = """(() => {
     if (errors && Object.keys(errors).length) window.runEnded = JSON.stringify(errors);
   });
 })()"""
+
+REACHED = """new Promise((done) => {
+  const line = document.querySelector('[data-live=line]');
+  const look = () => {
+    if (!(Number(/^chunk (\\d+) of/.exec(line.textContent)?.[1]) >= %d)) return;
+    watch.disconnect();
+    done();
+  };
+  const watch = new MutationObserver(look);
+  watch.observe(line, { childList: true, characterData: true, subtree: true });
+  look();
+})"""
 
 SAVED = """(() => {
   const of = (type) => app.graph.nodes.filter((node) => node.type === type).sort((a, b) => a.id - b.id);
