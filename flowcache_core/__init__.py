@@ -9,7 +9,7 @@ _MODULES = {
     "calibration": ("calibrate",),
     "checkpoints": ("load_backbone",),
     "errors": ("UserError",),
-    "generation": ("Result", "generate"),
+    "generation": ("Change", "Result", "generate"),
     "media.pictures": ("report_picture",),
     "media.video": ("frames_of", "save_video"),
     "models.presets": ("preset", "quality_settings"),

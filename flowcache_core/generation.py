@@ -16,7 +16,7 @@ from torch import Tensor
 
 from .engine.build import RunSettings, Seeing, build_engine, given_chunks
 from .engine.guidance import classifier_free
-from .engine.loop import Chunk, Engine, Progress, Sampling
+from .engine.loop import Boundary, Chunk, Engine, Progress, Sampling
 from .errors import UserError
 from .history.streams import Pending, SideStream
 from .models.families import SOLVERS, Family, family
@@ -42,6 +42,18 @@ class Result(NamedTuple):
     latents: Tensor
     state: State
     report: Report
+
+
+class Change(NamedTuple):
+    """What a run that goes on is told anew.
+
+    Attributes:
+        text: that the chunks which have not begun show from now on, [B, tokens, width]; None leaves what they show.
+        stop: the run ends with the next chunk that is finished, or at once where none is active.
+    """
+
+    text: Tensor | None = None
+    stop: bool = False
 
 
 class Division(Protocol):
@@ -77,6 +89,7 @@ def generate(
     on_progress: Callable[[Progress], None] = lambda progress: None,
     on_chunk: Callable[[Chunk], None] = lambda chunk: None,
     cancelled: Callable[[], bool] = lambda: False,
+    steer: Callable[[Boundary], Change | None] | None = None,
     keep: KeptChunks | None = None,
     parallel: Division | None = None,
 ) -> Result:
@@ -109,6 +122,7 @@ def generate(
         on_chunk: called with each finished chunk, oldest first; on a CUDA device a tick later, where
             `settings.overlap` is on.
         cancelled: asked before every forward; True ends the run with `engine.loop.Cancelled`.
+        steer: asked between ticks, and before the first; may change what later chunks show, or end the run.
         keep: takes finished chunks to disk, so that an interrupted run can be gone on from.
         parallel: this process is one of several that make the video together, `parallel.layout.Parallel`; `backbone` is
             then what it made. The first process gets the result, the others one without a history.
@@ -146,8 +160,9 @@ def generate(
         raise UserError(f"The latent size is {list(size)}, expected a height and a width of at least 1.")
     first_steps = None if done or first_levels is None else len(first_levels) - 1
     schedule = ChunkSchedule(chunks, steps, lag, prefix=done, first_steps=first_steps)
+    shown = Shown(_by_chunk(texts, done), schedule, steer, partial(_checked_change, texts[0], backbone))
     negative_text = None if against is None else _by_chunk(against, done)
-    guidance = classifier_free(_by_chunk(texts, done), negative_text, scale)
+    guidance = classifier_free(shown.text if steer else _by_chunk(texts, done), negative_text, scale)
 
     def start(chunk: int) -> Tensor:
         return (chunk_noise(seed, chunk, shape) if noise is None else noise(chunk, None)).to(texts[0])
@@ -159,7 +174,7 @@ def generate(
     output = Output(device, dtype, settings, given, on_progress, on_chunk, keep)
     run = RunSettings(
         backbone, guidance, schedule, settings, sampling, way, shape, len(guidance.texts), dtype, device,
-        texts=len(texts),
+        texts=len(texts) if steer is None else schedule.max_active + 1,
         text_tokens=max(text.shape[1] for text in [*texts, *(against or [])]),
         lead=lead,
         end=0 if end is None else end.shape[2],
@@ -167,8 +182,11 @@ def generate(
         loaded=None if state is None else state.by_branch,
         on_progress=output.progress,
         cancelled=cancelled,
+        steer=shown.steered,
         label=describe(settings),
     )  # fmt: skip
+    if steer is not None and (way != "causal" or parallel is not None):
+        raise UserError("A run is steered where chunks follow one another, in one process; leave 'steer' out.")
     engine = build_engine(run if parallel is None else parallel.run(run))
     if parallel is not None:
         engine = parallel.engine(engine, cancelled)
@@ -178,6 +196,47 @@ def generate(
     if end is not None:
         engine.give(Given.END, end.to(device, dtype))
     return output.result(engine, end, chunk_frames, model, 0 if state is None else state.dropped)
+
+
+class Shown:
+    """The texts of a run that is steered.
+
+    Args:
+        text: of each chunk, as long as nothing is changed.
+        schedule: of the run.
+        steer: as for `generate`.
+        check: of a text that it is told.
+    """
+
+    def __init__(
+        self,
+        text: Tensor | Callable[[int | Given], Tensor],
+        schedule: ChunkSchedule,
+        steer: Callable[[Boundary], Change | None] | None,
+        check: Callable[[Tensor], Tensor],
+    ):
+        self.before, self.schedule, self.steer, self.check = text, schedule, steer, check
+        self.changed: list[tuple[int, Tensor]] = []  # the first chunk of each text, and the text; oldest first
+
+    def text(self, chunk: int | Given) -> Tensor:
+        """What a chunk shows, [B, tokens, width]."""
+        for first, text in reversed(self.changed):
+            if isinstance(chunk, int) and first <= chunk:
+                return text
+        return self.before(chunk) if callable(self.before) else self.before
+
+    def steered(self, ahead: Boundary) -> bool:
+        """Takes what is changed between two ticks; says whether the run shall end."""
+        change = None if self.steer is None else self.steer(ahead)
+        if change is None:
+            return False
+        if change.text is not None:
+            self.changed = [one for one in self.changed if one[0] < ahead.chunk]
+            self.changed.append((ahead.chunk, self.check(change.text)))
+            seen = ahead.chunk - self.schedule.max_active - 1  # the oldest chunk that may still ask for its text
+            while len(self.changed) > 1 and self.changed[1][0] <= seen:
+                del self.changed[0]
+        return change.stop
 
 
 class Output:
@@ -252,6 +311,11 @@ def _checked_texts(text: Text, name: str, backbone) -> list[Tensor]:
         if not torch.isfinite(one).all():
             raise UserError(f"The {name} holds NaN or infinite values; check the text encoder that made it.")
     return texts
+
+
+def _checked_change(text: Tensor, backbone, change: Tensor) -> Tensor:
+    """A text that a run is told while it goes on, which stands beside the one that it began with."""
+    return _checked_texts([text, change], "text", backbone)[1].to(text.device)
 
 
 def _given(state: State | None, prefix: Tensor | None, shape: tuple[int, ...], model: str) -> Tensor | None:

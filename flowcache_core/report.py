@@ -26,6 +26,7 @@ class Report:
         layer_tokens: tokens that went through a layer, all layers and branches counted.
         chunks_done: chunks finished.
         notes: lines on what was out of the ordinary.
+        prompts: what the video's chunks show, as Prompts over Time, where the run could be steered.
     """
 
     schedule: ChunkSchedule
@@ -43,6 +44,7 @@ class Report:
     layer_tokens: int = 0
     chunks_done: int = 0
     notes: list[str] = field(default_factory=list)
+    prompts: str = ""
 
     def record(self, chunk: int, branches: Sequence[Hashable], recomputed: bool) -> None:
         """Notes what was decided for a chunk's step."""
@@ -109,6 +111,7 @@ class Report:
             "seconds": round(self.seconds, 4),
             "overhead": round(self.overhead, 4),
             "notes": self.notes,
+            "prompts": self.prompts,
             "history_bytes_peak": self.history_bytes_peak,
             "history_bytes_planned": self.history_bytes_planned,
             "history_bytes_allocated": self.history_bytes_allocated,
@@ -138,6 +141,7 @@ class Report:
             + (f"planned {megabytes(self.history_bytes_planned)}, " if self.history_bytes_planned else "")
             + f"peak {megabytes(self.history_bytes_peak)}, unbounded {megabytes(self.history_bytes_unbounded)}",
             *self.notes,
+            *([f"prompts over time:\n{self.prompts}"] if self.prompts else []),
         ]
         return "\n".join(line for line in lines if line)
 

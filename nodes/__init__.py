@@ -5,6 +5,7 @@ from comfy_api.latest import ComfyExtension, io
 from .ar_sampler import ARSamplerNode
 from .calibrate import Calibrate
 from .comfyui.input_checks import checked
+from .comfyui.live_route import listen
 from .comfyui.outputs import run_streams
 from .comfyui.states import register_folder
 from .compare_videos import CompareVideos
@@ -12,6 +13,7 @@ from .demo_prompt import DemoPrompt
 from .extend import AutoregressiveExtend
 from .extend_windows import ExtendInWindows
 from .flowcache import FlowCache
+from .live_prompt import LivePromptNode
 from .load_demo_vae import LoadDemoVAE
 from .load_magi_vae import LoadMagiVAE
 from .load_model import LoadARVideoModel
@@ -37,6 +39,7 @@ class FlowCacheExtension(ComfyExtension):
             DemoPrompt,
             MagiPrompt,
             PromptsOverTime,
+            LivePromptNode,
             FlowCache,
             FlowCacheOverGPUs,
             Calibrate,
@@ -58,5 +61,6 @@ class FlowCacheExtension(ComfyExtension):
 
 async def comfy_entrypoint() -> FlowCacheExtension:
     run_streams()
+    listen()
     register_folder()
     return FlowCacheExtension()

@@ -49,6 +49,7 @@ class AutoregressiveExtend(io.ComfyNode):
                 io.Latent.Output(display_name="latent"),
                 StateType.Output(display_name="state"),
                 ReportType.Output(display_name="report"),
+                io.String.Output(display_name="prompts"),
             ],
             found_by=("long video", "extend video", "autoregressive", "video continuation", "infinite video"),
             hidden=[io.Hidden.unique_id, io.Hidden.prompt, io.Hidden.extra_pnginfo],
@@ -69,7 +70,7 @@ class AutoregressiveExtend(io.ComfyNode):
             if latent is not None and latent.get("noise_mask") is not None
         ]
         notes += rounded_notes(8, 0, width=width, height=height)
-        model, missing = host.with_family(model, family)
+        model, missing = host.with_family(model, family, cls.hidden)
         notes += missing
         prefix, end = (None if latent is None else latent["samples"] for latent in (prefix, end))
         image = model.model_options.get("transformer_options", {}).get("ar_config", {}).get("initial_latent")
@@ -108,4 +109,4 @@ class AutoregressiveExtend(io.ComfyNode):
 def _output(result: Extended) -> io.NodeOutput:
     # Not among "images": the page would put a player over the live preview, and the stream's node has the video.
     shown = None if result.video is None else {"video": result.video.results}
-    return io.NodeOutput({"samples": result.latent}, result.state, result.report, ui=shown)
+    return io.NodeOutput({"samples": result.latent}, result.state, result.report, result.report.prompts, ui=shown)

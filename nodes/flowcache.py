@@ -46,6 +46,7 @@ class FlowCache(io.ComfyNode):
             ],
             outputs=[io.Model.Output()],
             found_by=("cache", "speed up", "teacache", "easycache", "kv cache", "faster video"),
+            hidden=[io.Hidden.unique_id, io.Hidden.prompt],
         )
 
     @classmethod
@@ -62,7 +63,7 @@ class FlowCache(io.ComfyNode):
             history_budget or None, compression, relative=positions == "relative", memory=history_memory,
             type=HISTORY_TYPES[0] if history_type == "auto" else history_type,
         )  # fmt: skip
-        model, notes = host.with_family(model, family)
+        model, notes = host.with_family(model, family, cls.hidden)
         say(notes)
         family, width = host.family_of(model), getattr(model.model.diffusion_model, "dim", 0)
         if preset == CUSTOM:

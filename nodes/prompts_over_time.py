@@ -2,9 +2,8 @@
 
 from comfy_api.latest import io
 
-from ..flowcache_core.demo.captions import embed_caption
-from ..flowcache_core.prompts import Blend, captions, parse
-from .comfyui.captions import BLEND, CHUNKS
+from ..flowcache_core.prompts import captions, parse
+from .comfyui.captions import encoded, span_conditions
 from .comfyui.widgets import schema
 
 EXAMPLE = "0-3: a red circle\n6-: a blue square"
@@ -26,22 +25,5 @@ class PromptsOverTime(io.ComfyNode):
     @classmethod
     def execute(cls, text: str, clip) -> io.NodeOutput:
         spans = parse(text)
-        encoded = {caption: _encode(clip, caption) for caption in captions(spans)}
-        conditioning = []
-        for span in spans:
-            shown = {caption: encoded[caption][0] for caption in captions([span])}
-            for first, last, weights in span.nearest:
-                embedding, said = encoded[max(weights, key=weights.get)]
-                more = said | {CHUNKS: (first, last)}
-                if len(shown) > 1:
-                    more[BLEND] = Blend(span, shown, embedding)
-                conditioning.append([embedding, more])
-        return io.NodeOutput(conditioning)
-
-
-def _encode(clip, caption: str) -> tuple:
-    """A caption's embedding and what the encoder says beside it."""
-    if clip is None:
-        return embed_caption(caption), {}
-    ((embedding, more),) = clip.encode_from_tokens_scheduled(clip.tokenize(caption))
-    return embedding, more
+        known = {caption: encoded(clip, caption) for caption in captions(spans)}
+        return io.NodeOutput([[*one] for span in spans for one in span_conditions(span, known)])

@@ -81,7 +81,7 @@ def renamed(tensors: dict[str, Tensor], prefix: str, layout: str) -> dict[str, T
         name = name.removeprefix(prefix)
         for wrapper in WRAPPERS:
             name = name.replace(wrapper, "")
-        name = _from_diffusers(name) if layout == "diffusers" else name
+        name = from_diffusers(name) if layout == "diffusers" else name
         fused = FUSED.fullmatch(name) if layout != "magi" else None
         if fused:
             front, letters, end = fused.groups()
@@ -94,7 +94,8 @@ def renamed(tensors: dict[str, Tensor], prefix: str, layout: str) -> dict[str, T
     return result
 
 
-def _from_diffusers(name: str) -> str:
+def from_diffusers(name: str) -> str:
+    """A tensor's name under Wan 2.1's layout, from the one that the diffusers library gives it."""
     if name.endswith("scale_shift_table"):
         return name.replace("scale_shift_table", "modulation" if name.startswith("blocks.") else "head.modulation")
     block = re.match(r"blocks\.\d+\.", name)

@@ -26,7 +26,7 @@ from .guidance import Guidance
 from .idle import idle_notes, uncut_notes
 from .joint import JointForward
 from .layers import by_chunk
-from .loop import Engine, Progress, Sampling, check_cancelled
+from .loop import Boundary, Engine, Progress, Sampling, check_cancelled
 from .rolling import RollingForward, rolling_bytes
 
 Seeing = Literal["causal", "joint", "rolling"]  # how chunks see each other
@@ -53,7 +53,7 @@ class RunSettings:
         loaded: clean history of an earlier run, by branch.
         beside: bytes of latents that the caller will hold in the end, which count as the run's.
         grain: fresh unit noise for a tick of the frames that a joint window begins with.
-        on_progress, cancelled: as for `Engine`.
+        on_progress, cancelled, steer: as for `Engine`.
         label: of the settings, for the report.
     """
 
@@ -78,6 +78,7 @@ class RunSettings:
     grain: Callable[[int], Tensor] | None = None
     on_progress: Callable[[Progress], None] = lambda progress: None
     cancelled: Callable[[], bool] = lambda: False
+    steer: Callable[[Boundary], bool] = lambda ahead: False
     label: str = ""
 
 
@@ -110,7 +111,7 @@ def build_engine(run: RunSettings, make: Callable[..., CausalForward] = CausalFo
         )
     else:
         forward = causal_forward(run, policy, report, make)
-    return Engine(forward, schedule, policy, settings.between, run.sampling, run.on_progress, run.cancelled)
+    return Engine(forward, schedule, policy, settings.between, run.sampling, run.on_progress, run.cancelled, run.steer)
 
 
 def causal_forward(

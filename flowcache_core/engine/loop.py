@@ -43,6 +43,18 @@ class Chunk(NamedTuple):
     latent: Tensor
 
 
+class Boundary(NamedTuple):
+    """What lies ahead between two ticks.
+
+    Attributes:
+        chunk: the first that has not begun; the number of all chunks where none is left.
+        begins: whether it begins in the next tick.
+    """
+
+    chunk: int
+    begins: bool
+
+
 @dataclass(frozen=True)
 class Progress:
     """Told after every tick: ticks done and in all, the chunks that took a step, and how many are finished."""
@@ -94,6 +106,8 @@ class Engine:
         sampling: how chunks are denoised.
         on_progress: called after every tick.
         cancelled: asked before every forward; True ends the run with `Cancelled`.
+        steer: asked between ticks, and before the first. It may change what the guidance shows the chunks that have not
+            begun. True ends the run with the next chunk that is finished, or at once where none is active.
     """
 
     def __init__(
@@ -105,9 +119,10 @@ class Engine:
         sampling: Sampling,
         on_progress: Callable[[Progress], None] = lambda progress: None,
         cancelled: Callable[[], bool] = lambda: False,
+        steer: Callable[[Boundary], bool] = lambda ahead: False,
     ):
         self.forward, self.schedule, self.policy = forward, schedule, policy
-        self.sampling, self.on_progress, self.cancelled = sampling, on_progress, cancelled
+        self.sampling, self.on_progress, self.cancelled, self.steer = sampling, on_progress, cancelled, steer
         self.report = forward.report
         self.active: list[ActiveChunk] = []  # oldest first
         self.advanced: list[ActiveChunk] = []  # those that took a step in the last tick, finished ones too
@@ -136,15 +151,31 @@ class Engine:
             self.forward.give(chunk, latent, condition)
 
     def run(self) -> Iterator[Chunk]:
-        """Generates the schedule's chunks, oldest first."""
+        """Generates the schedule's chunks, oldest first, or as many as `steer` lets it."""
+        stops = False
         for tick, places in enumerate(self.schedule):
             with self._timed():
+                stops = self._steered(places) or stops
+                if stops and self.report.chunks_done and not self.active:
+                    break
                 finished = self._tick(tick, places)
             done = self.schedule.prefix + self.report.chunks_done
             if tick + 1 == self.schedule.ticks and self.policy.watches and not self.report.reused:
                 self.report.notes += unreached_notes(self.policy, self.weighed)
             self.on_progress(Progress(tick + 1, self.schedule.ticks, places, done))
             yield from finished
+            if stops and finished:
+                break
+        if self.report.chunks_done < self.schedule.chunks:
+            self.report.notes.append(f"stopped after {self.report.chunks_done} of {self.schedule.chunks} chunks")
+
+    @torch.inference_mode()
+    def _steered(self, places: Sequence[Place]) -> bool:
+        """Asks whether the run shall end, before a tick of these places."""
+        starting = [place.chunk for place in places if place.step == 0 and isinstance(place.chunk, int)]
+        begun = [chunk.index for chunk in self.active]
+        ahead = starting[0] if starting else max(begun, default=self.schedule.prefix - 1) + 1
+        return self.steer(Boundary(ahead, bool(starting)))
 
     @torch.inference_mode()
     def save(self) -> dict[Hashable, Snapshot]:

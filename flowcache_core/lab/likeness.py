@@ -41,6 +41,10 @@ class Spread:
         count = len(self.each)
         return float(np.std(self.each, ddof=1) / count**0.5) if count > 1 else float("nan")
 
+    def as_dict(self) -> dict:
+        clips = [round(value, 4) for value in self.each]
+        return {"mean": self.mean, "median": self.median, "error": self.error, "clips": clips}
+
 
 @dataclass(frozen=True)
 class Likeness:

@@ -8,8 +8,10 @@ import torch
 from torch import Tensor
 
 from ..media.metrics import psnr, ssim
+from .likeness import Spread
 from .markdown import markdown
 from .paper_rows import Row
+from .perceptual import st_lpips, vmaf
 
 MOST = 100.0  # dB, of equal videos
 
@@ -18,8 +20,10 @@ MOST = 100.0  # dB, of equal videos
 METRICS: dict[str, Callable[[Tensor, Tensor], float]] = {
     "SSIM": ssim,
     "PSNR": lambda video, plain: min(psnr(video, plain), MOST),
+    "ST-LPIPS": lambda video, plain: _of_pixels(st_lpips, video, plain),
+    "VMAF": lambda video, plain: _of_pixels(vmaf, video, plain),
 }
-DIGITS = {"SSIM": 4, "PSNR": 2}
+DIGITS = {"SSIM": 4, "PSNR": 2, "ST-LPIPS": 4, "VMAF": 1}
 
 
 @dataclass
@@ -43,6 +47,12 @@ class Figures:
         """Takes the likeness of one more video."""
         for name, value in values.items():
             self.alike.setdefault(name, []).append(value)
+
+
+def _of_pixels(metric: Callable[[Tensor, Tensor], Spread | None], video: Tensor, plain: Tensor) -> float:
+    """NaN where the metric's package is missing."""
+    spread = metric(video[None] * 2 - 1, plain[None] * 2 - 1)
+    return spread.mean if spread else float("nan")
 
 
 def likeness_of(video: np.ndarray, plain: np.ndarray) -> dict[str, float]:

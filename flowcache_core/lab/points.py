@@ -9,6 +9,8 @@ from ..demo.train_network import FRAMES_PER_CHUNK
 from ..schedule import ChunkSchedule
 from . import flops as counted
 from .likeness import Spread, decibels, likeness, pixels, quality
+from .looks import Looks, Seen
+from .methods import PLAIN
 from .process import resident
 from .runs import Clips, Method, Outcome, chunk_tokens
 from .setups import Setup
@@ -27,7 +29,7 @@ class Point:
         forced: the same of the teacher-forced run, see `teacher`; None where there is none.
         ssim: to the plain run; None for itself.
         psnr_vae: of the first clip, by the VAE's decoder, which takes long; None where it was not measured.
-        lpips: None, its weights are not at hand.
+        looks: beside the plain run.
         psnr_converged: to the converged run, over as many clips and chunks as that has; None where there is none.
         detector, detector_first, detector_last: share of frames with the captioned shapes; of the first and last chunk.
         growth: area of the shapes, last quarter over first.
@@ -48,7 +50,7 @@ class Point:
     forced: Spread | None
     ssim: float | None
     psnr_vae: float | None
-    lpips: None
+    looks: Looks
     psnr_converged: float | None
     detector: float
     detector_first: float
@@ -68,17 +70,15 @@ class Point:
         return self.free.mean if self.free else None
 
     def as_dict(self) -> dict:
-        told = asdict(self) | _told("psnr", self.free) | _told("forced", self.forced)
+        told = asdict(self) | _told("psnr", self.free) | _told("forced", self.forced) | {"looks": self.looks.as_dict()}
         del told["free"]
         return {name: round(value, 5) if isinstance(value, float) else value for name, value in told.items()}
 
 
 def _told(name: str, spread: Spread | None) -> dict:
-    """Mean, median, standard error, and every clip."""
-    if spread is None:
-        return {name: None, f"{name}_median": None, f"{name}_error": None, f"{name}_clips": None}
-    clips = [round(value, 3) for value in spread.each]
-    return {name: spread.mean, f"{name}_median": spread.median, f"{name}_error": spread.error, f"{name}_clips": clips}
+    """Mean under the name itself, then median, standard error and every clip; all None where there is no spread."""
+    told = spread.as_dict() if spread else dict.fromkeys(("mean", "median", "error", "clips"))
+    return {name: told.pop("mean")} | {f"{name}_{word}": value for word, value in told.items()}
 
 
 @dataclass
@@ -86,14 +86,14 @@ class References:
     """What runs are compared with.
 
     Attributes:
-        plain: its pixels [clips, 3, T, H, W].
+        plain: how it looks.
         teacher: the same run, step by step.
         converged: the converged run's, of the first of the clips and frames; None where there is none.
         forwards, seconds: of the plain run.
         half_seconds: about what a run of half of the steps takes.
     """
 
-    plain: Tensor
+    plain: Seen
     teacher: Teacher
     converged: Tensor | None
     forwards: int
@@ -103,8 +103,9 @@ class References:
 
 def measure(method: Method, setup: Setup, clips: Clips, outcome: Outcome, references: References) -> Point:
     """A point from a finished free run; `speedup` is that of the batch until runs in alternation say better."""
-    shown = pixels(outcome.latents)
-    plain = likeness(shown, references.plain) if shown is not references.plain else None
+    itself = method.name == PLAIN
+    shown = references.plain.pixels if itself else pixels(outcome.latents)
+    plain = None if itself else likeness(shown, references.plain.pixels)
     converged = None
     if references.converged is not None:
         clips_seen, _, frames, *_ = references.converged.shape
@@ -120,7 +121,7 @@ def measure(method: Method, setup: Setup, clips: Clips, outcome: Outcome, refere
         forced=None,
         ssim=None if plain is None else plain.ssim,
         psnr_vae=None,
-        lpips=None,
+        looks=references.plain.looks(shown),
         psnr_converged=converged,
         detector=good.detector,
         detector_first=good.detector_first,
@@ -141,7 +142,7 @@ def forced(method: Method, setup: Setup, clips: Clips, references: References) -
     """Measures a method teacher-forced; None where the plain run cannot teach it."""
     if not can_be_taught(method, setup):
         return None
-    return decibels(pixels(taught(method, setup, clips, references.teacher)), references.plain)
+    return decibels(pixels(taught(method, setup, clips, references.teacher)), references.plain.pixels)
 
 
 def flops(method: Method, clips: Clips, outcome: Outcome) -> int:

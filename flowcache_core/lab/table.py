@@ -13,6 +13,7 @@ from pathlib import Path
 from ..errors import UserError
 from ..report import megabytes
 from ..storage.files import write_whole
+from . import packages
 from .aims import aims, at
 from .markdown import markdown
 from .methods import FEWER, OURS, THRESHOLDS
@@ -39,11 +40,19 @@ COLUMNS = (
     "caption found",
     "overhead",
 )
+# Of how a run looks, see `looks.Looks`: by the column's name its key and its form.
+LOOKS = {
+    "ST-LPIPS": ("st_lpips", ".4f"),
+    "VMAF": ("vmaf", ".1f"),
+    "motion, pixels a frame": ("motion", ".3f"),
+    "jumps at borders": ("jumps", ".2f"),
+    "colour drift of 255": ("colour", ".2f"),
+}
 
 
 def table(report: dict) -> str:
     """Markdown: aims and whether they were reached, and folded away what was measured on and every figure."""
-    of_parts = (_long_run, _short, _cut, _compiled, _host, _throughput)
+    of_parts = (_packages, _long_run, _short, _cut, _compiled, _host, _throughput)
     parts = [_machine(report), *_points(report), *(part(report) for part in of_parts)]
     figures = "\n\n".join(part for part in parts if part)
     return f"{_aims(report)}\n\n<details>\n<summary>Every figure</summary>\n\n{figures}\n\n</details>"
@@ -105,7 +114,10 @@ def _machine(report: dict) -> str:
         "linear map that the VAE learned; 'by VAE' is its own decoder's, of the first clip, because it takes long. "
         f"Teacher-forced: every chunk over the plain run's history. {_floors(report)} The "
         f"converged run takes eight times the steps and has {size['converged_clips']} of the clips, "
-        f"{size['converged_chunks']} chunks of each. LPIPS is left out: its weights are not at hand."
+        f"{size['converged_chunks']} chunks of each. ST-LPIPS is 0 where equal. VMAF is the model without enhancement "
+        "gain, over the first clips: read it beside the plain run's score against itself; it is blind to colours. "
+        "Motion is the distance of optical flows where something moves; jumps are the change from chunk to chunk over "
+        "that inside of chunks; colour drift is how far the mean colour of the last chunk is from the first one's."
     )
 
 
@@ -131,9 +143,16 @@ def _aims(report: dict) -> str:
 
 def _points(report: dict) -> Iterable[str]:
     for schedule, title in TITLES.items():
-        rows = [point for point in report["points"] if point["schedule"] == schedule]
+        rows = sorted((point for point in report["points"] if point["schedule"] == schedule), key=_order)
         if rows:
-            yield f"**{title}**\n\n" + markdown(COLUMNS, [_row(point) for point in sorted(rows, key=_order)])
+            yield f"**{title}**\n\n" + markdown(COLUMNS, [_row(point) for point in rows])
+            looks = [[row["method"], row["setting"], f"{row['speedup']:.1f}x", *_looks(row["looks"])] for row in rows]
+            yield "How it looks and moves beside the plain run:\n\n" + markdown((*COLUMNS[:3], *LOOKS), looks)
+
+
+def _looks(looks: dict) -> list[str]:
+    """Means over the clips, a dash where a package was missing."""
+    return [f"{looks[key]['mean']:{form}}" if looks[key] else "–" for key, form in LOOKS.values()]
 
 
 def _order(point: dict) -> tuple:
@@ -192,14 +211,19 @@ def _short(report: dict) -> str:
             f"{row['quality']['detector']:.1%}",
             f"{row['quality']['detector_first'] - row['quality']['detector_last']:+.1%}",
             _decibels(row["likeness"] and row["likeness"]["psnr"]),
+            *_looks(row["looks"]),
         ]
         for row in rows
     ]
-    names = ("history", "peak", "caption found", "lost from first to last chunk", "PSNR to whole history, dB")
+    names = ("history", "peak", "caption found", "lost from first to last chunk", "PSNR to whole history, dB", *LOOKS)
     short = report["short_history"]
     return f"**A history of {short['budget']} clean chunks, {short['chunks']} chunks long**\n\n" + markdown(
         names, cells
     )
+
+
+def _packages(report: dict) -> str:
+    return packages.table(report["peers"]) if "peers" in report else ""
 
 
 def _host(report: dict) -> str:

@@ -18,6 +18,9 @@ POLYNOMIAL_1_3B = (-5.21862437e4, 9.23041404e3, -5.28275948e2, 13.6987616, -4.99
 POLYNOMIAL_14B = (-3.03318725e5, 4.90537029e4, -2.65530556e3, 58.7365115, -0.315583525)
 
 
+FRAME_RATE = ("fps_embedding", "fps_projection")  # layers of SkyReels-V2 1.3B
+
+
 class SkyReelsBackbone(WanBackbone):
     """Runs chunks through a SkyReels-V2 network.
 
@@ -60,10 +63,12 @@ def add_frame_rate(network: Any, weights: dict[str, Tensor], layers=nn) -> None:
     if "fps_embedding.weight" not in weights:
         return
     rates, dim = weights["fps_embedding.weight"].shape
-    like = {"device": network.head.head.weight.device, "dtype": network.head.head.weight.dtype}
+    head = network.head.head.weight
+    packed = not head.dtype.is_floating_point  # as GGUF's quantised layers are
+    like = {"device": head.device, "dtype": torch.float32 if packed else head.dtype}
     embedding = layers.Embedding(rates, dim, **like)
     projection = nn.Sequential(layers.Linear(dim, dim, **like), nn.SiLU(), layers.Linear(dim, 6 * dim, **like))
-    for name, module in (("fps_embedding", embedding), ("fps_projection", projection)):
+    for name, module in zip(FRAME_RATE, (embedding, projection), strict=True):
         start = f"{name}."
         module.load_state_dict({key.removeprefix(start): w for key, w in weights.items() if key.startswith(start)})
         setattr(network, name, module.requires_grad_(False))
@@ -71,6 +76,6 @@ def add_frame_rate(network: Any, weights: dict[str, Tensor], layers=nn) -> None:
 
 def share_frame_rate(network: Any, other: Any) -> None:
     """Gives another copy of a network, on another device, the frame-rate layers that it lacks."""
-    for name in ("fps_embedding", "fps_projection"):
+    for name in FRAME_RATE:
         if hasattr(network, name) and not hasattr(other, name):
             setattr(other, name, deepcopy(getattr(network, name)).to(other.head.head.weight.device))

@@ -5,6 +5,7 @@ One folder holds all runs, each in a folder named by what determines it:
     <root>/<name>/chunk-00007.safetensors     latent of a finished chunk
     <root>/<name>/history-00005.safetensors   state after that chunk: the whole history, and the chunk's latent
     <root>/<name>/added-00006.safetensors     the same, but only with what chunks have added to the history
+    <root>/<name>/prompts.json                what the chunks show, of a run whose captions were changed
 
 As long as nothing is dropped from the history, each chunk adds as much to it. Chunks whose keys came with one forward
 have one addition, named by the newest of them. Where a budget has it cut, it is written
@@ -16,9 +17,11 @@ A state's file says which format the run is of. Runs of another one are not gone
 format computes other bits; they are removed like all others when there is no room.
 """
 
+import json
 import os
 import re
 import shutil
+import zlib
 from collections.abc import Sequence
 from contextlib import suppress
 from functools import partial
@@ -33,11 +36,12 @@ from torch import Tensor
 from ..engine.loop import Chunk
 from ..errors import UserError
 from ..history.snapshot import Snapshot, SnapshotDelta
-from .files import check_header, checksum, parse_json, write_whole
+from .files import check_header, check_regular, checksum, parse_json, read_json_text, write_whole
 from .state import State, load_state, make_state, save_state, state_metadata
 
 FORMAT = "flowcache-run-4"  # runs of version 0.1.0 say none
 NAME = re.compile(r"[0-9a-f]{32}")  # of a run; nothing else in the root is ever touched
+PROMPTS = "prompts.json"
 Kind = Literal["chunk", "history", "added"]
 
 
@@ -74,7 +78,7 @@ class RunFolder:
         self._check_link()
         newest = max(self.path.glob("history-*"), default=None)
         last = None if newest is None else self._read(newest)
-        if newest is None or last is None:
+        if newest is None or last is None or self.prompts() is None:
             return None
         parts = [last.histories]
         for file in sorted(self.path.glob("added-*")):
@@ -118,6 +122,40 @@ class RunFolder:
                 f"{list(self._shape)}; {again}."
             )
         return latent
+
+    def prompts(self) -> str | None:
+        """Reads what `keep_prompts` was given last: empty where nothing was, None where that is damaged."""
+        file = self.path / PROMPTS
+        if not file.exists() and not file.is_symlink():
+            return ""
+        with suppress(OSError, ValueError, TypeError, KeyError, AttributeError):
+            check_regular(file, follow=False)
+            told = parse_json(read_json_text(file))
+            text = told["prompts"]
+            if told == self._told_prompts(text):
+                return text
+        return None
+
+    def keep_prompts(self, text: str) -> None:
+        """Keeps what the chunks show, those to come included, in place of what was kept before; empty: nothing.
+
+        Raises:
+            UserError: the folder cannot be written to or is a link.
+        """
+        self._check_link()
+        file = self.path / PROMPTS
+        if text:
+            write_whole(file, lambda partial: partial.write_text(json.dumps(self._told_prompts(text))))
+            return
+        try:
+            file.unlink(missing_ok=True)
+        except OSError as error:
+            raise UserError(f"Cannot remove {file} ({error.strerror}); remove it, or disconnect 'resume'.") from error
+
+    def _told_prompts(self, text: str) -> dict[str, str]:
+        """What the file of the prompts holds."""
+        found = f"{zlib.crc32(text.encode()):08x}"
+        return {"run": FORMAT, "of": self.path.name, "prompts": text, "checksum": found}
 
     def add(self, chunk: Chunk, delta: SnapshotDelta, before: Sequence[Chunk] = ()) -> None:
         """Keeps a finished chunk [B, C, T, H, W] and what the clean history has grown by.

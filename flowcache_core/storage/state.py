@@ -24,6 +24,7 @@ PARTS = Snapshot._fields
 FLOATS = ("keys", "values", "queries")  # of them
 COMPUTED = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 MOST_BRANCHES = 64
+LONGEST_PROMPTS = 2**20  # characters
 LARGEST = 2**31  # frames; token numbers are 32 bits
 
 
@@ -35,6 +36,7 @@ class State(NamedTuple):
     chunk_frames: latent frames of a chunk.
     model: what the state was made with; another model cannot go on from it. Empty if not known.
     dropped: frames before `latents` that were let go.
+    prompts: what its chunks show, as Prompts over Time, where a run that could be steered knew it.
     """
 
     latents: Tensor
@@ -43,6 +45,7 @@ class State(NamedTuple):
     chunk_frames: int
     model: str = ""
     dropped: int = 0
+    prompts: str = ""
 
     def __str__(self) -> str:
         """Gives one line: ComfyUI writes a failed node's inputs into its history, and keeps them there."""
@@ -102,7 +105,7 @@ def save_state(state: State, path: Path | str, **more: str) -> None:
     for number, history in enumerate(state.histories):
         for name, tensor in history._asdict().items():
             tensors[f"history.{number}.{name}"] = tensor.contiguous()
-    info = {name: getattr(state, name) for name in ("branches", "chunk_frames", "model", "dropped")}
+    info = {name: getattr(state, name) for name in ("branches", "chunk_frames", "model", "dropped", "prompts")}
     metadata = {"format": FORMAT, "state": json.dumps(info), "checksum": checksum(tensors), **more}
     write_whole(path, lambda partial: save_file(tensors, partial, metadata=metadata))
 
@@ -138,7 +141,7 @@ def load_state(path: Path | str) -> State:
             raise ValueError("its checksum is another")
         latents, *parts = tensors.values()
         histories = tuple(Snapshot(*parts[at : at + len(PARTS)]) for at in range(0, len(parts), len(PARTS)))
-        more = info["chunk_frames"], info["model"], info.get("dropped", 0)
+        more = info["chunk_frames"], info["model"], info.get("dropped", 0), info.get("prompts", "")
         state = State(latents, histories, tuple(info["branches"]), *more)
         fault = _fault(state)
     except UserError:
@@ -159,6 +162,8 @@ def _fault(state: State) -> str | None:
         return f"{frames!r:.20} frames a chunk"
     if not isinstance(state.dropped, int) or not 0 <= state.dropped <= LARGEST:
         return f"{state.dropped!r:.20} frames let go"
+    if not isinstance(state.prompts, str) or len(state.prompts) > LONGEST_PROMPTS:
+        return "prompts that are no text"
     if not isinstance(state.model, str) or not all(isinstance(branch, str) for branch in state.branches):
         return "names that are no text"
     if latents.ndim != 5 or 0 in latents.shape:

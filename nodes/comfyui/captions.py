@@ -1,12 +1,14 @@
 """Conditions that hold for some chunks only: what Prompts over Time gives, as the host's guider meets it."""
 
-from collections.abc import Hashable
+from collections.abc import Hashable, Mapping
 from itertools import accumulate
 
 from torch import Tensor
 
+from ...flowcache_core.demo.captions import embed_caption
 from ...flowcache_core.errors import UserError
-from ...flowcache_core.prompts import FOREVER
+from ...flowcache_core.prompts import FOREVER, Blend, Span
+from ...flowcache_core.prompts import captions as captions_of
 
 CHUNKS = "flowcache_chunks"  # of a condition: first and last chunk that it holds for
 BLEND = "flowcache_blend"  # of a condition: a `Blend` of what its chunks are shown
@@ -54,15 +56,30 @@ class ChunkCaptions:
             chosen[side] = [one | {"uuid": first["uuid"]} for one, first in zip(held, conditions, strict=False)]
         return chosen
 
+    def show(self, chunk: int, condition: dict, oldest: int) -> None:
+        """Takes what the positive prompt is from a chunk on, in place of the last condition.
+
+        Args:
+            condition: as the guider has processed it.
+            oldest: chunk that may still ask what it is shown; what only chunks before it see is let go.
+        """
+        *before, last = self.conditions["positive"]
+        ended = last | {CHUNKS: (last.get(CHUNKS, (0,))[0], chunk - 1)}
+        kept = [one for one in [*before, ended] if one[CHUNKS][1] >= oldest]
+        new = condition | {CHUNKS: (chunk, FOREVER), "uuid": last["uuid"]}
+        self.conditions = self.conditions | {"positive": [*kept, new]}
+
     def text(self, chunk: int, uuid) -> Tensor:
         """Gives the embedding [B, tokens, width] of a branch of a chunk; a blend is mixed anew at every call."""
         one = self._held(chunk, uuid)
         return embedding_of(one, chunk, one["model_conds"]["c_crossattn"].cond)
 
-    def shown(self, chunk: int, uuid) -> Hashable:
-        """Names what `text` gives; the same for chunks that are shown the same."""
+    def shown(self, chunk: int, uuid) -> tuple[Hashable, object]:
+        """Names what `text` gives, the same for chunks that are shown the same; the name is good as long as the object
+        beside it is held."""
         one = self._held(chunk, uuid)
-        return (id(one[BLEND]), chunk) if BLEND in one else id(one["model_conds"]["c_crossattn"].cond)
+        kept = one[BLEND] if BLEND in one else one["model_conds"]["c_crossattn"].cond
+        return (id(kept), chunk if BLEND in one else None), kept
 
     def _held(self, chunk: int, uuid) -> dict:
         return next(one for conditions in self.of(chunk).values() for one in conditions if one["uuid"] == uuid)
@@ -90,6 +107,31 @@ class ChunkCaptions:
         """Raises UserError where a condition is limited to some chunks."""
         if any(CHUNKS in one for conditions in self.conditions.values() for one in conditions or []):
             raise UserError(f"Prompts over time need chunks one after another, not {what}; connect a single prompt.")
+
+
+def encoded(clip, caption: str) -> tuple[Tensor, dict]:
+    """A caption's embedding [1, tokens, width] and what the encoder says beside it; the demo's without an encoder."""
+    if clip is None:
+        return embed_caption(caption), {}
+    ((embedding, more),) = clip.encode_from_tokens_scheduled(clip.tokenize(caption))
+    return embedding, more
+
+
+def span_conditions(span: Span, known: Mapping[str, tuple[Tensor, dict]]) -> list[tuple[Tensor, dict]]:
+    """The conditions of a span's chunks.
+
+    Args:
+        known: `encoded` of each caption.
+    """
+    shown = {caption: known[caption][0] for caption in captions_of([span])}
+    conditions = []
+    for first, last, weights in span.nearest:
+        embedding, said = known[max(weights, key=weights.__getitem__)]
+        more = said | {CHUNKS: (first, last)}
+        if len(shown) > 1:
+            more[BLEND] = Blend(span, shown, embedding)
+        conditions.append((embedding, more))
+    return conditions
 
 
 def embedding_of(condition: dict, chunk: int, plain: Tensor) -> Tensor:

@@ -1,8 +1,8 @@
 """What Autoregressive Extend does: more chunks behind what is there, whatever the model."""
 
 from collections.abc import Callable, Sequence
-from contextlib import closing, nullcontext, suppress
-from dataclasses import dataclass, field
+from contextlib import AbstractContextManager, closing, nullcontext, suppress
+from dataclasses import dataclass, field, replace
 from math import prod
 
 import comfy.model_patcher
@@ -24,6 +24,8 @@ from .checks import check_latent, check_network, check_size
 from .digest import digest
 from .finished import FinishedChunks
 from .held import HELD
+from .live import RUNS, LiveRun, live_run
+from .live_prompt import LivePrompt, determining_prompt, live_prompt
 from .progress import progress_text
 from .resume import ResumeSettings, patches_of, root, weights_of
 from .sampler import ARSampler
@@ -46,6 +48,7 @@ class Extension:
         metadata: of the workflow, for the video.
         node_id: of the node that shows the progress.
         notes: lines for the report on what was chosen.
+        live: the prompt, where it can change while the run goes on.
     """
 
     positive: list
@@ -61,6 +64,7 @@ class Extension:
     metadata: dict = field(default_factory=dict)
     node_id: str | None = None
     notes: Sequence[str] = ()
+    live: LivePrompt | None = None
 
 
 @dataclass(frozen=True)
@@ -135,6 +139,7 @@ class Kept:
 def extend(model: comfy.model_patcher.ModelPatcher, asked: Extension, how: Sampling) -> Extended:
     """Runs the host's guider over new chunks of a network of the Wan layout."""
     check_network(model.model.diffusion_model)
+    asked = with_live(asked, steered=how.seeing == "causal")
     if asked.resume is not None and (how.seeing != "causal" or how.lag == 0 or asked.end is not None):
         raise UserError(
             "A run can be resumed where chunks follow one another and nothing is given after them; use attention "
@@ -197,6 +202,7 @@ def carry_out(
         return written_anew(model, asked, layout, *held)
     again, folder = HELD.let_go(kept.name), kept.folder
     earlier = None if folder is None else folder.load()
+    kept_prompts = (folder.prompts() or "") if folder is not None and earlier is not None else ""
     side = SideStream(model.load_device, patch.settings.overlap)
     outlet = None if asked.stream is None else VideoOutlet(asked.stream, model, layout.shape, asked.metadata, side)
     keep = asked.stream is None or asked.stream.keep_latents
@@ -205,14 +211,25 @@ def carry_out(
     finished = FinishedChunks(
         folder, outlet, keep, asked.node_id, untouched, prefix, layout.inside, goes_on, side, asked.notes
     )
+    live: LiveRun | None = None
+    running: AbstractContextManager = nullcontext()
+    if asked.live is not None:
+        before = "" if asked.state is None else asked.state.prompts
+        live = live_run(asked.live, prefix, layout.schedule.total_chunks, kept_prompts, before, finished.keep_prompts)
+        finished.live, running = live, RUNS.of(live)
+        if not kept_prompts:
+            finished.keep_prompts("")
     video = None
     try:
         if earlier is not None:
             finished.histories = earlier.by_branch
         finished.begin(layout.before, range(prefix, earlier.chunks if earlier else prefix))
         if finished.count < asked.chunks:
-            sample(finished, earlier)
+            with running:
+                sample(finished, earlier)
         finished.report.notes += [*finished.notes, *again]
+        if live is not None:
+            finished.report.prompts = live.prompts(prefix + finished.count)
         if outlet is not None:
             if layout.after is not None:
                 outlet.add(layout.after)
@@ -221,7 +238,11 @@ def carry_out(
         with closing(outlet) if outlet is not None else nullcontext():
             finished.settle()  # what an interrupt has cut off from its next tick
     latents = torch.cat([*finished.latents, *([] if layout.after is None else [layout.after])], dim=2)
-    state = make_state(latents, finished.histories, chunk_frames, name, dropped=layout.frames - latents.shape[2])
+    frames = layout.frames - (asked.chunks - finished.count) * chunk_frames
+    state = make_state(latents, finished.histories, chunk_frames, name, dropped=frames - latents.shape[2])
+    state = state._replace(prompts=finished.report.prompts)
+    if live is not None and finished.folder is not None and finished.count < asked.chunks:
+        RUNS.to_go_on(live.prompt.node_id)
     if asked.stream is not None and asked.resume is None:
         HELD.hold(kept.name, state, finished.report)
     return _handed_out(model, latents, state, finished.report, video)
@@ -256,6 +277,11 @@ def _handed_out(
     shown = model.model.process_latent_out(latents.float())
     host.patch_on(model.model_options).remember(shown, report)
     return Extended(shown, state, report, video)
+
+
+def with_live(asked: Extension, steered: bool) -> Extension:
+    """The same, whose prompt may change while it runs, if it is a Live Prompt; errors as for `live_prompt`."""
+    return replace(asked, live=live_prompt(asked.positive, asked.negative, steered and asked.end is None))
 
 
 def run_guider(model, asked: Extension, sampler, levels: list[float], shape, ticks: int, scale: float = 1.0) -> None:
@@ -310,7 +336,7 @@ def kept_run(model, name: str, asked: Extension, shape, first: int, chunk_frames
     before = (asked.prefix, asked.state and (asked.state.latents, asked.state.histories))
     determining = (
         name, weights_of(model), patches_of(model), first, chunk_frames, lead,
-        asked.positive, asked.negative, asked.seed, asked.chunks, shape, before, *how,
+        determining_prompt(asked.positive), asked.negative, asked.seed, asked.chunks, shape, before, *how,
     )  # fmt: skip
     if asked.resume is None:
         with suppress(UserError):  # one that cannot be told from others is not held

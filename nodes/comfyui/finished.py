@@ -9,14 +9,16 @@ from functools import partial
 from comfy.model_management import throw_exception_if_processing_interrupted
 from torch import Tensor
 
-from ...flowcache_core.engine.loop import Chunk, Engine, Progress
+from ...flowcache_core.engine.loop import Boundary, Chunk, Engine, Progress
 from ...flowcache_core.errors import UserError
 from ...flowcache_core.history.snapshot import Snapshot, SnapshotDelta
 from ...flowcache_core.history.streams import AT_ONCE, Pending, SideStream
 from ...flowcache_core.report import Report
 from ...flowcache_core.storage.run_folder import RunFolder
 from .listener import RunListener
+from .live import LiveRun
 from .progress import describe, describe_plan, progress_text
+from .steering import Steering
 from .stream import VideoOutlet, show
 
 OUTDATED = (
@@ -43,6 +45,7 @@ class FinishedChunks(RunListener):
         chosen: lines for the report on what was chosen before the run.
         latents: on the CPU, in the network's latent space; what came before the run included.
         count: chunks that were taken, with those of an interrupted run.
+        live: takes captions while the run goes on, or None.
     """
 
     folder: RunFolder | None
@@ -58,6 +61,7 @@ class FinishedChunks(RunListener):
     histories: dict[Hashable, Snapshot] = field(default_factory=dict)
     latents: list[Tensor] = field(default_factory=list)
     count: int = 0
+    live: LiveRun | None = None
 
     def __post_init__(self):
         self.begun = time.perf_counter()
@@ -112,6 +116,14 @@ class FinishedChunks(RunListener):
             self._show(self.outlet.written())
         progress_text(describe(told, engine, self.begun, self.finished(engine), len(self.earlier)), self.node_id)
 
+    def steer(self, ahead: Boundary, steering: Steering) -> bool:
+        return self.live is not None and self.live.steer(ahead, steering)
+
+    def keep_prompts(self, text: str) -> None:
+        """Keeps what the chunks show, for who resumes the run."""
+        if self.folder is not None:
+            self._kept(partial(self.folder.keep_prompts, text))
+
     def chunk(self, chunk: Chunk, engine: Engine) -> None:
         self.settle()
         latent = self.side.to_cpu(chunk.latent)
@@ -135,13 +147,19 @@ class FinishedChunks(RunListener):
         self, folder: RunFolder, unkept: list[tuple[int, Pending[Tensor]]], delta: Callable[[], SnapshotDelta]
     ) -> None:
         *before, newest = [Chunk(number, latent.on_cpu()) for number, latent in unkept]
-        try:
-            folder.add(newest, delta(), before)
+        if self._kept(lambda: folder.add(newest, delta(), before)):
             self.on_disk = newest.number + 1 - self.first
+
+    def _kept(self, keep: Callable[[], None]) -> bool:
+        """Has something kept to resume from, and says whether it is; where it cannot be, nothing more is."""
+        try:
+            keep()
         except UserError as error:
             if not self.goes_on:
                 raise
             self.lost, self.folder = str(error), None
+            return False
+        return True
 
     def _hand_on(self, number: int, latent: Pending[Tensor]) -> None:
         self._show(self._take(self._generated(Chunk(number, latent.on_cpu()))))

@@ -203,7 +203,7 @@ class GuiderGuidance:
         self._lock = Lock()  # branches that are divided among devices come from several threads
         self._branches: dict[object, str] = {}  # by uuid of the condition
         self.notes = unheeded(network, options)  # for the report
-        self._texts: dict[tuple, Tensor] = {}  # as the network takes them, oldest first
+        self._texts: dict[tuple, tuple[Tensor, object]] = {}  # as the network takes them, oldest first
         # Of the call that goes on: what is asked for, who answers, and the branches that were seen.
         self._steps: Sequence[Step] = []
         self._network: Network | None = None
@@ -295,13 +295,14 @@ class GuiderGuidance:
         return self._elsewhere[network]
 
     def _text(self, chunk: int, uuid, rows: int, x: Tensor) -> Tensor:
-        key = (self.captions.shown(chunk, uuid), rows, x.dtype, x.device)
+        name, held = self.captions.shown(chunk, uuid)
+        key = (name, rows, x.dtype, x.device)
         if key not in self._texts:
             text = self.captions.text(chunk, uuid).to(x.device, x.dtype)
             while len(self._texts) >= self.texts_kept * len(self._branches):
                 del self._texts[next(iter(self._texts))]
-            self._texts[key] = text if text.shape[0] == rows else text[:1].expand(rows, -1, -1)
-        return self._texts[key]
+            self._texts[key] = text if text.shape[0] == rows else text[:1].expand(rows, -1, -1), held
+        return self._texts[key][0]
 
     def _names(self, options: dict) -> list[Hashable]:
         """A name for each branch of a call, which outlives the run: its side of guidance, and its number there. A

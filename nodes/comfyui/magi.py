@@ -13,7 +13,7 @@ import comfy.model_patcher
 import torch
 from torch import Tensor
 
-from ...flowcache_core.engine.loop import Progress
+from ...flowcache_core.engine.loop import Boundary, Progress
 from ...flowcache_core.errors import UserError
 from ...flowcache_core.history.snapshot import Snapshot
 from ...flowcache_core.models.magi.config import magi_usual
@@ -38,11 +38,12 @@ from . import gpus
 from . import patch as host
 from .captions import ChunkCaptions, embedding_of
 from .checks import adapt_others, check_finite
-from .extend import Extended, Extension, Layout, carry_out, chunk_shape, kept_run, latents_held, run_guider
+from .extend import Extended, Extension, Layout, carry_out, chunk_shape, kept_run, latents_held, run_guider, with_live
 from .finished import FinishedChunks
 from .guider import FUNCTIONS, WRAPPERS, fitted, host_attention
 from .listener import RunListener
 from .model_patches import unheeded_by_magi
+from .steering import Steering
 
 PROMPT = "flowcache_magi"  # key of a `Prompt` in a conditioning
 
@@ -95,6 +96,7 @@ class MagiSampler(host.ChunkSampler):
         kept: how the run is kept on disk, see `MagiForward`.
         beside: bytes of latents that the caller will hold in the end.
         listener: is told of the run.
+        may_stop: whether it may end the run.
     """
 
     schedule: ChunkSchedule
@@ -105,6 +107,7 @@ class MagiSampler(host.ChunkSampler):
     kept: Kept
     beside: int
     listener: RunListener
+    may_stop: bool = False
     chunk_frames: int = CHUNK_FRAMES
 
     def sample(
@@ -114,9 +117,11 @@ class MagiSampler(host.ChunkSampler):
         options = comfy.model_patcher.create_model_options_clone(extra_args["model_options"])
         family = host.family_of(guider.model_patcher)
         with gpus.led(guider, options, family, 1, self.listener.settle) as led:
-            return self._run(guider, options, callback, noise, led)
+            return self._run(guider, options, callback, noise, latent_image, led)
 
-    def _run(self, guider, options: dict, callback, noise: Tensor, led: gpus.Led | None) -> Tensor:
+    def _run(
+        self, guider, options: dict, callback, noise: Tensor, latent_image: Tensor | None, led: gpus.Led | None
+    ) -> Tensor:
         model, schedule, device = guider.inner_model, self.schedule, noise.device
         patch = host.patch_on(options)
         network, batch = model.diffusion_model, noise.shape[0]
@@ -143,9 +148,15 @@ class MagiSampler(host.ChunkSampler):
         if led is not None:
             made = led.magi(
                 led.backbone(backbone), attention, self.loaded, schedule=schedule, settings=patch.settings,
-                sampling=self.sampling, shape=tuple(noise.shape), kept=self.kept,
+                sampling=self.sampling, shape=tuple(noise.shape), kept=self.kept, may_stop=self.may_stop,
             )  # fmt: skip
             notes += led.notes
+
+        def steer(ahead: Boundary) -> bool:
+            report, seed = engine.report, self.seed
+            steering = Steering(guider, captions, noise, latent_image, seed, schedule, report)
+            return self.listener.steer(ahead, steering)
+
         engine = magi_engine(
             schedule=schedule,
             settings=patch.settings,
@@ -160,6 +171,7 @@ class MagiSampler(host.ChunkSampler):
             beside=self.beside,
             on_progress=progress,
             cancelled=interrupted,
+            steer=steer if self.may_stop else None,
             **made,
         )
         engine.report.settings = patch.label
@@ -191,6 +203,7 @@ def extend(model: comfy.model_patcher.ModelPatcher, asked: Extension, steps: int
     """
     model = host.patched_or_off(model)
     settings, config = host.patch_on(model.model_options).settings, model.model.diffusion_model.config
+    asked = with_live(asked, steered=True)
     name, state = model_name(model), asked.state
     check_negative(asked.negative)
     usual_steps, usual_size = magi_usual(config)
@@ -225,6 +238,7 @@ def extend(model: comfy.model_patcher.ModelPatcher, asked: Extension, steps: int
             kept="" if asked.resume is None else "whole" if earlier is None else "added",
             beside=latents_held(layout, asked.stream),
             listener=finished,
+            may_stop=asked.live is not None,
         )
         run_guider(model, asked, sampler, sigmas(steps), shape, left.ticks)
 

@@ -25,11 +25,12 @@ from comfy.patcher_extension import WrappersMP, add_wrapper_with_key
 from torch import Tensor
 
 from ...flowcache_core.checkpoints import MAGI_FAMILIES, load
+from ...flowcache_core.checkpoints.gguf_files import ENDING, read_gguf
 from ...flowcache_core.engine.build import Seeing
 from ...flowcache_core.engine.rolling import rolling_bytes
 from ...flowcache_core.errors import UserError
 from ...flowcache_core.history.plan import plan_memory
-from ...flowcache_core.models.skyreels import add_frame_rate
+from ...flowcache_core.models.skyreels import FRAME_RATE, add_frame_rate
 from ...flowcache_core.models.wan import WanBackbone
 from ...flowcache_core.report import Report
 from ...flowcache_core.reuse.calibration import Calibration
@@ -41,11 +42,13 @@ from .checks import adapt_others, check_finite
 from .gpus import division_of, planned_share
 from .guider import FAMILY, RUN, text_tokens
 from .levels import check_flow, time_step_note
+from .loaders import loaded_file
 from .native import NativeRun
 from .progress import say
 
 KEY = "flowcache"  # our wrappers' key on a patched model, and the patch's in transformer_options
 NATIVE = "flowcache_native"  # key of a run of the host's own sampler in transformer_options, while it goes on
+MISSING = "SkyReels-V2 1.3B runs without its frame-rate layers"
 SMALL_WIDTH = 1536  # of SkyReels-V2 1.3B, the one with frame-rate layers
 MEMORY = "flowcache_planned_bytes"  # what a run will take of the device, told to the memory estimate
 
@@ -111,10 +114,13 @@ def family_of(model: comfy.model_patcher.ModelPatcher) -> str:
 
 
 def with_family(
-    model: comfy.model_patcher.ModelPatcher, family: str
+    model: comfy.model_patcher.ModelPatcher, family: str, hidden=None
 ) -> tuple[comfy.model_patcher.ModelPatcher, list[str]]:
     """Gives a clone of the model that runs as a family of the Wan 2.1 layout, and notes for the report; for "auto" the
     model itself.
+
+    Args:
+        hidden: of the node that was told the family, with its prompt and unique_id; None where there is no node.
 
     Raises:
         UserError: the network cannot be of that family.
@@ -125,26 +131,32 @@ def with_family(
     if found in MAGI_FAMILIES or (hasattr(network, "fps_embedding") and family != "skyreels"):
         raise UserError(f"The family is set to {family}, and the model is {found} by its file; set the family to auto.")
     without = family == "skyreels" and not hasattr(network, "fps_embedding")
-    notes = _find_frame_rate(model) if without else []
+    notes = _find_frame_rate(model, hidden) if without else []
     clone = model.clone()
     clone.model_options.setdefault("transformer_options", {})[FAMILY] = family
     return clone, notes
 
 
-def _find_frame_rate(model: comfy.model_patcher.ModelPatcher) -> list[str]:
+def _find_frame_rate(model: comfy.model_patcher.ModelPatcher, hidden) -> list[str]:
     """Gives a SkyReels-V2 network the frame-rate layers of its file, which the host's loader passes over, or says that
     they are missing. Nothing but a run as SkyReels-V2 asks them, so the network may keep them."""
     try:
-        weights = load(file_of(model), "skyreels")[1]
-    except UserError:
-        if model.model.diffusion_model.dim != SMALL_WIDTH:
-            return []
-        return [
-            "SkyReels-V2 1.3B runs without its frame-rate layers, which this model's loader drops (GGUF loaders do); a "
-            "safetensors file in Load AR Video Model keeps them"
-        ]
+        weights = _frame_rate_weights(model, hidden)
+    except UserError as error:
+        return [f"{MISSING}: {error}"] if model.model.diffusion_model.dim == SMALL_WIDTH else []
     add_frame_rate(model.model.diffusion_model, weights, comfy.ops.manual_cast)
     return []
+
+
+def _frame_rate_weights(model: comfy.model_patcher.ModelPatcher, hidden) -> dict[str, torch.Tensor]:
+    """The frame-rate layers of a model's file; empty for a file without them.
+
+    Raises:
+        UserError: neither the model nor the prompt names a file that can be read.
+    """
+    if hidden is not None and (path := loaded_file(hidden, ENDING)):
+        return read_gguf(path, FRAME_RATE)
+    return load(file_of(model), "skyreels")[1]
 
 
 def model_name(model: comfy.model_patcher.ModelPatcher) -> str:

@@ -24,6 +24,7 @@ from .guider import FPS, RUN, GuiderGuidance, is_plain_sum, start_image, text_to
 from .levels import check_flow, time_step_note
 from .listener import RunListener
 from .progress import say
+from .steering import Steering
 
 LEAD_NOISE = -1  # stands for a chunk's number where noise is drawn for given frames that fill none
 
@@ -222,6 +223,7 @@ class SamplerCall:
             loaded=sampler.state.by_branch if sampler.state else None,
             grain=None if prefix is None else partial(self._grain, prefix),
             on_progress=lambda told: self._progress(told, engine),
+            steer=lambda ahead: sampler.listener.steer(ahead, self._steering(engine)),
         )  # fmt: skip
         engine: Engine = build_engine(run) if self.led is None else self.led.engine(run)
         engine.report.notes += guidance.notes
@@ -250,6 +252,11 @@ class SamplerCall:
         if end is not None:
             engine.give(Given.END, end)
         return engine
+
+    def _steering(self, engine: Engine) -> Steering:
+        return Steering(
+            self.guider, self.captions, self.noise, self.latent_image, self.seed, self.schedule, engine.report
+        )
 
     def _check_window(self, prefix: Tensor | None, end: Tensor | None) -> None:
         self.captions.refuse(f"attention '{self.sampler.seeing}'")

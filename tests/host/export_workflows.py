@@ -24,7 +24,11 @@ def export(page: ComfyPage, name: str) -> None:
     prompt = page.to_api()
     (WORKFLOWS / "api" / f"{name}.json").write_text(json.dumps(prompt, indent=2) + "\n")
     if name in DEMOS:
-        page.run()
+        page.start()
+        if "FlowCacheLivePrompt" in {node["class_type"] for node in prompt.values()}:
+            page.steer(9, "a magenta triangle")
+            page.steer(19, "a white triangle")
+        page.finish()
         page.picture(PACK / "docs" / f"{name}.png")
         videos = [frames_of(path) for path in page.saved_videos()]
         thumbnails.write(thumbnails.of_videos(videos), workflow)

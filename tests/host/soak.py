@@ -1,4 +1,5 @@
-"""Hard use of a ComfyUI: many prompts of mixed kind, interrupts, kills, two clients, jumps of the clock, failing steps.
+"""Hard use of a ComfyUI: many prompts of mixed kind, interrupts, kills, two clients, jumps of the clock, failing steps,
+captions for a run that goes on.
 
 As a script: python tests/host/soak.py, or with some of the parts alone: python tests/host/soak.py prompts kills
 docs/reliability.md has what it printed last.
@@ -305,6 +306,56 @@ def check_exceptions(server: Server, times: int) -> int:
     return failed
 
 
+def check_captions(server: Server, count: int) -> tuple[int, Held, Held]:
+    """Sends so many captions of 60 kB, as fast as one client can, to one run; with what it showed a second run must
+    have the same bits.
+
+    Returns:
+        How many were shown, and what the server held after a fifth of the captions and after the last.
+    """
+
+    def steered(positive: Callable[[Graph], str], chunks: int) -> tuple[Graph, str]:
+        graph = Graph()
+        node = extend(graph, 5, chunks, budget=2, lag=4)
+        graph[node]["inputs"]["positive"] = [positive(graph), 0]
+        graph.add("SaveLatent", samples=(node, 0), filename_prefix="soak")
+        return graph, graph.add("PreviewAny", source=(node, 3))
+
+    held: list[Held] = []
+
+    def send(told: dict) -> None:
+        for number in range(count):
+            words = "a blue square" if number % 2 else "a green triangle"
+            body = {"prompt_id": told["prompt_id"], "node_id": told["node"], "text": words + " " * 60_000, "blend": 3}
+            server.post("/flowcache/live", body)
+            if number + 1 in (count // 5, count):
+                held.append(Held(Usage.of(server), Counter(), resident(server)))
+        server.post("/flowcache/live", {"prompt_id": told["prompt_id"], "node_id": told["node"], "stop": True})
+
+    threads: list[threading.Thread] = []
+
+    def on_event(kind: str, data: dict) -> None:
+        if kind == "flowcache.live" and data["running"] and not threads:
+            threads.append(threading.Thread(target=send, args=(data,)))
+            threads[0].start()
+
+    live = lambda graph: graph.add("FlowCacheLivePrompt", text="a red circle", blend=0)  # noqa: E731
+    graph, shown = steered(live, 10_000)
+    outcome = server.run(graph, timeout=3600, on_event=on_event)
+    made = latent(server, outcome)
+    threads[0].join()
+    text, chunks = outcome.outputs[shown]["text"][0], made.shape[2] // 2
+    over_time = lambda graph: graph.add("FlowCachePromptsOverTime", text=text)  # noqa: E731
+    assert torch.equal(latent(server, server.run(steered(over_time, chunks)[0], timeout=3600)), made)
+    return len(text.splitlines()), *held
+
+
+def tell_captions(server: Server, count: int) -> None:
+    lines, warm, end = check_captions(server, count)
+    print(f"{count} captions, {lines} lines of prompts: {warm.usage}, then {end.usage}; the same bits in a second run")
+    print(f"more than after a fifth: {end.grown(warm)}", flush=True)
+
+
 def tell_prompts(server: Server, prompts: int) -> None:
     warm, end = soak(server, prompts)
     growth = end.usage.memory / warm.usage.memory - 1
@@ -341,8 +392,17 @@ ON_ONE_SERVER: dict[str, Callable[[Server, int], None]] = {
     "clients": tell_clients,
     "clock": tell_clock,
     "exceptions": tell_exceptions,
+    "captions": tell_captions,
 }
-COUNTS = {"prompts": 200, "interrupts": 100, "kills": 40, "clients": 20, "clock": 20, "exceptions": 20}
+COUNTS = {
+    "prompts": 200,
+    "interrupts": 100,
+    "kills": 40,
+    "clients": 20,
+    "clock": 20,
+    "exceptions": 20,
+    "captions": 5000,
+}
 
 
 def main() -> None:

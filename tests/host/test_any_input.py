@@ -53,6 +53,8 @@ def everything() -> Graph:
     graph.add("FlowCacheReport", report=(made, 2))
     graph.add("FlowCacheReport", model=(model, 0), latent=(made, 0))
     graph.add("PreviewAny", source=(words, 0))
+    live = graph.add("FlowCacheLivePrompt", text="a red circle", blend=1, clip=(graph.add("TestSmallT5"), 0))
+    graph.add("PreviewAny", source=(live, 0))
     images = graph.add("EmptyImage", width=32, height=32, batch_size=5, color=255)
     graph.add("FlowCacheSaveVideo", images=(images, 0), report=(made, 2), filename_prefix="any/saved", fps=16.0)
     video = graph.add("CreateVideo", images=(images, 0), fps=16.0)

@@ -2,6 +2,7 @@
 
 import json
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
@@ -12,6 +13,7 @@ from flowcache_core.demo.captions import embed_caption
 from flowcache_core.models.families import FAMILIES, SOLVERS, family_preset
 from flowcache_core.models.wan import WanConfig, WanNetwork
 from flowcache_core.settings import OFF, HistorySettings
+from tests.helpers.gguf_files import write_gguf
 from tests.helpers.host.graph import SMALL, Graph, fails, random_network, sample, write_network
 
 UNTOLD = json.dumps({"transformer": {"num_heads": SMALL.num_heads, "text_dim": SMALL.text_dim}})
@@ -270,6 +272,34 @@ def test_missing_frame_rate_layers_are_told(server, named_on):
     told = "SkyReels-V2 1.3B runs without its frame-rate layers"
     assert told in outcome.outputs[report]["text"][0]
     assert any(told in text for _, text in outcome.texts)
+
+
+def test_a_gguf_file_keeps_its_frame_rate_layers(server, tmp_path):
+    """They are read from the file that the loader's node names, as ComfyUI-GGUF passes them over."""
+    gguf = pytest.importorskip("gguf", reason="no gguf package: make test installs it")
+    (tmp_path / "gguf").symlink_to(Path(gguf.__file__).parent)
+    weights = random_network(2, CONFIGS["skyreels"])
+    folder = server.base / "models" / "diffusion_models"
+    save_file(weights, folder / "whole untold.safetensors", {"config": UNTOLD})
+    without = {name: weight for name, weight in weights.items() if not name.startswith("fps_")}
+    save_file(without, folder / "without untold.safetensors", {"config": UNTOLD})
+    write_gguf(folder / "small.gguf", weights)
+
+    def made(loader: str, **loading) -> torch.Tensor:
+        graph = Graph()
+        model = graph.add(loader, **loading)
+        model = graph.add("ModelSamplingSD3", model=(model, 0), shift=5.0)  # another node between
+        patched = graph.add("FlowCache", model=(model, 0), preset="off", history_budget=0, family="skyreels")
+        words = [graph.add("FlowCacheDemoPrompt", caption=caption) for caption in ("a red circle", "")]
+        return sample(server, graph, graph.add(
+            "FlowCacheAutoregressiveExtend", model=(patched, 0), positive=(words[0], 0), negative=(words[1], 0),
+            guidance=1.0, seed=4, chunks=1, steps=4, frames_per_chunk=1, lag=-1, width=64, height=64,
+        ))  # fmt: skip
+
+    expected = made("UNETLoader", unet_name="whole untold.safetensors", weight_dtype="default")
+    named = dict(weights="without untold.safetensors", packages=str(tmp_path))
+    assert torch.equal(made("TestGGUFLoader", unet_name="small.gguf", **named), expected)
+    assert not torch.equal(made("TestGGUFLoader", unet_name="other.gguf", **named), expected)
 
 
 def test_the_family_named_on_extend_alone(server):

@@ -326,3 +326,22 @@ def test_names_cannot_leave_the_folder(tmp_path):
     for name in ("../" + NAME[3:], "/etc", NAME + "/..", ""):
         with pytest.raises(ValueError):
             folder(tmp_path, name)
+
+
+def test_prompts_that_were_changed_are_kept_and_without_them_nothing_is_gone_on_from(tmp_path):
+    kept = folder(tmp_path)
+    kept.keep_prompts("0: a circle\n1-: ein Würfel 方")  # before anything else is there
+    kept.add(*one())
+    assert folder(tmp_path).load() is not None and folder(tmp_path).prompts() == "0: a circle\n1-: ein Würfel 方"
+    file = kept.path / "prompts.json"
+    told = file.read_text()
+    damages = [told.replace("circle", "square"), told.replace(NAME, "f" * 32), "[]", '{"prompts": 3}', told[:-9], ""]
+    for damaged in damages:
+        file.write_text(damaged)
+        assert folder(tmp_path).prompts() is None and folder(tmp_path).load() is None
+    file.unlink()
+    (tmp_path / "elsewhere").write_text(told)
+    file.symlink_to(tmp_path / "elsewhere")
+    assert folder(tmp_path).load() is None
+    kept.keep_prompts("")
+    assert folder(tmp_path).prompts() == "" and folder(tmp_path).load() is not None

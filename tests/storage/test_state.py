@@ -39,7 +39,7 @@ def refused(path, told: str | None = None, **changed) -> str:
 
 
 def test_a_state_is_read_as_it_was_written(tmp_path):
-    made = state()
+    made = state()._replace(prompts="0: a circle\n1-: a cube")
     save_state(made, tmp_path / "a.safetensors")
     again = load_state(tmp_path / "a.safetensors")
     assert torch.equal(again.latents, made.latents) and again[2:] == made[2:]
@@ -80,6 +80,8 @@ def test_parts_that_do_not_fit(tmp_path, part, value, words):
         json.dumps(INFO | {"branches": ["0.0"] * 30_000}),
         json.dumps(INFO | {"branches": [7]}),
         json.dumps(INFO | {"model": None}),
+        json.dumps(INFO | {"prompts": 7}),
+        json.dumps(INFO | {"prompts": "0-: " + "a" * 2**20}),
         json.dumps(INFO | {"chunk_frames": "9" * 5000}),
         '{"branches": ["0.0"], "model": "", "chunk_frames": ' + "9" * 5000 + "}",
     ],

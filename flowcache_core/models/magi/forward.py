@@ -22,7 +22,7 @@ from ...engine.counted import counted
 from ...engine.forward import Step, Velocity
 from ...engine.idle import idle_notes, uncut_notes
 from ...engine.layers import by_chunk, row_levels, run_layers
-from ...engine.loop import Engine, Progress, Sampling, check_cancelled
+from ...engine.loop import Boundary, Engine, Progress, Sampling, check_cancelled
 from ...errors import UserError
 from ...history.cache import History, begin_delta, moved_note
 from ...history.offload import TOO_LITTLE, Movable, attempts
@@ -206,6 +206,7 @@ class MagiForward:
         loaded: the clean history of an earlier run to start from.
         kept: what `begin_delta` will give for each chunk: "" for a run that is not kept; "added" behind what was
             loaded, "whole" with it at first.
+        may_stop: the run may end with any chunk, so that what a run which goes on from there sees is kept at all times.
         check: called before every chunk in every layer; may raise to end the run.
     """
 
@@ -227,6 +228,7 @@ class MagiForward:
         attention: Attention = grouped_attention,
         loaded: Snapshot | None = None,
         kept: Kept = "",
+        may_stop: bool = False,
         check: Callable[[], None] = lambda: None,
     ):
         self.backbone, self.schedule, self.settings, self.plan = backbone, schedule, settings, plan
@@ -245,7 +247,7 @@ class MagiForward:
             self.history.load(loaded)
         if kept == "whole":
             self.history.saved = 0
-        self.kept = kept
+        self.kept, self.may_stop = kept, may_stop
         self.delta: Callable[[], SnapshotDelta] | None = None  # of the newest chunk, where the run is kept
 
         @lru_cache(2 * plan.max_active + 4)
@@ -345,7 +347,7 @@ class MagiForward:
         dropped_late = self.plan.kind == "stored" and not self.cuts_early
         if dropped_late or self.seen_by_next <= self.plan.clean_chunks or not isinstance(chunk, int):
             return False
-        return chunk >= self.schedule.total_chunks - self.seen_by_next
+        return self.may_stop or chunk >= self.schedule.total_chunks - self.seen_by_next
 
     def _keeps(self, chunk: int | Given) -> bool:
         """Whether a chunk is one that `begin_delta` is asked for; those that are given are in the first copy."""
@@ -394,7 +396,7 @@ class MagiForward:
             if self.history.captured is not None:
                 taken = self._taken(stored[0])
                 if self._captures(stored[0]):
-                    self.tail.append(taken)
+                    self.tail = [*self.tail, taken][-self.seen_by_next :]
                 if copies is not None:
                     self.history.saved += self.plan.chunk_tokens
                     self.delta = partial(_with_chunk, copies, taken)
@@ -469,10 +471,11 @@ def magi_forward(
     kept: Kept = "",
     beside: int = 0,
     cancelled: Callable[[], bool] = lambda: False,
+    may_stop: bool = False,
     make: Callable[..., MagiForward] = MagiForward,
 ) -> tuple[Policy, MagiForward]:
     """Makes a run's forward, with its memory planned and allocated, and says when it will be asked. Arguments are those
-    of `magi_engine`."""
+    of `magi_engine`; `may_stop` as for `MagiForward`."""
     own_budget = settings.history.budget  # what `magi_settings` sets where there is none is no cut
     settings = magi_settings(settings, sampling, schedule)
     policy, report = settings.reuse.policy(schedule), Report(schedule)
@@ -485,7 +488,7 @@ def magi_forward(
     forward = make(
         backbone, schedule, settings, plan, report, text, null,
         policy=policy, device=device, sampling=sampling, attention=counted(attention, report), loaded=loaded,
-        kept=kept, check=partial(check_cancelled, cancelled, report),
+        kept=kept, may_stop=may_stop, check=partial(check_cancelled, cancelled, report),
     )  # fmt: skip
     return policy, forward
 
@@ -508,6 +511,7 @@ def magi_engine(
     beside: int = 0,
     on_progress: Callable[[Progress], None] = lambda progress: None,
     cancelled: Callable[[], bool] = lambda: False,
+    steer: Callable[[Boundary], bool] | None = None,
     make: Callable[..., MagiForward] = MagiForward,
 ) -> Engine:
     """Makes a run ready to go; whole chunks that are given have been run.
@@ -518,7 +522,7 @@ def magi_engine(
         shape: of a chunk.
         given: latent frames [B, C, T, H, W] before the first generated one, as `magi_schedule` was told.
         beside: as for `engine.build.RunSettings`.
-        on_progress, cancelled: as for `Engine`.
+        on_progress, cancelled, steer: as for `Engine`.
         make: of the forward.
 
     Raises:
@@ -532,11 +536,12 @@ def magi_engine(
         )
     policy, forward = magi_forward(
         backbone, schedule, settings, text, null, shape=shape, device=device, sampling=sampling, attention=attention,
-        loaded=loaded, kept=kept, beside=beside, cancelled=cancelled, make=make,
+        loaded=loaded, kept=kept, beside=beside, cancelled=cancelled, may_stop=steer is not None, make=make,
     )  # fmt: skip
     settings = forward.settings
     denoising = magi_sampling(schedule, sampling, start, given)
-    engine = Engine(forward, schedule, policy, settings.between, denoising, on_progress, cancelled)
+    steered = {} if steer is None else {"steer": steer}
+    engine = Engine(forward, schedule, policy, settings.between, denoising, on_progress, cancelled, **steered)
     if loaded is None and given is not None:
         for chunk in range(schedule.prefix):
             engine.give(chunk, given[:, :, chunk * CHUNK_FRAMES : (chunk + 1) * CHUNK_FRAMES])

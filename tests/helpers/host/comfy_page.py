@@ -149,8 +149,18 @@ class ComfyPage(Browser):
         if ended != "execution_success":
             raise RuntimeError(ended)
 
+    def steer(self, chunk: int, text: str | None) -> None:
+        """Applies another caption on the graph's Live Prompt once a chunk begins, by its number from 1; none: ends the
+        run."""
+        write = "" if text is None else f"{live('text')}.value = {json.dumps(text)};"
+        self.at_chunk(chunk, f"{write} {live('apply' if text else 'stop')}.click()")
+
+    def at_chunk(self, chunk: int, act: str) -> None:
+        """Runs JavaScript in the page as soon as the graph's Live Prompt tells of a chunk, by its number from 1."""
+        self.evaluate(f"(async () => {{ await {REACHED % chunk}; {act}; }})()")
+
     def saved_videos(self) -> list[Path]:
-        """Files that the open graph's SaveVideo nodes wrote, in the nodes' order."""
+        """Files that the open graph's SaveVideo nodes wrote, in the nodes' order; where it has none, streamed ones."""
         return [self.server.base / file["type"] / file["subfolder"] / file["filename"] for file in self.evaluate(SAVED)]
 
     def picture(self, path: Path, width: int = 1400) -> None:
@@ -168,6 +178,11 @@ class ComfyPage(Browser):
         self.screenshot(path)
         shot = Image.open(path).convert("RGB")
         shot.quantize(palette=shot.quantize(256, kmeans=1)).save(path, optimize=True)
+
+
+def live(part: str) -> str:
+    """A part of Live Prompt's box: "text", "apply", "stop", "line" or "prompts"."""
+    return f"document.querySelector('[data-live={part}]')"
 
 
 def listed_templates(server: Server) -> list[str]:
@@ -242,8 +257,23 @@ RUN = """(() => {
   });
 })()"""
 
-SAVED = """app.graph.nodes.filter((node) => node.type === 'SaveVideo').sort((a, b) => a.id - b.id)
-  .flatMap((node) => app.nodeOutputs[node.id].images)"""
+REACHED = """new Promise((done) => {
+  const line = document.querySelector('[data-live=line]');
+  const look = () => {
+    if (!(Number(/^chunk (\\d+) of/.exec(line.textContent)?.[1]) >= %d)) return;
+    watch.disconnect();
+    done();
+  };
+  const watch = new MutationObserver(look);
+  watch.observe(line, { childList: true, characterData: true, subtree: true });
+  look();
+})"""
+
+SAVED = """(() => {
+  const of = (type) => app.graph.nodes.filter((node) => node.type === type).sort((a, b) => a.id - b.id);
+  const nodes = of('SaveVideo').length ? of('SaveVideo') : of('FlowCacheStreamVideo');
+  return nodes.flatMap((node) => app.nodeOutputs[node.id].images);
+})()"""
 
 BOUNDS = """(() => {
   const boxes = [...app.graph.nodes, ...app.graph.groups].map((item) => item.boundingRect);

@@ -3,6 +3,7 @@ a count of the guider's calls, a clock that jumps, a step that fails, a count of
 
 import gc
 import os
+import sys
 import time
 from collections import Counter
 from functools import wraps
@@ -11,6 +12,7 @@ import comfy.samplers
 import comfy.sd
 import comfy.supported_models_base
 import comfy.text_encoders.genmo
+import folder_paths
 import torch
 
 from .patches import Patched
@@ -49,6 +51,24 @@ class Untold:
         return (model,)
 
 
+class GGUFLoader:
+    """As ComfyUI-GGUF's loader leaves a model: its prompt names a .gguf file, the model does not, and the frame-rate
+    layers are gone. The weights come from a safetensors file; `packages` is a folder with the gguf package."""
+
+    INPUT_TYPES = classmethod(
+        lambda cls: {"required": {"unet_name": ("STRING", {}), "weights": ("STRING", {}), "packages": ("STRING", {})}}
+    )
+    RETURN_TYPES = ("MODEL",)
+    FUNCTION = "make"
+    CATEGORY = "test"
+
+    def make(self, unet_name: str, weights: str, packages: str):
+        sys.path.append(packages)
+        model = comfy.sd.load_diffusion_model(folder_paths.get_full_path_or_raise("diffusion_models", weights))
+        model.cached_patcher_init = None
+        return (model,)
+
+
 class SmallT5:
     """ComfyUI's own T5 of type 'mochi', with one block of random weights."""
 
@@ -69,6 +89,22 @@ class SmallT5:
                 if parameter.ndim < 2
                 else 0.1 * torch.randn(64, parameter.shape[1]).repeat(-(-len(parameter) // 64), 1)[: len(parameter)]
             )
+        return (clip,)
+
+
+class BrittleT5(SmallT5):
+    """The same, which fails at a text with the word "boom"."""
+
+    def make(self):
+        (clip,) = super().make()
+        tokenize = clip.tokenize
+
+        def fails(text: str, *given, **more):
+            if "boom" in text:
+                raise RuntimeError("out of luck")
+            return tokenize(text, *given, **more)
+
+        clip.tokenize = fails
         return (clip,)
 
 
@@ -210,7 +246,9 @@ comfy.samplers.sampling_function = counted(comfy.samplers.sampling_function)
 NODE_CLASS_MAPPINGS = {
     "TestCaption": Caption,
     "TestUntold": Untold,
+    "TestGGUFLoader": GGUFLoader,
     "TestSmallT5": SmallT5,
+    "TestBrittleT5": BrittleT5,
     "TestSeeEveryStep": SeeEveryStep,
     "TestLatentAs": LatentAs,
     "TestPatched": Patched,
