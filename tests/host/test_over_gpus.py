@@ -13,6 +13,7 @@ from tests.helpers.host.graph import Graph, custom, fails, native, random_networ
 from tests.helpers.host.magi_models import write_network as write_magi
 from tests.helpers.host.videos import frames_of
 from tests.host.test_extend import extend
+from tests.host.test_live import steering
 from tests.host.test_magi import extend as magi_extend
 
 FILE = "over_gpus.safetensors"
@@ -234,3 +235,35 @@ def test_freed_memory_ends_workers(server):
     assert workers(server)
     server.post("/free", {"unload_models": True, "free_memory": True})
     assert gone(server)
+
+
+@pytest.mark.parametrize("kind", ["causal", "magi"])
+def test_captions_that_change_reach_the_workers(server, kind):
+    """A run over GPUs that is steered is what one GPU makes of the captions that it showed."""
+
+    def steered(gpus: int, caption: str, **text) -> tuple[Graph, str]:
+        graph = Graph()
+        name = "over_gpus/model.safetensors" if kind == "magi" else FILE
+        family = "auto" if kind == "magi" else "causal"
+        model = graph.add("FlowCacheLoadARVideoModel", model_name=name, family=family, weight_type="default"), 0
+        if gpus > 1:
+            model = graph.add("FlowCacheOverGPUs", model=model, gpus=gpus, scheme="auto"), 0
+        clip = {"clip": (graph.add("TestSmallT5"), 0)} if kind == "magi" else {}
+        positive = graph.add(caption, **text, **clip), 0
+        if kind == "magi":
+            return graph, magi_extend(graph, model, positive=positive, chunks=4, steps=16)
+        model = graph.add("FlowCache", model=model, preset="off", history_budget=2), 0
+        node = extend(graph, model=model, chunks=4, steps=20, lag=20)
+        graph[node]["inputs"]["positive"] = list(positive)
+        return graph, node
+
+    graph, node = steered(2, "FlowCacheLivePrompt", text="a red circle", blend=0)
+    save = graph.add("SaveLatent", samples=(node, 0), filename_prefix="s")
+    shown = graph.add("PreviewAny", source=(node, 3))
+    on_event, answers = steering(server, (1, {"text": "a blue square"}))
+    outcome = server.run(graph, on_event=on_event)
+    assert outcome.error is None, outcome.error["exception_message"]
+    (text,) = outcome.outputs[shown]["text"]
+    assert answers and text.endswith("-: a blue square") and not text.startswith("0-:")
+    found = load_file(server.saved(outcome, save)[0])["latent_tensor"]
+    assert away(found, sample(server, *steered(1, "FlowCachePromptsOverTime", text=text))) < 1e-5
