@@ -51,7 +51,7 @@ def wan(name: str, settings: Settings = OFF, **more) -> Callable[..., Result]:
             backbone = wrap(parallel.backbone(backbone))
         text = torch.randn(1, 7, 16, generator=torch.Generator().manual_seed(1))
         options = (
-            {"chunks": 4, "steps": 4, "latent_size": SIZE, "frames_per_chunk": 2, "guidance_scale": 1.0} | more | also
+            {"chunks": 3, "steps": 3, "latent_size": SIZE, "frames_per_chunk": 2, "guidance_scale": 1.0} | more | also
         )
         against = text.flip(1) if options["guidance_scale"] != 1.0 else None
         return generate(
@@ -90,9 +90,9 @@ RUNS: dict[str, Callable[..., Result]] = {
     "joint": wan("skyreels", steps=4, lag=1, seeing="joint", chunks=3),
     "guidance": wan("demo", guidance_scale=2.0),
     "guidance and budget": wan("skyreels", BUDGET, steps=4, lag=2, guidance_scale=2.0, chunks=5),
-    "budget": wan("demo", BUDGET, chunks=6),
-    "relative": wan("demo", history(relative=True), chunks=6),
-    "int8": wan("demo", history(type="int8"), chunks=6),
+    "budget": wan("demo", BUDGET, chunks=5),
+    "relative": wan("demo", history(relative=True), chunks=5),
+    "int8": wan("demo", history(type="int8"), chunks=4),
     "magi": magi(),
     "magi distilled": magi(distilled=True),
     "magi budget": magi(BUDGET, chunks=4),

@@ -396,9 +396,9 @@ def test_killed_server_loses_only_the_active_chunks(tmp_path):
     graph = Graph()
     fill_after = Server(tmp_path)
     fill(tmp_path)
-    node = resumable(graph, chunks=12, seed=63, steps=40, lag=40)
+    node = resumable(graph, chunks=8, seed=63, steps=20, lag=20)
     save = graph.add("SaveLatent", samples=(node, 0), filename_prefix="s")
-    stop_after(fill_after, 4, fill_after.process.kill)
+    stop_after(fill_after, 3, fill_after.process.kill)
     with pytest.raises((ConnectionError, OSError)):
         fill_after.run(graph)
     fill_after.process.wait()
@@ -411,7 +411,7 @@ def test_killed_server_loses_only_the_active_chunks(tmp_path):
         assert outcome.error is None, outcome.error["exception_message"]
         assert kept - 1 <= earlier(outcome, graph) <= kept  # a chunk counts once its state is on disk as well
         resumed = load_file(again.saved(outcome, save)[0])["latent_tensor"]
-        assert torch.equal(resumed, plain(again, 12, 63, steps=40, lag=40))
+        assert torch.equal(resumed, plain(again, 8, 63, steps=20, lag=20))
     finally:
         again.stop()
 

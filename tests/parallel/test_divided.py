@@ -63,8 +63,8 @@ def test_bytes_sent_are_those_of_the_scheme(found):
         run = one["pipeline", "demo"]
         if rank < size - 1:
             assert run.sent == 4 * run.forwards * FRAMES * FRAME * CONFIG.dim
-        else:  # velocities, of all forwards but the four clean passes
-            assert run.sent == 4 * (size - 1) * (run.forwards - 4) * FRAMES * FRAME * PATCH
+        else:  # velocities, of all forwards but the three clean passes
+            assert run.sent == 4 * (size - 1) * (run.forwards - 3) * FRAMES * FRAME * PATCH
 
 
 def test_history_and_weights_are_divided(alone, found):
