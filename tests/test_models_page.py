@@ -7,10 +7,11 @@ import urllib.parse
 import pytest
 from safetensors import safe_open
 
+from tests.helpers.host.workflows import MODEL, TITLES
 from tests.helpers.paths import GOLDEN_FOLDER, ROOT
 
 PAGE = (ROOT / "docs" / "models.md").read_text(encoding="utf-8")
-WORKFLOWS = {path.stem: json.loads(path.read_text(encoding="utf-8")) for path in (ROOT / "workflows").glob("*.json")}
+WORKFLOWS = {title: json.loads((ROOT / "workflows" / f"{title}.json").read_text(encoding="utf-8")) for title in TITLES}
 SHIPPED = "demo model (ships with FlowCache)"
 LOADERS = {  # type: the folder that it lists
     "UNETLoader": "diffusion_models",
@@ -28,6 +29,11 @@ def rows() -> list[list[str]]:
     """Cells of the table of networks."""
     table = PAGE[PAGE.index("The networks go to diffusion_models") :].split("\n\n")[1]
     return [[cell.strip() for cell in line.strip("|").split("|")] for line in table.splitlines()[2:]]
+
+
+def titles(cell: str) -> list[str]:
+    """Of the workflows that a row names."""
+    return [MODEL + name.strip() for name in re.sub(r"\([^)]*\)", "", cell).split(",")]
 
 
 def loaders(graph: dict) -> list[dict]:
@@ -57,7 +63,7 @@ def test_a_loader_offers_its_file_or_the_note_says_how_to_get_it(name):
 @pytest.mark.parametrize("row", rows(), ids=lambda row: row[0])
 def test_every_row_has_workflows_that_load_it_as_its_family(row):
     _, _, _, families, named = row
-    for name in re.sub(r"\([^)]*\)", "", named).replace(" ", "").split(","):
+    for name in titles(named):
         networks = [node for node in loaders(WORKFLOWS[name]) if LOADERS[node["type"]] == "diffusion_models"]
         assert networks, name
         for node in networks:
@@ -65,8 +71,7 @@ def test_every_row_has_workflows_that_load_it_as_its_family(row):
 
 
 def test_every_workflow_of_a_published_model_is_in_a_row():
-    named = {name for row in rows() for name in re.findall(r"[a-z0-9_]{6,}", row[4])}
-    assert {name for name in WORKFLOWS if not name.startswith("demo_")} <= named
+    assert {title for title in TITLES if title.startswith(MODEL)} == {name for row in rows() for name in titles(row[4])}
 
 
 GOLDEN = {  # row: file of golden tensors, runs of upstream's in it

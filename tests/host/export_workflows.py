@@ -1,7 +1,7 @@
 """Writes what is made of the graphs in workflows/, through ComfyUI's own page: workflows/api/*.json, thumbnails
 workflows/*.jpg for the template browser, and the pictures in docs/ of those that can run here.
 
-Run it after a workflow was changed: python tests/host/export_workflows.py [names]
+Run it after a workflow was changed: python tests/host/export_workflows.py [API names]
 """
 
 import json
@@ -12,18 +12,19 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # a script has only its own folder there
 
 from tests.helpers.host import thumbnails  # noqa: E402
-from tests.helpers.host.comfy_page import DEMOS, NAMES, PACK, WORKFLOWS, ComfyPage  # noqa: E402
-from tests.helpers.host.comfy_server import Server  # noqa: E402
+from tests.helpers.host.comfy_page import ComfyPage  # noqa: E402
+from tests.helpers.host.comfy_server import PACK, Server  # noqa: E402
 from tests.helpers.host.published import write_published  # noqa: E402
 from tests.helpers.host.videos import frames_of  # noqa: E402
+from tests.helpers.host.workflows import API, DEMO, GRAPHS, MODEL  # noqa: E402
 
 
 def export(page: ComfyPage, name: str) -> None:
-    workflow = WORKFLOWS / f"{name}.json"
+    workflow = GRAPHS[name]
     page.load(workflow)
     prompt = page.to_api()
-    (WORKFLOWS / "api" / f"{name}.json").write_text(json.dumps(prompt, indent=2) + "\n")
-    if name in DEMOS:
+    (API / f"{name}.json").write_text(json.dumps(prompt, indent=2) + "\n")
+    if workflow.stem.startswith(DEMO):
         page.start()
         if "FlowCacheLivePrompt" in {node["class_type"] for node in prompt.values()}:
             page.steer(9, "a magenta triangle")
@@ -36,8 +37,7 @@ def export(page: ComfyPage, name: str) -> None:
         told = {node["inputs"]["family"] for node in prompt.values() if "family" in node["inputs"]} - {"auto"}
         family = told.pop() if told else ("causal" if "causal" in name else name.split("_")[0])
         presets = [node["inputs"]["preset"] for node in prompt.values() if node["class_type"] == "FlowCache"]
-        title = name.replace("_", " ").capitalize()
-        thumbnails.write(thumbnails.of_family(family, title, *presets), workflow)
+        thumbnails.write(thumbnails.of_family(family, workflow.stem.removeprefix(MODEL), *presets), workflow)
 
 
 def main() -> None:
@@ -46,7 +46,7 @@ def main() -> None:
         write_published(server.base)
         try:
             with ComfyPage(server) as page:
-                for name in sys.argv[1:] or NAMES:
+                for name in sys.argv[1:] or GRAPHS:
                     export(page, name)
         finally:
             server.stop()

@@ -1,7 +1,7 @@
 """Moves nodes of the graphs in workflows/ apart where they would lie over one another: they are taller in Nodes 2.0
 than on the canvas. What is above goes first; groups follow what they hold.
 
-Run it after a node has got an input or a graph a node: python tests/host/lay_out.py [names]
+Run it after a node has got an input or a graph a node: python tests/host/lay_out.py [API names]
 """
 
 import json
@@ -11,9 +11,10 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # a script has only its own folder there
 
-from tests.helpers.host.comfy_page import NAMES, WORKFLOWS, ComfyPage  # noqa: E402
+from tests.helpers.host.comfy_page import ComfyPage  # noqa: E402
 from tests.helpers.host.comfy_server import Server  # noqa: E402
 from tests.helpers.host.published import write_published  # noqa: E402
+from tests.helpers.host.workflows import GRAPHS  # noqa: E402
 
 TITLE, GAP, APART = 30, 16, 80  # pixels: of a node's title, between nodes, between what no group holds together
 EDGE, HEAD = 20, 70  # of a group around its nodes, at its sides and above the first node's body
@@ -67,8 +68,8 @@ def main() -> None:
             write_published(server.base)
             server.post("/settings/Comfy.VueNodes.Enabled", True)
             with ComfyPage(server) as page:
-                for name in sys.argv[1:] or NAMES:
-                    path = WORKFLOWS / f"{name}.json"
+                for name in sys.argv[1:] or GRAPHS:
+                    path = GRAPHS[name]
                     words = path.read_text(encoding="utf-8")
                     page.load(path)
                     sizes = {int(key): size for key, size in page.node_sizes().items()}

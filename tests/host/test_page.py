@@ -5,9 +5,10 @@ import json
 import pytest
 
 from tests.helpers.host.browser import CHROMIUM
-from tests.helpers.host.comfy_page import NAMES, WORKFLOWS, ComfyPage, listed_templates
+from tests.helpers.host.comfy_page import ComfyPage
 from tests.helpers.host.comfy_server import Server
 from tests.helpers.host.thumbnails import SIDE
+from tests.helpers.host.workflows import API, GRAPHS, TITLES
 from tests.host.store_release import RELEASED
 
 pytestmark = pytest.mark.skipif(CHROMIUM is None, reason="no chromium: apt-get install chromium, to test the page")
@@ -23,14 +24,16 @@ def page(server, published):
         yield opened
 
 
-def test_template_browser_lists_the_workflows(server):
-    assert sorted(listed_templates(server)) == NAMES
+def test_a_search_finds_every_template_the_first_demo_first(page):
+    """The page looks into titles alone, and those are the names of the files."""
+    found = page.search_templates("flowcache")
+    assert sorted(found, key=str.lower) == TITLES and found[0] == TITLES[0]
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", GRAPHS)
 def test_template_opens_and_runs(page, name):
-    assert page.open_template(name) == SIDE, (
-        f"workflows/{name}.jpg is missing: run tests/host/export_workflows.py {name}"
+    assert page.open_template(GRAPHS[name].stem) == SIDE, (
+        f"{GRAPHS[name].stem}.jpg is missing: run tests/host/export_workflows.py {name}"
     )
     assert page.complaints() == []
     if name not in RUN:  # models of gigabytes, or long: that these run is tested through their API forms
@@ -47,7 +50,7 @@ def test_missing_models_are_offered_for_download(tmp_path):
     bare = Server(tmp_path)
     try:
         with ComfyPage(bare) as page:
-            page.load(WORKFLOWS / "self_forcing_text_to_video.json")
+            page.load(GRAPHS["self_forcing_text_to_video"])
             page.wait(f"{BUTTONS}.some((button) => /Show missing models/.test(button.innerText))")
             page.evaluate(f"{BUTTONS}.find((button) => /Show missing models/.test(button.innerText)).click()")
             page.wait(f"{BUTTONS}.some((button) => button.innerText === 'Download all')")
@@ -63,11 +66,11 @@ def test_missing_models_are_offered_for_download(tmp_path):
         bare.stop()
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", GRAPHS)
 def test_api_form_is_the_same_graph(page, name):
     """workflows/api/ is what the page makes of workflows/; export_workflows.py writes it anew."""
-    page.load(WORKFLOWS / f"{name}.json")
-    assert page.to_api() == json.loads((WORKFLOWS / "api" / f"{name}.json").read_text())
+    page.load(GRAPHS[name])
+    assert page.to_api() == json.loads((API / f"{name}.json").read_text())
 
 
 @pytest.mark.parametrize("file", sorted(RELEASED.glob("*/*.json")), ids=lambda file: f"{file.parent.name} {file.stem}")
@@ -83,7 +86,7 @@ def test_released_graph_keeps_its_values(page, file):
 
 def test_a_session(page):
     """Change a widget, run and watch, bypass FlowCache and run again, save, reload the page, open what was saved."""
-    page.load(WORKFLOWS / "demo_text_to_video.json")
+    page.load(GRAPHS["demo_text_to_video"])
     page.set_widget(EXTEND, "chunks", 3)
     page.set_widget(EXTEND, "seed", 23)
     page.start()
@@ -108,7 +111,7 @@ def test_a_session(page):
 
 
 def test_a_stream_to_disk_is_all_that_a_run_needs(page):
-    page.load(WORKFLOWS / "demo_long_video.json")
+    page.load(GRAPHS["demo_long_video"])
     page.evaluate(ONLY_STREAMED)
     page.set_widget(EXTEND, "chunks", 1)
     page.run()
@@ -119,7 +122,7 @@ def test_a_stream_to_disk_is_all_that_a_run_needs(page):
 
 
 def test_blueprint_is_found_and_runs(page):
-    page.load(WORKFLOWS / "demo_text_to_video.json")
+    page.load(GRAPHS["demo_text_to_video"])
     page.evaluate("app.graph.clear()")
     page.add_by_search(BLUEPRINT)
     page.evaluate(WIRED)
@@ -133,7 +136,7 @@ def test_blueprint_is_found_and_runs(page):
 def test_help_shows_beside_the_node(page, language, heading):
     page.set_language(language)
     try:
-        page.load(WORKFLOWS / "demo_text_to_video.json")
+        page.load(GRAPHS["demo_text_to_video"])
         page.evaluate("app.canvas.selectNode(app.graph.nodes.find((node) => node.type === 'FlowCache'))")
         page.click("[data-testid=info-button]")
         page.wait(f"document.querySelector('.node-help-content')?.innerText.includes('{heading}')")
@@ -152,7 +155,7 @@ def test_a_node_shows_what_its_preset_uses(page, nodes):
     page.server.post("/settings/Comfy.VueNodes.Enabled", nodes == "Nodes 2.0")
     page.reopen()
     try:
-        page.load(WORKFLOWS / "demo_text_to_video.json")
+        page.load(GRAPHS["demo_text_to_video"])
         before = page.to_api()
         custom = ["preset", "history_budget", "policy", "every", "warmup", "forecast", "correct"]
         changes = [

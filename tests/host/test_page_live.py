@@ -4,8 +4,9 @@ import pytest
 import torch
 
 from tests.helpers.host.browser import CHROMIUM
-from tests.helpers.host.comfy_page import WORKFLOWS, ComfyPage, live
+from tests.helpers.host.comfy_page import ComfyPage, live
 from tests.helpers.host.videos import frames_of
+from tests.helpers.host.workflows import GRAPHS
 
 pytestmark = pytest.mark.skipif(CHROMIUM is None, reason="no chromium: apt-get install chromium, to test the page")
 EXTEND = "FlowCacheAutoregressiveExtend"
@@ -33,7 +34,7 @@ def opened(page, request):
     """The template in one of the page's looks, with few steps."""
     page.server.post("/settings/Comfy.VueNodes.Enabled", request.param)
     page.reopen()
-    page.load(WORKFLOWS / "demo_live_prompt.json")
+    page.load(GRAPHS["demo_live_prompt"])
     page.set_widget(EXTEND, "steps", 5)
     page.set_widget("FlowCacheLivePrompt", "blend", 0)
     page.wait(live("text"))

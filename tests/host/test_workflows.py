@@ -5,10 +5,9 @@ import json
 import numpy as np
 import pytest
 
-from tests.helpers.host.comfy_server import PACK
 from tests.helpers.host.videos import check_video
+from tests.helpers.host.workflows import API, DEMO, GRAPHS, TITLES, WORKFLOWS
 
-API = PACK / "workflows" / "api"
 PATIENCE = 1200  # seconds; on a free machine none takes more than one minute
 
 
@@ -35,7 +34,15 @@ def saved(server, prompt: dict, outcome, prefix: str):
 
 
 def test_every_workflow_has_an_api_form():
-    assert {path.name for path in API.glob("*.json")} == {path.name for path in API.parent.glob("*.json")}
+    assert {path.stem for path in API.glob("*.json")} == GRAPHS.keys()
+    assert {path.name for path in GRAPHS.values()} == {path.name for path in WORKFLOWS.glob("*.json")}
+
+
+def test_titles_sort_the_demos_first():
+    """And those in their order; the first has the fewest words, by which the page ranks what a search finds."""
+    demos = [GRAPHS[name].stem for name in GRAPHS if name.startswith("demo_")]
+    assert TITLES[: len(demos)] == demos and all(title.startswith(DEMO) for title in demos)
+    assert all(len(title.split()) > len(demos[0].split()) for title in TITLES[1:])
 
 
 def test_text_to_video(server):

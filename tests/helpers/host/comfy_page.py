@@ -2,17 +2,14 @@
 
 import json
 import time
-import urllib.request
 from pathlib import Path
 
 from PIL import Image
 
 from tests.helpers.host.browser import Browser
-from tests.helpers.host.comfy_server import PACK, Server
+from tests.helpers.host.comfy_server import Server
+from tests.helpers.host.workflows import WORKFLOWS
 
-WORKFLOWS = PACK / "workflows"
-NAMES = sorted(path.stem for path in WORKFLOWS.glob("*.json"))
-DEMOS = [name for name in NAMES if name.startswith("demo_")]  # these run with what ships
 SETTINGS = {  # no first-run dialogs, nothing floating over the graph
     "Comfy.TutorialCompleted": True,
     "Comfy.Minimap.Visible": False,
@@ -52,9 +49,9 @@ class ComfyPage(Browser):
         self.wait(found)
         self.evaluate(f"{found}.click()")
 
-    def open_template(self, name: str) -> int:
+    def open_template(self, title: str) -> int:
         """Opens a workflow by its card in the template browser; returns the width of the card's picture."""
-        card = OPEN_CARD % json.dumps(f'[data-testid="template-workflow-{name}"]')
+        card = OPEN_CARD % json.dumps(f'[data-testid="template-workflow-{title}"]')
         for _ in range(3):  # a picture that once failed to load stays broken until the browser is opened again
             self.close_dialog()
             self.evaluate("app.extensionManager.command.execute('Comfy.BrowseTemplates')")
@@ -66,10 +63,22 @@ class ComfyPage(Browser):
         else:
             raise missed
         width = self.evaluate("window.cardWidth")
-        path = rf"/{name}( \(\d+\))?\.json$/"  # numbered where it is open already
+        path = rf"/{title}( \(\d+\))?\.json$/"  # numbered where it is open already
         self.wait(f"{path}.test(app.extensionManager.workflow.activeWorkflow.path)")
-        self.wait(f"app.graph.nodes.length === {len(json.loads((WORKFLOWS / f'{name}.json').read_text())['nodes'])}")
+        self.wait(f"app.graph.nodes.length === {len(json.loads((WORKFLOWS / f'{title}.json').read_text())['nodes'])}")
         return width
+
+    def search_templates(self, text: str) -> list[str]:
+        """Titles of the cards that the template browser shows for a text that finds nothing but the pack's."""
+        self.close_dialog()
+        self.evaluate("app.extensionManager.command.execute('Comfy.BrowseTemplates')")
+        self.wait(f"{CARDS}.length")
+        self.evaluate("document.querySelector('[role=dialog] input[type=text]').focus()")
+        self.call("Input.insertText", text=text)
+        self.wait(f"{CARDS}.length && {CARDS}.every((title) => title.startsWith('FlowCache'))")
+        found = self.evaluate(CARDS)
+        self.close_dialog()
+        return found
 
     def close_dialog(self) -> None:
         """Closes the dialog that is open, if one is."""
@@ -185,12 +194,8 @@ def live(part: str) -> str:
     return f"document.querySelector('[data-live={part}]')"
 
 
-def listed_templates(server: Server) -> list[str]:
-    """The pack's workflows as the page's template browser gets them."""
-    with urllib.request.urlopen(server.address + "/workflow_templates") as answer:
-        return json.load(answer).get("flowcache", [])
-
-
+CARDS = """[...document.querySelectorAll('[data-testid^=template-workflow-]')]
+  .map((card) => card.dataset.testid.slice(18))"""
 CATEGORY = "[...document.querySelectorAll('[role=dialog] [role=button] span')].find((s) => s.innerText === 'FlowCache')"
 
 # The browser draws its cards anew when its lists arrive, so a card is looked for, read and clicked in one go.

@@ -21,6 +21,7 @@ SIDE, GRID, SEAM = 512, 4, 4
 NIGHT, INK, FAINT = "#14181f", "#f3f4f6", "#9aa4b2"
 FINE = 2  # drawn this much larger and then scaled down, for smooth edges
 CHUNKS = 9  # drawn of a schedule
+BADGE = 72  # pixels from the top that the page may lay a badge over
 
 
 def of_videos(videos: list[np.ndarray]) -> Image.Image:
@@ -62,9 +63,9 @@ def of_family(name: str, title: str, preset: str = DEFAULT_PRESET) -> Image.Imag
     side = SIDE * FINE
     sheet = Image.new("RGB", (side, side), NIGHT)
     draw = ImageDraw.Draw(sheet)
-    for y, words, colour, size in ((64, title, INK, 40), (98, checkpoints.FAMILIES[name], FAINT, 20)):
+    for y, words, colour, size in ((BADGE + 54, title, INK, 40), (BADGE + 86, checkpoints.FAMILIES[name], FAINT, 20)):
         draw.text((side / 2, y * FINE), words, colour, fitting(words, size, side - 48 * FINE), "ms")
-    left, top, width, height = (value * FINE for value in (32, 132, SIDE - 64, 316))
+    left, top, width, height = (value * FINE for value in (32, BADGE + 108, SIDE - 64, 272))
     tick_width, row = width / schedule.ticks, height / CHUNKS
     for places in schedule:
         for place in places:
