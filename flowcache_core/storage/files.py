@@ -4,6 +4,7 @@ import json
 import os
 import stat
 import tempfile
+import unicodedata
 import zlib
 from collections.abc import Callable, Mapping
 from contextlib import suppress
@@ -17,6 +18,21 @@ from ..errors import UserError, first_line
 
 LARGEST_JSON = 2**26  # bytes of a file
 LARGEST_HEADER = 2**25  # bytes of a safetensors header: 65,536 tensors take some 10 MB
+
+
+DIRECTIONS = dict.fromkeys([0x200E, 0x200F, 0x061C, *range(0x202A, 0x202F), *range(0x2066, 0x206A)])
+
+
+def clean_name(prefix: str, fallback: str) -> str:
+    """Gives a file name prefix as a folder shows it: without marks that turn its direction, `_` for control characters
+    (newlines), no spaces around the name, and `fallback` where it names no file.
+
+    Args:
+        prefix: with `/` between folders.
+    """
+    shown = "".join("_" if unicodedata.category(c) in ("Cc", "Zl", "Zp") else c for c in prefix.translate(DIRECTIONS))
+    *folders, name = shown.split("/")
+    return "/".join([*folders, fallback if name.strip() in ("", ".") else name.strip()])
 
 
 def check_writable(path: Path | str) -> None:

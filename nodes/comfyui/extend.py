@@ -4,9 +4,11 @@ from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, closing, nullcontext, suppress
 from dataclasses import dataclass, field, replace
 from math import prod
+from pathlib import Path
 
 import comfy.model_patcher
 import comfy.samplers
+import folder_paths
 import latent_preview
 import torch
 from comfy.model_management import throw_exception_if_processing_interrupted
@@ -17,6 +19,7 @@ from ...flowcache_core.errors import UserError
 from ...flowcache_core.history.streams import SideStream
 from ...flowcache_core.report import Report
 from ...flowcache_core.schedule import ChunkSchedule
+from ...flowcache_core.storage import partial_videos
 from ...flowcache_core.storage.run_folder import RunFolder
 from ...flowcache_core.storage.state import State, make_state
 from . import patch as host
@@ -237,6 +240,12 @@ def carry_out(
     finally:
         with closing(outlet) if outlet is not None else nullcontext():
             finished.settle()  # what an interrupt has cut off from its next tick
+        if outlet is not None and folder is not None:
+            output = Path(folder_paths.get_output_directory())
+            if video is None:
+                partial_videos.note(folder.path, output, outlet.file.path)
+            else:
+                partial_videos.remove(folder.path, output)
     latents = torch.cat([*finished.latents, *([] if layout.after is None else [layout.after])], dim=2)
     frames = layout.frames - (asked.chunks - finished.count) * chunk_frames
     state = make_state(latents, finished.histories, chunk_frames, name, dropped=frames - latents.shape[2])

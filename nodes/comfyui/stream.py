@@ -26,9 +26,11 @@ from ...flowcache_core.media.pictures import filmstrip
 from ...flowcache_core.media.video import frames_of
 from ...flowcache_core.media.video_stream import VideoStream
 from ...flowcache_core.report import Report
+from ...flowcache_core.storage.files import clean_name
 from .decode import stream_decoder
 from .widgets import advanced
 
+UNNAMED = "flowcache"  # files whose prefix names none
 PREVIEW_SIZE = 768  # pixels of the longer side of a chunk's preview
 
 
@@ -73,6 +75,7 @@ class OutputFile:
             UserError: the prefix leads out of the output folder, or names no file that can be written.
         """
         check_prefix(prefix)
+        prefix = clean_name(prefix, UNNAMED)
         root = folder_paths.get_output_directory()
         try:
             _, name, counter, subfolder, _ = folder_paths.get_save_image_path(prefix, root, width, height)
@@ -142,7 +145,8 @@ def check_prefix(prefix: str) -> None:
     """Raises UserError for a file name prefix that leads out of the output folder, as the host judges it: by its words,
     so that a link which the user has put there leads where it leads."""
     root = os.path.abspath(folder_paths.get_output_directory())
-    if "\0" in prefix or not Path(os.path.abspath(os.path.join(root, prefix))).is_relative_to(root):
+    places = (os.path.abspath(os.path.join(root, words)) for words in (prefix, clean_name(prefix, UNNAMED)))
+    if "\0" in prefix or not all(Path(place).is_relative_to(root) for place in places):
         raise UserError(
             f"The file name prefix '{prefix[:80]}' leads out of ComfyUI's output folder; use a name inside it."
         )

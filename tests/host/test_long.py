@@ -275,6 +275,7 @@ def test_interrupted_run_goes_on_to_the_same_bits(server):
     assert torch.equal(resumed, plain(server, 12, 60, steps=40, lag=40))
     (file,) = server.saved(outcome, node)
     assert len(frames_of(file)) == 12 * 8 - 3
+    assert not video.exists()  # the whole one stands in its place
 
 
 def test_resume_changes_no_bit_where_several_chunks_are_active(server):

@@ -5,8 +5,9 @@ from pathlib import Path
 
 import pytest
 
-from tests.helpers.host.comfy_server import Server
+from tests.helpers.host.comfy_server import Refused, Server
 from tests.helpers.host.videos import check_video
+from tests.helpers.host.workflows import GRAPHS
 from tests.host.test_workflows import PATIENCE, node, prompt_of, saved
 
 OLD = Path(os.environ.get("COMFYUI_OLD_PATH", Path.home() / "comfy" / "ComfyUI-0.3.64"))
@@ -26,6 +27,16 @@ def test_pack_loads(old_server):
     ours |= {"FlowCacheMagiPrompt", "FlowCacheLoadMagiVAE"}
     assert ours <= known.keys()
     assert "IMPORT FAILED" not in old_server.log.read_text()
+
+
+def test_a_graph_that_needs_a_newer_host_says_so(old_server):
+    """Its template is listed on any host: the list is made of the folder's files. Its nodes are red there."""
+    known = old_server.get("/object_info").keys()
+    newer = {name for name in GRAPHS if {node["class_type"] for node in prompt_of(name).values()} - known}
+    notes = {name for name, graph in GRAPHS.items() if "newer than ComfyUI 0.3.64" in graph.read_text(encoding="utf-8")}
+    assert newer == notes and "demo_native_sampler" in newer
+    with pytest.raises(Refused, match="SamplerARVideo|EmptyARVideoLatent"):
+        old_server.post("/prompt", {"prompt": prompt_of("demo_native_sampler")})
 
 
 def test_text_to_video(old_server):

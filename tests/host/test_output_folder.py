@@ -38,7 +38,15 @@ def test_a_link_in_it_is_followed(server, files):
     assert len(frames_of(written[0])) == len(frames_of(written[1])) == 13
 
 
-@pytest.mark.parametrize("prefix", ["../x", "nas/../../x", "/tmp/x", "nas/\0x"])
+def test_names_are_what_they_look_like(server):
+    graph = Graph()
+    node = saving(graph, "new\nline/")["stream"]
+    (key,) = [key for key, each in graph.items() if each["inputs"].get("stream") == [node, 0]]
+    (file,) = server.saved(server.run(graph), key)
+    assert (file.parent.name, file.name) == ("new_line", "flowcache_00001_.mp4") and file.exists()
+
+
+@pytest.mark.parametrize("prefix", ["../x", "nas/../../x", "/tmp/x", "nas/\0x", ".\u202e./x"])
 def test_no_way_out_of_it(server, prefix):
     graph = Graph()
     assert "leads out of ComfyUI's output folder" in fails(server, graph, saving(graph, prefix)["stream"])

@@ -4,6 +4,7 @@ import json
 
 import pytest
 
+from flowcache_core.demo.captions import embed_caption
 from tests.helpers.host.browser import CHROMIUM
 from tests.helpers.host.comfy_page import ComfyPage
 from tests.helpers.host.comfy_server import Server
@@ -121,8 +122,11 @@ def test_a_stream_to_disk_is_all_that_a_run_needs(page):
     assert page.complaints() == [] and page.errors == []
 
 
-def test_blueprint_is_found_and_runs(page):
+def test_fresh_captions_differ_and_the_blueprint_is_found_and_runs(page):
     page.load(GRAPHS["demo_text_to_video"])
+    page.evaluate("app.graph.clear()")
+    captions = page.evaluate(CAPTIONS)
+    assert len(set(captions)) == 5 and all(embed_caption(caption).shape for caption in captions)
     page.evaluate("app.graph.clear()")
     page.add_by_search(BLUEPRINT)
     page.evaluate(WIRED)
@@ -204,6 +208,11 @@ ONLY_STREAMED = """(() => {
   app.graph.nodes.filter((node) => rest.includes(node.type) || node.title.startsWith('Plain'))
     .forEach((node) => app.graph.remove(node));
 })()"""
+CAPTIONS = """[1, 2, 3, 4, 5].map(() => {
+  const node = LiteGraph.createNode('FlowCacheDemoPrompt');
+  app.graph.add(node);
+  return node.widgets[0].value;
+})"""
 WIRED = """(() => {
   const add = (type, ...values) => {
     const node = LiteGraph.createNode(type);
