@@ -85,7 +85,7 @@ class RayWorkers:
         os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
         os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
         try:
-            here = {} if address else {"num_cpus": max(count or 1, os.cpu_count() or 1)}
+            here: dict[str, Any] = {} if address else {"num_cpus": max(count or 1, os.cpu_count() or 1)}
             context = ray.init(address=address or "local", log_to_driver=False, **here)
         except (RayError, ConnectionError, RuntimeError, ValueError) as error:
             raise UserError(

@@ -14,6 +14,7 @@ import tempfile
 import time
 from collections.abc import Hashable, Sequence
 from pathlib import Path
+from typing import Any
 
 from .dispatch import Ended, Tally, dispatch
 from .jobs import Job, Workflow, read_jobs
@@ -41,7 +42,7 @@ class Sleepers:
         self.ray, self.those_ended = ray, those_ended
         ray.init("local", num_cpus=max(actors, os.cpu_count() or 1), log_to_driver=False, include_dashboard=False)
         remote = ray.remote(Sleeper).options(num_cpus=0.1, max_concurrency=count // actors + 1)
-        self.actors = [remote.remote() for _ in range(actors)]
+        self.actors: list[Any] = [remote.remote() for _ in range(actors)]
         self.workers = list(range(count))
         self.loss, self.random = loss, random.Random(0)
         self.running: dict = {}
