@@ -6,8 +6,9 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from ..reuse.forecast import Corrector, Forecast
+from ..reuse.forecast import Corrector, Forecast, Weights
 from ..solvers.one_step import Linear, Solver
+from ..solvers.weights import lagrange
 
 Held = Literal["velocity", "clean", "change"]
 
@@ -24,6 +25,7 @@ class ActiveChunk:
         held: what is forecast between recomputed steps: the velocity; the clean estimate, for solvers that add fresh
             noise, whose velocities lead away from noise that is no longer there; or the latent's last change.
         corrects: whether reused steps are taken again once the next recomputed velocity is known.
+        weights: of the forecast.
 
     Attributes:
         step: that it takes next.
@@ -41,9 +43,10 @@ class ActiveChunk:
         order: int,
         held: Held = "velocity",
         corrects: bool = True,
+        weights: Weights = lagrange,
     ):
         self.index, self.latent, self.sigmas, self.solver = index, latent, sigmas, solver
-        self.order, self.held = order, held
+        self.order, self.held, self.weights = order, held, weights
         self.corrects = corrects and held == "velocity" and isinstance(solver, Linear)
         self.step = 0
         self.drift = 0.0
@@ -54,7 +57,7 @@ class ActiveChunk:
         self._restart()
 
     def _restart(self) -> None:
-        self.forecast, self.corrector = Forecast(self.order), Corrector(self.order)
+        self.forecast, self.corrector = Forecast(self.order, self.weights), Corrector(self.order)
         self._last: tuple[Tensor, Tensor, float] | None = None
 
     @property

@@ -11,10 +11,12 @@ from torch import Tensor
 
 from ..history.snapshot import Snapshot, SnapshotDelta
 from ..report import Report
+from ..reuse.forecast import Weights
 from ..reuse.policies import Policy, relative_change
 from ..schedule import ChunkSchedule, Given, Place
 from ..settings import Between
 from ..solvers.one_step import Euler, SolverFactory, no_noise
+from ..solvers.weights import lagrange
 from .chunk import ActiveChunk, Held
 from .counted import peak_bytes, reset_peak
 from .forward import Forward, Step
@@ -130,6 +132,7 @@ class Engine:
         # Each clean estimate has seen another noise, so no line is put through them.
         self.order = 0 if self.held == "clean" else between.order_for(policy, schedule.steps)
         self.corrects = between.correct
+        self.forecast_weights: Weights = lagrange
         self.weighed: list[float] = []  # the least that a step added to its chunk's drift, where that was looked at
         for chunk in {schedule.indices[0], schedule.indices[-1]}:
             steps, levels = schedule.steps_of(chunk), sampling.levels(chunk, schedule)
@@ -230,7 +233,8 @@ class Engine:
         """Makes a chunk that starts."""
         sampling, levels = self.sampling, self.sampling.levels(index, self.schedule)
         solver = sampling.solver(levels, lambda step: sampling.noise(index, step))
-        return ActiveChunk(index, sampling.start(index), levels, solver, self.order, self.held, self.corrects)
+        start = sampling.start(index)
+        return ActiveChunk(index, start, levels, solver, self.order, self.held, self.corrects, self.forecast_weights)
 
     def decide(self, steps: Sequence[Step]) -> list[bool]:
         """Says for each active chunk whether its step is recomputed."""

@@ -5,7 +5,7 @@ from collections import defaultdict
 from collections.abc import Iterable
 from dataclasses import dataclass
 
-from .methods import FEWER, OURS, THRESHOLDS
+from .methods import FEWER, OURS, PUBLISHED
 
 Curve = list[tuple[float, float]]  # (faster, dB), slowest first
 
@@ -71,7 +71,7 @@ def _schedule(points: list[dict], schedule: str) -> Iterable[Aim]:
         beyond = max((point["speedup"] for point in ours), default=math.inf) < faster
         yield _both(name, reached, wanted, "{:.1f}", beyond)
     others = {"the best solver with fewer steps": lambda name: name.startswith(FEWER)}
-    others["the best published rule"] = lambda name: name in THRESHOLDS
+    others["the best published rule"] = lambda name: name in PUBLISHED
     for told, belongs in others.items():
         group = [point for point in points if belongs(point["method"])]
         leads = [_lead(ours, group, key) for key in (FORCED, FREE)]

@@ -9,6 +9,7 @@ from ..solvers.multistep import DPM2M, UniPC
 from ..solvers.one_step import Euler, SolverFactory
 from .adams_bashforth import AdamsBashforth2
 from .easycache import easycache_engine
+from .forecasts import forecasting, hermite, taylor
 from .runs import Method
 from .setups import Setup
 
@@ -31,6 +32,8 @@ THRESHOLDS = {
     "TeaCache's rule": {"magi": (0.1, 0.05, 0.2), "skyreels": (0.03, 0.06), "causal": ()},
     "EasyCache's rule": {"magi": (0.1, 0.05, 0.2), "skyreels": (0.05, 0.1), "causal": ()},
 }
+PUBLISHED_FORECASTS = {"TaylorSeer": taylor, "HiCache": hermite}
+PUBLISHED = (*THRESHOLDS, *PUBLISHED_FORECASTS)
 
 
 def plain(setup: Setup) -> Method:
@@ -77,7 +80,8 @@ def sparing(setup: Setup) -> Method:
 
 def peers(setup: Setup, settings: int) -> Iterator[Method]:
     """Everything else, so many settings of each: the first of every method, then what says most."""
-    published, periodic = [*_rules(setup), *_fewer_steps(setup)], _periodic(setup)
+    published = [*_rules(setup), *_published_forecasts(setup), *_fewer_steps(setup)]
+    periodic = _periodic(setup)
     for sweep in [*published, *periodic]:
         yield from sweep[:1]
     for sweeps in (published, periodic):
@@ -95,6 +99,18 @@ def _fewer_steps(setup: Setup) -> list[list[Method]]:
     return [
         [Method(name, f"{steps} steps", steps=steps, solver=solver, timed=timed) for steps in FEWER_STEPS[setup.name]]
         for name, solver in solvers.items()
+    ]
+
+
+def _published_forecasts(setup: Setup) -> list[list[Method]]:
+    """Every so manieth step recomputed, the others forecast by two differences."""
+    second = Between(2, correct=False)
+    return [
+        [
+            Method(name, f"every {every}th", Settings(Every(every), second), build=forecasting(weights))
+            for every in DISTANCES[setup.name]
+        ]
+        for name, weights in PUBLISHED_FORECASTS.items()
     ]
 
 

@@ -16,7 +16,7 @@ from ..storage.files import write_whole
 from . import packages
 from .aims import aims, at
 from .markdown import markdown
-from .methods import FEWER, OURS, THRESHOLDS
+from .methods import FEWER, OURS, PUBLISHED
 
 BEGIN, END = "<!-- bench: begin -->", "<!-- bench: end -->"
 TITLES = {
@@ -63,7 +63,7 @@ def summary(report: dict) -> str:
 
     Between measured points a straight line over the logarithm of speed; a dash where the speed was not measured.
     """
-    kinds = {OURS: OURS, f"{FEWER}, the best solver": FEWER} | {rule: rule for rule in THRESHOLDS}
+    kinds = {OURS: OURS, f"{FEWER}, the best solver": FEWER} | {rule: rule for rule in PUBLISHED}
     asked = [(schedule, speed) for schedule, speeds in SUMMARY_SPEEDS.items() for speed in speeds]
     rows = [
         [name, *(_whole(_best(report["points"], schedule, kind, speed)) for schedule, speed in asked)]

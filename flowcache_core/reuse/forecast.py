@@ -3,10 +3,14 @@
 Together they make every chunk a multistep predictor-corrector solver of its own.
 """
 
+from collections.abc import Callable, Sequence
+
 from torch import Tensor
 
 from ..solvers.one_step import Linear
 from ..solvers.weights import lagrange, weighted
+
+Weights = Callable[[tuple[int, ...], int], Sequence[float]]  # of results at some steps, for what is expected at another
 
 
 class Forecast:
@@ -18,10 +22,11 @@ class Forecast:
     Args:
         order: 0 holds the last result; 1 and 2 put a line or a parabola over the steps through the last two or three.
             With fewer results than that the order is what they allow.
+        weights: of the last results in the sum that is expected; the polynomial through them unless told otherwise.
     """
 
-    def __init__(self, order: int):
-        self.order = order
+    def __init__(self, order: int, weights: Weights = lagrange):
+        self.order, self.weights = order, weights
         self.steps: list[int] = []
         self.results: list[Tensor] = []
 
@@ -32,7 +37,7 @@ class Forecast:
 
     def at(self, step: int) -> Tensor:
         """Gives the result expected at a step."""
-        return weighted(self.results, lagrange(tuple(self.steps), step))
+        return weighted(self.results, self.weights(tuple(self.steps), step))
 
 
 class Corrector:

@@ -8,12 +8,14 @@ import torch
 from flowcache_core.demo import load_network
 from flowcache_core.lab.adams_bashforth import AdamsBashforth2
 from flowcache_core.lab.easycache import easycache_engine
+from flowcache_core.lab.forecasts import forecasting, hermite, taylor
 from flowcache_core.lab.methods import peers
 from flowcache_core.lab.runs import Clips, Method, plain_forwards, run
 from flowcache_core.lab.setups import SETUPS, Setup
-from flowcache_core.settings import Every, Settings
+from flowcache_core.settings import Between, Every, Settings
 from flowcache_core.solvers.noise_levels import magi
 from flowcache_core.solvers.one_step import Euler
+from flowcache_core.solvers.weights import lagrange
 
 QUICK = Setup("quick", 8, 2, magi, Euler, window=True)
 
@@ -49,6 +51,28 @@ def test_easycache_recomputes_everything_at_zero_and_little_at_a_high_threshold(
     assert all(steps[0] for steps in rows.values())
     # One decision for all chunks that were recomputed before.
     assert often.forwards < plain.forwards / 2
+
+
+def test_published_forecasts_are_sums_of_differences():
+    assert list(taylor((3, 7), 9)) == pytest.approx(lagrange((3, 7), 9))  # a line
+    assert list(taylor((2,), 9)) == list(hermite((2,), 9)) == [1.0]
+    # Results 5, 3, 2 two steps apart: differences -1/2 and 1/4, so three steps on 2 - 3/2 + 9/2 / 4.
+    results, x = torch.tensor([5.0, 3.0, 2.0]), 3
+    assert (results @ torch.tensor(taylor((0, 2, 4), 4 + x))).item() == pytest.approx(2 - x / 2 + x * x / 2 / 4)
+    # Its sigma is 1/2: H1(x/2) = x and H2(x/2) = x^2 - 2, times sigma and sigma^2 / 2.
+    expected = 2 - x / 2 * 0.5 + (x * x - 2) / 2 * 0.25 / 4
+    assert (results @ torch.tensor(hermite((0, 2, 4), 4 + x))).item() == pytest.approx(expected)
+    assert sum(taylor((0, 3, 4), 9)) == pytest.approx(1) and sum(hermite((0, 3, 4), 9)) == pytest.approx(1)
+
+
+def test_a_run_with_other_weights_is_another_one(clips):
+    settings = Settings(Every(2), Between(2, correct=False))
+    made = {
+        weights: run(Method("", settings=settings, build=forecasting(weights)), QUICK, clips).latents
+        for weights in (lagrange, taylor, hermite)
+    }
+    assert torch.equal(made[lagrange], run(Method("", settings=settings), QUICK, clips).latents)
+    assert all(not torch.equal(made[weights], made[lagrange]) for weights in (taylor, hermite))
 
 
 def test_adams_bashforth_is_exact_on_a_velocity_that_is_a_line():
