@@ -14,10 +14,11 @@ from .paper_rows import Row
 from .perceptual import st_lpips, vmaf
 
 MOST = 100.0  # dB, of equal videos
+SMALLEST = 64  # pixels a side, for measures of perception
 
 # How alike a video [3, T, H, W] in [0, 1] is to another one, by the table's name for it. A metric more is a line more,
 # and its figure of the paper a field of `Published`.
-METRICS: dict[str, Callable[[Tensor, Tensor], float]] = {
+METRICS: dict[str, Callable[[Tensor, Tensor], float | None]] = {
     "SSIM": ssim,
     "PSNR": lambda video, plain: min(psnr(video, plain), MOST),
     "ST-LPIPS": lambda video, plain: _of_pixels(st_lpips, video, plain),
@@ -49,16 +50,17 @@ class Figures:
             self.alike.setdefault(name, []).append(value)
 
 
-def _of_pixels(metric: Callable[[Tensor, Tensor], Spread | None], video: Tensor, plain: Tensor) -> float:
-    """NaN where the metric's package is missing."""
-    spread = metric(video[None] * 2 - 1, plain[None] * 2 - 1)
-    return spread.mean if spread else float("nan")
+def _of_pixels(metric: Callable[[Tensor, Tensor], Spread | None], video: Tensor, plain: Tensor) -> float | None:
+    """None where the metric's package is missing, or the frames are smaller than what it looks for."""
+    spread = metric(video[None] * 2 - 1, plain[None] * 2 - 1) if min(video.shape[-2:]) >= SMALLEST else None
+    return spread.mean if spread else None
 
 
 def likeness_of(video: np.ndarray, plain: np.ndarray) -> dict[str, float]:
     """Measures frames, uint8 [T, H, W, 3], by all metrics."""
     one, other = (torch.from_numpy(frames).movedim(-1, 0).float() / 255.0 for frames in (video, plain))
-    return {name: metric(one, other) for name, metric in METRICS.items()}
+    measured = {name: metric(one, other) for name, metric in METRICS.items()}
+    return {name: value for name, value in measured.items() if value is not None}
 
 
 def table(figures: list[Figures]) -> str:
@@ -73,7 +75,7 @@ def table(figures: list[Figures]) -> str:
         seconds, peak, paper = float(np.mean(one.seconds)), max(one.device_bytes), one.row.published
         cells = [one.row.name, f"{seconds:.1f}", f"{first / seconds:.2f}x", f"{np.mean(one.flops) / 1e15:.4g}"]
         cells.append(f"{peak / 2**30:.1f}" if peak else "")
-        cells += [f"{np.mean(one.alike[name]):.{DIGITS[name]}f}" if one.alike else "" for name in METRICS]
+        cells += [f"{np.mean(one.alike[name]):.{DIGITS[name]}f}" if name in one.alike else "" for name in METRICS]
         cells += [
             "" if value is None else f"{value:{form}}"
             for value, form in (

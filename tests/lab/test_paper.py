@@ -184,16 +184,16 @@ def test_the_table_has_the_papers_figures_beside():
     plain = Figures(vanilla, [30.0, 10.0], [2 * 10**17, 4 * 10**17], [3 * 2**30, 2**30])
     fast = Figures(slow, [10.0, 10.0], [10**17, 10**17], [0, 0], {"SSIM": [0.5, 0.7], "PSNR": [20.0, 22.0]})
     words = table([plain, fast])
-    assert "| vanilla | 20.0 | 1.00x | 300 | 3.0 |  |  | 306 | 1.00 | 77.06 |  |  |  |" in words
+    assert "| vanilla | 20.0 | 1.00x | 300 | 3.0 |  |  |  |  | 306 | 1.00 | 77.06 |  |  |  |" in words
     expected = (
-        "| FlowCache slow | 10.0 | 2.00x | 100 |  | 0.6000 | 21.00 | 161 | 1.86 | 78.96 | 0.3160 | 0.6497 | 22.34 |"
+        "| FlowCache slow | 10.0 | 2.00x | 100 |  | 0.6000 | 21.00 |  |  | 161 | 1.86 | 78.96 | 0.3160 | 0.6497 | 22.34 |"
     )
     assert expected in words and "Means over 2 videos" in words
 
 
 def test_a_row_without_published_figures_is_whole():
     words = table([Figures(Row("own", "high", published=Published()), [1.0], [1], [0])])
-    assert words.splitlines()[2] == "| own | 1.0 | 1.00x | 1e-15 |  |  |  |  |  |  |  |  |  |"
+    assert words.splitlines()[2] == "| own | 1.0 | 1.00x | 1e-15 |  |  |  |  |  |  |  |  |  |  |  |"
 
 
 def test_no_comfyui_is_one_line(tmp_path, capsys):
