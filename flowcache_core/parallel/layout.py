@@ -84,7 +84,7 @@ class Parallel:
         self.everyone = Ranks.everyone()
         self.ranks = self.everyone
         self._keeping = Ranks.everyone()  # what goes to states and folders is no traffic of the network
-        if scheme == "ulysses" and branches == 2 and team.size % 2 == 0:
+        if halved(scheme, branches, team.size):
             self.ranks = Ranks.divided([everyone[:half], everyone[half:]])
             self.peers = Ranks.divided([(one, one + half) for one in range(half)])
         self.part = Part()
@@ -205,12 +205,17 @@ def _joined(parts: Sequence[tuple[Part, Snapshot]]) -> Snapshot:
     return Snapshot(*(tensors[0] if not tensors[0].numel() else torch.cat(tensors, dim) for tensors in every))
 
 
+def halved(scheme: Scheme, branches: int, processes: int) -> bool:
+    """Whether each half of the processes takes one of two branches of guidance."""
+    return scheme == "ulysses" and branches == 2 and processes % 2 == 0
+
+
 def planned_part(sizes: NetworkSizes, scheme: Scheme, processes: int, branches: int) -> tuple[NetworkSizes, int]:
     """What the first of so many processes will have of a network and of its branches, before there are any of them."""
     if scheme == "pipeline":
         layers = len(shares(sizes.layers, processes)[0])
         return replace(sizes, layers=layers, text_width=sizes.text_width // sizes.layers * layers), branches
-    groups = 2 if branches == 2 and processes % 2 == 0 else 1
+    groups = 2 if halved(scheme, branches, processes) else 1
     ranks = processes // groups
     return (sizes_of_part(sizes, head_scheme(sizes.kv_heads, ranks), 0) if ranks > 1 else sizes), branches // groups
 

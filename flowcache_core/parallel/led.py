@@ -174,10 +174,7 @@ class LedForward(CausalForward):
 
     def save(self) -> dict[Hashable, Snapshot]:
         """The whole clean history."""
-        mine = super().save()
-        self.crew.tell(("save",))
-        with self.crew.section():
-            return self.parallel.whole(mine)
+        return _whole(self.crew, self.parallel, "save", super().save())
 
     def begin_delta(self, full: bool) -> Callable[[], SnapshotDelta]:
         """What the whole clean history has grown by."""
@@ -227,10 +224,7 @@ class LedMagiForward(MagiForward):
 
     def save(self) -> dict[Hashable, Snapshot]:
         """The whole clean history."""
-        mine = super().save()
-        self.crew.tell(("save",))
-        with self.crew.section():
-            return self.parallel.whole(mine)
+        return _whole(self.crew, self.parallel, "save", super().save())
 
     def begin_delta(self, full: bool) -> Callable[[], SnapshotDelta]:
         """What the whole clean history has grown by."""
@@ -244,6 +238,13 @@ class LedMagiForward(MagiForward):
                 self._sent.add(chunk)
 
 
+def _whole(crew: Crew, parallel: Parallel, word: str, mine: dict[Hashable, Snapshot]) -> dict[Hashable, Snapshot]:
+    """Histories of which this process has a part and the others, told this word, theirs."""
+    crew.tell((word,))
+    with crew.section():
+        return parallel.whole(mine)
+
+
 def _whole_delta(
     crew: Crew, parallel: Parallel, full: bool, begin: Callable[[], Callable[[], SnapshotDelta]]
 ) -> Callable[[], SnapshotDelta]:
@@ -252,9 +253,7 @@ def _whole_delta(
 
     def whole() -> SnapshotDelta:
         mine = delta()
-        crew.tell(("delta",))
-        with crew.section():
-            return SnapshotDelta(parallel.whole(mine.histories), mine.full)
+        return SnapshotDelta(_whole(crew, parallel, "delta", mine.histories), mine.full)
 
     return whole
 
