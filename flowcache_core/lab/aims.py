@@ -5,7 +5,7 @@ from collections import defaultdict
 from collections.abc import Iterable
 from dataclasses import dataclass
 
-from .methods import FEWER, OURS, PUBLISHED
+from .methods import CACHE_DIT, FEWER, OURS, PUBLISHED
 
 Curve = list[tuple[float, float]]  # (faster, dB), slowest first
 
@@ -112,7 +112,7 @@ def _peers(report: dict) -> Aim:
     told = f"faster than cache-dit at equal likeness, {RANGE[0]:g}x and up"
     rows = report.get("peers", {}).get("rows", [])
     curve = sorted((row["speedup"], row[FREE]) for row in rows if row["method"] == OURS)
-    theirs = [row for row in rows if row["method"] == "cache-dit" and row["speedup"] >= RANGE[0]]
+    theirs = [row for row in rows if row["method"] == CACHE_DIT and row["speedup"] >= RANGE[0]]
     ratios = [ours / row["speedup"] for row in theirs if (ours := faster_at(curve, row[FREE])) is not None]
     return _least(told, min(ratios, default=None), FASTER, "{:.1f}x")
 

@@ -8,7 +8,6 @@ memory for nearly the same sum.
 
 import math
 from collections.abc import Callable, Sequence
-from functools import partial
 
 from ..engine.build import RunSettings, build_engine
 from ..engine.causal import CausalForward
@@ -50,12 +49,10 @@ def _hermite(order: int, x: float) -> float:
     return now
 
 
-def forecasting(weights: Weights) -> Callable[..., Engine]:
-    """Makes runs whose forecasts have these weights, for `Method.build`."""
-    return partial(_engine, weights=weights)
-
-
-def _engine(run: RunSettings, make: Callable[..., CausalForward] = CausalForward, *, weights: Weights) -> Engine:
+def forecasting_engine(
+    run: RunSettings, make: Callable[..., CausalForward] = CausalForward, *, weights: Weights
+) -> Engine:
+    """Makes a run over a history whose forecasts have these weights."""
     engine = build_engine(run, make)
     engine.forecast_weights = weights
     return engine

@@ -9,11 +9,12 @@ from ..solvers.multistep import DPM2M, UniPC
 from ..solvers.one_step import Euler, SolverFactory
 from .adams_bashforth import AdamsBashforth2
 from .easycache import easycache_engine
-from .forecasts import forecasting, hermite, taylor
+from .forecasts import forecasting_engine, hermite, taylor
 from .runs import Method
 from .setups import Setup
 
 OURS, PLAIN, HISTORY = "ours", "plain", "history only"
+CACHE_DIT = "cache-dit"  # the package, see `packages`
 FEWER, EVERY = "fewer steps", "every step"
 SOLVERS: dict[str, SolverFactory] = {"AB2": AdamsBashforth2, "DPM++ 2M": DPM2M, "UniPC": UniPC, "Euler": Euler}
 FORECASTS = ("held", "linear", "quadratic")
@@ -107,7 +108,12 @@ def _published_forecasts(setup: Setup) -> list[list[Method]]:
     second = Between(2, correct=False)
     return [
         [
-            Method(name, f"every {every}th", Settings(Every(every), second), build=forecasting(weights))
+            Method(
+                name,
+                f"every {every}th",
+                Settings(Every(every), second),
+                build=partial(forecasting_engine, weights=weights),
+            )
             for every in DISTANCES[setup.name]
         ]
         for name, weights in PUBLISHED_FORECASTS.items()

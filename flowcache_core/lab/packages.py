@@ -34,14 +34,15 @@ from ..storage.files import write_whole
 from . import process
 from .likeness import decibels, pixels
 from .markdown import markdown
+from .methods import CACHE_DIT as CACHE_DIT_METHOD
 from .methods import EVERY, OURS, ours, plain
 from .perceptual import st_lpips
+from .report_file import NAME, add_to_report
 from .runs import LATENT, Clips, Method, run
 from .setups import SETUPS
 
 SETUP = SETUPS["skyreels"]
 SHIFT = 8.0
-CACHE_DIT_NAME = "cache-dit"
 # Settings of the other packages. cache-dit: blocks computed first, steps of warm-up, threshold, most cached steps in a
 # row (-1: any number), order of its Taylor series. diffusers: threshold of the first block; interval of its TaylorSeer.
 CACHE_DIT = ((1, 8, 0.08, -1, 1), (1, 4, 0.12, 3, 1), (1, 4, 0.24, 3, 1), (1, 4, 0.24, -1, 2))
@@ -141,7 +142,7 @@ def settings() -> Iterable[tuple[str, str, Switch]]:
     for first, warmup, threshold, most, order in CACHE_DIT:
         told = f"F{first} W{warmup} R{threshold:g}" + (f" MC{most}" if most > 0 else "") + f", Taylor {order}"
         on = partial(cache_dit, first=first, warmup=warmup, threshold=threshold, most=most, order=order)
-        yield CACHE_DIT_NAME, told, on
+        yield CACHE_DIT_METHOD, told, on
     for threshold in FIRST_BLOCK:
         yield "diffusers, first block", f"threshold {threshold:g}", partial(first_block, threshold=threshold)
     for every in TAYLORSEER:
@@ -317,16 +318,10 @@ def main() -> None:
     options = parser.parse_args()
     found = bench(options.network, options.clips, options.chunks, lambda words: print(words, flush=True))
     print(table(found))
-    report = options.out / "report.json"
-    whole = json.loads(report.read_text()) if report.exists() else {}
-    _write(options.out / "packages.json", found)
-    if whole:
-        _write(report, whole | {"peers": found})
-
-
-def _write(path: Path, told: dict) -> None:
-    words = json.dumps(told, indent=1) + "\n"
-    write_whole(path, lambda partly: partly.write_text(words))
+    words = json.dumps(found, indent=1) + "\n"
+    write_whole(options.out / "packages.json", lambda partly: partly.write_text(words))
+    if (options.out / NAME).exists():
+        add_to_report(options.out, "peers", found)
 
 
 if __name__ == "__main__":

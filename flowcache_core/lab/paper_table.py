@@ -14,7 +14,6 @@ from .paper_rows import Row
 from .perceptual import st_lpips, vmaf
 
 MOST = 100.0  # dB, of equal videos
-SMALLEST = 64  # pixels a side, for measures of perception
 
 # How alike a video [3, T, H, W] in [0, 1] is to another one, by the table's name for it. A metric more is a line more,
 # and its figure of the paper a field of `Published`.
@@ -51,8 +50,8 @@ class Figures:
 
 
 def _of_pixels(metric: Callable[[Tensor, Tensor], Spread | None], video: Tensor, plain: Tensor) -> float | None:
-    """None where the metric's package is missing, or the frames are smaller than what it looks for."""
-    spread = metric(video[None] * 2 - 1, plain[None] * 2 - 1) if min(video.shape[-2:]) >= SMALLEST else None
+    """None where the metric has nothing to say."""
+    spread = metric(video[None] * 2 - 1, plain[None] * 2 - 1)
     return spread.mean if spread else None
 
 

@@ -1,5 +1,5 @@
 """How alike two runs look, by published measures of perception. Both come with optional packages of the lab; where one
-is missing, its figure is None and the tables have a dash.
+is missing, or frames are smaller than what they look for (`LEAST`), its figure is None and the tables have a dash.
 
 ST-LPIPS: Ghildyal and Liu, Shift-tolerant Perceptual Similarity Metric, ECCV 2022 (package stlpips_pytorch). VMAF:
 Netflix, by the libvmaf inside imageio-ffmpeg's ffmpeg.
@@ -26,12 +26,13 @@ from .likeness import Spread
 EVERY = 4  # so manieth frame is looked at
 # The model without enhancement gain: the usual one rewards contrast that the reference does not have.
 VMAF_MODEL = "vmaf_v0.6.1neg"
-SMALLEST = 256  # pixels a side: VMAF's scales reach over more pixels than the demo has
+LEAST = 64  # pixels a side
+ENLARGED = 256  # pixels a side: VMAF's scales reach over more pixels than the demo has
 
 
 def st_lpips(made: Tensor, other: Tensor) -> Spread | None:
     """Measures the distance of pixels [clips, 3, T, H, W] in [-1, 1], a figure a clip: 0 where they are equal."""
-    metric = _network()
+    metric = _network() if min(made.shape[-2:]) >= LEAST else None
     if metric is None:
         return None
     with torch.no_grad():
@@ -46,7 +47,7 @@ def st_lpips(made: Tensor, other: Tensor) -> Spread | None:
 def vmaf(made: Tensor, reference: Tensor) -> Spread | None:
     """Scores pixels [clips, 3, T, H, W] in [-1, 1], a figure a clip, at most about 100. The reference against itself
     does not always have 100: its score belongs beside. Colours are not looked at: their drift is measured apart."""
-    program = _ffmpeg()
+    program = _ffmpeg() if min(made.shape[-2:]) >= LEAST else None
     if program is None:
         return None
     return Spread([_vmaf(program, one, two) for one, two in zip(made, reference, strict=True)])
@@ -56,7 +57,7 @@ def _vmaf(program: str, made: Tensor, reference: Tensor) -> float:
     """VMAF of a clip [3, T, H, W], mean over its frames."""
     height, width = made.shape[-2:]
     shape = ["-f", "rawvideo", "-pix_fmt", "rgb24", "-s", f"{width}x{height}", "-r", "16"]
-    times = max(1, SMALLEST // min(height, width))
+    times = max(1, ENLARGED // min(height, width))
     larger = f"scale={times * width}:{times * height}:flags=neighbor,format=yuv420p"
     with tempfile.TemporaryDirectory() as folder:
         files = [Path(folder, name) for name in ("made", "reference")]

@@ -5,7 +5,6 @@ all the time, with the demo model loaded; runs with one and with both alternate.
 """
 
 import argparse
-import json
 import os
 import statistics
 import tempfile
@@ -19,8 +18,8 @@ from ..batch.host import HostSettings
 from ..batch.jobs import Job
 from ..batch.manifest import Manifest
 from ..errors import UserError
-from ..storage.files import write_whole
 from .comfy import Graph
+from .report_file import add_to_report
 
 DEMO = "demo model (ships with FlowCache)"
 STEPS = 16
@@ -123,11 +122,7 @@ def main(arguments: list[str] | None = None) -> None:
             found = measure(workers, options.videos, options.chunks, options.pairs, Path(folder), print)
         finally:
             workers.close()
-    path = options.out / "report.json"
-    report = json.loads(path.read_text()) if path.exists() else {}
-    report["throughput"] = found | {"processors": os.cpu_count()}
-    path.parent.mkdir(parents=True, exist_ok=True)
-    write_whole(path, lambda partial: partial.write_text(json.dumps(report, indent=1) + "\n"))
+    add_to_report(options.out, "throughput", found | {"processors": os.cpu_count()})
     print(
         f"2 workers with one thread each make {found['ratio']:.2f} times as many videos as 1 ({os.cpu_count()} cores)"
     )

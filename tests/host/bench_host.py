@@ -8,7 +8,6 @@ of runs in alternation, after one that loads the model.
 """
 
 import argparse
-import json
 import statistics
 import sys
 import tempfile
@@ -23,7 +22,7 @@ from safetensors.torch import load_file  # noqa: E402
 
 from flowcache_core.demo.vae import LATENT_MEAN, LATENT_STD  # noqa: E402
 from flowcache_core.lab.likeness import decibels, pixels  # noqa: E402
-from flowcache_core.storage.files import write_whole  # noqa: E402
+from flowcache_core.lab.report_file import add_to_report  # noqa: E402
 from tests.helpers.host.comfy_server import HOST, Outcome, Server  # noqa: E402
 from tests.helpers.host.graph import Graph, native  # noqa: E402
 
@@ -158,10 +157,8 @@ def main() -> None:
             rows = measure(server, options.chunks, options.steps, options.pairs)
         finally:
             server.stop()
-    path = options.out / "report.json"
-    report = json.loads(path.read_text()) if path.exists() else {}
-    report["host"] = {"chunks": options.chunks, "steps": options.steps, "pairs": options.pairs, "rows": rows}
-    write_whole(path, lambda partial: partial.write_text(json.dumps(report, indent=1) + "\n"))
+    told = {"chunks": options.chunks, "steps": options.steps, "pairs": options.pairs, "rows": rows}
+    add_to_report(options.out, "host", told)
     for row in rows:
         alike = "" if row["psnr"] is None else f"{row['psnr']:.1f} dB"
         told = row["failed"] or f"{row['seconds']:7.2f} s {row['speedup']:5.2f}x {alike}"

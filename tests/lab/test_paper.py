@@ -185,9 +185,8 @@ def test_the_table_has_the_papers_figures_beside():
     fast = Figures(slow, [10.0, 10.0], [10**17, 10**17], [0, 0], {"SSIM": [0.5, 0.7], "PSNR": [20.0, 22.0]})
     words = table([plain, fast])
     assert "| vanilla | 20.0 | 1.00x | 300 | 3.0 |  |  |  |  | 306 | 1.00 | 77.06 |  |  |  |" in words
-    expected = (
-        "| FlowCache slow | 10.0 | 2.00x | 100 |  | 0.6000 | 21.00 |  |  | 161 | 1.86 | 78.96 | 0.3160 | 0.6497 | 22.34 |"
-    )
+    measured = "| FlowCache slow | 10.0 | 2.00x | 100 |  | 0.6000 | 21.00 |  |  "
+    expected = measured + "| 161 | 1.86 | 78.96 | 0.3160 | 0.6497 | 22.34 |"
     assert expected in words and "Means over 2 videos" in words
 
 

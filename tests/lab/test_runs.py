@@ -8,7 +8,7 @@ import torch
 from flowcache_core.demo import load_network
 from flowcache_core.lab.adams_bashforth import AdamsBashforth2
 from flowcache_core.lab.easycache import easycache_engine
-from flowcache_core.lab.forecasts import forecasting, hermite, taylor
+from flowcache_core.lab.forecasts import forecasting_engine, hermite, taylor
 from flowcache_core.lab.methods import peers
 from flowcache_core.lab.runs import Clips, Method, plain_forwards, run
 from flowcache_core.lab.setups import SETUPS, Setup
@@ -68,7 +68,9 @@ def test_published_forecasts_are_sums_of_differences():
 def test_a_run_with_other_weights_is_another_one(clips):
     settings = Settings(Every(2), Between(2, correct=False))
     made = {
-        weights: run(Method("", settings=settings, build=forecasting(weights)), QUICK, clips).latents
+        weights: run(
+            Method("", settings=settings, build=partial(forecasting_engine, weights=weights)), QUICK, clips
+        ).latents
         for weights in (lagrange, taylor, hermite)
     }
     assert torch.equal(made[lagrange], run(Method("", settings=settings), QUICK, clips).latents)
