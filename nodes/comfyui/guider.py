@@ -29,6 +29,7 @@ from .model_patches import OVERRIDE, ModelPatches, scales, unheeded
 RUN = "flowcache_run"  # key of the guidance in transformer_options, while its run goes on
 FPS = "flowcache_fps"  # frames a second that SkyReels-V2 is told, in transformer_options
 FAMILY = "flowcache_family"  # the family that our loader found, in transformer_options
+WARNINGS = "flowcache_warnings"  # its lines on the file, there too: on a family that was guessed, on the rest
 
 DEVICE = "multigpu_thread_device"  # the host's key of a call's device, where it divides the branches among several
 

@@ -175,7 +175,7 @@ class MagiSampler(host.ChunkSampler):
             **made,
         )
         engine.report.settings = patch.label
-        engine.report.notes += [*patch.notes, *notes]
+        engine.report.notes += [*host.notes_of(options), *notes]
         self.listener.plan(engine.report)
         for chunk in engine.run():
             check_finite(chunk.latent, f"chunk {chunk.number}")

@@ -21,7 +21,7 @@ from ...flowcache_core.demo.preview import RGB_BIAS, RGB_FACTORS
 from ...flowcache_core.models.skyreels import add_frame_rate
 from ...flowcache_core.models.wan import WanConfig
 from .empty_vae import empty_vae
-from .guider import FAMILY, FPS
+from .guider import FAMILY, FPS, WARNINGS
 from .magi_model import magi_model
 
 
@@ -52,7 +52,9 @@ def load_model(
     else:
         model = _load_wan(weights, info.config, info.family in checkpoints.CAUSAL_FAMILIES, dtype, disable_dynamic)
         add_frame_rate(model.model.diffusion_model, weights, comfy.ops.manual_cast)
-    model.model_options.setdefault("transformer_options", {}).update({FAMILY: info.family, FPS: fps})
+    warnings = info.warnings[: info.guessed], info.warnings[info.guessed :]
+    told = {FAMILY: info.family, FPS: fps, WARNINGS: warnings}
+    model.model_options.setdefault("transformer_options", {}).update(told)
     if info.family == "demo":  # its latent space is not Wan's
         colours = model.model.latent_format
         colours.latent_rgb_factors, colours.latent_rgb_factors_bias = RGB_FACTORS, RGB_BIAS

@@ -40,7 +40,7 @@ from ...flowcache_core.storage.calibrations import calibration_path, load_calibr
 from .captions import at_once
 from .checks import adapt_others, check_finite
 from .gpus import division_of, planned_share
-from .guider import FAMILY, RUN, text_tokens
+from .guider import FAMILY, RUN, WARNINGS, text_tokens
 from .levels import check_flow, time_step_note
 from .loaders import loaded_file
 from .native import NativeRun
@@ -107,6 +107,13 @@ def patch_on(model_options: dict) -> Patch:
     return model_options["transformer_options"][KEY]
 
 
+def notes_of(model_options: dict) -> list[str]:
+    """What the report says of a model's file, and of the settings that FlowCache hung on it."""
+    guess, others = model_options.get("transformer_options", {}).get(WARNINGS, ((), ()))
+    patch = patch_of(model_options)
+    return [*guess, *others, *(patch.notes if patch else [])]
+
+
 def family_of(model: comfy.model_patcher.ModelPatcher) -> str:
     """What our loader found, or what can be told from a stock loader's model."""
     named = model.model_options.get("transformer_options", {}).get(FAMILY)
@@ -133,7 +140,9 @@ def with_family(
     without = family == "skyreels" and not hasattr(network, "fps_embedding")
     notes = _find_frame_rate(model, hidden) if without else []
     clone = model.clone()
-    clone.model_options.setdefault("transformer_options", {})[FAMILY] = family
+    options = clone.model_options.setdefault("transformer_options", {})
+    _, others = options.get(WARNINGS, ((), ()))
+    options.update({FAMILY: family, WARNINGS: ((), others)})
     return clone, notes
 
 
@@ -249,7 +258,7 @@ def _outer_sample(executor, noise, latent_image, sampler, sigmas, *args, **kwarg
     check_finite(samples, "the video")
     report = run.engine.report
     report.settings, report.seconds = patch.label, time.perf_counter() - begun
-    report.notes += [*patch.notes, *notes, *run.guidance.notes, *run.notes]
+    report.notes += [*notes_of(guider.model_options), *notes, *run.guidance.notes, *run.notes]
     say(report.notes)
     patch.remember(samples, report)
     return samples

@@ -9,7 +9,7 @@ from ...flowcache_core.settings import Settings
 from . import patch as host
 from .checks import COMPILED
 from .gpus import GPUS
-from .guider import FAMILY, FPS
+from .guider import FAMILY, FPS, WARNINGS
 
 PLACES = (  # of the host's patcher, where nodes hang what changes a run
     "object_patches",
@@ -67,7 +67,8 @@ def patches_of(model) -> list:
         {kind: {key: one for key, one in held.items() if key not in ours} for kind, held in found.items()}
         for found in (inside.get("wrappers", {}), model.wrappers)
     ]
-    other = {name: value for name, value in inside.items() if name not in (host.KEY, FAMILY, FPS, GPUS, "wrappers")}
+    told = (host.KEY, FAMILY, FPS, GPUS, WARNINGS, "wrappers")
+    other = {name: value for name, value in inside.items() if name not in told}
     more = set(model.additional_models) - {"multigpu"}  # copies of the same on other devices
     places = {name: getattr(model, name, None) for name in PLACES}
     heard = getattr(model, "callbacks", {}).items()

@@ -91,7 +91,7 @@ class ARSampler(host.ChunkSampler):
         engine = call.engine(patch.settings if patch else OFF)
         engine.report.settings = patch.label if patch else "FlowCache off"
         short = short_note(call.cut.last_frames, self.chunk_frames)
-        engine.report.notes += [*(patch.notes if patch else []), *notes, *call.split_notes(engine), *short]
+        engine.report.notes += [*host.notes_of(call.options), *notes, *call.split_notes(engine), *short]
         if self.lag > (steps := len(call.levels) - 1):
             engine.report.notes.append(f"lag is {self.lag}, above the {steps} steps: one chunk runs after the other")
         say(engine.report.notes)

@@ -89,18 +89,21 @@ def test_nodes_equal_the_engine(server, family, preset, guidance):
 
 
 def test_a_file_that_cannot_tell_its_family_is_warned_about(server):
-    """On the node and in the log; a family that was chosen is believed."""
+    """On the node, in the log and in the report, which stays; a family that was chosen is believed, wherever it was."""
     save_file(random_network(6), server.base / "models" / "diffusion_models" / "untold.safetensors", {"config": UNTOLD})
-    for family, warned in (("auto", True), ("skyreels", False)):
+    for at_loader, at_extend in (("auto", "auto"), ("auto", "skyreels"), ("skyreels", "auto")):
         graph = Graph()
-        model = graph.add(
-            "FlowCacheLoadARVideoModel", model_name="untold.safetensors", family=family, weight_type="fp32"
-        )
-        graph.add("PreviewAny", source=(graph.add("FlowCache", model=(model, 0), preset="off", history_budget=0), 0))
+        node = extend(graph, at_loader, "off", 1.0, steps=2, lag=2, chunks=1)
+        graph[node]["inputs"]["family"] = at_extend
+        (model,) = (key for key, each in graph.items() if each["class_type"] == "FlowCacheLoadARVideoModel")
+        graph[model]["inputs"]["model_name"] = "untold.safetensors"
+        report = graph.add("FlowCacheReport", report=(node, 2))
         outcome = server.run(graph)
-        assert outcome.error is None
-        texts = [text for key, text in outcome.texts if key == model]
-        assert any("taken as plain Wan 2.1: choose its family" in text for text in texts) == warned
+        assert outcome.error is None, outcome.error["exception_message"]
+        line = "taken as plain Wan 2.1: choose its family"
+        shown = any(line in text for key, text in outcome.texts if key == model)
+        assert shown == (at_loader == "auto") or model not in outcome.executed  # the host has it from the run before
+        assert (line in outcome.outputs[report]["text"][0]) == (at_loader == at_extend == "auto")
     assert "untold.safetensors has the Wan 2.1 layout and no stamp" in server.log.read_text()
 
 

@@ -2,6 +2,7 @@
 
 import json
 import time
+from itertools import combinations
 from pathlib import Path
 
 from PIL import Image
@@ -10,6 +11,7 @@ from tests.helpers.host.browser import Browser
 from tests.helpers.host.comfy_server import Server
 from tests.helpers.host.workflows import WORKFLOWS
 
+TITLE = 30  # pixels, of a node's title
 SETTINGS = {  # no first-run dialogs, nothing floating over the graph
     "Comfy.TutorialCompleted": True,
     "Comfy.Minimap.Visible": False,
@@ -130,6 +132,17 @@ class ComfyPage(Browser):
         """Width and height of each node's body by its id, as Nodes 2.0 draws it."""
         self.wait(f"Object.keys({SIZES}).length === app.graph.nodes.length")
         return self.evaluate(SIZES)
+
+    def overlaps(self) -> list[str]:
+        """Nodes that lie over one another as Nodes 2.0 draws them, titles included."""
+        sizes = self.node_sizes()
+        places = self.evaluate("app.graph.nodes.map((node) => [String(node.id), node.title, ...node.pos])")
+        boxes = [(f"{key} {title}", x, y - TITLE, x + sizes[key][0], y + sizes[key][1]) for key, title, x, y in places]
+        return [
+            f"{one[0]} overlaps {other[0]}"
+            for one, other in combinations(boxes, 2)
+            if one[1] < other[3] and other[1] < one[3] and one[2] < other[4] and other[2] < one[4]
+        ]
 
     def to_api(self) -> dict:
         """The open graph in the form that is posted to /prompt."""
