@@ -9,7 +9,6 @@ from pathlib import Path
 import comfy.model_patcher
 import comfy.samplers
 import folder_paths
-import latent_preview
 import torch
 from comfy.model_management import throw_exception_if_processing_interrupted
 from torch import Tensor
@@ -29,6 +28,7 @@ from .finished import FinishedChunks
 from .held import HELD
 from .live import RUNS, LiveRun, live_run
 from .live_prompt import LivePrompt, determining_prompt, live_prompt
+from .previews import preview_callback
 from .progress import progress_text
 from .resume import ResumeSettings, patches_of, root, weights_of
 from .sampler import ARSampler
@@ -299,7 +299,7 @@ def run_guider(model, asked: Extension, sampler, levels: list[float], shape, tic
     guider = comfy.samplers.CFGGuider(model)
     guider.set_conds(asked.positive, asked.negative)
     guider.set_cfg(scale)
-    callback = latent_preview.prepare_callback(model, ticks)
+    callback = preview_callback(model, ticks, elsewhere=asked.stream is not None)
     sigmas = torch.tensor(levels, dtype=torch.float32)
     guider.sample(
         noise, torch.zeros_like(noise), sampler, sigmas, callback=callback, disable_pbar=True, seed=asked.seed

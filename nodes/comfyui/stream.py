@@ -2,6 +2,7 @@
 
 import json
 import os
+import time
 from collections.abc import Callable, Collection, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
@@ -31,6 +32,7 @@ from .decode import stream_decoder
 from .widgets import advanced
 
 UNNAMED = "flowcache"  # files whose prefix names none
+PLAYED_FOR = 5.0  # seconds, at least, before more of an unfinished video is shown
 PREVIEW_SIZE = 768  # pixels of the longer side of a chunk's preview
 
 
@@ -198,6 +200,8 @@ class VideoOutlet:
         self.movable: Callable[[], Collection[Movable]] = tuple  # histories of the run, which may leave the device
         self.vae, self.model, self.side = settings.vae, model, side
         self._begun: list[Pending[Tensor]] = []  # frames that are being decoded
+        self._shown = 0  # frames of the unfinished file that its node plays
+        self._shown_at = float("-inf")
         self.file = OutputFile.new(settings.prefix, 8 * shape[4], 8 * shape[3], settings.how.ending)
         self.stream = new_stream(self.file, settings.fps, metadata, settings.how)
 
@@ -272,6 +276,17 @@ class VideoOutlet:
 
     def _write(self, frames: Tensor) -> None:
         self.stream.write(frames_of(2 * frames.movedim(-1, 0) - 1))
+        self._play_so_far()
+
+    def _play_so_far(self) -> None:
+        """Shows the finished part on the stream's node. The player begins anew each time, so only when there is twice
+        as much, and at most every few seconds."""
+        stream, now = self.stream, time.monotonic()
+        if self.settings.node_id is None or self.settings.how.codec != "h264":  # AV1 holds its frames back
+            return
+        if stream.frames >= 2 * self._shown and now - self._shown_at >= PLAYED_FOR:
+            self._shown, self._shown_at = stream.frames, now
+            play(self.file, self.settings.node_id)
 
 
 def show(frames: Tensor, tick: int, ticks: int) -> None:

@@ -111,12 +111,16 @@ def test_a_session(page):
     assert page.errors == []
 
 
-def test_a_stream_to_disk_is_all_that_a_run_needs(page):
+def test_a_stream_to_disk_is_all_that_a_run_needs_and_plays_meanwhile(page):
     page.load(GRAPHS["demo_long_video"])
     page.evaluate(ONLY_STREAMED)
-    page.set_widget(EXTEND, "chunks", 1)
-    page.run()
-    page.wait("document.querySelector('video')?.readyState > 1")
+    page.set_widget(EXTEND, "chunks", 6)
+    page.start()
+    page.evaluate(WATCHED)
+    page.finish()
+    assert page.evaluate("window.playedEarly"), "the finished part did not play while the run went on"
+    whole = (6 * 12 - 3) / 16
+    page.wait(f"Math.abs(document.querySelector('video')?.duration - {whole}) < 0.1")  # seconds
     stream = "app.graph.nodes.find((node) => node.type === 'FlowCacheStreamVideo')"
     assert page.evaluate(f"{stream}.videoContainer.contains(document.querySelector('video'))")
     assert page.complaints() == [] and page.errors == []
@@ -154,7 +158,7 @@ def test_help_shows_beside_the_node(page, language, heading):
 
 
 @pytest.mark.parametrize("nodes", ["classic", "Nodes 2.0"])
-def test_a_node_shows_what_its_preset_uses(page, nodes):
+def test_a_node_shows_what_its_preset_uses_and_covers_no_other(page, nodes):
     """As the page draws it; what was changed from its default is never hidden, and the API form holds everything."""
     page.server.post("/settings/Comfy.VueNodes.Enabled", nodes == "Nodes 2.0")
     page.reopen()
@@ -179,6 +183,9 @@ def test_a_node_shows_what_its_preset_uses(page, nodes):
         page.evaluate(f"{NODE}.toggleAdvanced ? {NODE}.toggleAdvanced() : ({NODE}.showAdvanced = true)")
         page.wait(f"({DRAWN % json.dumps(EXTEND)}).includes('condition_noise')")
         assert page.to_api() == before and page.errors == []
+        for name in ("demo_text_to_video", "demo_long_video", "skyreels_extend") if nodes == "Nodes 2.0" else ():
+            page.load(GRAPHS[name])  # the canvas's own sizes are measured where each template is opened
+            assert page.overlaps() == [], name
     finally:
         page.server.post("/settings/Comfy.VueNodes.Enabled", False)
         page.reopen()
@@ -203,6 +210,14 @@ DRAWN = """(() => {
 NODE = f"app.graph.nodes.find((node) => node.type === '{EXTEND}')"
 SHOWN = f"{NODE}.widgets.filter((widget) => widget.name.startsWith('$$')).map((widget) => String(widget.value))"
 REPORT = "String(app.graph.nodes.find((node) => node.type === 'PreviewAny').widgets[0].value)"
+WATCHED = """(() => {
+  window.playedEarly = false;
+  const watch = setInterval(() => {
+    const video = document.querySelector('video');
+    window.playedEarly ||= !window.runEnded && video?.readyState > 1 && video.duration > 0;
+    if (window.runEnded) clearInterval(watch);
+  }, 20);
+})()"""
 ONLY_STREAMED = """(() => {
   const rest = ['FlowCacheReport', 'VAEDecode', 'FlowCacheCompareVideos', 'ImageScaleBy', 'CreateVideo', 'SaveVideo'];
   app.graph.nodes.filter((node) => rest.includes(node.type) || node.title.startsWith('Plain'))

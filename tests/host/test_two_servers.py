@@ -10,7 +10,7 @@ from safetensors.torch import load_file
 from tests.helpers.host.comfy_server import Server
 from tests.helpers.host.graph import Graph
 from tests.helpers.host.videos import frames_of
-from tests.host.test_long import fill, plain, resumable
+from tests.host.test_long import extend, fill, plain, resumable
 
 CHUNKS, SEEDS = 4, (81, 82)
 
@@ -18,7 +18,7 @@ CHUNKS, SEEDS = 4, (81, 82)
 @pytest.fixture(scope="module")
 def other(server):
     fill(server.base)
-    running = Server(server.base)
+    running = Server(server.base, arguments=("--preview-method", "none"))  # as a server starts that is told nothing
     yield running
     running.stop()
 
@@ -50,3 +50,12 @@ def test_the_same_and_other_prompts_at_the_same_time(server, other):
             assert torch.equal(latent, expected[seed])
             assert len(frames_of(video)) == CHUNKS * 8 - 3
     assert len({video for results in both for _, video in results}) == 4
+
+
+def test_previews_come_unless_the_page_is_set_to_none(other):
+    for seed, chosen, shown in ((83, "default", True), (84, "none", False)):
+        graph = Graph()
+        graph.add("SaveLatent", samples=(extend(graph, chunks=1, seed=seed), 0), filename_prefix="previews")
+        outcome = other.run(graph, extra_data={"preview_method": chosen})
+        assert outcome.error is None, outcome.error["exception_message"]
+        assert bool(outcome.previews) == shown
