@@ -55,6 +55,7 @@ def test_a_shape_changes_an_interrupt_loses_nothing_and_the_next_run_is_its_own(
     page.set_widget(EXTEND, "chunks", 8)
     page.start()
     page.steer(2, "a magenta triangle")
+    page.wait(f"/magenta/.test({live('prompts')}.textContent)")  # it holds: on a busy machine that takes chunks
     page.at_chunk(4, QUEUED_ANEW)
     with pytest.raises(RuntimeError, match="interrupted"):
         page.finish()
