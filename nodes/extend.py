@@ -12,9 +12,12 @@ from .comfyui import patch as host
 from .comfyui.checks import rounded_notes
 from .comfyui.extend import Extended, Extension, Sampling, extend
 from .comfyui.levels import chosen_levels, fixed_levels
+from .comfyui.outputs import is_taken
 from .comfyui.stream import workflow_metadata
 from .comfyui.types import ReportType, ResumeType, StateType, StreamType
 from .comfyui.widgets import LARGEST_SEED, advanced, schema
+
+IMAGES = 4  # number of the output
 
 
 class AutoregressiveExtend(io.ComfyNode):
@@ -44,12 +47,14 @@ class AutoregressiveExtend(io.ComfyNode):
                 StreamType.Input("stream", optional=True),
                 ResumeType.Input("resume", optional=True),
                 advanced(io.Combo.Input("family", options=["auto", *wan_families()], default="auto")),
+                io.Vae.Input("vae", optional=True),
             ],
             outputs=[
                 io.Latent.Output(display_name="latent"),
                 StateType.Output(display_name="state"),
                 ReportType.Output(display_name="report"),
                 io.String.Output(display_name="prompts"),
+                io.Image.Output(display_name="images"),
             ],
             found_by=("long video", "extend video", "autoregressive", "video continuation", "infinite video"),
             hidden=[io.Hidden.unique_id, io.Hidden.prompt, io.Hidden.extra_pnginfo],
@@ -58,12 +63,19 @@ class AutoregressiveExtend(io.ComfyNode):
     @classmethod
     def execute(
         cls, model, positive, negative, seed, chunks, steps, guidance, frames_per_chunk, lag, width, height,
-        solver, attention, shift, condition_noise, prefix, end, state, stream, resume, family,
+        solver, attention, shift, condition_noise, prefix, end, state, stream, resume, family, vae,
     ) -> io.NodeOutput:  # fmt: skip
         if prefix is not None and state is not None:
             raise UserError(
                 "Both a prefix and a state are connected; a state already holds what came before. Connect one."
             )
+        if vae is not None and stream is not None:
+            raise UserError(
+                "Both a vae and a stream are connected, and either decodes the video: the stream into a file, the vae "
+                "for the output 'images'. Connect one."
+            )
+        if vae is None and is_taken(cls.hidden, IMAGES):
+            raise UserError("The output 'images' is connected, and nothing decodes them: connect a vae, too.")
         notes = [
             f"the noise mask of the {name} has no effect: its frames are kept as they are"
             for name, latent in (("prefix", prefix), ("end", end))
@@ -77,7 +89,7 @@ class AutoregressiveExtend(io.ComfyNode):
         if prefix is None and state is None:
             prefix = image
         asked = Extension(
-            positive, negative, seed, chunks, (width, height), prefix, end, state, stream, resume,
+            positive, negative, seed, chunks, (width, height), prefix, end, state, stream, vae, resume,
             metadata=workflow_metadata(cls.hidden), node_id=cls.hidden.unique_id,
         )  # fmt: skip
         name = host.family_of(model)
@@ -109,4 +121,5 @@ class AutoregressiveExtend(io.ComfyNode):
 def _output(result: Extended) -> io.NodeOutput:
     # Not among "images": the page would put a player over the live preview, and the stream's node has the video.
     shown = None if result.video is None else {"video": result.video.results}
-    return io.NodeOutput({"samples": result.latent}, result.state, result.report, result.report.prompts, ui=shown)
+    latent = {"samples": result.latent}
+    return io.NodeOutput(latent, result.state, result.report, result.report.prompts, result.images, ui=shown)

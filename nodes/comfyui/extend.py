@@ -5,6 +5,7 @@ from contextlib import AbstractContextManager, closing, nullcontext, suppress
 from dataclasses import dataclass, field, replace
 from math import prod
 from pathlib import Path
+from typing import Any
 
 import comfy.model_patcher
 import comfy.samplers
@@ -32,7 +33,7 @@ from .previews import preview_callback
 from .progress import progress_text
 from .resume import ResumeSettings, patches_of, root, weights_of
 from .sampler import ARSampler
-from .stream import OutputFile, StreamSettings, VideoOutlet, show
+from .stream import FramesOutlet, Outlet, OutputFile, StreamSettings, VideoOutlet, show
 
 
 @dataclass(frozen=True)
@@ -47,6 +48,7 @@ class Extension:
         prefix, end: latents [B, C, T, H, W] in the host's space that come before and after.
         state: to go on from.
         stream: how the video is written while the run goes on.
+        vae: the host's, which decodes all frames for the output while the run goes on.
         resume: that finished chunks are kept on disk and taken from there.
         metadata: of the workflow, for the video.
         node_id: of the node that shows the progress.
@@ -63,6 +65,7 @@ class Extension:
     end: Tensor | None = None
     state: State | None = None
     stream: StreamSettings | None = None
+    vae: Any = None
     resume: ResumeSettings | None = None
     metadata: dict = field(default_factory=dict)
     node_id: str | None = None
@@ -118,12 +121,20 @@ class Layout:
 
 @dataclass(frozen=True)
 class Extended:
-    """What Autoregressive Extend gives: all frames in the host's latent space, a state, a report, its video if any."""
+    """What Autoregressive Extend gives.
+
+    Attributes:
+        latent: of all frames, in the host's latent space.
+        state, report: of the run.
+        video: that a stream wrote, if there was one.
+        images: all frames, [T, H, W, 3] in [0, 1], if they were decoded.
+    """
 
     latent: Tensor
     state: State
     report: Report
     video: OutputFile | None
+    images: Tensor | None = None
 
 
 @dataclass(frozen=True)
@@ -207,7 +218,7 @@ def carry_out(
     earlier = None if folder is None else folder.load()
     kept_prompts = (folder.prompts() or "") if folder is not None and earlier is not None else ""
     side = SideStream(model.load_device, patch.settings.overlap)
-    outlet = None if asked.stream is None else VideoOutlet(asked.stream, model, layout.shape, asked.metadata, side)
+    outlet = new_outlet(model, asked, layout, side)
     keep = asked.stream is None or asked.stream.keep_latents
     goes_on = asked.resume is not None and asked.resume.goes_on
     untouched = Report(layout.schedule, patch.label, notes=list(asked.notes))
@@ -240,7 +251,7 @@ def carry_out(
     finally:
         with closing(outlet) if outlet is not None else nullcontext():
             finished.settle()  # what an interrupt has cut off from its next tick
-        if outlet is not None and folder is not None:
+        if isinstance(outlet, VideoOutlet) and folder is not None:
             output = Path(folder_paths.get_output_directory())
             if video is None:
                 partial_videos.note(folder.path, output, outlet.file.path)
@@ -254,7 +265,17 @@ def carry_out(
         RUNS.to_go_on(live.prompt.node_id)
     if asked.stream is not None and asked.resume is None:
         HELD.hold(kept.name, state, finished.report)
-    return _handed_out(model, latents, state, finished.report, video)
+    images = torch.cat(outlet.frames) if isinstance(outlet, FramesOutlet) else None
+    return _handed_out(model, latents, state, finished.report, video, images)
+
+
+def new_outlet(
+    model: comfy.model_patcher.ModelPatcher, asked: Extension, layout: Layout, side: SideStream
+) -> Outlet | None:
+    """What decodes the chunks of an extension, if anything does."""
+    if asked.stream is not None:
+        return VideoOutlet(asked.stream, model, layout.shape, asked.metadata, side)
+    return None if asked.vae is None else FramesOutlet(asked.vae, model, layout.shape, side)
 
 
 def written_anew(
@@ -280,12 +301,17 @@ def written_anew(
 
 
 def _handed_out(
-    model: comfy.model_patcher.ModelPatcher, latents: Tensor, state: State, report: Report, video: OutputFile | None
+    model: comfy.model_patcher.ModelPatcher,
+    latents: Tensor,
+    state: State,
+    report: Report,
+    video: OutputFile | None,
+    images: Tensor | None = None,
 ) -> Extended:
     """A result with its latents in the host's space, whose report is found again by them."""
     shown = model.model.process_latent_out(latents.float())
     host.patch_on(model.model_options).remember(shown, report)
-    return Extended(shown, state, report, video)
+    return Extended(shown, state, report, video, images)
 
 
 def with_live(asked: Extension, steered: bool) -> Extension:

@@ -1,4 +1,4 @@
-"""What becomes of a run: its chunks go to a video, to a folder to resume from, to a preview; the node says how far it
+"""What becomes of a run: its chunks are decoded, go to a folder to resume from, to a preview; the node says how far it
 is."""
 
 import time
@@ -19,7 +19,7 @@ from .listener import RunListener
 from .live import LiveRun
 from .progress import describe, describe_plan, progress_text
 from .steering import Steering
-from .stream import VideoOutlet, show
+from .stream import Outlet, show
 
 OUTDATED = (
     "interrupted runs of an earlier version of FlowCache cannot be resumed: this one starts anew; they are removed when"
@@ -33,7 +33,7 @@ class FinishedChunks(RunListener):
 
     Attributes:
         folder: keeps chunks on disk, or None.
-        outlet: writes them to a video, or None.
+        outlet: decodes them, or None.
         keep: hold all latents in memory, not only the newest chunk's.
         node_id: of the node that shows the progress, or None.
         report, histories: of the run, when it has ended; before that, of what an interrupted run left.
@@ -49,7 +49,7 @@ class FinishedChunks(RunListener):
     """
 
     folder: RunFolder | None
-    outlet: VideoOutlet | None
+    outlet: Outlet | None
     keep: bool
     node_id: str | None
     report: Report
@@ -113,7 +113,7 @@ class FinishedChunks(RunListener):
         self._begin_to_keep(engine)
         self.tick, self.ticks = told.tick, told.ticks
         if self.outlet is not None:
-            self._show(self.outlet.written())
+            self._show(self.outlet.decoded())
         progress_text(describe(told, engine, self.begun, self.finished(engine), len(self.earlier)), self.node_id)
 
     def steer(self, ahead: Boundary, steering: Steering) -> bool:
@@ -182,7 +182,7 @@ class FinishedChunks(RunListener):
         return chunk.latent[:, :, self.inside :] if chunk.number == self.first else chunk.latent
 
     def _take(self, latent: Tensor) -> list[Tensor]:
-        """Takes a latent; gives the frames [T, H, W, 3] of chunks that were written."""
+        """Takes a latent; gives the frames [T, H, W, 3] of chunks that were decoded."""
         if not self.keep:
             self.latents.clear()
         self.latents.append(latent)

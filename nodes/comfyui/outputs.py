@@ -1,10 +1,22 @@
-"""A video that is streamed to disk is wanted, though no other node takes anything of its run."""
+"""What other nodes take of a node, read off the prompt. A video that is streamed to disk is wanted, though none takes
+anything of its run."""
 
 from server import PromptServer
 
 import nodes as host_nodes
 
 EXTEND, REPORT = "FlowCacheAutoregressiveExtend", "FlowCacheReport"
+
+
+def is_taken(hidden, output: int) -> bool:
+    """Whether a node of the prompt takes one of this node's outputs.
+
+    Args:
+        hidden: the node's, with its prompt and unique_id.
+        output: its number, from 0.
+    """
+    inputs = (node.get("inputs", {}) for node in (hidden.prompt or {}).values())
+    return any([str(hidden.unique_id), output] == value for given in inputs for value in given.values())
 
 
 def run_streams() -> None:

@@ -3,6 +3,7 @@
 import json
 import os
 import time
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Collection, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
@@ -179,38 +180,36 @@ def report_metadata(report: Report) -> dict:
     return {"flowcache": {name: value for name, value in report.as_dict().items() if name != "history_bytes"}}
 
 
-class VideoOutlet:
-    """Takes finished chunks of one run.
+class Outlet(ABC):
+    """Takes finished chunks of one run and decodes them.
 
     Args:
-        settings: of the stream.
+        vae: the host's, which decodes them.
         model: the host's patcher of the model that is sampling; it is brought back to its device after a decode.
         shape: of a chunk's latent [B, C, T, H, W].
-        metadata: of the workflow.
-        side: decodes and writes beside the run, where the device has room for both.
+        side: decodes beside the run, where the device has room for both.
     """
 
-    def __init__(self, settings: StreamSettings, model, shape, metadata: dict, side: SideStream):
+    def __init__(self, vae, model, shape, side: SideStream):
         if shape[0] != 1:
             raise UserError(
-                f"A video stream takes one video, and the latents have a batch of {shape[0]}; use a batch of 1."
+                f"One video is decoded while it is made, and the latents have a batch of {shape[0]}; use a batch of 1."
             )
-        self.settings = settings
-        self.decode = stream_decoder(settings.vae, self._make_room)
+        self.decode = stream_decoder(vae, self._make_room)
         self.movable: Callable[[], Collection[Movable]] = tuple  # histories of the run, which may leave the device
-        self.vae, self.model, self.side = settings.vae, model, side
+        self.vae, self.model, self.side = vae, model, side
         self._begun: list[Pending[Tensor]] = []  # frames that are being decoded
-        self._shown = 0  # frames of the unfinished file that its node plays
-        self._shown_at = float("-inf")
-        self.file = OutputFile.new(settings.prefix, 8 * shape[4], 8 * shape[3], settings.how.ending)
-        self.stream = new_stream(self.file, settings.fps, metadata, settings.how)
+
+    @abstractmethod
+    def _take(self, frames: Tensor) -> None:
+        """Takes decoded frames, [T, H, W, 3] in [0, 1]."""
 
     def add(self, latent: Tensor) -> list[Tensor]:
-        """Begins to decode a chunk in the network's latent space; writes and returns what is there, as `written`.
+        """Begins to decode a chunk in the network's latent space; takes and returns what is there, as `decoded`.
 
         What was begun before is waited for, so that no more than one chunk is under way.
         """
-        written = self.written(wait=True)
+        decoded = self.decoded(wait=True)
         side = self.side if self._has_room(latent) else AT_ONCE
         with side.beside():
             frames = self.decode(self.model.model.process_latent_out(latent.float()), side)
@@ -218,19 +217,34 @@ class VideoOutlet:
             self._begun.append(frames)
         # The VAE may have pushed the model off its device, in the middle of a run.
         comfy.model_management.load_models_gpu([self.model])
-        return written + self.written()
+        return decoded + self.decoded()
 
-    def written(self, wait: bool = False) -> list[Tensor]:
-        """Writes what has been decoded; returns those frames, [T, H, W, 3] in [0, 1] a chunk.
+    def decoded(self, wait: bool = False) -> list[Tensor]:
+        """Takes what has been decoded; returns those frames, [T, H, W, 3] in [0, 1] a chunk.
 
         Args:
             wait: for all that was begun.
         """
-        written = []
+        decoded = []
         while self._begun and (wait or self._begun[0].there):
-            written.append(self._begun.pop(0).on_cpu())
-            self._write(written[-1])
-        return written
+            decoded.append(self._begun.pop(0).on_cpu())
+            self._take(decoded[-1])
+        return decoded
+
+    def finish(self, report: Report) -> "OutputFile | None":
+        """Decodes what still waits; gives the file that was written, if one was."""
+        self.decoded(wait=True)
+        rest = self.decode.finish()
+        if rest is not None:
+            self._take(rest.on_cpu())
+        return None
+
+    def close(self) -> None:
+        """Ends what is under way, of a run that was cut off too."""
+        with suppress(UserError):
+            self.decoded(wait=True)
+        for frames in self._begun:  # the device may not be at work on them when the host takes the VAE away
+            frames.on_cpu()
 
     def _has_room(self, latent: Tensor) -> bool:
         """Whether a chunk can be decoded beside the run, with the model where it is."""
@@ -253,11 +267,41 @@ class VideoOutlet:
             history.move_chunk()
         return bool(here)
 
+
+class FramesOutlet(Outlet):
+    """Holds the frames in memory, for the node's output.
+
+    Attributes:
+        frames: [T, H, W, 3] in [0, 1], in parts as they came.
+    """
+
+    def __init__(self, vae, model, shape, side: SideStream):
+        super().__init__(vae, model, shape, side)
+        self.frames: list[Tensor] = []
+
+    def _take(self, frames: Tensor) -> None:
+        self.frames.append(frames)
+
+
+class VideoOutlet(Outlet):
+    """Writes the frames to a video.
+
+    Args:
+        settings: of the stream.
+        model, shape, side: as for every outlet.
+        metadata: of the workflow.
+    """
+
+    def __init__(self, settings: StreamSettings, model, shape, metadata: dict, side: SideStream):
+        super().__init__(settings.vae, model, shape, side)
+        self.settings = settings
+        self._shown = 0  # frames of the unfinished file that its node plays
+        self._shown_at = float("-inf")
+        self.file = OutputFile.new(settings.prefix, 8 * shape[4], 8 * shape[3], settings.how.ending)
+        self.stream = new_stream(self.file, settings.fps, metadata, settings.how)
+
     def finish(self, report: Report) -> OutputFile:
-        self.written(wait=True)
-        rest = self.decode.finish()
-        if rest is not None:
-            self._write(rest.on_cpu())
+        super().finish(report)
         self.stream.finish(report_metadata(report), self.settings.sound)
         if self.stream.warning:
             report.notes.append(self.stream.warning)
@@ -267,14 +311,11 @@ class VideoOutlet:
 
     def close(self) -> None:
         """Leaves a file that plays as far as it goes."""
-        with suppress(UserError):
-            self.written(wait=True)
-        for frames in self._begun:  # the device may not be at work on them when the host takes the VAE away
-            frames.on_cpu()
+        super().close()
         self.stream.close()
         self.file.drop_empty()
 
-    def _write(self, frames: Tensor) -> None:
+    def _take(self, frames: Tensor) -> None:
         self.stream.write(frames_of(2 * frames.movedim(-1, 0) - 1))
         self._play_so_far()
 

@@ -3,8 +3,10 @@
 import threading
 import time
 
+import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 from tests.helpers.host.graph import Graph, random_network, sample, write_network
 
@@ -30,6 +32,12 @@ def extend(graph: Graph, caption: str = "a red circle", model: tuple | None = No
         negative=(negative, 0),
         **settings | inputs,
     )
+
+
+def pixels(server, outcome, save: str) -> torch.Tensor:
+    """What SaveImage wrote, [T, H, W, 3] in 0 to 255."""
+    pictures = [np.asarray(Image.open(path).convert("RGB")) for path in server.saved(outcome, save)]
+    return torch.from_numpy(np.stack(pictures)).int()
 
 
 def flowcache(graph: Graph, **inputs) -> tuple:
@@ -98,6 +106,30 @@ def test_a_prefix_is_kept_and_continued(server):
     graph = Graph()
     start = sample(server, graph, extend(graph, seed=8))
     assert torch.allclose(ours[:, :, :4], start, atol=1e-5)
+
+
+def test_a_vae_decodes_all_frames_while_the_run_goes_on(server):
+    graph = Graph()
+    vae = graph.add("FlowCacheLoadDemoVAE"), 0
+    begun = extend(graph, seed=8)
+    node = extend(graph, prefix=(begun, 0), seed=9, vae=vae)
+    decoded = graph.add("VAEDecode", samples=(node, 0), vae=vae)
+    saves = [graph.add("SaveImage", images=images, filename_prefix="s") for images in ((node, 4), (decoded, 0))]
+    outcome = server.run(graph)
+    assert outcome.error is None, outcome.error["exception_message"]
+    ours, expected = (pixels(server, outcome, save) for save in saves)
+    assert len(ours) == 4 * 8 - 3 and (ours - expected).abs().max() <= 1  # of 255
+
+
+def test_frames_are_asked_for_with_something_to_decode_them_and_once(server):
+    graph = Graph()
+    graph.add("SaveImage", images=(extend(graph), 4), filename_prefix="s")
+    assert "nothing decodes them: connect a vae" in server.run(graph).error["exception_message"]
+    graph = Graph()
+    vae = graph.add("FlowCacheLoadDemoVAE"), 0
+    stream = graph.add("FlowCacheStreamVideo", vae=vae, filename_prefix="s", fps=8.0), 0
+    graph.add("SaveImage", images=(extend(graph, vae=vae, stream=stream), 4), filename_prefix="s")
+    assert "Both a vae and a stream" in server.run(graph).error["exception_message"]
 
 
 def test_a_lag_above_the_steps_is_told(server):
