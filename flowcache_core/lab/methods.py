@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator
 from functools import partial
+from typing import Literal
 
 from ..models.presets import DEFAULT_PRESET, PRESETS, recomputing
 from ..settings import HELD, Between, Drift, Every, Fixed, Reuse, Settings
@@ -10,6 +11,7 @@ from ..solvers.one_step import Euler, SolverFactory
 from .adams_bashforth import AdamsBashforth2
 from .easycache import easycache_engine
 from .forecasts import forecasting_engine, hermite, taylor
+from .magcache import magcache_engine
 from .runs import Method
 from .setups import Setup
 
@@ -24,7 +26,8 @@ TIMED = 4  # of our settings
 LONG_STEPS = 6  # recomputed of a chunk, where many chunks are made
 
 # Recomputed steps of a chunk, for ours; steps of fewer steps; distances of periodic; thresholds of the rules that watch
-# the input, which lie between 2x and 8x on the demo model. The most telling setting of each comes first.
+# the input, which lie between 2x and 8x on the demo model; MagCache's with the most steps skipped in a row. The most
+# telling setting of each comes first.
 OUR_STEPS = {"magi": (9, 15, 5, 6, 12, 30, 20), "skyreels": (9, 7, 12, 5, 8, 6, 14, 20, 30), "causal": (3, 2)}
 FEWER_STEPS = {"magi": (16, 8, 30), "skyreels": (20, 15, 30), "causal": (3, 2)}
 DISTANCES = {"magi": (8, 4), "skyreels": (5,), "causal": ()}
@@ -34,7 +37,9 @@ THRESHOLDS = {
     "EasyCache's rule": {"magi": (0.1, 0.05, 0.2), "skyreels": (0.05, 0.1), "causal": ()},
 }
 PUBLISHED_FORECASTS = {"TaylorSeer": taylor, "HiCache": hermite}
-PUBLISHED = (*THRESHOLDS, *PUBLISHED_FORECASTS)
+MAGCACHE = "MagCache's rule"
+MAGNITUDES = {"magi": ((0.24, 6), (0.06, 4), (1.0, 10)), "skyreels": ((0.24, 6), (0.06, 4), (1.0, 10)), "causal": ()}
+PUBLISHED = (*THRESHOLDS, MAGCACHE, *PUBLISHED_FORECASTS)
 
 
 def plain(setup: Setup) -> Method:
@@ -81,7 +86,7 @@ def sparing(setup: Setup) -> Method:
 
 def peers(setup: Setup, settings: int) -> Iterator[Method]:
     """Everything else, so many settings of each: the first of every method, then what says most."""
-    published = [*_rules(setup), *_published_forecasts(setup), *_fewer_steps(setup)]
+    published = [*_rules(setup), _magnitudes(setup), *_published_forecasts(setup), *_fewer_steps(setup)]
     periodic = _periodic(setup)
     for sweep in [*published, *periodic]:
         yield from sweep[:1]
@@ -120,6 +125,24 @@ def _published_forecasts(setup: Setup) -> list[list[Method]]:
     ]
 
 
+def _magnitudes(setup: Setup) -> list[Method]:
+    """MagCache's rule; what is held is as for the other rules."""
+    held = Settings(Drift(0.0, holds=_holds(setup)), HELD)
+    return [
+        Method(
+            MAGCACHE,
+            f"threshold {threshold:g}",
+            held,
+            build=partial(magcache_engine, setup=setup, threshold=threshold, most=most),
+        )
+        for threshold, most in MAGNITUDES[setup.name]
+    ]
+
+
+def _holds(setup: Setup) -> Literal["velocity", "residual"]:
+    return "residual" if setup.name == "skyreels" else "velocity"
+
+
 def _rules(setup: Setup) -> list[list[Method]]:
     """Published rules with their warm-up of 5 steps. FlowCache's version for SkyReels-V2 holds the blocks' residual and
     recomputes the last step; the time embedding that it watches there, through a polynomial fitted to that model, has
@@ -138,7 +161,7 @@ def _rules(setup: Setup) -> list[list[Method]]:
                 warmup,
                 last=as_skyreels,
                 whole_window=name.startswith("TeaCache"),
-                holds="residual" if as_skyreels else "velocity",
+                holds=_holds(setup),
             )
             sweep.append(Method(name, setting, Settings(reuse, HELD)))
         sweeps.append(sweep)

@@ -9,10 +9,11 @@ from flowcache_core.demo import load_network
 from flowcache_core.lab.adams_bashforth import AdamsBashforth2
 from flowcache_core.lab.easycache import easycache_engine
 from flowcache_core.lab.forecasts import forecasting_engine, hermite, taylor
+from flowcache_core.lab.magcache import magcache_engine, magnitudes, recomputed_steps
 from flowcache_core.lab.methods import peers
 from flowcache_core.lab.runs import Clips, Method, plain_forwards, run
 from flowcache_core.lab.setups import SETUPS, Setup
-from flowcache_core.settings import Between, Every, Settings
+from flowcache_core.settings import HELD, Between, Drift, Every, Fixed, Settings
 from flowcache_core.solvers.noise_levels import magi
 from flowcache_core.solvers.one_step import Euler
 from flowcache_core.solvers.weights import lagrange
@@ -75,6 +76,22 @@ def test_a_run_with_other_weights_is_another_one(clips):
     }
     assert torch.equal(made[lagrange], run(Method("", settings=settings), QUICK, clips).latents)
     assert all(not torch.equal(made[weights], made[lagrange]) for weights in (taylor, hermite))
+
+
+def test_magcache_skips_by_its_curve(clips):
+    assert recomputed_steps([1.0] * 10, threshold=0.1, most=2) == (0, 1, 4, 7)  # nothing changes: two in a row
+    falling = [1.0] + [0.9] * 9  # a step's distance from 1 is 0.1, two steps' 0.1 + 0.19
+    assert recomputed_steps(falling, threshold=0.11, most=9) == (0, 1, 3, 5, 7, 9)
+    assert recomputed_steps(falling, threshold=0.3, most=9) == (0, 1, 4, 7)
+    ratios = magnitudes(clips.backbone, QUICK)
+    assert len(ratios) == QUICK.steps and all(0.3 < ratio < 3 for ratio in ratios)
+    steps = recomputed_steps(ratios, 0.2, 2)
+    assert 1 < len(steps) < QUICK.steps
+    held = Settings(Drift(0.0), HELD)
+    ours = run(
+        Method("", settings=held, build=partial(magcache_engine, setup=QUICK, threshold=0.2, most=2)), QUICK, clips
+    )
+    assert torch.equal(ours.latents, run(Method("", settings=Settings(Fixed(steps), HELD)), QUICK, clips).latents)
 
 
 def test_adams_bashforth_is_exact_on_a_velocity_that_is_a_line():
