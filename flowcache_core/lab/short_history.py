@@ -1,12 +1,17 @@
-"""What is lost with a short history: FlowCache's choice of tokens against other choices of the same size."""
+"""What is lost with a short history: FlowCache's choice of tokens, others of the same size, and published rules."""
 
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 
 from torch import Tensor
 
+from ..engine.loop import Engine
 from ..settings import BY_FRAMES, Compression, HistorySettings, Settings
+from .history_rules import PUBLISHED_RULES, ruled_engine
 from .likeness import Likeness, Quality, likeness, pixels, quality
 from .looks import Looks, Seen
+from .quant_videogen import two_bit_engine
 from .runs import Clips, Method, Outcome, run
 from .setups import Setup
 
@@ -44,6 +49,11 @@ def short_history(setup: Setup, clips: Clips, settings: Settings, budget: int = 
     for name, choice in CHOICES.items():
         history = HistorySettings(budget, choice)
         outcome = run(Method(name, settings=replace(settings, history=history)), setup, clips)
+        made.append(_kept(name, outcome, clips, seen, pixels(outcome.latents)))
+    builds: dict[str, Callable[..., Engine]] = {"Quant-VideoGen, all chunks": two_bit_engine}
+    builds |= {name: partial(ruled_engine, rule=rule, budget=budget) for name, rule in PUBLISHED_RULES.items()}
+    for name, build in builds.items():
+        outcome = run(Method(name, settings=settings, build=build), setup, clips)
         made.append(_kept(name, outcome, clips, seen, pixels(outcome.latents)))
     return made
 
