@@ -52,7 +52,58 @@ class ForwardDecides:
         return None
 
 
-class EasyCacheForward:
+class WrappedForward:
+    """Another forward under a rule that sees the latents: what the rule does not change is passed on.
+
+    Args:
+        inner: runs the network.
+    """
+
+    holds_residual = False
+
+    def __init__(self, inner: Forward):
+        self.inner, self.report = inner, inner.report
+
+    def mix(self, step: Step, oldest: bool) -> Hashable:
+        """Names the sum of branches that a step's velocity will be."""
+        return self.inner.mix(step, oldest)
+
+    def signals(self, steps: Sequence[Step]) -> list[Tensor]:
+        """What a policy watches for change."""
+        return self.inner.signals(steps)
+
+    def give(self, chunk: int | Given, latent: Tensor, condition: float) -> None:
+        """Runs given frames."""
+        self.inner.give(chunk, latent, condition)
+
+    @property
+    def settled(self) -> bool:
+        """Whether all finished chunks have had their clean pass."""
+        return self.inner.settled
+
+    def settle(self) -> None:
+        """Stores what was left for the next forward."""
+        self.inner.settle()
+
+    def save(self) -> dict[Hashable, Snapshot]:
+        """Copies the clean history to the CPU."""
+        return self.inner.save()
+
+    def begin_delta(self, full: bool) -> Callable[[], SnapshotDelta]:
+        """Begins to copy what the clean history has grown by."""
+        return self.inner.begin_delta(full)
+
+    @property
+    def movable(self) -> Collection[Movable]:
+        return self.inner.movable
+
+    @property
+    def history_bytes(self) -> tuple[int, int]:
+        """Bytes of history in use, and of its buffers."""
+        return self.inner.history_bytes
+
+
+class EasyCacheForward(WrappedForward):
     """Another forward under EasyCache's rule; the window is the latent of all active chunks.
 
     Args:
@@ -60,10 +111,9 @@ class EasyCacheForward:
         threshold: predicted change of the output, added up, at which to recompute.
     """
 
-    holds_residual = False
-
     def __init__(self, inner: Forward, threshold: float):
-        self.inner, self.threshold, self.report = inner, threshold, inner.report
+        super().__init__(inner)
+        self.threshold = threshold
         self.seen: dict[int | Given, Seen] = {}
         self.rate: float | None = None  # change of the output over change of the input
         self.drift = 0.0
@@ -109,44 +159,6 @@ class EasyCacheForward:
         """Takes a finished chunk, whose last answer is not needed any more."""
         self.seen.pop(chunk, None)
         self.inner.finish(chunk, latent)
-
-    def mix(self, step: Step, oldest: bool) -> Hashable:
-        """Names the sum of branches that a step's velocity will be."""
-        return self.inner.mix(step, oldest)
-
-    def signals(self, steps: Sequence[Step]) -> list[Tensor]:
-        """What a policy watches for change."""
-        return self.inner.signals(steps)
-
-    def give(self, chunk: int | Given, latent: Tensor, condition: float) -> None:
-        """Runs given frames."""
-        self.inner.give(chunk, latent, condition)
-
-    @property
-    def settled(self) -> bool:
-        """Whether all finished chunks have had their clean pass."""
-        return self.inner.settled
-
-    def settle(self) -> None:
-        """Stores what was left for the next forward."""
-        self.inner.settle()
-
-    def save(self) -> dict[Hashable, Snapshot]:
-        """Copies the clean history to the CPU."""
-        return self.inner.save()
-
-    def begin_delta(self, full: bool) -> Callable[[], SnapshotDelta]:
-        """Begins to copy what the clean history has grown by."""
-        return self.inner.begin_delta(full)
-
-    @property
-    def movable(self) -> Collection[Movable]:
-        return self.inner.movable
-
-    @property
-    def history_bytes(self) -> tuple[int, int]:
-        """Bytes of history in use, and of its buffers."""
-        return self.inner.history_bytes
 
 
 def easycache_engine(

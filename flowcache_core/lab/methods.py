@@ -12,6 +12,7 @@ from .adams_bashforth import AdamsBashforth2
 from .easycache import easycache_engine
 from .forecasts import forecasting_engine, hermite, taylor
 from .magcache import magcache_engine
+from .motioncache import motioncache_engine
 from .runs import Method
 from .setups import Setup
 
@@ -35,7 +36,9 @@ THRESHOLDS = {
     "FlowCache's rule": {"magi": (0.1, 0.05, 0.2), "skyreels": (0.03, 0.06), "causal": (0.1,)},
     "TeaCache's rule": {"magi": (0.1, 0.05, 0.2), "skyreels": (0.03, 0.06), "causal": ()},
     "EasyCache's rule": {"magi": (0.1, 0.05, 0.2), "skyreels": (0.05, 0.1), "causal": ()},
+    "MotionCache's rule": {"magi": (0.1, 0.05, 0.2), "skyreels": (0.03, 0.06), "causal": ()},
 }
+BY_FORWARD = {"EasyCache's rule": easycache_engine, "MotionCache's rule": motioncache_engine}
 PUBLISHED_FORECASTS = {"TaylorSeer": taylor, "HiCache": hermite}
 MAGCACHE = "MagCache's rule"
 MAGNITUDES = {"magi": ((0.24, 6), (0.06, 4), (1.0, 10)), "skyreels": ((0.24, 6), (0.06, 4), (1.0, 10)), "causal": ()}
@@ -153,8 +156,8 @@ def _rules(setup: Setup) -> list[list[Method]]:
         sweep = []
         for threshold in thresholds[setup.name]:
             setting = f"threshold {threshold:g}"
-            if name.startswith("EasyCache"):
-                sweep.append(Method(name, setting, build=partial(easycache_engine, threshold=threshold)))
+            if name in BY_FORWARD:
+                sweep.append(Method(name, setting, build=partial(BY_FORWARD[name], threshold=threshold)))
                 continue
             reuse = Drift(
                 threshold,

@@ -115,6 +115,8 @@ def run(method: Method, setup: Setup, clips: Clips, watch: Callable[[Engine], No
     seconds = time.perf_counter() - begun
     report, schedule = engine.report, engine.schedule
     forwards = schedule.ticks * schedule.chunks if method.window else report.forwards_executed
+    if (work := getattr(engine.forward, "work", None)) is not None:  # parts of forwards, in all clips alike
+        forwards = round(work)
     peak = report.history_bytes_peak // len(clips.captions)
     return Outcome(torch.cat(latents, dim=2), report, seconds, forwards, peak)
 

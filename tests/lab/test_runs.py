@@ -6,11 +6,13 @@ import pytest
 import torch
 
 from flowcache_core.demo import load_network
+from flowcache_core.engine.forward import Velocity
 from flowcache_core.lab.adams_bashforth import AdamsBashforth2
 from flowcache_core.lab.easycache import easycache_engine
 from flowcache_core.lab.forecasts import forecasting_engine, hermite, taylor
 from flowcache_core.lab.magcache import magcache_engine, magnitudes, recomputed_steps
 from flowcache_core.lab.methods import peers
+from flowcache_core.lab.motioncache import ALIKE, WARMUP, MotionCacheForward, Tokens, motioncache_engine
 from flowcache_core.lab.runs import Clips, Method, plain_forwards, run
 from flowcache_core.lab.setups import SETUPS, Setup
 from flowcache_core.settings import HELD, Between, Drift, Every, Fixed, Settings
@@ -92,6 +94,27 @@ def test_magcache_skips_by_its_curve(clips):
         Method("", settings=held, build=partial(magcache_engine, setup=QUICK, threshold=0.2, most=2)), QUICK, clips
     )
     assert torch.equal(ours.latents, run(Method("", settings=Settings(Fixed(steps), HELD)), QUICK, clips).latents)
+
+
+def test_motioncache_recomputes_tokens_by_themselves(clips):
+    def ruled(threshold: float):
+        return run(Method("", build=partial(motioncache_engine, threshold=threshold)), QUICK, clips)
+
+    plain, all_of_them, some, none = run(Method("plain"), QUICK, clips), ruled(0.0), ruled(0.4), ruled(100.0)
+    assert torch.equal(all_of_them.latents, plain.latents) and all_of_them.forwards == plain.forwards
+    warm = 3 * (WARMUP + 1 + 1)  # the steps up to the warm-up, and the clean pass
+    assert none.forwards == warm < some.forwards < plain.forwards
+
+
+def test_motioncache_weighs_tokens_by_their_motion():
+    answer = torch.ones(1, 16, 3, 8, 8)
+    answer[:, :, 1, 2:4, 4:6] = 3.0  # a token that differs from the frames before and after
+    known = Tokens(answer, Velocity(answer, ()), torch.zeros(1, 3, 4, 4), times=ALIKE)
+    weights = MotionCacheForward._weights(known)
+    assert weights[0, 1, 1, 2] > 15 and weights[0, 2, 1, 2] > 15  # of 16 in the frame, all others are still
+    assert torch.equal(weights[:, 0], weights[:, 1]) and weights[0, 1].sum() == pytest.approx(16, rel=1e-4)
+    known.times = ALIKE - 1
+    assert torch.equal(MotionCacheForward._weights(known), torch.ones(1, 3, 4, 4))
 
 
 def test_adams_bashforth_is_exact_on_a_velocity_that_is_a_line():
