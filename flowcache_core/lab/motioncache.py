@@ -1,12 +1,13 @@
 """MotionCache's rule: each token is reused by itself, the longer the less it moves.
 
-The change of a chunk's input from step to step is added up for every token, weighed by how much the network's answer for
-the token differs from the frame before, over the mean of its frame. A token whose sum reaches the threshold is
+The change of a chunk's input from step to step is added up for every token, weighed by how much the network's answer
+for the token differs from the frame before, over the mean of its frame. A token whose sum reaches the threshold is
 recomputed. The first few times that happens all tokens weigh the same (the rule's phase 1).
 
 Source: MotionCache (arXiv 2605.01725), its code for SkyReels-V2. There only the chosen tokens go through the network,
-and see the others' keys as they were; here the whole chunk is run and only the chosen tokens take the result, which can
-but be better. The work that is counted is theirs. The change is that of the latent's embedding, as for FlowCache's rule.
+and see the others' keys as they were; here the whole chunk is run and only the chosen tokens take the result, which
+can but be better. The work that is counted is theirs. The change is that of the latent's embedding, as for FlowCache's
+rule.
 """
 
 from collections.abc import Callable, Sequence
