@@ -12,6 +12,10 @@ pytestmark = pytest.mark.skipif(CHROMIUM is None, reason="no chromium: apt-get i
 EXTEND = "FlowCacheAutoregressiveExtend"
 SHOWN = "app.graph.nodes.find((node) => node.type === 'PreviewAny').widgets[0].value"
 
+# How the page breaks the lines of the node that runs.
+BREAKS = """[...document.querySelectorAll('.break-all')]
+  .filter((part) => part.textContent.includes('fewer forwards')).map((part) => getComputedStyle(part).wordBreak)"""
+
 QUEUED_ANEW = f"""
   const node = app.graph.nodes.find((node) => node.type === '{EXTEND}');
   const set = (name, value) => (node.widgets.find((widget) => widget.name === name).value = value);
@@ -55,6 +59,8 @@ def test_a_shape_changes_an_interrupt_loses_nothing_and_the_next_run_is_its_own(
     page.set_widget(EXTEND, "chunks", 8)
     page.start()
     page.steer(2, "a magenta triangle")
+    page.wait(f"({BREAKS}).length")
+    assert page.evaluate(BREAKS) == ["normal"]
     page.wait(f"/magenta/.test({live('prompts')}.textContent)")  # it holds: on a busy machine that takes chunks
     page.at_chunk(4, QUEUED_ANEW)
     with pytest.raises(RuntimeError, match="interrupted"):
