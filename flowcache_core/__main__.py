@@ -25,7 +25,7 @@ from .models.presets import DEFAULT_PRESET, PRESETS
 from .models.wan import WanConfig
 from .report import megabytes
 from .reuse.calibration import QUALITIES
-from .settings import BY_FRAMES, HISTORY_TYPES, HistorySettings
+from .settings import HISTORY_TYPES, bounded_history
 
 DTYPES = {"as it is": None, "float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 
@@ -97,7 +97,9 @@ def memory_lines(options: argparse.Namespace, name: str, config: WanConfig | Mag
         options.preset,
         name,
         dim,
-        HistorySettings(options.budget, BY_FRAMES, options.relative, type=options.history_type),
+        bounded_history(
+            options.budget, options.window, options.sink, relative=options.relative, type=options.history_type
+        ),
     )
     if isinstance(config, MagiConfig):
         if options.lag is not None:
@@ -106,6 +108,8 @@ def memory_lines(options: argparse.Namespace, name: str, config: WanConfig | Mag
     else:
         plan, all_kept = plan_wan(config, usual, size, asked, settings, options.lag), "all of it kept"
     kept = f"{options.budget} finished chunks kept" if options.budget else all_kept
+    if settings.history.window is not None:
+        kept = f"{plan.clean_frames} finished frames kept"
     return [f"{video}, {plan.total_chunks} chunks", *plan_lines(plan, kept)]
 
 
@@ -169,7 +173,13 @@ def parser() -> argparse.ArgumentParser:
         help=f"instead of a preset: 0 to 1, or {', '.join(QUALITIES)}, as calibrated (1: every step is recomputed)",
     )
     option("--budget", type=int, metavar="CHUNKS", help="clean chunks that are kept in the history (default: all)")
-    option("--relative", action="store_true", help="positions count from the start of the history (needs --budget)")
+    option("--window", type=int, metavar="FRAMES", help="instead: latent frames that a chunk sees, its own included")
+    option("--sink", type=int, default=0, metavar="FRAMES", help="of them, those of the beginning that always stay")
+    option(
+        "--relative",
+        action="store_true",
+        help="positions count from the start of the history (needs --budget or --window)",
+    )
     option("--history-type", choices=HISTORY_TYPES, default=HISTORY_TYPES[0], help="how finished chunks are stored")
     option("--seed", type=int, default=0)
     option("--steps", type=int, help="denoising steps of a chunk (default: the family's)")
@@ -217,6 +227,8 @@ def parser() -> argparse.ArgumentParser:
     option("--height", type=int, help="likewise")
     option("--seconds", type=float, default=5.0, help="likewise (default: %(default)g)")
     option("--budget", type=int, metavar="CHUNKS", help="clean chunks that are kept (default: all)")
+    option("--window", type=int, metavar="FRAMES", help="as for generate")
+    option("--sink", type=int, default=0, metavar="FRAMES", help="as for generate")
     option("--relative", action="store_true", help="as for generate")
     option("--history-type", choices=HISTORY_TYPES, default=HISTORY_TYPES[0], help="as for generate")
     option("--lag", type=int, help="steps that a chunk is ahead of the next (default: the model's own)")

@@ -34,7 +34,7 @@ from .models.magi.sampling import CHUNK_FRAMES
 from .models.magi.vae import LATENT_SCALE
 from .models.memory import latent_size
 from .models.presets import preset, quality_settings
-from .settings import Settings
+from .settings import Settings, bounded_history
 from .storage.calibrations import calibration_path, load_calibration
 from .storage.files import check_writable, write_whole
 from .storage.keeping import KeptChunks
@@ -218,12 +218,20 @@ class _Stream:
 
 
 def _settings(options: argparse.Namespace) -> Settings:
-    settings = preset(options.preset, options.budget)
+    settings = preset(options.preset)
+    cut = bounded_history(
+        options.budget,
+        options.window,
+        options.sink,
+        settings.history.compression,
+        relative=options.relative,
+        type=options.history_type,
+    )
     if options.quality is not None:
         own = calibration_path(options.network) if options.network else None
         measured = load_calibration(own) if own and own.is_file() else None
-        settings = replace(quality_settings(options.quality, measured), history=settings.history)
-    return replace(settings, history=replace(settings.history, relative=options.relative, type=options.history_type))
+        settings = quality_settings(options.quality, measured)
+    return replace(settings, history=cut)
 
 
 def _loaded(options: argparse.Namespace, team: Any) -> Loaded:

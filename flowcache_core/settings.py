@@ -1,8 +1,8 @@
 """Settings of a run: when chunks are recomputed, what stands in between, how much history is kept."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
-from typing import Literal, get_args
+from dataclasses import dataclass, field, replace
+from typing import Any, Literal, get_args
 
 from .errors import UserError
 from .reuse.placement import expected_error, place_steps
@@ -173,6 +173,8 @@ class Compression:
             when another chunk begins (MAGI-1). Chunks that share memory between layers are always cut at once.
         protect_first: the first chunk (sink) always stays, where there is room for more than one.
         protect_newest: the newest clean chunk always stays.
+        sink: frames of the video's beginning that always stay (`sink_size` of Self-Forcing and its kin); None leaves
+            it to protect_first.
     """
 
     rule: Literal["flowcache", "window", "random"] = "flowcache"
@@ -185,8 +187,11 @@ class Compression:
     at_once: bool = False
     protect_first: bool = False
     protect_newest: bool = False
+    sink: int | None = None
 
     def __post_init__(self):
+        if self.sink is not None and self.sink < 0:
+            raise UserError(f"The sink is {self.sink} frames, expected 0 or more.")
         if self.rule not in ("flowcache", "window", "random"):
             raise UserError(f"rule is '{self.rule}', expected flowcache, window or random.")
         if self.granularity not in ("token", "frame", "chunk"):
@@ -200,7 +205,7 @@ class Compression:
 
     @property
     def protected_chunks(self) -> int:
-        return int(self.protect_first) + int(self.protect_newest)
+        return int(self.protect_first and self.sink is None) + int(self.protect_newest)
 
 
 # How the paper's runs cut: MAGI-1's on VBench (FlowCache4MAGI-1, yaml_config/sample/flowcache_vbench.yaml) and
@@ -223,6 +228,8 @@ class HistorySettings:
 
     Attributes:
         budget: clean chunks that are kept, or None for all of them.
+        window: instead of a budget: frames that a chunk sees at most, its own and the sink included (`local_attn_size`
+            of Self-Forcing and its kin). Where several chunks are active, the older ones are seen besides.
         compression: how the history is cut when it is over budget.
         relative: rotary positions count from the start of the window, not of the video, so that a run of any length
             uses only positions from 0 to (budget + active) chunks; kept frames follow one another without gaps. Needs a
@@ -239,8 +246,11 @@ class HistorySettings:
     relative: bool = False
     memory: Literal["auto", "system"] = "auto"
     type: HistoryType = "as computed"
+    window: int | None = None
 
     def __post_init__(self):
+        if self.window is not None:
+            self._check_window(self.window)
         if self.type not in HISTORY_TYPES:
             raise UserError(f"The history type is '{self.type}', expected {', '.join(HISTORY_TYPES)}.")
         if self.budget is not None and self.budget < max(1, self.compression.protected_chunks):
@@ -248,15 +258,77 @@ class HistorySettings:
                 f"The history budget is {self.budget} chunks, but at least {max(1, self.compression.protected_chunks)} "
                 "must stay; raise the budget or protect fewer chunks."
             )
-        if self.relative and self.budget is None:
+        if self.relative and not self.bounded:
             raise UserError(
                 "Positions relative to the window need a history budget; set one, or use absolute positions."
             )
 
+    def _check_window(self, window: int) -> None:
+        if self.budget is not None:
+            raise UserError(
+                f"Both a budget of {self.budget} chunks and a window of {window} frames are set; leave one away."
+            )
+        if window < 2:
+            raise UserError(f"The window is {window} frames, expected at least 2: a chunk's own count.")
+        if self.compression.granularity == "chunk" and self.compression.rule != "window":
+            raise UserError("A window in frames cannot keep whole chunks by their score; keep frames or single tokens.")
+
+    @property
+    def bounded(self) -> bool:
+        """Whether some of the history may be dropped."""
+        return self.budget is not None or self.window is not None
+
+    def kept_frames(self, chunk_frames: int) -> int | None:
+        """Counts the clean frames that are kept beside a chunk of so many; None for all of them.
+
+        Raises:
+            UserError: the window has no room for them, or less than what must stay.
+        """
+        if self.window is None:
+            kept = None if self.budget is None else self.budget * chunk_frames
+        else:
+            kept = self.window - chunk_frames
+        least = max(1, self.compression.protected_chunks * chunk_frames + (self.compression.sink or 0))
+        if kept is not None and kept < least:
+            held = f"budget is {self.budget} chunks" if self.window is None else f"window is {self.window} frames"
+            raise UserError(
+                f"The history {held}, which leaves {kept} frames beside a chunk of {chunk_frames}, but {least} must "
+                "stay; raise it or make the sink smaller."
+            )
+        return kept
+
+    @property
+    def size_words(self) -> str:
+        """How much is kept, for a report."""
+        if self.window is None:
+            return f"history budget {self.budget} chunks" if self.budget else "whole history"
+        sink = self.compression.sink
+        return f"history window {self.window} frames" + (f", sink {sink}" if sink else "")
+
     @property
     def keeps_queries(self) -> bool:
         """Whether queries are kept for the next cut."""
-        return self.budget is not None and self.compression.rule == "flowcache"
+        return self.bounded and self.compression.rule == "flowcache"
+
+
+def bounded_history(
+    budget: int | None, window: int | None, sink: int, compression: Compression = BY_FRAMES, **more: Any
+) -> HistorySettings:
+    """Makes a history with a budget in chunks, with a window in frames, or a whole one.
+
+    Args:
+        budget, window: as for `HistorySettings`; at most one of them.
+        sink: frames at the video's beginning that a window keeps.
+        compression: how a budget is cut.
+        more: for `HistorySettings`.
+
+    Raises:
+        UserError: both, or a sink without a window.
+    """
+    if window is None and sink:
+        raise UserError(f"A sink of {sink} frames needs a window in frames; set one, or keep the first chunk instead.")
+    cut = compression if window is None else replace(compression, rule="window", sink=sink, protect_first=False)
+    return HistorySettings(budget, cut, window=window, **more)
 
 
 @dataclass(frozen=True)

@@ -7,7 +7,7 @@ from comfy_api.latest import io
 from ..flowcache_core.checkpoints import wan_families
 from ..flowcache_core.models.families import family_preset, fitted
 from ..flowcache_core.models.presets import DEFAULT_PRESET, PAPER_PRESETS, PRESETS, quality_notes, quality_settings
-from ..flowcache_core.settings import HISTORY_TYPES, Between, Compression, Drift, Every, HistorySettings, Settings
+from ..flowcache_core.settings import HISTORY_TYPES, Between, Compression, Drift, Every, Settings, bounded_history
 from .comfyui import patch as host
 from .comfyui.progress import say
 from .comfyui.widgets import advanced, schema
@@ -43,6 +43,8 @@ class FlowCache(io.ComfyNode):
                 advanced(io.Int.Input("queries", default=Compression.queries, min=0, max=1_000_000)),
                 advanced(io.Combo.Input("asked_from", options=["spread", "last"], default="spread")),
                 advanced(io.Combo.Input("history_type", options=["auto", *HISTORY_TYPES], default="auto")),
+                advanced(io.Int.Input("window_frames", default=0, min=0, max=1000)),
+                advanced(io.Int.Input("sink_frames", default=0, min=0, max=1000)),
             ],
             outputs=[io.Model.Output()],
             found_by=("cache", "speed up", "teacache", "easycache", "kv cache", "faster video"),
@@ -53,14 +55,15 @@ class FlowCache(io.ComfyNode):
     def execute(
         cls, model, preset, history_budget, policy, every, threshold, warmup, forecast, granularity, importance_weight,
         keep_first_chunk, positions, history_rule, correct, quality, history_memory, overlap, family,
-        queries, asked_from, history_type,
+        queries, asked_from, history_type, window_frames, sink_frames,
     ) -> io.NodeOutput:  # fmt: skip
         compression = Compression(
             rule=history_rule, weight=importance_weight, granularity=granularity, protect_first=keep_first_chunk,
             queries=queries, asked_from=asked_from,
         )  # fmt: skip
-        history = HistorySettings(
-            history_budget or None, compression, relative=positions == "relative", memory=history_memory,
+        history = bounded_history(
+            history_budget or None, window_frames or None, sink_frames, compression,
+            relative=positions == "relative", memory=history_memory,
             type=HISTORY_TYPES[0] if history_type == "auto" else history_type,
         )  # fmt: skip
         model, notes = host.with_family(model, family, cls.hidden)
@@ -80,7 +83,7 @@ class FlowCache(io.ComfyNode):
             notes += told
         else:
             settings = family_preset(preset, family, width, history)
-        budget = f"history budget {history_budget} chunks" if history_budget else "whole history"
+        budget = history.size_words
         if history_budget and preset in PAPER_PRESETS:
             budget += ", cut as published"
         settings = replace(settings, overlap=overlap)

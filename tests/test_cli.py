@@ -112,6 +112,8 @@ def test_info_tells_the_memory_of_a_video(network, capsys):
     assert "128x64, 153 frames (9.6 s), 13 chunks" in whole and "all of it kept" in whole
     assert cli.main(["info", str(network), "--seconds", "9", "--budget", "2", "--relative", "--preset", "fast"]) == 0
     assert "2 finished chunks kept" in capsys.readouterr().out
+    assert cli.main(["info", str(network), "--seconds", "9", "--window", "6", "--sink", "1"]) == 0
+    assert "3 finished frames kept" in capsys.readouterr().out
     assert cli.main(["info", str(network), "--seconds", "0.4", "--lag", "64"]) == 0
     assert "9 frames (0.6 s), 1 chunks" in capsys.readouterr().out
 
@@ -158,6 +160,9 @@ def test_convert_takes_the_weights_that_are_asked_for(tmp_path, chosen):
         (["generate", "a red circle", "--lag", "99"], "lag is 99"),
         (["generate", "a red circle", "--budget", "0"], "budget is 0"),
         (["generate", "a red circle", "--relative"], "need a history budget"),
+        (["generate", "a red circle", "--window", "9", "--budget", "2"], "leave one away"),
+        (["generate", "a red circle", "--window", "3"], "leaves 0 frames"),
+        (["generate", "a red circle", "--sink", "3"], "needs a window"),
         (["generate", "a red circle", "--seed", "-1"], "seed is -1"),
         (["generate", "a red circle", "--state", "nowhere.safetensors"], "Cannot read a state"),
         (["generate", "a red circle", "--network", "nowhere.safetensors"], "does not exist"),

@@ -93,7 +93,7 @@ def build_engine(run: RunSettings, make: Callable[..., CausalForward] = CausalFo
     report.notes += idle_notes(settings.reuse, schedule)
     forward: Forward
     if run.seeing == "joint":
-        report.notes += uncut_notes(settings, schedule, joint=True, at_once=False)
+        report.notes += uncut_notes(settings, schedule, run.shape[2], joint=True, at_once=False)
         check_room(_window_bytes(run, schedule.total_chunks), run.device)
         first, start = run.sampling.sigmas[0], run.sampling.start
         forward = JointForward(
@@ -124,7 +124,7 @@ def causal_forward(
     """
     plan = placed(plan_run(run, policy), run.device, run.beside)
     at_once = plan.kind == "shared" or run.settings.history.compression.at_once
-    report.notes += uncut_notes(run.settings, run.schedule, joint=False, at_once=at_once)
+    report.notes += uncut_notes(run.settings, run.schedule, run.shape[2], joint=False, at_once=at_once)
     return make(
         run.backbone,
         run.guidance,

@@ -130,7 +130,7 @@ class CausalForward:
             self.commit([chunk])
             return
         self.waiting.append(Step(latent, 0.0, Place(chunk, None, 0)))
-        if self.settings.history.budget is not None or self.plan.max_active == 1:
+        if self.settings.history.bounded or self.plan.max_active == 1:
             self.settle()
 
     def settle(self) -> None:

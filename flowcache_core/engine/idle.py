@@ -21,26 +21,32 @@ def idle_notes(reuse: Reuse, schedule: ChunkSchedule) -> list[str]:
     return [f"nothing is reused: {_why(reuse, schedule)}; {remedy}"]
 
 
-def uncut_notes(settings: Settings, schedule: ChunkSchedule, joint: bool, at_once: bool) -> list[str]:
+def uncut_notes(
+    settings: Settings, schedule: ChunkSchedule, chunk_frames: int, joint: bool, at_once: bool
+) -> list[str]:
     """Says where a history budget has nothing to cut.
 
     Args:
+        chunk_frames: latent frames of a chunk.
         joint: all chunks of a window go through the network together.
         at_once: a history over its budget is cut whether or not another chunk begins.
     """
-    budget = settings.history.budget
-    if budget is None:
+    history = settings.history
+    if not history.bounded:
         return []
     if joint:
         return ["nothing is cut: with attention joint all frames of a window see each other, and there is no history"]
-    if budget >= schedule.total_chunks:
-        return [f"nothing is cut: the budget of {budget} chunks holds the whole video of {schedule.total_chunks}"]
+    kept = history.kept_frames(chunk_frames)
+    assert kept is not None
+    held = f"budget of {history.budget} chunks" if history.window is None else f"window of {history.window} frames"
+    if kept >= schedule.total_chunks * chunk_frames:
+        return [f"nothing is cut: the {held} holds the whole video of {schedule.total_chunks} chunks"]
     last = schedule.start(schedule.indices[-1])
     clean = schedule.prefix + sum(schedule.start(one) + schedule.steps_of(one) <= last for one in schedule.indices)
-    if at_once or clean > budget:
+    if at_once or clean * chunk_frames > kept:
         return []
     return [
-        f"nothing is cut: the last chunk begins when {clean} chunks are finished, and the budget holds {budget}; the "
+        f"nothing is cut: the last chunk begins when {clean} chunks are finished, which the {held} holds; the "
         "presets high, balanced, fast and, on SkyReels-V2, the paper's cut without waiting for another chunk"
     ]
 

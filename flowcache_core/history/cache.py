@@ -355,7 +355,7 @@ class History:
 
     @property
     def _sink(self) -> int:
-        return sink_tokens(self.settings.compression, self._keep, self.plan.chunk_tokens)
+        return sink_tokens(self.settings.compression, self._keep, self.plan.frame_tokens, self.plan.chunk_tokens)
 
     def _write(self, layer: int, start: int, keys: Tensor, values: Tensor, tokens: Tensor) -> None:
         """Changes stored tokens; everything that needs memory is made before the first of them is changed."""
@@ -480,8 +480,8 @@ class History:
                 "[layers, batch, heads, tokens, head width]: the state is of another model, size or batch."
             )
         lead = plan.given_tokens - plan.end_tokens
-        keep = count if self.settings.budget is None else lead + self.settings.budget * plan.chunk_tokens
-        kept = min(count, keep)
+        keep = self.settings.kept_frames(plan.chunk_frames)
+        kept = count if keep is None else min(count, lead + keep * plan.frame_tokens)
         if kept > plan.clean_tokens - plan.end_tokens:
             raise UserError(
                 f"The state holds {kept} tokens of history, and there is room for "
@@ -541,8 +541,7 @@ def moved_note(histories: Collection[History]) -> str:
     most = max(histories, key=lambda history: history.chunks_moved, default=None)
     if most is None or not most.chunks_moved:
         return ""
-    chunks = (most.plan.layer_tokens - most.plan.given_tokens) // most.plan.chunk_tokens
     return (
-        f"{TOO_LITTLE}: {most.chunks_moved} of {chunks} chunks of history are in system memory, oldest "
-        "first, which is slower; a history budget makes it smaller"
+        f"{TOO_LITTLE}: {most.chunks_moved} of {most.plan.movable_chunks} chunks of history are in system memory, "
+        "oldest first, which is slower; a history budget makes it smaller"
     )

@@ -111,8 +111,10 @@ def asking_queries(settings: Compression, count: int) -> slice:
     return slice(stride // 2, stride // 2 + asked * stride, stride)
 
 
-def sink_tokens(settings: Compression, keep: int, chunk_tokens: int) -> int:
+def sink_tokens(settings: Compression, keep: int, frame_tokens: int, chunk_tokens: int) -> int:
     """Counts the tokens at the front that every cut leaves where they are, of `keep` that stay."""
+    if settings.sink is not None:
+        return settings.sink * frame_tokens
     return chunk_tokens if settings.protect_first and keep > chunk_tokens else 0
 
 
@@ -159,7 +161,7 @@ def choose(
         queries: [B, query heads, Q, D] of the chunk that asks, for the "flowcache" rule; None where the history comes
             from a run without a budget, which keeps none: then redundancy alone decides.
         keys: [B, key heads, N, D], the clean history in time order.
-        keep: how many tokens stay, a whole number of chunks and less than N.
+        keep: how many tokens stay, a whole number of frames and less than N.
         frame_tokens, chunk_tokens: tokens of a frame and of a chunk.
         seed: of the "random" rule.
 
@@ -167,7 +169,7 @@ def choose(
         UserError: more chunks are protected than stay.
     """
     batch, heads, count, _ = keys.shape
-    sink = sink_tokens(settings, keep, chunk_tokens)
+    sink = sink_tokens(settings, keep, frame_tokens, chunk_tokens)
     tail = chunk_tokens if settings.protect_newest else 0
     free = keep - sink - tail
     if free < 0:
@@ -176,6 +178,8 @@ def choose(
             "protected; raise the budget or protect fewer."
         )
     unit = {"token": 1, "frame": frame_tokens, "chunk": chunk_tokens}[settings.granularity]
+    if settings.rule == "window":
+        unit = frame_tokens  # what is newest is so in any unit
     middle, kept = keys[:, :, sink : count - tail], free // unit
     if settings.rule == "window":
         all_units = middle.shape[2] // unit

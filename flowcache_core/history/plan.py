@@ -53,7 +53,7 @@ class MemoryPlan:
         lead, end: given frames that fill no chunk, before the first one and after the last.
         total_chunks: of the whole video.
         last_frames: of the last chunk.
-        clean_chunks: that there is room for in every layer.
+        clean_frames: that there is room for in every layer, given ones that fill no chunk apart.
         max_active: chunks that are ever active at once.
         slots: chunks beside the clean ones that there is room for.
         kind: "shared": in one scratch for all layers; "stored": in every layer.
@@ -76,7 +76,7 @@ class MemoryPlan:
     end: int
     total_chunks: int
     last_frames: int
-    clean_chunks: int
+    clean_frames: int
     max_active: int
     slots: int
     kind: Slots
@@ -107,7 +107,12 @@ class MemoryPlan:
     @property
     def clean_tokens(self) -> int:
         """Tokens that a layer's clean history may hold, given frames included."""
-        return self.given_tokens + self.chunk_tokens * self.clean_chunks
+        return self.given_tokens + self.frame_tokens * self.clean_frames
+
+    @property
+    def clean_chunks(self) -> int:
+        """Chunks that these frames are of, the last one perhaps in part."""
+        return -(-self.clean_frames // self.chunk_frames)
 
     @property
     def slot_tokens(self) -> int:
@@ -130,7 +135,7 @@ class MemoryPlan:
 
     def front_tokens(self, chunks: int) -> int:
         """Tokens of so many chunks at the front, and of the given frames before them."""
-        return self.given_tokens + chunks * self.chunk_tokens if chunks else 0
+        return min(self.layer_tokens, self.given_tokens + chunks * self.chunk_tokens) if chunks else 0
 
     def tokens_of(self, chunk: int | Given) -> int:
         return self.frame_tokens * self.frames_of(chunk)
@@ -191,7 +196,8 @@ class MemoryPlan:
     @property
     def unbounded_bytes(self) -> int:
         """Of the history of the same run without a budget."""
-        whole = replace(self, clean_chunks=self.total_chunks, slots=0, kind="stored", asking=0)
+        frames = self.total_chunks * self.chunk_frames
+        whole = replace(self, clean_frames=frames, slots=0, kind="stored", asking=0)
         return replace(whole, relative=False, away=False, moved=0, packing=None).history_bytes
 
     @property
@@ -286,8 +292,8 @@ def plan_memory(
         texts: different ones that each branch is shown in the run; no more are kept than chunks are active.
         last_frames: of the last chunk where it is shorter than the others, else 0.
     """
-    total, budget = schedule.total_chunks, settings.history.budget
-    bounded = budget is not None and budget < total
+    total, kept = schedule.total_chunks, settings.history.kept_frames(chunk_frames)
+    bounded = kept is not None and kept < total * chunk_frames
     alone = schedule.max_active + int(waiting) == 1
     passing = settings.clean_pass and (alone or (at_once and aligned(policy, schedule, also)))
     packing = packing_of(settings.history.type, network.head_dim)
@@ -313,7 +319,7 @@ def plan_memory(
         end=given[1],
         total_chunks=total,
         last_frames=last_frames or chunk_frames,
-        clean_chunks=budget if bounded and budget is not None else total,
+        clean_frames=kept if bounded and kept is not None else total * chunk_frames,
         max_active=min(total, schedule.max_active),
         slots=slots,
         kind=kind,

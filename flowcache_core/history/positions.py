@@ -123,7 +123,7 @@ class Positions:
     def window(self) -> int:
         """Frames that relative positions run over, a lead not counted."""
         plan = self.plan
-        return min(plan.total_chunks, plan.clean_chunks + plan.max_active) * plan.chunk_frames
+        return min(plan.total_chunks * plan.chunk_frames, plan.clean_frames + plan.max_active * plan.chunk_frames)
 
     def reach(self, frames: int) -> None:
         """Moves the window, so that a video of so many frames ends inside it."""

@@ -159,14 +159,14 @@ def family(name: str) -> Family:
 
 def family_preset(preset: str, name: str, dim: int, history: HistorySettings) -> Settings:
     """Gives a preset as a family takes it: the paper's presets are the published settings for that family, and cut a
-    history with a budget as published.
+    history with a budget as published; one with a window in frames keeps its newest.
 
     Args:
         preset: a key of `presets.PRESETS`.
         dim: width of the network.
         history: of which the paper's presets replace how it is cut.
     """
-    if preset in PAPER_PRESETS:
+    if preset in PAPER_PRESETS and history.window is None:
         history = replace(history, compression=family(name).published_cut)
     return replace(family(name).published(preset, dim) or PRESETS[preset], history=history)
 

@@ -85,10 +85,7 @@ def recomputing(count: int, steps: int, lag: int) -> Spread:
 
 
 def describe(settings: Settings) -> str:
-    """Writes a line for a report: the preset's name and the budget."""
+    """Writes a line for a report: the preset's name and how much history is kept."""
     plain = replace(settings, history=OFF.history, overlap=OFF.overlap)
     names = [name for name, known in PRESETS.items() if known == plain]
-    budget = settings.history.budget
-    return f"FlowCache {names[0] if names else 'custom'}, " + (
-        f"history budget {budget} chunks" if budget else "whole history"
-    )
+    return f"FlowCache {names[0] if names else 'custom'}, {settings.history.size_words}"

@@ -227,7 +227,7 @@ class SamplerCall:
         )  # fmt: skip
         engine: Engine = build_engine(run) if self.led is None else self.led.engine(run)
         engine.report.notes += guidance.notes
-        if seeing != "causal" and not (isinstance(asked.reuse, Off) and asked.history.budget is None):
+        if seeing != "causal" and not (isinstance(asked.reuse, Off) and not asked.history.bounded):
             engine.report.notes.append(
                 f"nothing is reused and no history is cut: attention '{seeing}' runs every step of a window; 'causal' "
                 "reuses"

@@ -10,6 +10,7 @@ const GONE = "gone";
 const isOurs = (node) => node.comfyClass?.startsWith("FlowCache") && node.widgets;
 const isCustom = (at) => at.preset === "custom";
 const cuts = (at) => at.history_budget > 0;
+const keepsFrames = (at) => at.window_frames > 0;
 const scores = (at) => cuts(at) && at.history_rule !== "window";
 
 const shownIf = (used) => (used ? SHOWN : GONE);
@@ -31,7 +32,9 @@ const PLACES = {
     queries: (at) => foldedIf(scores(at)),
     asked_from: (at) => foldedIf(scores(at) && at.queries > 0),
     keep_first_chunk: (at) => foldedIf(cuts(at)),
-    positions: (at) => foldedIf(cuts(at)),
+    positions: (at) => foldedIf(cuts(at) || keepsFrames(at)),
+    window_frames: (at) => foldedIf(!cuts(at) || keepsFrames(at)),
+    sink_frames: (at) => foldedIf(keepsFrames(at) || at.sink_frames > 0),
   },
   FlowCacheAutoregressiveExtend: {
     guidance: () => FOLDED,

@@ -80,14 +80,14 @@ def test_the_oldest_chunk_that_goes_on_asks():
 @pytest.mark.parametrize(
     ("history", "joint", "words"),
     [
-        (HistorySettings(1), False, "the last chunk begins when 0 chunks are finished, and the budget holds 1"),
-        (HistorySettings(5), False, "the budget of 5 chunks holds the whole video of 5"),
+        (HistorySettings(1), False, "when 0 chunks are finished, which the budget of 1 chunks holds"),
+        (HistorySettings(5), False, "the budget of 5 chunks holds the whole video of 5 chunks"),
         (HistorySettings(1), True, "with attention joint"),
     ],
 )
 def test_a_budget_that_cuts_nothing_says_so(history, joint, words):
     settings = Settings(Drift(0.1), HELD, history, clean_pass=False)
-    (note,) = uncut_notes(settings, WINDOW, joint, at_once=False)
+    (note,) = uncut_notes(settings, WINDOW, 5, joint, at_once=False)
     assert note.startswith("nothing is cut: ") and words in note
     if not joint:
         made = engine(settings)
@@ -98,6 +98,6 @@ def test_a_budget_that_cuts_nothing_says_so(history, joint, words):
 
 def test_a_budget_that_cuts_says_nothing():
     settings = Settings(Drift(0.1), HELD, HistorySettings(1, Compression()), clean_pass=False)
-    assert uncut_notes(settings, ChunkSchedule(12, 50, 5), joint=False, at_once=False) == []
-    assert uncut_notes(settings, WINDOW, joint=False, at_once=True) == []
-    assert uncut_notes(Settings(), WINDOW, joint=True, at_once=False) == []
+    assert uncut_notes(settings, ChunkSchedule(12, 50, 5), 5, joint=False, at_once=False) == []
+    assert uncut_notes(settings, WINDOW, 5, joint=False, at_once=True) == []
+    assert uncut_notes(Settings(), WINDOW, 5, joint=True, at_once=False) == []

@@ -115,6 +115,8 @@ def magi_settings(settings: Settings, sampling: MagiSampling, schedule: ChunkSch
         raise UserError(
             "MAGI-1 is run with the velocity held, not the residual, of which there would be three a chunk."
         )
+    if settings.history.window is not None:
+        raise UserError("MAGI-1's history is counted in chunks; set a history budget, not a window in frames.")
     if settings.history.budget is not None or not sampling.visible:
         return settings
     budget = clean_chunks_seen(sampling.visible, schedule.prefix)
@@ -484,7 +486,7 @@ def magi_forward(
     plan = magi_plan(backbone.config, schedule, settings, sampling, shape, itemsize, at_once)
     plan = placed(replace(plan, network=backbone.sizes), device, beside)  # one of several processes has a part of it
     if own_budget is not None:
-        report.notes += uncut_notes(settings, schedule, joint=False, at_once=plan.kind == "shared")
+        report.notes += uncut_notes(settings, schedule, CHUNK_FRAMES, joint=False, at_once=plan.kind == "shared")
     forward = make(
         backbone, schedule, settings, plan, report, text, null,
         policy=policy, device=device, sampling=sampling, attention=counted(attention, report), loaded=loaded,

@@ -1,0 +1,128 @@
+"""Windows and sinks that count frames, against the caches of LongLive and Self-Forcing (tests/golden/README.md)."""
+
+import pytest
+
+from flowcache_core.engine.guidance import classifier_free
+from flowcache_core.engine.loop import Engine
+from flowcache_core.errors import UserError
+from flowcache_core.models.wan import WanBackbone
+from flowcache_core.schedule import ChunkSchedule
+from flowcache_core.settings import Compression, HistorySettings, Settings
+from flowcache_core.solvers import noise_levels
+from flowcache_core.solvers.one_step import Renoise
+from tests.helpers import golden_weights
+from tests.helpers.golden_runs import frames_of, relative_error
+from tests.helpers.place import golden
+from tests.helpers.runs import build, video
+
+GOLDEN = golden("longlive")
+FRAMES = 3  # of a chunk
+SEEN = [tuple(map(int, name.split(".")[1:])) for name in GOLDEN if name.startswith("seen.")]
+
+
+def window(frames: int, sink: int, **more) -> HistorySettings:
+    return HistorySettings(window=frames, compression=Compression("window", sink=sink), **more)
+
+
+RUNS = {
+    "longlive": (6, window(12, 3)),
+    "longlive_sink_1": (5, window(6, 1)),
+    "longlive_uneven": (5, window(8, 2)),
+    "longlive_infinity": (6, window(12, 3, relative=True)),
+}
+
+
+def make(chunks: int, history: HistorySettings, frames: int = FRAMES, steps: int = 4) -> Engine:
+    noise = frames_of("noise", chunks * frames).split(frames, dim=2)
+    return build(
+        WanBackbone(golden_weights.network()),
+        ChunkSchedule(chunks, steps, steps),
+        classifier_free(golden_weights.text("cond")),
+        noise_levels.linear(steps, 5.0),
+        start=lambda chunk: noise[chunk],
+        settings=Settings(history=history),
+        noise=lambda chunk, step: frames_of(f"renoise.{chunk}.{step}", frames),
+        solver=Renoise,
+    )
+
+
+@pytest.mark.parametrize("name", RUNS)
+def test_whole_run(name):
+    found, expected = video(make(*RUNS[name])), GOLDEN[f"{name}.final"]
+    assert relative_error(found, expected) < 1e-5
+    chunks, history = RUNS[name]
+    assert relative_error(video(make(chunks, window(history.window + 1, history.compression.sink))), expected) > 1e-2
+
+
+def test_a_sink_of_frames_is_no_sink_of_a_chunk():
+    expected = GOLDEN["longlive_sink_1.final"]
+    assert relative_error(video(make(5, window(6, 0))), expected) > 1e-2
+    assert relative_error(video(make(5, window(6, 2))), expected) > 1e-2
+
+
+@pytest.mark.parametrize(("frames_seen", "sink", "frames"), SEEN)
+def test_frames_that_are_seen(frames_seen, sink, frames):
+    """At every chunk and layer, in a step as in the clean pass."""
+    expected = GOLDEN[f"seen.{frames_seen}.{sink}.{frames}"]
+    engine = make(len(expected), window(frames_seen, sink), frames, steps=1)
+    forward, found = engine.forward, []
+
+    def looked(chunk: int, history, layer: int) -> None:
+        start, end = history.slot(chunk)
+        numbers = history.tokens[layer, :, :, :end] // history.plan.frame_tokens
+        found.append((chunk, [each.unique().tolist() for each in numbers.flatten(0, 1)]))
+
+    history = forward.spare[0]
+    attend = history.attend
+    history.attend = lambda layer, chunk, *more, **named: [
+        attend(layer, chunk, *more, **named),
+        looked(chunk, history, layer),
+    ][0]
+    video(engine)
+    engine.save()
+    assert len(found) == 2 * len(expected) * forward.plan.network.layers
+    for chunk, heads in found:
+        row = expected[chunk]
+        assert heads == [row[row >= 0].tolist()] * len(heads)
+
+
+def test_where_chunks_overlap_what_the_window_leaves_beside_one_chunk_is_kept():
+    engine = build(
+        WanBackbone(golden_weights.network()),
+        ChunkSchedule(6, 4, 2),
+        classifier_free(golden_weights.text("cond")),
+        noise_levels.linear(4, 5.0),
+        start=lambda chunk: frames_of(f"noise.{chunk}", FRAMES),
+        settings=Settings(history=window(8, 1)),
+    )
+    video(engine)
+    engine.save()
+    (history,) = engine.forward.histories.values()
+    assert history.clean == 5 * history.plan.frame_tokens
+    kept = history.tokens[:, :, :, : history.clean] // history.plan.frame_tokens
+    for each in kept.flatten(0, 2):
+        assert each.unique().tolist() == [0, 14, 15, 16, 17]
+
+
+@pytest.mark.parametrize(
+    ("settings", "chunk_frames", "words"),
+    [
+        ({"window": 4}, 4, "leaves 0 frames"),
+        ({"window": 6, "compression": Compression("window", sink=4)}, 3, "but 4 must stay"),
+        ({"budget": 1, "compression": Compression("window", sink=4)}, 3, "but 4 must stay"),
+    ],
+)
+def test_a_window_without_room(settings, chunk_frames, words):
+    with pytest.raises(UserError, match=words):
+        HistorySettings(**settings).kept_frames(chunk_frames)
+
+
+def test_windows_that_make_no_sense():
+    with pytest.raises(UserError, match="leave one away"):
+        HistorySettings(budget=2, window=6)
+    with pytest.raises(UserError, match="at least 2"):
+        HistorySettings(window=1)
+    with pytest.raises(UserError, match="whole chunks by their score"):
+        HistorySettings(window=9, compression=Compression(granularity="chunk"))
+    with pytest.raises(UserError, match="sink is -1"):
+        Compression(sink=-1)
