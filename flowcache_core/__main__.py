@@ -20,7 +20,7 @@ from .media.video import read_video
 from .models.families import FAMILIES, family_preset
 from .models.magi.config import MagiConfig, magi_usual
 from .models.magi.memory import magi_frames, plan_magi
-from .models.memory import plan_wan, rolling_history_bytes, wan_frames
+from .models.memory import pictures_bytes, pictures_chunks, plan_wan, rolling_history_bytes, wan_frames
 from .models.presets import DEFAULT_PRESET, PRESETS
 from .models.wan import WanConfig
 from .report import megabytes
@@ -92,6 +92,13 @@ def memory_lines(options: argparse.Namespace, name: str, config: WanConfig | Mag
     if usual.attention == "rolling" and isinstance(config, WanConfig):
         history = rolling_history_bytes(config, usual, size, asked)
         return [video, f"history   {megabytes(history)} in bfloat16, whatever the length"]
+    if usual.attention == "pictures" and isinstance(config, WanConfig):
+        chunks, frames = pictures_chunks(usual, asked)
+        forward = megabytes(pictures_bytes(config, usual, size))
+        return [
+            f"video     {size[0]}x{size[1]}, {frames} frames ({frames / usual.fps:.1f} s), {chunks} chunks",
+            f"history   none, for a chunk begins with pictures of the one before; forward about {forward}",
+        ]
     dim = config.width if isinstance(config, MagiConfig) else config.dim
     settings = family_preset(
         options.preset,

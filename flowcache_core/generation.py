@@ -17,6 +17,7 @@ from torch import Tensor
 from .engine.build import RunSettings, Seeing, build_engine, given_chunks
 from .engine.guidance import classifier_free
 from .engine.loop import Boundary, Chunk, Engine, Progress, Sampling
+from .engine.pictures import Scenes
 from .errors import UserError
 from .history.streams import Pending, SideStream
 from .models.families import SOLVERS, Family, family
@@ -81,6 +82,7 @@ def generate(
     sigmas: Sequence[float] | None = None,
     solver: SolverFactory | None = None,
     seeing: Seeing | None = None,
+    scenes: Scenes | None = None,
     noise: Noise | None = None,
     state: State | None = None,
     prefix: Tensor | None = None,
@@ -110,7 +112,9 @@ def generate(
         negative: text of the unconditional branch; needed where the scale is not 1.
         sigmas: noise levels [steps + 1], falling to 0.
         solver: makes a chunk's solver.
-        seeing: how chunks see each other: "causal" over a history, "joint" all of them at once, "rolling".
+        seeing: how chunks see each other: "causal" over a history, "joint" all of them at once, "rolling", or
+            each from "pictures" of the one before.
+        scenes: gives what a chunk that sees pictures is shown, `models.longvie.Clips`.
         noise: gives a chunk's unit noise, by default drawn from the seed.
         state: an earlier run's; nothing of it is computed again.
         prefix: given latents [B, C, T, H, W] that come before. Those that fill no chunk (an image) stay in the history
@@ -147,10 +151,13 @@ def generate(
     if scale != 1.0 and negative is None:
         raise UserError(f"Guidance {scale} needs a negative text (its embedding may be empty); give one, or scale 1.")
     against = _checked_texts(negative, "negative text", backbone) if negative is not None else None
-    given = _given(state, prefix, (batch, backbone.channels, chunk_frames, *latent_size), model)
-    frames = 0 if given is None else given.shape[2] if state is None else state.frames
     way = seeing or usual.attention
-    done, lead = divmod(frames, chunk_frames) if way == "causal" else (0, 0)
+    pictures = way == "pictures"
+    given = _given(state, prefix, (batch, backbone.channels, chunk_frames, *latent_size), model, pictures)
+    frames = 0 if given is None else given.shape[2] if state is None else state.frames
+    done, lead = divmod(frames, chunk_frames) if way in ("causal", "pictures") else (0, 0)
+    if pictures:
+        _check_pictures(scenes, lead, chunk_frames, end, parallel)
     known = end if given is None else given
     size = latent_size if known is None else known.shape[3:]
     shape = (batch, backbone.channels, chunk_frames, *size)
@@ -181,6 +188,7 @@ def generate(
         beside=2 * dtype.itemsize * prod(shape) * chunks,  # by chunk, and joined
         loaded=None if state is None else state.by_branch,
         on_progress=output.progress,
+        scenes=scenes,
         cancelled=cancelled,
         steer=shown.steered,
         label=describe(settings),
@@ -190,8 +198,10 @@ def generate(
     engine = build_engine(run if parallel is None else parallel.run(run))
     if parallel is not None:
         engine = parallel.engine(engine, cancelled)
-    together = chunk_frames if way == "causal" or prefix is None else prefix.shape[2]  # a window takes them as one
-    for chunk, latent in given_chunks(prefix, lead, together) if prefix is not None else []:
+    by_chunk = way in ("causal", "pictures")
+    together = chunk_frames if by_chunk or prefix is None else prefix.shape[2]  # a window takes them as one
+    before = given if pictures else prefix  # pictures are made from latents, of which a state holds some
+    for chunk, latent in given_chunks(before, lead, together) if before is not None else []:
         engine.give(chunk, latent.to(device, dtype))
     if end is not None:
         engine.give(Given.END, end.to(device, dtype))
@@ -318,13 +328,30 @@ def _checked_change(text: Tensor, backbone, change: Tensor) -> Tensor:
     return _checked_texts([text, change], "text", backbone)[1].to(text.device)
 
 
-def _given(state: State | None, prefix: Tensor | None, shape: tuple[int, ...], model: str) -> Tensor | None:
+def _check_pictures(scenes, lead: int, chunk_frames: int, end: Tensor | None, parallel: Division | None) -> None:
+    """Of a run whose chunks begin with pictures of the one before."""
+    if scenes is None:
+        raise UserError(
+            "This family is led by videos and pictures: give scenes (models.longvie.Clips), or run it in ComfyUI."
+        )
+    if lead:
+        raise UserError(
+            f"The given frames leave {lead} over that fill no chunk of {chunk_frames}; give whole chunks of an earlier "
+            "run, or the picture that the video begins with as the start of the scenes."
+        )
+    if end is not None or parallel is not None:
+        raise UserError("A run from pictures takes no end and goes in one process; leave 'end' and 'parallel' out.")
+
+
+def _given(
+    state: State | None, prefix: Tensor | None, shape: tuple[int, ...], model: str, pictures: bool
+) -> Tensor | None:
     """The frames that are there already, [B, C, T, H, W], checked."""
     if state is not None and prefix is not None:
         raise UserError("Both a state and a prefix are given, expected at most one: a state holds its frames already.")
     if state is not None:
         state.check(model, shape[2], (*shape[:3], *state.latents.shape[3:]))
-        if not state.histories:
+        if not state.histories and not pictures:
             raise UserError("The state is of a video that has its end and keeps no history; go on from another one.")
         if not torch.isfinite(state.latents).all():
             raise UserError("The state holds NaN or infinite latents; go on from another one.")

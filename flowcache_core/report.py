@@ -27,6 +27,7 @@ class Report:
         chunks_done: chunks finished.
         notes: lines on what was out of the ordinary.
         prompts: what the video's chunks show, as Prompts over Time, where the run could be steered.
+        stores: whether a plain run takes a clean pass a chunk, to store keys and values.
     """
 
     schedule: ChunkSchedule
@@ -45,6 +46,7 @@ class Report:
     chunks_done: int = 0
     notes: list[str] = field(default_factory=list)
     prompts: str = ""
+    stores: bool = True
 
     def record(self, chunk: int, branches: Sequence[Hashable], recomputed: bool) -> None:
         """Notes what was decided for a chunk's step."""
@@ -69,8 +71,9 @@ class Report:
 
     @property
     def forwards_total(self) -> int:
-        """Forwards that a plain run of the same steps takes: every step, and a clean pass a chunk."""
-        return len(self._steps) + sum(len(chunks) for chunks in self.decisions.values())
+        """Forwards that a plain run of the same steps takes: every step, and a clean pass a chunk where it
+        stores any."""
+        return len(self._steps) + self.stores * sum(len(chunks) for chunks in self.decisions.values())
 
     @property
     def reused(self) -> float:

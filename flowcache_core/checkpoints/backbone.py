@@ -140,7 +140,7 @@ def _wan_network(
             "float32, bfloat16, float16 or plain fp8: use such a file, or the node Load AR Video Model."
         )
     with torch.device("meta"):
-        network = WanNetwork(config)
+        network = config.network()
     moved = {name: tensor.to(device, dtype) for name, tensor in tensors.items()}
     return fit(network, moved, "network of the Wan 2.1 layout")
 

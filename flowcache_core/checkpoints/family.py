@@ -10,6 +10,7 @@ from typing import cast
 from torch import Tensor
 
 from ..errors import UserError, one_line
+from ..models.longvie import LongVieConfig
 from ..models.wan import WanConfig
 from ..storage.files import parse_json
 from .sizes import QUANTIZATION
@@ -21,6 +22,7 @@ FAMILIES = {
     "skyreels": "SkyReels-V2 diffusion forcing",
     "rolling": "Rolling Forcing",
     "wan": "plain Wan 2.1, which was not trained to go chunk by chunk",
+    "longvie": "LongVie 2: Wan 2.1 image to video with its control layers",
     "magi": "MAGI-1, base",
     "magi distilled": "MAGI-1, distilled, quantised or not",
     "demo": "the model that ships",
@@ -32,8 +34,8 @@ STAMP = "flowcache"  # metadata key, beside ComfyUI's own "config"
 
 
 def wan_families() -> list[str]:
-    """Lists the families of the Wan 2.1 layout, but for the one that ships."""
-    return [name for name in FAMILIES if name not in (*MAGI_FAMILIES, "demo")]
+    """Lists the families that share the Wan 2.1 text-to-video layout, but for the one that ships."""
+    return [name for name in FAMILIES if name not in (*MAGI_FAMILIES, "demo", "longvie")]
 
 
 def transformer_settings(path: Path, file: WeightFile, tensors: dict[str, Tensor]) -> tuple[dict, tuple[str, ...]]:
@@ -84,6 +86,8 @@ def family_of(
     found, warnings = _told_family(path, file, config, settings)
     if config is None:
         possible = list(MAGI_FAMILIES)
+    elif isinstance(config, LongVieConfig):
+        possible = ["longvie"]
     elif config.fps:
         possible = ["skyreels"]
     else:
@@ -91,7 +95,7 @@ def family_of(
     family = found if asked == "auto" else asked
     if family not in possible:
         kind = "MAGI-1's names" if config is None else "an fps embedding" if config.fps else "the Wan 2.1 layout"
-        kind = "the demo model's stamp" if found == "demo" else kind
+        kind = {"demo": "the demo model's stamp", "longvie": "LongVie 2's control layers"}.get(found, kind)
         raise UserError(f"{path.name} has {kind}, so it cannot be {family!r}; choose {' or '.join(possible)}.")
     stamped = STAMP in file.metadata or family not in CAUSAL_FAMILIES  # ComfyUI's own flag tells no causal ones apart
     if family != found and not warnings and stamped:
@@ -111,6 +115,8 @@ def _told_family(path: Path, file: WeightFile, config: WanConfig | None, setting
             known = ", ".join(FAMILIES)
             raise UserError(f"{path.name} is stamped {family!r}, expected one of {known}; update FlowCache.")
         return family, ()
+    if isinstance(config, LongVieConfig):
+        return "longvie", ()
     if config is None:
         if any(QUANTIZATION.search(name) for name in file.tensors):  # only distilled ones are published in fp8
             return "magi distilled", ()

@@ -7,6 +7,7 @@ from torch import Tensor
 
 from ..errors import UserError
 from .others import refuse_others
+from .weight_files import ATTENTION
 
 # Names of the diffusers library's WanTransformer3DModel and SkyReelsV2Transformer3DModel, longest first where one
 # begins with another. Its norm2 is Wan's norm3; the other norms of a block have no weights.
@@ -33,6 +34,9 @@ DIFFUSERS_BLOCK_NAMES = {
 }
 # Queries, keys and values in one layer; diffusers' `fuse_qkv_projections` keeps the separate ones beside it.
 FUSED = re.compile(r"(.*attn\.)(?:to_)?(q?kv)\.(\w+)")
+LONGVIE_FOLDER = (
+    "put control.safetensors and dit.safetensors into one folder with Wan2.1-I2V-14B-480P, and give the folder"
+)
 WRAPPERS = ("_fsdp_wrapped_module.", "_checkpoint_wrapped_module.", "_orig_mod.")
 
 
@@ -53,6 +57,7 @@ def layout_of(path: Path, tensors: dict[str, Tensor]) -> tuple[str, str]:
     if not any("lora_" in name for name in tensors):
         refuse_others(path, tensors)
     kinds = {
+        "control_blocks_dense.": f"LongVie 2's control layers; {LONGVIE_FOLDER}",
         "lora_": "a LoRA; load it with a LoRA loader node on top of a model",
         "decoder.": "a VAE; load it with a VAE loader node",
         "token_embedding": "a text encoder; load it with a CLIP loader node",
@@ -61,6 +66,8 @@ def layout_of(path: Path, tensors: dict[str, Tensor]) -> tuple[str, str]:
     for mark, kind in kinds.items():
         if any(mark in name for name in tensors):
             raise UserError(f"{path.name} looks like {kind} (expected a video model of the Wan 2.1 or MAGI-1 layout).")
+    if tensors and all(ATTENTION.search(name) for name in tensors):
+        raise UserError(f"{path.name} looks like LongVie 2's attention layers; {LONGVIE_FOLDER}.")
     names = ", ".join(list(tensors)[:3])
     raise UserError(
         f"{path.name} holds {len(tensors)} tensors like {names}; expected the Wan 2.1 or MAGI-1 layout: "

@@ -6,6 +6,7 @@ from pathlib import Path
 
 from ..errors import UserError
 
+IMAGE_TO_VIDEO = "Wan image-to-video"
 # Names as diffusers 0.42.1 and the models' own repositories have them, the surer ones first.
 KINDS = {
     r"(^|\.)patch_(short|mid|long)\.": "Helios",
@@ -20,8 +21,14 @@ KINDS = {
     r"(^|\.)(casual_audio_encoder|audio_injector|audio_proj)\.": "a Wan that follows speech",
     r"(^|\.)(control_adapter|ref_conv)\.": "Wan Fun (control or camera)",
     r"(^|\.)patch_embedding_(mask|pose|global)\.": "a Wan that follows a pose",
-    r"(^|\.)(img_emb|image_embedder|k_img|add_k_proj)\.": "Wan image-to-video",
+    r"(^|\.)(img_emb|image_embedder|k_img|add_k_proj)\.": IMAGE_TO_VIDEO,
 }
+LONGVIE = " (for LongVie 2: give a folder with this, its control.safetensors and its dit.safetensors)"
+
+
+def is_led(names: Iterable[str]) -> bool:
+    """Whether tensors of an image-to-video network have LongVie's control layers beside them."""
+    return any(name.startswith("control_blocks_dense.") for name in names)
 
 
 def refuse_others(path: Path, names: Iterable[str]) -> None:
@@ -31,10 +38,14 @@ def refuse_others(path: Path, names: Iterable[str]) -> None:
         names: of all its tensors.
     """
     names = list(names)
+    if is_led(names):
+        return
     for pattern, kind in KINDS.items():
         for name in names:
             if re.search(pattern, name):
+                led = LONGVIE if kind == IMAGE_TO_VIDEO else ""
                 raise UserError(
-                    f"{path.name} is {kind} (it has {name}), which is not run here; expected a text-to-video network "
-                    "of the Wan 2.1 layout, to which images are given as a prefix, or MAGI-1: see docs/models.md."
+                    f"{path.name} is {kind} (it has {name}), which is not run here{led}; expected a text-to-video "
+                    "network of the Wan 2.1 layout, to which images are given as a prefix, or MAGI-1: see "
+                    "docs/models.md."
                 )

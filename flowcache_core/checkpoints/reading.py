@@ -12,7 +12,7 @@ from ..models.wan import WanConfig
 from .family import FAMILIES, family_of, transformer_settings
 from .layouts import layout_of, renamed
 from .others import refuse_others
-from .sizes import own_tensors, wan_config
+from .sizes import QUANTIZATION, own_tensors, wan_config
 from .weight_files import FLOAT4, open_weights
 
 
@@ -74,7 +74,7 @@ def load(
         raise UserError(f"The family {family!r} is unknown; choose auto or one of {', '.join(FAMILIES)}.")
     file = open_weights(path, use_ema, mapped)
     prefix, layout = layout_of(path, file.tensors)
-    tensors = renamed(file.tensors, prefix, layout)
+    tensors = with_parts(renamed(file.tensors, prefix, layout), file.parts)
     refuse_others(path, tensors)
     settings, unheeded = transformer_settings(path, file, tensors)
     wan = None if layout == "magi" else wan_config(path, tensors, settings)
@@ -88,6 +88,17 @@ def load(
         _check_finite(path, tensors)
     warnings, guessed = (*open_question, *file.notes, *unheeded, *left_out), bool(open_question) and not chosen
     return CheckpointInfo(family, config, dtype, layout, prefix, file.metadata, file.bytes, warnings, guessed), tensors
+
+
+def with_parts(tensors: dict[str, Tensor], parts: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Puts LongVie's files over the network that they are for. What they replace was scaled by numbers of its own."""
+    layers = {name.rpartition(".")[0] for name in parts}
+    kept = {
+        name: tensor
+        for name, tensor in tensors.items()
+        if not (QUANTIZATION.search(name) and name.rpartition(".")[0] in layers)
+    }
+    return kept | parts
 
 
 def _check_finite(path: Path, tensors: dict[str, Tensor]) -> None:

@@ -10,10 +10,12 @@ import torch
 from torch import Tensor
 
 from ..errors import UserError, one_line
+from ..models.longvie import LongVieConfig
 from ..models.magi.config import MagiConfig
 from ..models.magi.network import MagiNetwork
 from ..models.magi.text import TOKEN_PREFIX
-from ..models.wan import WanConfig, WanNetwork
+from ..models.wan import WanConfig
+from .others import is_led
 from .weight_files import FLOAT4
 
 # Marks of repackers, tables that are worked out anew, and what trainers leave behind.
@@ -51,7 +53,8 @@ def wan_config(path: Path, tensors: dict[str, Tensor], settings: dict) -> WanCon
 
     dim, in_dim, *patch_size = shape("patch_embedding.weight", 5)
     out_dim = shape("head.head.weight")[0] // math.prod(patch_size)
-    if in_dim != out_dim:
+    led = is_led(tensors)
+    if in_dim != out_dim and not led:
         raise UserError(
             f"{path.name} takes {in_dim} channels and gives {out_dim}, as Wan image-to-video and control do; expected "
             "a text-to-video network, to which images are given as a prefix."
@@ -66,7 +69,7 @@ def wan_config(path: Path, tensors: dict[str, Tensor], settings: dict) -> WanCon
     eps = settings.get("eps", WanConfig.eps)
     if not isinstance(eps, float) or not 0 < eps < 1:
         raise UserError(f"{path.name} is said to have an eps of {eps!r}, expected a small number such as 1e-06.")
-    return WanConfig(
+    config = WanConfig(
         dim=dim,
         ffn_dim=shape("blocks.0.ffn.0.weight")[0],
         num_heads=num_heads,
@@ -78,13 +81,18 @@ def wan_config(path: Path, tensors: dict[str, Tensor], settings: dict) -> WanCon
         patch_size=cast(tuple[int, int, int], tuple(patch_size)),
         eps=eps,
         fps="fps_embedding.weight" in tensors,
-        cross_attn_norm=any(".norm3." in name for name in tensors),
+        cross_attn_norm=any(name.startswith("blocks.") and ".norm3." in name for name in tensors),
     )
+    if not led:
+        return config
+    beside = {name.split(".")[1] for name in tensors if name.startswith("control_blocks_dense.")}
+    image_dim = shape("img_emb.proj.1.weight")[1]
+    return LongVieConfig(**vars(config), control_layers=len(beside), image_dim=image_dim)
 
 
 def _shapes(config: WanConfig | MagiConfig) -> dict[str, torch.Size]:
     with torch.device("meta"):
-        network = MagiNetwork(config) if isinstance(config, MagiConfig) else WanNetwork(config)
+        network = MagiNetwork(config) if isinstance(config, MagiConfig) else config.network()
     return {name: weight.shape for name, weight in network.state_dict().items()}
 
 

@@ -40,6 +40,9 @@ UPSTREAMS_FOLDERS = "inference_weight*"  # in which MAGI-1's loader looks for we
 ZSTD = ("compression.zstd", "zstandard")  # the one of Python 3.14, or the package
 
 SHARD = re.compile(r"(.+)-\d{5}-of-(\d{5})(\.\w+)")
+CONTROL_PREFIX = re.compile(r"^pipe\.(dual_controller|dit)\.")  # as LongVie's trainer may leave it
+CONTROL_LAYERS = re.compile(r"^(pipe\.dual_controller\.)?control_\w+\.")
+ATTENTION = re.compile(r"^(pipe\.dit\.)?blocks\.\d+\.self_attn\.\w+\.")
 LONGEST_NAME = 200  # of a shard's file
 
 
@@ -55,6 +58,7 @@ class WeightFile:
         settings: what the config.json of their folder says; it may be of another model.
         folder: name of the folder that they lie in.
         notes: one line each, for the user, on what was chosen of several.
+        parts: of LongVie's files in their folder, under Wan 2.1's and LongVie's names; they go over the network's own.
     """
 
     tensors: dict[str, Tensor]
@@ -64,6 +68,7 @@ class WeightFile:
     settings: dict = field(default_factory=dict)
     folder: str = ""
     notes: tuple[str, ...] = ()
+    parts: dict[str, Tensor] = field(default_factory=dict)
 
 
 def open_weights(path: Path, use_ema: bool = True, mapped: bool = True) -> WeightFile:
@@ -93,7 +98,28 @@ def open_weights(path: Path, use_ema: bool = True, mapped: bool = True) -> Weigh
         if several or path.is_dir():
             raise
         settings = {}  # of another model, most likely
-    return replace(held, settings=settings, folder=file.absolute().parent.name, notes=notes)
+    beside = longvie_parts(file.parent) if path.is_dir() else []
+    opened = [_open_file(part, use_ema, mapped) for part in beside]
+    parts = {CONTROL_PREFIX.sub("", name): tensor for one in opened for name, tensor in one.tensors.items()}
+    size = held.bytes + sum(one.bytes for one in opened)
+    return replace(held, bytes=size, settings=settings, folder=file.absolute().parent.name, notes=notes, parts=parts)
+
+
+def longvie_parts(folder: Path) -> list[Path]:
+    """Finds what goes over a network in a folder: files of LongVie's control layers and of its attention layers, and
+    nothing else. Without control layers there are no parts."""
+    found: dict[str, Path] = {}
+    for file in sorted(folder.glob("*.safetensors")):
+        names: list[str] = []
+        if not SHARD.fullmatch(file.name):
+            with suppress(UserError):
+                names = list(_checked_header(file, _first_bytes(file), file.stat().st_size))
+        names = [name for name in names if name != "__metadata__"]
+        if names and all(CONTROL_LAYERS.search(name) for name in names):
+            found["control"] = file
+        elif names and all(ATTENTION.search(name) for name in names):
+            found["attention"] = file
+    return list(found.values()) if "control" in found else []
 
 
 def write_safetensors(
@@ -164,8 +190,9 @@ def _only_model(folder: Path) -> tuple[Path, tuple[str, ...]]:
         if (folder / "transformer_2").is_dir():
             notes = (f"{folder.name} has two networks; transformer is taken, transformer_2 is left out.",)
         folder = folder / "transformer"
+    parts = set(longvie_parts(folder))
     for pattern in ("*safetensors.index*.json", "*.index*.json", "*.safetensors", "*.bin", "*.pt"):
-        found = sorted(folder.glob(pattern), key=lambda file: len(file.name))
+        found = sorted(set(folder.glob(pattern)) - parts, key=lambda file: len(file.name))
         if not found:
             continue
         plain, *others = found

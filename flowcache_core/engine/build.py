@@ -27,9 +27,10 @@ from .idle import idle_notes, uncut_notes
 from .joint import JointForward
 from .layers import by_chunk
 from .loop import Boundary, Engine, Progress, Sampling, check_cancelled
+from .pictures import NO_HISTORY, PicturesForward, Scenes
 from .rolling import RollingForward, rolling_bytes
 
-Seeing = Literal["causal", "joint", "rolling"]  # how chunks see each other
+Seeing = Literal["causal", "joint", "rolling", "pictures"]  # how chunks see each other
 
 
 @dataclass(frozen=True)
@@ -41,7 +42,7 @@ class RunSettings:
         guidance: from branches to one velocity.
         schedule, settings, sampling: of the run.
         seeing: chunk by chunk over a history ("causal"), all chunks of a window together ("joint"), or the active ones
-            ("rolling").
+            ("rolling"), or each from pictures of the one before ("pictures").
         shape: of a chunk, [B, C, T, H, W].
         branches, texts: how many branches of guidance there are, and different texts for each.
         text_tokens: of a text at most.
@@ -53,6 +54,7 @@ class RunSettings:
         loaded: clean history of an earlier run, by branch.
         beside: bytes of latents that the caller will hold in the end, which count as the run's.
         grain: fresh unit noise for a tick of the frames that a joint window begins with.
+        scenes: what chunks that see pictures are shown.
         on_progress, cancelled, steer: as for `Engine`.
         label: of the settings, for the report.
     """
@@ -76,6 +78,7 @@ class RunSettings:
     loaded: Mapping[Hashable, Snapshot] | None = None
     beside: int = 0
     grain: Callable[[int], Tensor] | None = None
+    scenes: Scenes | None = None
     on_progress: Callable[[Progress], None] = lambda progress: None
     cancelled: Callable[[], bool] = lambda: False
     steer: Callable[[Boundary], bool] = lambda ahead: False
@@ -92,6 +95,7 @@ def build_engine(run: RunSettings, make: Callable[..., CausalForward] = CausalFo
     policy = settings.reuse.policy(schedule)
     report.notes += idle_notes(settings.reuse, schedule)
     forward: Forward
+    sampling = run.sampling
     if run.seeing == "joint":
         report.notes += uncut_notes(settings, schedule, run.shape[2], joint=True, at_once=False)
         check_room(_window_bytes(run, schedule.total_chunks), run.device)
@@ -109,9 +113,17 @@ def build_engine(run: RunSettings, make: Callable[..., CausalForward] = CausalFo
         forward = RollingForward(
             run.backbone, run.guidance, report, run.shape[2], tables=_tables(run), **_shared(run, report)
         )
+    elif run.seeing == "pictures":
+        report.notes += [] if settings.history.budget is None else [NO_HISTORY]
+        check_room(_window_bytes(run, 1), run.device)
+        pictures = PicturesForward(
+            run.backbone, run.guidance, report, schedule, run.scenes, run.dtype,
+            tables=_tables(run), **_shared(run, report),
+        )  # fmt: skip
+        forward, sampling = pictures, replace(sampling, start=partial(pictures.start, sampling.start))
     else:
         forward = causal_forward(run, policy, report, make)
-    return Engine(forward, schedule, policy, settings.between, run.sampling, run.on_progress, run.cancelled, run.steer)
+    return Engine(forward, schedule, policy, settings.between, sampling, run.on_progress, run.cancelled, run.steer)
 
 
 def causal_forward(
@@ -150,7 +162,8 @@ def _window_bytes(run: RunSettings, chunks: int) -> int:
 
 def _tables(run: RunSettings) -> RotaryTables:
     """Rotary tables of a window's frames; those that are given may come on top."""
-    grid, frames = run.backbone.grid(*run.shape[3:]), run.schedule.total_chunks * run.shape[2]
+    chunks = 1 if run.seeing == "pictures" else run.schedule.total_chunks
+    grid, frames = run.backbone.grid(*run.shape[3:]), chunks * run.shape[2]
     return RotaryTables(run.backbone.rotary, grid, run.device, frames)
 
 

@@ -20,8 +20,7 @@ from dataclasses import dataclass, field
 from ..demo.captions import TOKENS
 from ..demo.train_network import CONFIG as DEMO
 from ..models.magi.config import MAGI_4_5B, MagiConfig
-from ..models.memory import FRAME_STRIDE
-from ..models.wan import WanConfig
+from ..models.wan import FRAME_STRIDE, WanConfig
 from .comfy import Graph
 from .real_size import WAN_1_3B
 

@@ -30,9 +30,9 @@ from ..models.magi.forward import magi_engine, magi_schedule
 from ..models.magi.network import MagiBackbone, MagiNetwork, MagiText, grouped_attention
 from ..models.magi.sampling import CHUNK_FRAMES
 from ..models.magi.text import null_text
-from ..models.memory import FRAME_STRIDE, latent_size
+from ..models.memory import latent_size
 from ..models.presets import preset
-from ..models.wan import TEXT_TOKENS, WanConfig, WanNetwork
+from ..models.wan import FRAME_STRIDE, TEXT_TOKENS, WanConfig, WanNetwork
 from ..schedule import ChunkSchedule, Place
 from ..settings import OFF, Settings
 from .meter import Meter, Work, attention_kernel, in_layers

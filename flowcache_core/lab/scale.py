@@ -19,8 +19,8 @@ from typing import get_args
 from ..history.plan import MemoryPlan
 from ..models.magi.config import MagiConfig
 from ..models.magi.memory import plan_magi
-from ..models.memory import FRAME_STRIDE, plan_wan
-from ..models.wan import WanConfig
+from ..models.memory import plan_wan
+from ..models.wan import FRAME_STRIDE, WanConfig
 from ..settings import HistoryType, Settings
 from ..storage.files import write_whole
 from .meter import Work

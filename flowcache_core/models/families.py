@@ -7,11 +7,14 @@ from typing import Literal
 
 from torch import nn
 
+from ..engine.build import Seeing
 from ..errors import UserError
 from ..settings import HELD, MAGI_PAPER_CUT, SKYREELS_PAPER_CUT, Compression, Drift, HistorySettings, Reuse, Settings
 from ..solvers import noise_levels
 from ..solvers.multistep import SkyReelsUniPC, UniPC
 from ..solvers.one_step import Euler, Noise, Renoise, SolverFactory
+from .longvie import CHUNK_FRAMES as LONGVIE_FRAMES
+from .longvie import LongVieBackbone
 from .presets import PAPER_PRESETS, PRESETS
 from .skyreels import POLYNOMIAL_1_3B, POLYNOMIAL_14B, SkyReelsBackbone
 from .wan import Attention, WanBackbone
@@ -50,7 +53,7 @@ class Family:
         fps: frames a second of its videos.
         condition: noise level at which given frames are shown.
         first_levels: noise levels of the first chunk, from the number of steps, where it takes more of them.
-        attention: chunk by chunk over a history, or the active chunks together and both ways ("rolling").
+        attention: how chunks see each other, see `engine.build.Seeing`.
         backbone: makes what runs a network of the family, from the network, frames a second and attention.
         published: the family's own settings for a preset, from its name and the network's width, or None.
         published_cut: how the paper's presets cut a history to its budget.
@@ -68,7 +71,7 @@ class Family:
     fps: int = 16
     condition: float = 0.0
     first_levels: Callable[[int], list[float] | None] = lambda steps: None
-    attention: Literal["causal", "joint", "rolling"] = "causal"
+    attention: Seeing = "causal"
     backbone: Callable[[nn.Module, int, Attention], WanBackbone] = lambda network, fps, attention: WanBackbone(
         network, attention
     )
@@ -137,6 +140,11 @@ FAMILIES: dict[str, Family] = {
     "wan": Family(
         50, 50, 3, always("unipc"), evenly(8.0), 6.0, (832, 480), 8.0,
         "Wan 2.1, README",
+    ),
+    "longvie": Family(
+        50, 50, LONGVIE_FRAMES, always("euler"), evenly(5.0), 5.0, (640, 352), 5.0,
+        "LongVie, inference.py and diffsynth/pipelines/wan_video_new_longvie.py", attention="pictures",
+        backbone=lambda network, fps, attention: LongVieBackbone(network, attention),
     ),
     **dict.fromkeys(("magi", "magi distilled"), Family(
         64, 16, 6, always("euler"), noise_levels.magi, 7.5, (720, 720), 3.0,

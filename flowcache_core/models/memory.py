@@ -4,14 +4,14 @@ from math import ceil
 
 from ..engine.rolling import rolling_bytes
 from ..errors import UserError
-from ..history.plan import MemoryPlan, plan_memory
+from ..history.plan import MemoryPlan, plan_memory, window_bytes
 from ..schedule import ChunkSchedule
 from ..settings import Settings
 from .families import Family
-from .wan import WanConfig
+from .longvie import HISTORY_FRAMES
+from .wan import FRAME_STRIDE, WanConfig
 
 VAE_STRIDE = 8  # pixels of a latent pixel, across and down
-FRAME_STRIDE = 4  # pixel frames of a latent frame; a video's first one has 1, but for MAGI-1
 
 
 def plan_wan(
@@ -48,6 +48,22 @@ def rolling_history_bytes(config: WanConfig, family: Family, size: tuple[int, in
     """
     schedule, grid = _wan_schedule(family, frames, None), _grid(config, size)
     return _branches(family) * rolling_bytes(config.sizes, grid, schedule, family.chunk_frames, rows=1, itemsize=2)
+
+
+def pictures_bytes(config: WanConfig, family: Family, size: tuple[int, int]) -> int:
+    """Works out what a forward over a chunk in bfloat16 takes, for LongVie 2, which keeps no history.
+
+    Args:
+        size: as for `plan_wan`.
+    """
+    frames = family.chunk_frames + HISTORY_FRAMES
+    return window_bytes(config.sizes, _grid(config, size), frames, rows=_branches(family), itemsize=2)
+
+
+def pictures_chunks(family: Family, frames: int) -> tuple[int, int]:
+    """Rounds pixel frames up to whole chunks that each begin a video of their own; gives chunks and frames."""
+    each = FRAME_STRIDE * (family.chunk_frames - 1) + 1
+    return ceil(frames / each), ceil(frames / each) * each
 
 
 def wan_frames(family: Family, frames: int) -> int:

@@ -26,6 +26,7 @@ from ..solvers.weights import joined_heads
 from .rotary import Rotary
 
 TEXT_TOKENS = 512
+FRAME_STRIDE = 4  # pixel frames of a latent frame; a video's first one has 1, but for MAGI-1
 Attend = Callable[[int, Tensor, Tensor, Tensor], Tensor]  # the same behind a layer number, over the history
 
 
@@ -92,6 +93,10 @@ class WanConfig:
     def sizes(self) -> NetworkSizes:
         """What decides how much memory a run takes."""
         return wan_sizes(self.num_layers, self.num_heads, self.dim, self.ffn_dim)
+
+    def network(self) -> "WanNetwork":
+        """Makes a network of these sizes."""
+        return WanNetwork(self)
 
 
 def wan_sizes(layers: int, heads: int, dim: int, inner_dim: int) -> NetworkSizes:
@@ -408,14 +413,21 @@ class WanBackbone(Compiled):
             return self._whole_block(layer, x, conditioning, attend)
 
     def _whole_block(self, layer: int, x: Tensor, conditioning: Conditioning, attend: Attention) -> Tensor:
-        block, (asks, asks_of_text, reads, feeds) = self.network.blocks[layer], self.parts
+        read = partial(self._read, layer, texts=conditioning.texts)
+        return self._through(self.network.blocks[layer], x, conditioning.modulation, self.heads, attend, read)
+
+    def _through(
+        self, block: Any, x: Tensor, modulation: Tensor, heads: int, attend: Attention, read: Callable[[Tensor], Tensor]
+    ) -> Tensor:
+        """Runs a block's modules over tokens [rows, T, S, dim] with a modulation [rows, T or 1, 6, dim]."""
+        asks, asks_of_text, reads, feeds = self.parts
         # One modulation a frame (or one for all) is broadcast over its S tokens.
         shift1, scale1, gate1, shift2, scale2, gate2 = (
-            (block.modulation.to(x)[:, None] + conditioning.modulation).unsqueeze(3).unbind(2)
+            (block.modulation.to(x)[:, None] + modulation).unsqueeze(3).unbind(2)
         )
-        y = attend(*asks(block, x, shift1, scale1, self.heads))
-        x, y = asks_of_text(block, x, y, gate1, self.heads)
-        y = self._read(layer, y, conditioning.texts)
+        y = attend(*asks(block, x, shift1, scale1, heads))
+        x, y = asks_of_text(block, x, y, gate1, heads)
+        y = read(y)
         x = reads(block, x, y)
         del y
         return feeds(block, x, shift2, scale2, gate2)

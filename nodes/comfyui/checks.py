@@ -7,7 +7,7 @@ from comfy.patcher_extension import WrappersMP
 from torch import Tensor
 
 from ...flowcache_core.errors import UserError
-from ...flowcache_core.models.memory import FRAME_STRIDE
+from ...flowcache_core.models.wan import FRAME_STRIDE
 
 COMPILED = "torch.compile"  # the host's key of a compiled network's wrapper
 COMPILE_OPTIONS = "torch_compile_kwargs"  # the host's key of what it compiles with, in model options

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from ...flowcache_core.engine.windows import window_sizes
 from ...flowcache_core.errors import UserError
-from ...flowcache_core.models.memory import FRAME_STRIDE
+from ...flowcache_core.models.wan import FRAME_STRIDE
 from .checks import pixel_frames, rounded_notes
 from .extend import Extension, Sampling, extend
 

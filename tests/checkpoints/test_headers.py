@@ -8,6 +8,8 @@ from pathlib import Path
 import pytest
 
 from flowcache_core.checkpoints import STAMP, inspect
+from flowcache_core.errors import UserError
+from flowcache_core.models.longvie import LongVieConfig
 from flowcache_core.models.magi.config import MAGI_4_5B, MAGI_24B
 from flowcache_core.models.wan import WanConfig
 from tests.helpers.headers import Header, stored, write_safetensors, write_shards, write_torch
@@ -16,6 +18,7 @@ from tests.helpers.paths import ROOT
 WAN = WanConfig(dim=1536, ffn_dim=8960, num_heads=12, num_layers=30)
 SKYREELS = WanConfig(dim=1536, ffn_dim=8960, num_heads=12, num_layers=30, fps=True)
 SKYREELS_14B = WanConfig(dim=5120, ffn_dim=13824, num_heads=40, num_layers=40)
+LONGVIE = LongVieConfig(dim=5120, ffn_dim=13824, num_heads=40, num_layers=40)
 
 
 def trained(path: Path, header: Header, config: dict) -> None:
@@ -55,6 +58,14 @@ def folder(stem: str, shards: int) -> Callable[[Path, Header, dict], None]:
     return write
 
 
+def led(path: Path, header: Header, config: dict) -> None:
+    """With LongVie's two files beside the shards of Wan 2.1."""
+    path.mkdir()
+    write_shards(path, "diffusion_pytorch_model", 7, header)
+    for part in LONGVIE_PARTS:
+        alone(path / part, *stored(LONGVIE_PARTS[part]))
+
+
 def magi(inner: str) -> Callable[[Path, Header, dict], None]:
     """In the folder that upstream's loader looks into."""
 
@@ -69,6 +80,8 @@ def converted(path: Path, header: Header, config: dict) -> None:
     """As `convert` writes it."""
     write_safetensors(path, header, {STAMP: json.dumps({"family": "magi distilled"})})
 
+
+LONGVIE_PARTS = {"control.safetensors": "longvie_control", "dit.safetensors": "longvie_dit"}
 
 # file or folder: its list in tests/headers, how it is written, family, sizes, whether the family stays a guess
 FILES = {
@@ -95,6 +108,7 @@ FILES = {
     ),
     "24B_base": ("magi_24b", magi("inference_weight"), "magi", MAGI_24B, False),
     "24B_distill_quant": ("magi_24b_quant", magi("inference_weight.fp8.distill"), "magi distilled", MAGI_24B, False),
+    "LongVie2": ("wan_i2v_14b", led, "longvie", LONGVIE, False),
     "diffusers SkyReels 1.3B": ("diffusers_skyreels_1_3b", folder("model", 1), "skyreels", SKYREELS, False),
     "diffusers SkyReels 14B": ("diffusers_skyreels_14b", folder("model", 12), "skyreels", SKYREELS_14B, False),
     "diffusers Wan": ("diffusers_wan_1_3b", folder("model", 2), "wan", WAN, True),
@@ -118,9 +132,16 @@ def test_a_published_file_is_what_it_is(name, tmp_path):
         assert (found.distilled, found.fp8) == (family == "magi distilled", "quant" in name)
 
 
+@pytest.mark.parametrize("part", [*LONGVIE_PARTS, "base"])
+def test_a_part_of_longvie_alone_says_what_is_missing(part, tmp_path):
+    alone(tmp_path / f"{part}.safetensors", *stored(LONGVIE_PARTS.get(part, "wan_i2v_14b")))
+    with pytest.raises(UserError, match=r"folder .*control\.safetensors|control\.safetensors .*folder"):
+        inspect(tmp_path / f"{part}.safetensors")
+
+
 def test_no_file_of_the_docs_is_missing_here():
     models = (ROOT / "docs" / "models.md").read_text().partition("The networks go to")[2].partition("## Settings")[0]
     named = {Path(name).name for name in re.findall(r"`([\w./-]+(?:\.pt|\.safetensors)|SkyReels-[\w.-]+)`", models)}
-    assert len(named) > 8 and named - {"OUT.safetensors"} <= FILES.keys()
+    assert len(named) > 8 and named - {"OUT.safetensors"} <= FILES.keys() | LONGVIE_PARTS.keys()
     magi_folders = set(re.findall(r"`(?:ckpt/magi/)?([\d.]+B_\w+)`", (ROOT / "docs" / "magi.md").read_text()))
     assert len(magi_folders) > 2 and magi_folders <= FILES.keys()

@@ -8,11 +8,13 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 
-from flowcache_core.checkpoints import Loaded, convert, load_backbone
+from flowcache_core.__main__ import main
+from flowcache_core.checkpoints import Loaded, convert, load, load_backbone
 from flowcache_core.demo import NETWORK_FILE
 from flowcache_core.errors import UserError
+from flowcache_core.models.longvie import LongVieBackbone, LongVieConfig, LongVieNetwork
 from flowcache_core.models.magi.network import MagiBackbone, MagiNetwork, MagiText, grouped_attention
 from flowcache_core.models.skyreels import SkyReelsBackbone
 from flowcache_core.models.wan import WanBackbone, WanConfig, WanNetwork
@@ -223,3 +225,60 @@ def refused(path: Path, words: str, **options) -> None:
     with pytest.raises(UserError, match=words) as caught:
         load_backbone(path, **options)
     assert "\n" not in str(caught.value)
+
+
+LED = LongVieConfig(**vars(replace(WIDE, in_dim=12)), control_layers=1, image_dim=24)
+CONTROL = "control_"
+
+
+def longvie(folder: Path) -> LongVieNetwork:
+    """The files that LongVie 2 comes in, with other attention in the base than upstream goes over it with."""
+    network = LongVieNetwork(LED)
+    fill(network)
+    weights = {name: tensor.clone() for name, tensor in network.state_dict().items()}
+    control = {f"pipe.dual_controller.{name}": one for name, one in weights.items() if name.startswith(CONTROL)}
+    attention = {name: one for name, one in weights.items() if name.startswith("blocks.") and ".self_attn." in name}
+    base = {name: one for name, one in weights.items() if not name.startswith(CONTROL)}
+    folder.mkdir()
+    save_file(base | {name: 2 * one for name, one in attention.items()}, folder / "base.safetensors")
+    save_file(attention, folder / "dit.safetensors")
+    save_file(control, folder / "control.safetensors")
+    return network
+
+
+def test_longvies_files_in_one_folder_are_one_network(tmp_path):
+    network = longvie(tmp_path / "led")
+    loaded = load_backbone(tmp_path / "led")
+    assert loaded.family == "longvie" and loaded.info.config == LED and not loaded.info.warnings
+    assert isinstance(loaded.backbone, LongVieBackbone)
+    for name, expected in network.state_dict().items():
+        assert torch.equal(loaded.backbone.network.state_dict()[name], expected), name
+    info = convert(tmp_path / "led", tmp_path / "one.safetensors")
+    assert info.family == "longvie" and info.config == LED
+    again = load_backbone(tmp_path / "one.safetensors").backbone.network.state_dict()
+    assert all(torch.equal(again[name], expected) for name, expected in network.state_dict().items())
+
+
+def test_attention_is_that_of_the_base_where_longvie_brings_none(tmp_path):
+    network = longvie(tmp_path / "led")
+    (tmp_path / "led" / "dit.safetensors").unlink()
+    loaded = load_backbone(tmp_path / "led").backbone.network.state_dict()
+    name = "blocks.0.self_attn.q.weight"
+    assert torch.equal(loaded[name], 2 * network.state_dict()[name])
+
+
+def test_scales_of_replaced_weights_go_with_them(tmp_path):
+    longvie(tmp_path / "led")
+    base = load_file(tmp_path / "led" / "base.safetensors")
+    names = [f"blocks.0.{part}.q.scale_weight" for part in ("self_attn", "cross_attn")]
+    save_file(base | {name: torch.ones(()) for name in names}, tmp_path / "led" / "base.safetensors")
+    _, tensors = load(tmp_path / "led")
+    assert [name in tensors for name in names] == [False, True]
+
+
+def test_info_says_what_longvie_takes(tmp_path, capsys):
+    longvie(tmp_path / "led")
+    assert main(["info", str(tmp_path / "led"), "--seconds", "10"]) == 0
+    said = capsys.readouterr().out
+    assert "longvie: LongVie 2" in said and "50 steps, lag 50, 21 latent frames a chunk" in said
+    assert "640x352, 162 frames (10.1 s), 2 chunks" in said and "history   none" in said

@@ -5,7 +5,8 @@ from math import ceil
 from ...errors import UserError
 from ...history.plan import MemoryPlan
 from ...settings import Settings
-from ..memory import FRAME_STRIDE, latent_size
+from ..memory import latent_size
+from ..wan import FRAME_STRIDE
 from .config import MagiConfig, magi_usual
 from .forward import MagiSampling, magi_plan, magi_schedule, magi_settings
 from .sampling import CHUNK_FRAMES
