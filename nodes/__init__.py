@@ -18,6 +18,7 @@ from .load_demo_vae import LoadDemoVAE
 from .load_magi_vae import LoadMagiVAE
 from .load_model import LoadARVideoModel
 from .load_state import LoadState
+from .longvie_control import LongVieControl
 from .magi_prompt import MagiPrompt
 from .over_gpus import FlowCacheOverGPUs
 from .prompts_over_time import PromptsOverTime
@@ -40,6 +41,7 @@ class FlowCacheExtension(ComfyExtension):
             MagiPrompt,
             PromptsOverTime,
             LivePromptNode,
+            LongVieControl,
             FlowCache,
             FlowCacheOverGPUs,
             Calibrate,

@@ -9,7 +9,7 @@ Source: Vchitect/LongVie, diffsynth/models/wan_video_dit_dual_control.py, diffsy
 inference.py.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, NamedTuple
@@ -82,11 +82,11 @@ class ImageEmbedding(nn.Module):
 class LongVieBlock(WanBlock):
     """A block that reads an image beside the text."""
 
-    def __init__(self, config: WanConfig):
-        super().__init__(config)
-        self.cross_attn.k_img = nn.Linear(config.dim, config.dim)
-        self.cross_attn.v_img = nn.Linear(config.dim, config.dim)
-        self.cross_attn.norm_k_img = nn.RMSNorm(config.dim, eps=config.eps)
+    def __init__(self, config: WanConfig, layers: Any = nn):
+        super().__init__(config, layers)
+        self.cross_attn.k_img = layers.Linear(config.dim, config.dim)
+        self.cross_attn.v_img = layers.Linear(config.dim, config.dim)
+        self.cross_attn.norm_k_img = layers.RMSNorm(config.dim, eps=config.eps)
 
 
 class LongVieNetwork(WanNetwork):
@@ -106,14 +106,38 @@ def add_control_layers(network: nn.Module, config: LongVieConfig, layers: Any = 
         network: gets them as attributes that begin with `CONTROL`.
         layers: whose Linear, LayerNorm and RMSNorm to use; a host's own, so that its weight casting works.
     """
-    half = config.dim // 2
+    half, count = config.dim // 2, config.control_layers
     for name in STREAMS:
-        blocks = nn.ModuleList(LongVieBlock(config.half) for _ in range(config.control_layers))
+        blocks = nn.ModuleList(LongVieBlock(config.half, layers) for _ in range(count))
         setattr(network, f"control_blocks_{name}", blocks)
-        setattr(network, f"control_initial_combine_linear_{name}", nn.Linear(config.dim, half))
-    network.control_text_linear = nn.Linear(config.dim, half)
-    network.control_t_mod = nn.Linear(config.dim, half)
-    network.control_combine_linears = nn.ModuleList(nn.Linear(half, config.dim) for _ in range(config.control_layers))
+        setattr(network, f"control_initial_combine_linear_{name}", layers.Linear(config.dim, half))
+    network.control_text_linear = layers.Linear(config.dim, half)
+    network.control_t_mod = layers.Linear(config.dim, half)
+    network.control_combine_linears = nn.ModuleList(layers.Linear(half, config.dim) for _ in range(count))
+
+
+def fit_control_layers(
+    network: nn.Module, config: LongVieConfig, weights: Mapping[str, Tensor], dtype: torch.dtype, layers: Any
+) -> None:
+    """Gives a host's network the control layers of a checkpoint.
+
+    Args:
+        weights: the checkpoint's; those that begin with `CONTROL` are taken.
+        dtype: that they are kept in.
+        layers: as for `add_control_layers`.
+    """
+    with torch.device("meta"):
+        beside = nn.Module()
+        add_control_layers(beside, config, layers)
+    own = {name: weight.to(dtype) for name, weight in weights.items() if name.startswith(CONTROL)}
+    beside.load_state_dict(own, assign=True)
+    for name, module in beside.requires_grad_(False).eval().named_children():
+        setattr(network, name, module)
+
+
+def leads(network: Any) -> bool:
+    """Whether a network has LongVie's control layers."""
+    return hasattr(network, "control_combine_linears")
 
 
 class LedContext(Context):

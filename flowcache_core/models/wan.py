@@ -110,28 +110,29 @@ def wan_sizes(layers: int, heads: int, dim: int, inner_dim: int) -> NetworkSizes
 
 
 class WanAttention(nn.Module):
-    def __init__(self, config: WanConfig):
+    def __init__(self, config: WanConfig, layers: Any = nn):
         super().__init__()
-        self.q = nn.Linear(config.dim, config.dim)
-        self.k = nn.Linear(config.dim, config.dim)
-        self.v = nn.Linear(config.dim, config.dim)
-        self.o = nn.Linear(config.dim, config.dim)
-        self.norm_q = nn.RMSNorm(config.dim, eps=config.eps)
-        self.norm_k = nn.RMSNorm(config.dim, eps=config.eps)
+        self.q = layers.Linear(config.dim, config.dim)
+        self.k = layers.Linear(config.dim, config.dim)
+        self.v = layers.Linear(config.dim, config.dim)
+        self.o = layers.Linear(config.dim, config.dim)
+        self.norm_q = layers.RMSNorm(config.dim, eps=config.eps)
+        self.norm_k = layers.RMSNorm(config.dim, eps=config.eps)
 
 
 class WanBlock(nn.Module):
-    def __init__(self, config: WanConfig):
+    """A block; `layers` may be a host's own, so that its weight casting works."""
+
+    def __init__(self, config: WanConfig, layers: Any = nn):
         super().__init__()
-        self.norm1 = nn.LayerNorm(config.dim, config.eps, elementwise_affine=False)
-        self.self_attn = WanAttention(config)
-        self.norm3 = nn.LayerNorm(config.dim, config.eps) if config.cross_attn_norm else nn.Identity()
-        self.cross_attn = WanAttention(config)
-        self.norm2 = nn.LayerNorm(config.dim, config.eps, elementwise_affine=False)
-        self.ffn = nn.Sequential(
-            nn.Linear(config.dim, config.ffn_dim), nn.GELU(approximate="tanh"), nn.Linear(config.ffn_dim, config.dim)
-        )
-        self.modulation = nn.Parameter(torch.randn(1, 6, config.dim) / config.dim**0.5)
+        dim, inner, eps = config.dim, config.ffn_dim, config.eps
+        self.norm1 = layers.LayerNorm(dim, eps, elementwise_affine=False)
+        self.self_attn = WanAttention(config, layers)
+        self.norm3 = layers.LayerNorm(dim, eps) if config.cross_attn_norm else nn.Identity()
+        self.cross_attn = WanAttention(config, layers)
+        self.norm2 = layers.LayerNorm(dim, eps, elementwise_affine=False)
+        self.ffn = nn.Sequential(layers.Linear(dim, inner), nn.GELU(approximate="tanh"), layers.Linear(inner, dim))
+        self.modulation = nn.Parameter(torch.randn(1, 6, dim) / dim**0.5)
 
 
 class WanHead(nn.Module):

@@ -7,6 +7,7 @@ from comfy.patcher_extension import WrappersMP
 from torch import Tensor
 
 from ...flowcache_core.errors import UserError
+from ...flowcache_core.models.longvie import leads
 from ...flowcache_core.models.wan import FRAME_STRIDE
 
 COMPILED = "torch.compile"  # the host's key of a compiled network's wrapper
@@ -81,6 +82,8 @@ def check_network(network: torch.nn.Module) -> None:
             f"The model is a {type(network).__name__}; FlowCache runs networks of the Wan 2.1 text-to-video layout. "
             "Load a causal Wan, SkyReels-V2 or the demo model; MAGI-1 is run by Autoregressive Extend."
         )
+    if leads(network):
+        return
     channels = {getattr(network, dim, 16) for dim in ("in_dim", "out_dim")}
     if getattr(network, "model_type", "t2v") != "t2v" or len(channels) > 1:
         raise UserError(

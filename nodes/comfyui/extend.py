@@ -32,7 +32,7 @@ from .live_prompt import LivePrompt, determining_prompt, live_prompt
 from .previews import preview_callback
 from .progress import progress_text
 from .resume import ResumeSettings, patches_of, root, weights_of
-from .sampler import ARSampler
+from .sampler import IN_ORDER, ARSampler
 from .stream import FramesOutlet, Outlet, OutputFile, StreamSettings, VideoOutlet, show
 
 
@@ -109,6 +109,7 @@ class Layout:
         frames: latent frames of the whole video.
         inside: given frames that the first new chunk begins with.
         after: latents that come behind the chunks, in the network's space, or None.
+        apart: each chunk's latents are a video of their own.
     """
 
     shape: Sequence[int]
@@ -117,6 +118,12 @@ class Layout:
     frames: int
     inside: int = 0
     after: Tensor | None = None
+    apart: bool = False
+
+    @property
+    def part(self) -> int:
+        """Latent frames of what came before that are taken at once."""
+        return self.shape[2] if self.apart else 8
 
 
 @dataclass(frozen=True)
@@ -153,8 +160,11 @@ class Kept:
 def extend(model: comfy.model_patcher.ModelPatcher, asked: Extension, how: Sampling) -> Extended:
     """Runs the host's guider over new chunks of a network of the Wan layout."""
     check_network(model.model.diffusion_model)
-    asked = with_live(asked, steered=how.seeing == "causal")
-    if asked.resume is not None and (how.seeing != "causal" or how.lag == 0 or asked.end is not None):
+    apart = how.seeing == "pictures"
+    if apart:
+        how = replace(how, lag=len(how.levels) - 1)
+    asked = with_live(asked, steered=how.seeing in IN_ORDER)
+    if asked.resume is not None and (how.seeing not in IN_ORDER or how.lag == 0 or asked.end is not None):
         raise UserError(
             "A run can be resumed where chunks follow one another and nothing is given after them; use attention "
             "'causal', a lag above 0 and no end, or disconnect 'resume'."
@@ -164,7 +174,7 @@ def extend(model: comfy.model_patcher.ModelPatcher, asked: Extension, how: Sampl
     shape = chunk_shape(model, asked, chunk_frames)
     if state is not None:
         state.check(name, chunk_frames, shape)
-        if not state.histories:
+        if not state.histories and not apart:
             raise UserError(
                 "The state is of a run that keeps no history (joint or rolling attention, or a given end); connect "
                 "that run's latent as a prefix instead."
@@ -180,6 +190,7 @@ def extend(model: comfy.model_patcher.ModelPatcher, asked: Extension, how: Sampl
         sampler.schedule(asked.chunks, len(how.levels) - 1),
         sampler.frames_before() + asked.chunks * chunk_frames + (0 if after is None else after.shape[2]),
         after=after,
+        apart=apart,
     )
 
     def sample(finished: FinishedChunks, earlier: State | None) -> None:
@@ -223,8 +234,9 @@ def carry_out(
     goes_on = asked.resume is not None and asked.resume.goes_on
     untouched = Report(layout.schedule, patch.label, notes=list(asked.notes))
     finished = FinishedChunks(
-        folder, outlet, keep, asked.node_id, untouched, prefix, layout.inside, goes_on, side, asked.notes
-    )
+        folder, outlet, keep, asked.node_id, untouched, prefix, layout.inside, goes_on, side, asked.notes,
+        part=layout.part,
+    )  # fmt: skip
     live: LiveRun | None = None
     running: AbstractContextManager = nullcontext()
     if asked.live is not None:
@@ -266,7 +278,7 @@ def carry_out(
     if asked.stream is not None and asked.resume is None:
         HELD.hold(kept.name, state, finished.report)
     images = torch.cat(outlet.frames) if isinstance(outlet, FramesOutlet) else None
-    return _handed_out(model, latents, state, finished.report, video, images)
+    return _handed_out(model, layout, latents, state, finished.report, video, images)
 
 
 def new_outlet(
@@ -274,8 +286,8 @@ def new_outlet(
 ) -> Outlet | None:
     """What decodes the chunks of an extension, if anything does."""
     if asked.stream is not None:
-        return VideoOutlet(asked.stream, model, layout.shape, asked.metadata, side)
-    return None if asked.vae is None else FramesOutlet(asked.vae, model, layout.shape, side)
+        return VideoOutlet(asked.stream, model, layout.shape, asked.metadata, side, layout.apart)
+    return None if asked.vae is None else FramesOutlet(asked.vae, model, layout.shape, side, layout.apart)
 
 
 def written_anew(
@@ -288,28 +300,32 @@ def written_anew(
     after = 0 if layout.after is None else layout.after.shape[2]
     given, generated, end = state.latents.split([before, state.latents.shape[2] - before - after, after], dim=2)
     first, rest = generated.tensor_split([layout.shape[2] - layout.inside], dim=2)
-    parts = [*given.split(8, dim=2), first, *rest.split(layout.shape[2], dim=2), end]
+    parts = [*given.split(layout.part, dim=2), first, *rest.split(layout.shape[2], dim=2), end]
     parts = [part for part in parts if part.shape[2]]
-    with closing(VideoOutlet(asked.stream, model, layout.shape, asked.metadata, side)) as outlet:
+    with closing(VideoOutlet(asked.stream, model, layout.shape, asked.metadata, side, layout.apart)) as outlet:
         for number, part in enumerate(parts, start=1):
             throw_exception_if_processing_interrupted()
             progress_text(f"writing part {number} of {len(parts)}; nothing is sampled anew", asked.node_id)
             for frames in outlet.add(part):
                 show(frames, number, len(parts))
         video = outlet.finish(report)
-    return _handed_out(model, state.latents, state, report, video)
+    return _handed_out(model, layout, state.latents, state, report, video)
 
 
 def _handed_out(
     model: comfy.model_patcher.ModelPatcher,
+    layout: Layout,
     latents: Tensor,
     state: State,
     report: Report,
     video: OutputFile | None,
     images: Tensor | None = None,
 ) -> Extended:
-    """A result with its latents in the host's space, whose report is found again by them."""
+    """A result with its latents in the host's space, whose report is found again by them. Chunks that are videos of
+    their own come as a batch, of which VAE Decode makes one video."""
     shown = model.model.process_latent_out(latents.float())
+    if layout.apart:
+        shown = torch.cat(shown.split(layout.shape[2], dim=2))
     host.patch_on(model.model_options).remember(shown, report)
     return Extended(shown, state, report, video, images)
 

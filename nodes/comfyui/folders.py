@@ -4,8 +4,9 @@ from pathlib import Path
 
 import folder_paths
 
-# In a folder that is a model as a whole: diffusers' and upstreams' settings, an index of shards, MAGI-1's own folders.
-MARKS = ("model_index.json", "config.json", "*.index*.json", "inference_weight*")
+# In a folder that is a model as a whole: diffusers' and upstreams' settings, an index of shards, MAGI-1's own folders,
+# LongVie's control layers.
+MARKS = ("model_index.json", "config.json", "*.index*.json", "inference_weight*", "control.safetensors")
 
 
 def file_names(folder: str) -> list[str]:

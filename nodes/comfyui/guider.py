@@ -18,6 +18,7 @@ from ...flowcache_core.engine.guidance import Again, Network
 from ...flowcache_core.errors import UserError
 from ...flowcache_core.history.positions import RotaryProduct
 from ...flowcache_core.models.families import family
+from ...flowcache_core.models.longvie import leads
 from ...flowcache_core.models.skyreels import share_frame_rate
 from ...flowcache_core.schedule import ChunkSchedule, Given
 from ...flowcache_core.solvers.weights import joined
@@ -150,6 +151,13 @@ def start_image(options: dict, latent: Tensor) -> Tensor | None:
     return given
 
 
+def compute_dtype(model) -> torch.dtype:
+    """What the network computes in, whatever its weights are stored as; ComfyUI 0.3.64 has no method for it."""
+    if hasattr(model, "get_dtype_inference"):
+        return model.get_dtype_inference()
+    return model.manual_cast_dtype or model.get_dtype()
+
+
 def text_tokens(guider) -> int:
     """Tokens of the longest prompt of a guider."""
     conds = guider.conds or guider.original_conds
@@ -267,7 +275,10 @@ class GuiderGuidance:
                 return torch.zeros_like(x)  # such a pass is for the history, where this call leaves nothing
             self._seen |= dict.fromkeys(names)
             self._called += names
+        x = x[:, : backbone.channels]  # an image that the host has put behind it is the scene's here
         backbone.patches = ModelPatches.of(network, options, (x.shape[3], x.shape[4]), self.stores and first)
+        if leads(network) and backbone.patches is not None and backbone.patches.on_blocks:
+            raise UserError("LongVie 2 takes no patches of its blocks by other nodes; remove that node.")
         if self.led is not None and backbone.patches is not None:
             refuse(["patches of its blocks or its attention"])
         rows = x.shape[0] // len(names)

@@ -101,6 +101,12 @@ def _clip(value) -> str | None:
     return None
 
 
+def _clip_vision(value) -> str | None:
+    if not hasattr(value, "encode_image"):
+        return f"holds a {_kind(value)}, no image encoder; connect the output of Load CLIP Vision"
+    return None
+
+
 def _conditioning(value) -> str | None:
     if not isinstance(value, list) or not all(_is_pair(pair) for pair in value):
         return f"holds a {_kind(value)}, no prompt; connect the output of a prompt node"
@@ -165,6 +171,7 @@ CHECKS: dict[str, Check] = {
     "MODEL": _model,
     "VAE": _vae,
     "CLIP": _clip,
+    "CLIP_VISION": _clip_vision,
     "CONDITIONING": _conditioning,
     "LATENT": _latent,
     "IMAGE": _image,

@@ -122,6 +122,11 @@ class ModelPatches:
         self._texts: dict[tuple, Tensor] = {}
         self._turns: dict[int, Tensor] = {}
 
+    @property
+    def on_blocks(self) -> bool:
+        """Whether a block runs as the host's own module, or something in its place."""
+        return self.whole_block or bool(self.in_place_of)
+
     def block(
         self, layer: int, x: Tensor, conditioning: Conditioning, attend: Attention, plain: Callable[[], Tensor]
     ) -> Tensor:

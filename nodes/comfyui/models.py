@@ -18,10 +18,11 @@ from torch import Tensor
 from ...flowcache_core import checkpoints
 from ...flowcache_core.checkpoints.conversion import untold
 from ...flowcache_core.demo.preview import RGB_BIAS, RGB_FACTORS
+from ...flowcache_core.models.longvie import CONTROL, LongVieConfig, fit_control_layers
 from ...flowcache_core.models.skyreels import add_frame_rate
 from ...flowcache_core.models.wan import WanConfig
 from .empty_vae import empty_vae
-from .guider import FAMILY, FPS, WARNINGS
+from .guider import FAMILY, FPS, WARNINGS, compute_dtype
 from .magi_model import magi_model
 
 
@@ -50,7 +51,11 @@ def load_model(
     if info.family in checkpoints.MAGI_FAMILIES:
         model = magi_model(path, info, weights, dtype, disable_dynamic)
     else:
-        model = _load_wan(weights, info.config, info.family in checkpoints.CAUSAL_FAMILIES, dtype, disable_dynamic)
+        own = {name: weight for name, weight in weights.items() if not name.startswith(CONTROL)}
+        model = _load_wan(own, info.config, info.family in checkpoints.CAUSAL_FAMILIES, dtype, disable_dynamic)
+        if isinstance(info.config, LongVieConfig):
+            computed = compute_dtype(model.model)
+            fit_control_layers(model.model.diffusion_model, info.config, weights, computed, comfy.ops.manual_cast)
         add_frame_rate(model.model.diffusion_model, weights, comfy.ops.manual_cast)
     warnings = info.warnings[: info.guessed], info.warnings[info.guessed :]
     told = {FAMILY: info.family, FPS: fps, WARNINGS: warnings}
@@ -69,6 +74,8 @@ def _load_wan(
     load = comfy.sd.load_diffusion_model_state_dict
     known = inspect.signature(load).parameters
     if "metadata" not in known:
+        if isinstance(config, LongVieConfig):  # such a host knows image to video by its usual sizes
+            return load(dict(weights), model_options=options)
         return _load_wan_by_hand(weights, config, dtype)
     transformer = untold(config) | ({"causal_ar": True} if causal else {})
     metadata = {"config": json.dumps({"transformer": transformer})}

@@ -40,7 +40,7 @@ from ...flowcache_core.storage.calibrations import calibration_path, load_calibr
 from .captions import at_once
 from .checks import adapt_others, check_finite
 from .gpus import division_of, planned_share
-from .guider import FAMILY, RUN, WARNINGS, text_tokens
+from .guider import FAMILY, RUN, WARNINGS, compute_dtype, text_tokens
 from .levels import check_flow, time_step_note
 from .loaders import loaded_file
 from .native import NativeRun
@@ -198,13 +198,6 @@ def calibration_of(model: comfy.model_patcher.ModelPatcher) -> Calibration | Non
     except UserError:
         return None
     return load_calibration(path) if path.is_file() else None
-
-
-def compute_dtype(model) -> torch.dtype:
-    """What the network computes in, whatever its weights are stored as; ComfyUI 0.3.64 has no method for it."""
-    if hasattr(model, "get_dtype_inference"):
-        return model.get_dtype_inference()
-    return model.manual_cast_dtype or model.get_dtype()
 
 
 class ChunkSampler(comfy.samplers.Sampler, ABC):

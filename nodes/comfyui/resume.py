@@ -10,6 +10,7 @@ from . import patch as host
 from .checks import COMPILED
 from .gpus import GPUS
 from .guider import FAMILY, FPS, WARNINGS
+from .longvie import LED
 
 PLACES = (  # of the host's patcher, where nodes hang what changes a run
     "object_patches",
@@ -67,7 +68,7 @@ def patches_of(model) -> list:
         {kind: {key: one for key, one in held.items() if key not in ours} for kind, held in found.items()}
         for found in (inside.get("wrappers", {}), model.wrappers)
     ]
-    told = (host.KEY, FAMILY, FPS, GPUS, WARNINGS, "wrappers")
+    told = (host.KEY, FAMILY, FPS, GPUS, WARNINGS, LED, "wrappers")
     other = {name: value for name, value in inside.items() if name not in told}
     more = set(model.additional_models) - {"multigpu"}  # copies of the same on other devices
     places = {name: getattr(model, name, None) for name in PLACES}
@@ -75,4 +76,5 @@ def patches_of(model) -> list:
     places["callbacks"] = {
         kind: {key: one for key, one in held.items() if key != GPUS} for kind, held in heard if set(held) != {GPUS}
     }
-    return [options, other, wrappers, more, list(places.values())]
+    led = inside[LED].determining() if LED in inside else []
+    return [options, other, wrappers, more, list(places.values()), led]

@@ -10,8 +10,10 @@ from torch import Tensor
 
 from ...flowcache_core.engine.build import RunSettings, Seeing, build_engine, given_chunks
 from ...flowcache_core.engine.loop import Engine, Progress, Sampling
+from ...flowcache_core.engine.pictures import Scenes
 from ...flowcache_core.errors import UserError
 from ...flowcache_core.models.families import SOLVERS
+from ...flowcache_core.models.longvie import leads
 from ...flowcache_core.schedule import ChunkSchedule, Given
 from ...flowcache_core.settings import OFF, Off, Settings
 from ...flowcache_core.solvers.one_step import chunk_noise
@@ -23,9 +25,11 @@ from .checks import adapt_others, check_finite, cut_into_chunks, short_note
 from .guider import FPS, RUN, GuiderGuidance, is_plain_sum, start_image, text_tokens
 from .levels import check_flow, time_step_note
 from .listener import RunListener
+from .longvie import scenes_of
 from .progress import say
 from .steering import Steering
 
+IN_ORDER = ("causal", "pictures")  # ways of seeing in which chunks follow one another
 LEAD_NOISE = -1  # stands for a chunk's number where noise is drawn for given frames that fill none
 
 
@@ -38,12 +42,13 @@ class ARSampler(host.ChunkSampler):
         lag: ticks between the starts of two chunks; the number of steps, or more, is one chunk at a time.
         solver: a key of `SOLVERS`.
         seeing: "causal" goes chunk by chunk over a history; "joint" runs all chunks of a window together, "rolling" the
-            active ones, seeing each other both ways (SkyReels-V2 and Rolling Forcing as upstream runs them).
+            active ones, seeing each other both ways (SkyReels-V2 and Rolling Forcing as upstream runs them); "pictures"
+            makes each chunk from pictures of the one before (LongVie 2).
         first_levels: noise levels of the first chunk where it takes more steps than the others; for "causal".
         prefix: latent [B, C, T, H, W] in the host's space that comes before the generated frames.
         end: such a latent that comes after them; not for "rolling".
         condition: noise level that the prefix is shown at.
-        state: an earlier run's state to go on from; for "causal".
+        state: an earlier run's state to go on from; for "causal" and "pictures".
         beside: bytes of latents that the caller will hold in the end.
         chunks: how many to generate from a noise of a single chunk, each with its own noise of the run's seed; what is
             returned is then the last one. 0: as many as the noise holds behind the start image of ARVideoI2V if there
@@ -122,7 +127,7 @@ class ARSampler(host.ChunkSampler):
 
     def planned_bytes(self, guider, noise: Tensor, sigmas: Tensor, settings: Settings) -> int | None:
         """Works out what a run takes of the device's memory; None for a joint window, a forward like the host's."""
-        if self.seeing == "joint":
+        if self.seeing in ("joint", "pictures"):
             return None
         cut = self.cut(noise, guider.model_options)
         schedule = self.schedule(cut.chunks, len(sigmas) - 1)
@@ -138,7 +143,7 @@ class ARSampler(host.ChunkSampler):
 
     def chunks_before(self) -> int:
         """Counts the whole chunks that a causal run has behind it when it starts."""
-        return self.frames_before() // self.chunk_frames if self.seeing == "causal" else 0
+        return self.frames_before() // self.chunk_frames if self.seeing in IN_ORDER else 0
 
     def frames_before(self) -> int:
         """Counts the frames that are there already."""
@@ -197,13 +202,15 @@ class SamplerCall:
         """Makes the run; frames that are given have been run when it returns."""
         sampler, seeing, options = self.sampler, self.sampler.seeing, self.options["transformer_options"]
         prefix, end = self._inside(sampler.prefix) if self.begun is None else self.begun, self._inside(sampler.end)
-        if seeing != "causal":
-            self._check_window(prefix, end)
-            asked, settings = settings, OFF
+        asked = settings
+        self._check_seeing(prefix, end)
+        if seeing not in IN_ORDER:
+            settings = OFF
         one_sum = is_plain_sum(self.guider, self.options, host.KEY) and self.captions.alike
         guidance = GuiderGuidance(
             self.guider, self.model.diffusion_model, options, self.captions, self._ask,
-            at_once=one_sum or seeing != "causal", schedule=self.schedule, stores=seeing != "joint",
+            at_once=one_sum or seeing not in IN_ORDER, schedule=self.schedule,
+            stores=seeing not in ("joint", "pictures"),
             plain=one_sum, led=self.led,
         )  # fmt: skip
         first_levels = sampler.first_levels if self.schedule.first_steps else None
@@ -222,17 +229,18 @@ class SamplerCall:
             beside=sampler.beside,
             loaded=sampler.state.by_branch if sampler.state else None,
             grain=None if prefix is None else partial(self._grain, prefix),
+            scenes=self._scenes() if seeing == "pictures" else None,
             on_progress=lambda told: self._progress(told, engine),
             steer=lambda ahead: sampler.listener.steer(ahead, self._steering(engine)),
         )  # fmt: skip
         engine: Engine = build_engine(run) if self.led is None else self.led.engine(run)
         engine.report.notes += guidance.notes
-        if seeing != "causal" and not (isinstance(asked.reuse, Off) and not asked.history.bounded):
+        if seeing not in IN_ORDER and not (isinstance(asked.reuse, Off) and not asked.history.bounded):
             engine.report.notes.append(
                 f"nothing is reused and no history is cut: attention '{seeing}' runs every step of a window; 'causal' "
                 "reuses"
             )
-        if not one_sum and seeing != "causal" and self.schedule.lag:
+        if not one_sum and seeing not in IN_ORDER and self.schedule.lag:
             engine.report.notes.append(
                 "the guider is told one noise level for all chunks of a window, that of the newest: functions and "
                 "prompts that change over the steps follow it"
@@ -249,16 +257,35 @@ class SamplerCall:
                 prefix, lead, sampler.chunk_frames if seeing == "causal" else prefix.shape[2]
             ):
                 engine.give(chunk, self._noised(chunk, latent), sampler.condition)
+        if seeing == "pictures" and sampler.state is not None:  # the chunk that the next one begins with pictures of
+            latest = sampler.state.latents[:, :, -sampler.chunk_frames :].to(self.noise)
+            engine.give(self.schedule.prefix - 1, latest)
         if end is not None:
             engine.give(Given.END, end)
         return engine
+
+    def _scenes(self) -> Scenes:
+        """What chunks are shown, from what LongVie Control has put on the model."""
+        height, width = (8 * side for side in self.shape[3:])
+        return scenes_of(self.guider.model_patcher, self.options, (width, height), self.shape[2])
 
     def _steering(self, engine: Engine) -> Steering:
         return Steering(
             self.guider, self.captions, self.noise, self.latent_image, self.seed, self.schedule, engine.report
         )
 
-    def _check_window(self, prefix: Tensor | None, end: Tensor | None) -> None:
+    def _check_seeing(self, prefix: Tensor | None, end: Tensor | None) -> None:
+        seeing = self.sampler.seeing
+        if leads(self.model.diffusion_model) != (seeing == "pictures"):
+            raise UserError(
+                "LongVie 2 is run by Autoregressive Extend with attention auto, and nothing else is run so; use that."
+            )
+        if seeing == "pictures" and (prefix is not None or end is not None):
+            raise UserError(
+                "LongVie 2 begins with the picture that LongVie Control is given; leave prefix and end unconnected."
+            )
+        if seeing in IN_ORDER:
+            return
         self.captions.refuse(f"attention '{self.sampler.seeing}'")
         if self.sampler.state is not None:
             raise UserError(

@@ -188,14 +188,15 @@ class Outlet(ABC):
         model: the host's patcher of the model that is sampling; it is brought back to its device after a decode.
         shape: of a chunk's latent [B, C, T, H, W].
         side: decodes beside the run, where the device has room for both.
+        apart: each chunk's latents are a video of their own.
     """
 
-    def __init__(self, vae, model, shape, side: SideStream):
+    def __init__(self, vae, model, shape, side: SideStream, apart: bool = False):
         if shape[0] != 1:
             raise UserError(
                 f"One video is decoded while it is made, and the latents have a batch of {shape[0]}; use a batch of 1."
             )
-        self.decode = stream_decoder(vae, self._make_room)
+        self.apart, self.decode = apart, stream_decoder(vae, self._make_room)
         self.movable: Callable[[], Collection[Movable]] = tuple  # histories of the run, which may leave the device
         self.vae, self.model, self.side = vae, model, side
         self._begun: list[Pending[Tensor]] = []  # frames that are being decoded
@@ -215,6 +216,9 @@ class Outlet(ABC):
             frames = self.decode(self.model.model.process_latent_out(latent.float()), side)
         if frames is not None:
             self._begun.append(frames)
+        if self.apart:
+            self._begun += [rest for rest in [self.decode.finish()] if rest is not None]
+            self.decode = stream_decoder(self.vae, self._make_room)
         # The VAE may have pushed the model off its device, in the middle of a run.
         comfy.model_management.load_models_gpu([self.model])
         return decoded + self.decoded()
@@ -275,8 +279,8 @@ class FramesOutlet(Outlet):
         frames: [T, H, W, 3] in [0, 1], in parts as they came.
     """
 
-    def __init__(self, vae, model, shape, side: SideStream):
-        super().__init__(vae, model, shape, side)
+    def __init__(self, vae, model, shape, side: SideStream, apart: bool = False):
+        super().__init__(vae, model, shape, side, apart)
         self.frames: list[Tensor] = []
 
     def _take(self, frames: Tensor) -> None:
@@ -288,12 +292,12 @@ class VideoOutlet(Outlet):
 
     Args:
         settings: of the stream.
-        model, shape, side: as for every outlet.
+        model, shape, side, apart: as for every outlet.
         metadata: of the workflow.
     """
 
-    def __init__(self, settings: StreamSettings, model, shape, metadata: dict, side: SideStream):
-        super().__init__(settings.vae, model, shape, side)
+    def __init__(self, settings: StreamSettings, model, shape, metadata: dict, side: SideStream, apart: bool = False):
+        super().__init__(settings.vae, model, shape, side, apart)
         self.settings = settings
         self._shown = 0  # frames of the unfinished file that its node plays
         self._shown_at = float("-inf")

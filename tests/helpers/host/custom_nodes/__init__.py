@@ -211,6 +211,29 @@ class HardTimes:
         return {}
 
 
+class Seen:
+    """What an image encoder gives, as the host's say it."""
+
+    def __init__(self, picture: torch.Tensor):
+        spread = torch.randn(1, 257, 1280, generator=torch.Generator().manual_seed(1))
+        self.penultimate_hidden_states = spread * (1 + 4 * picture.mean())
+
+
+class ImageEncoder:
+    """An image encoder that sees how bright a picture is, and no more."""
+
+    INPUT_TYPES = classmethod(lambda cls: {"required": {}})
+    RETURN_TYPES = ("CLIP_VISION",)
+    FUNCTION = "make"
+    CATEGORY = "test"
+
+    def make(self):
+        return (ImageEncoder(),)
+
+    def encode_image(self, image: torch.Tensor, crop: bool = True) -> Seen:
+        return Seen(image.cpu())
+
+
 class LiveObjects:
     """Counts what is alive in the server, by type, and the bytes of its tensors."""
 
@@ -255,6 +278,7 @@ NODE_CLASS_MAPPINGS = {
     "TestFrameNoise": FrameNoise,
     "TestGuiderCalls": GuiderCalls,
     "TestHardTimes": HardTimes,
+    "TestImageEncoder": ImageEncoder,
     "TestLiveObjects": LiveObjects,
     "TestWrongObject": WrongObject,
 }
