@@ -56,6 +56,7 @@ def load_model(
         if isinstance(info.config, LongVieConfig):
             computed = compute_dtype(model.model)
             fit_control_layers(model.model.diffusion_model, info.config, weights, computed, comfy.ops.manual_cast)
+            model.size = 0  # the host adds it up anew, with the layers that it did not load itself
         add_frame_rate(model.model.diffusion_model, weights, comfy.ops.manual_cast)
     warnings = info.warnings[: info.guessed], info.warnings[info.guessed :]
     told = {FAMILY: info.family, FPS: fps, WARNINGS: warnings}

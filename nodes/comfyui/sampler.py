@@ -280,6 +280,8 @@ class SamplerCall:
             raise UserError(
                 "LongVie 2 is run by Autoregressive Extend with attention auto, and nothing else is run so; use that."
             )
+        if seeing == "pictures" and self.led is not None:
+            raise UserError("FlowCache over GPUs does not divide LongVie 2; bypass that node.")
         if seeing == "pictures" and (prefix is not None or end is not None):
             raise UserError(
                 "LongVie 2 begins with the picture that LongVie Control is given; leave prefix and end unconnected."
