@@ -175,6 +175,9 @@ class Compression:
         protect_newest: the newest clean chunk always stays.
         sink: frames of the video's beginning that always stay (`sink_size` of Self-Forcing and its kin); None leaves
             it to protect_first.
+        sink_share: what each cut leaves of the sink; the rest of it comes from the frames that are dropped, place by
+            place, so that the sink follows the video slowly (Reward Forcing's `compression_alpha`; 1 leaves the sink as
+            it is). Needs the rule "window", relative positions and a sink as long as a chunk.
     """
 
     rule: Literal["flowcache", "window", "random"] = "flowcache"
@@ -188,8 +191,13 @@ class Compression:
     protect_first: bool = False
     protect_newest: bool = False
     sink: int | None = None
+    sink_share: float = 1.0
 
     def __post_init__(self):
+        if not 0.0 < self.sink_share <= 1.0:
+            raise UserError(f"The share of the sink that stays is {self.sink_share}, expected above 0 to 1.")
+        if self.moves_sink and (self.rule != "window" or not self.sink):
+            raise UserError("A sink that takes up dropped frames needs the rule 'window' and a sink in frames.")
         if self.sink is not None and self.sink < 0:
             raise UserError(f"The sink is {self.sink} frames, expected 0 or more.")
         if self.rule not in ("flowcache", "window", "random"):
@@ -202,6 +210,11 @@ class Compression:
             raise UserError(f"pool is {self.pool}, expected an odd number of at least 1.")
         if self.queries < 0:
             raise UserError(f"queries is {self.queries}, expected 0 (the whole chunk) or more.")
+
+    @property
+    def moves_sink(self) -> bool:
+        """Whether the sink changes at a cut."""
+        return self.sink_share < 1.0
 
     @property
     def protected_chunks(self) -> int:
@@ -262,6 +275,8 @@ class HistorySettings:
             raise UserError(
                 "Positions relative to the window need a history budget; set one, or use absolute positions."
             )
+        if self.compression.moves_sink and not self.relative:
+            raise UserError("A sink that takes up dropped frames has no place in the video; use relative positions.")
 
     def _check_window(self, window: int) -> None:
         if self.budget is not None:
@@ -295,6 +310,15 @@ class HistorySettings:
                 f"The history {held}, which leaves {kept} frames beside a chunk of {chunk_frames}, but {least} must "
                 "stay; raise it or make the sink smaller."
             )
+        if (
+            kept is not None
+            and self.compression.moves_sink
+            and (self.compression.sink != chunk_frames or kept % chunk_frames)
+        ):
+            raise UserError(
+                f"A sink that takes up dropped frames must be as long as a chunk of {chunk_frames} frames, and the "
+                f"window a whole number of chunks; the sink is {self.compression.sink}, and {kept} frames are kept."
+            )
         return kept
 
     @property
@@ -312,7 +336,12 @@ class HistorySettings:
 
 
 def bounded_history(
-    budget: int | None, window: int | None, sink: int, compression: Compression = BY_FRAMES, **more: Any
+    budget: int | None,
+    window: int | None,
+    sink: int,
+    compression: Compression = BY_FRAMES,
+    sink_share: float = 1.0,
+    **more: Any,
 ) -> HistorySettings:
     """Makes a history with a budget in chunks, with a window in frames, or a whole one.
 
@@ -320,6 +349,7 @@ def bounded_history(
         budget, window: as for `HistorySettings`; at most one of them.
         sink: frames at the video's beginning that a window keeps.
         compression: how a budget is cut.
+        sink_share: as for `Compression`.
         more: for `HistorySettings`.
 
     Raises:
@@ -327,7 +357,11 @@ def bounded_history(
     """
     if window is None and sink:
         raise UserError(f"A sink of {sink} frames needs a window in frames; set one, or keep the first chunk instead.")
-    cut = compression if window is None else replace(compression, rule="window", sink=sink, protect_first=False)
+    if window is None and sink_share < 1.0:
+        raise UserError("A sink that takes up dropped frames needs a window and a sink in frames.")
+    cut = compression
+    if window is not None:
+        cut = replace(compression, rule="window", sink=sink, protect_first=False, sink_share=sink_share)
     return HistorySettings(budget, cut, window=window, **more)
 
 

@@ -45,6 +45,7 @@ class FlowCache(io.ComfyNode):
                 advanced(io.Combo.Input("history_type", options=["auto", *HISTORY_TYPES], default="auto")),
                 advanced(io.Int.Input("window_frames", default=0, min=0, max=1000)),
                 advanced(io.Int.Input("sink_frames", default=0, min=0, max=1000)),
+                advanced(io.Float.Input("sink_share", default=1.0, min=0.001, max=1.0, step=0.001, round=0.0001)),
             ],
             outputs=[io.Model.Output()],
             found_by=("cache", "speed up", "teacache", "easycache", "kv cache", "faster video"),
@@ -55,14 +56,14 @@ class FlowCache(io.ComfyNode):
     def execute(
         cls, model, preset, history_budget, policy, every, threshold, warmup, forecast, granularity, importance_weight,
         keep_first_chunk, positions, history_rule, correct, quality, history_memory, overlap, family,
-        queries, asked_from, history_type, window_frames, sink_frames,
+        queries, asked_from, history_type, window_frames, sink_frames, sink_share,
     ) -> io.NodeOutput:  # fmt: skip
         compression = Compression(
             rule=history_rule, weight=importance_weight, granularity=granularity, protect_first=keep_first_chunk,
             queries=queries, asked_from=asked_from,
         )  # fmt: skip
         history = bounded_history(
-            history_budget or None, window_frames or None, sink_frames, compression,
+            history_budget or None, window_frames or None, sink_frames, compression, sink_share=sink_share,
             relative=positions == "relative", memory=history_memory,
             type=HISTORY_TYPES[0] if history_type == "auto" else history_type,
         )  # fmt: skip

@@ -30,7 +30,7 @@ from torch import Tensor
 from ..errors import UserError
 from ..schedule import Given
 from ..settings import HistorySettings
-from .compression import asking_queries, evict, sink_tokens
+from .compression import asking_queries, blended_sink, evict, sink_tokens
 from .offload import TOO_LITTLE, OffloadableBuffer, attempts, runs_out_of_memory
 from .plan import MemoryPlan
 from .positions import Positions
@@ -282,7 +282,8 @@ class History:
         old = torch.cat([stored, keys], dim=2) if self.positions.relative else seen
         whole = self._open.values.here[:, :, given:end]
         tokens = torch.cat([self.tokens[layer, :, :, given : self.clean], numbers], dim=2)
-        self._write(layer, given + self._sink, *self._evicted(layer, seen, [old, whole, tokens]))
+        parts = [old, whole, tokens]
+        self._write_kept(layer, parts, self._evicted(layer, seen, parts))
 
     def commit(self, chunks: Sequence[Chunk]) -> None:
         """Ends a forward: these chunks are clean from now on. One that this branch was never run for has no slot, and
@@ -336,7 +337,16 @@ class History:
         if self.slots:
             moved = [part.read(self.clean, filled) for part in parts]
             fresh = [torch.cat(pair, dim=2) for pair in zip(fresh, moved, strict=True)]
-        self._write(layer, given + self._sink, *fresh)
+        self._write_kept(layer, clean, fresh)
+
+    def _write_kept(self, layer: int, clean: Sequence[Tensor], fresh: Sequence[Tensor]) -> None:
+        """Writes what a cut leaves behind the sink, and the sink where it has changed."""
+        settings, sink = self.settings.compression, self._sink
+        if settings.moves_sink:
+            front = blended_sink(settings, sink, self._keep, clean)
+            fresh, sink = [torch.cat(pair, dim=2) for pair in zip(front, fresh, strict=True)], 0
+        keys, values, tokens = fresh
+        self._write(layer, self.plan.given_tokens + sink, keys, values, tokens)
 
     def _evicted(self, layer: int, seen: Tensor, parts: list[Tensor], queries: Tensor | None = None) -> list[Tensor]:
         """What stays of a layer's tokens but the given ones and the sink, by the queries that were kept unless told
@@ -501,8 +511,11 @@ class History:
             rest = [part[:, :, lead:] for part in parts]
             queries = saved.queries[layer] if len(saved.queries) else None
             cut = self._evicted(layer, rest[0], rest, queries)
-            fixed = lead + self._sink
-            parts = [torch.cat([part[:, :, :fixed], new], dim=2) for part, new in zip(parts, cut, strict=True)]
+            sink = [part[:, :, : self._sink] for part in rest]
+            if self.settings.compression.moves_sink:
+                sink = self._loaded_sink(rest, kept - lead)
+            joined = zip(parts, sink, cut, strict=True)
+            parts = [torch.cat([part[:, :, :lead], front, new], dim=2) for part, front, new in joined]
         keys, values, tokens = parts[0], parts[1], parts[2].to(self.device)
         if self.positions.relative:
             keys = self.positions.turn_back(keys.to(self.device, self.dtype), tokens)
@@ -510,6 +523,13 @@ class History:
         if len(saved.queries) and self.plan.asking:
             queries = saved.queries[layer]
             self._keep_queries(layer, queries.to(self.device, self.dtype))
+
+    def _loaded_sink(self, parts: Sequence[Tensor], keep: int) -> list[Tensor]:
+        """The sink of a state that is cut as it is loaded, whose keys stand where they do in the video."""
+        keys, values, tokens = parts
+        unturned = [self.positions.turn_back(keys, tokens), values, tokens]
+        keys, values, tokens = blended_sink(self.settings.compression, self._sink, keep, unturned)
+        return [self.positions.turn_absolute(keys, tokens), values, tokens]
 
 
 def _stacked(parts: Sequence[OffloadableBuffer], start: int, end: int, stream: SideStream) -> Tensor:

@@ -197,6 +197,29 @@ def choose(
     return Choice(sink, tail, unit, best_units(scores, kept, unit))
 
 
+def blended_sink(settings: Compression, sink: int, keep: int, parts: Sequence[Tensor]) -> list[Tensor]:
+    """Mixes the tokens that the "window" rule drops into those of the sink, oldest first.
+
+    Source: daydreamlive/scope, pipelines/reward_forcing/modules/causal_model.py, `incremental_update`.
+
+    Args:
+        sink, keep: tokens of the sink, and of all that stays; a multiple of it more are there.
+        parts: keys and values [B, heads, N, D] without a turn in time, then token numbers [B, heads, N], which stay.
+
+    Returns:
+        The sink's part of each.
+    """
+    keys, values, numbers = parts
+    dropped = keys.shape[2] - keep
+    mixed = []
+    for part in (keys, values):
+        now = part[:, :, :sink]
+        for old in part[:, :, sink : sink + dropped].split(sink, dim=2):
+            now = torch.lerp(old.float(), now.float(), settings.sink_share).to(part.dtype)
+        mixed.append(now)
+    return [*mixed, numbers[:, :, :sink]]
+
+
 def evict(
     compression: Compression,
     keys: Tensor,

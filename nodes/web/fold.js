@@ -35,6 +35,7 @@ const PLACES = {
     positions: (at) => foldedIf(cuts(at) || keepsFrames(at)),
     window_frames: (at) => foldedIf(!cuts(at) || keepsFrames(at)),
     sink_frames: (at) => foldedIf(keepsFrames(at) || at.sink_frames > 0),
+    sink_share: (at) => foldedIf(at.sink_frames > 0),
   },
   FlowCacheAutoregressiveExtend: {
     guidance: () => FOLDED,

@@ -1,6 +1,7 @@
 """Windows and sinks that count frames, against the caches of LongLive and Self-Forcing (tests/golden/README.md)."""
 
 import pytest
+import torch
 
 from flowcache_core.engine.guidance import classifier_free
 from flowcache_core.engine.loop import Engine
@@ -20,8 +21,8 @@ FRAMES = 3  # of a chunk
 SEEN = [tuple(map(int, name.split(".")[1:])) for name in GOLDEN if name.startswith("seen.")]
 
 
-def window(frames: int, sink: int, **more) -> HistorySettings:
-    return HistorySettings(window=frames, compression=Compression("window", sink=sink), **more)
+def window(frames: int, sink: int, share: float = 1.0, **more) -> HistorySettings:
+    return HistorySettings(window=frames, compression=Compression("window", sink=sink, sink_share=share), **more)
 
 
 RUNS = {
@@ -29,6 +30,9 @@ RUNS = {
     "longlive_sink_1": (5, window(6, 1)),
     "longlive_uneven": (5, window(8, 2)),
     "longlive_infinity": (6, window(12, 3, relative=True)),
+    "reward_forcing": (7, window(9, 3, 0.999, relative=True)),
+    "reward_forcing_half": (7, window(9, 3, 0.5, relative=True)),
+    "reward_forcing_12": (7, window(12, 3, 0.7, relative=True)),
 }
 
 
@@ -52,6 +56,13 @@ def test_whole_run(name):
     assert relative_error(found, expected) < 1e-5
     chunks, history = RUNS[name]
     assert relative_error(video(make(chunks, window(history.window + 1, history.compression.sink))), expected) > 1e-2
+
+
+@pytest.mark.parametrize("name", ["reward_forcing_half", "reward_forcing_12"])
+def test_a_sink_that_takes_up_dropped_frames_is_no_fixed_one(name):
+    chunks, history = RUNS[name]
+    fixed = video(make(chunks, window(history.window, 3, relative=True)))
+    assert relative_error(fixed, GOLDEN[f"{name}.final"]) > 1e-2
 
 
 def test_a_sink_of_frames_is_no_sink_of_a_chunk():
@@ -115,6 +126,40 @@ def test_where_chunks_overlap_what_the_window_leaves_beside_one_chunk_is_kept():
 def test_a_window_without_room(settings, chunk_frames, words):
     with pytest.raises(UserError, match=words):
         HistorySettings(**settings).kept_frames(chunk_frames)
+
+
+def test_a_sink_that_takes_up_dropped_frames_goes_on_from_a_state():
+    history = window(9, 3, 0.5, relative=True)
+    whole = video(make(7, history))
+    begun = make(4, history)
+    first = video(begun)
+    saved = begun.save()
+    noise = frames_of("noise", 21).split(FRAMES, dim=2)
+    after = build(
+        WanBackbone(golden_weights.network()),
+        ChunkSchedule(3, 4, 4, prefix=4),
+        classifier_free(golden_weights.text("cond")),
+        noise_levels.linear(4, 5.0),
+        start=lambda chunk: noise[chunk],
+        settings=Settings(history=history),
+        noise=lambda chunk, step: frames_of(f"renoise.{chunk}.{step}", FRAMES),
+        solver=Renoise,
+        loaded=saved,
+    )
+    assert relative_error(torch.cat([first, video(after)], dim=2), whole) < 1e-5
+
+
+def test_sinks_that_make_no_sense():
+    with pytest.raises(UserError, match="relative positions"):
+        window(9, 3, 0.5)
+    with pytest.raises(UserError, match="needs the rule 'window'"):
+        Compression(sink=3, sink_share=0.5)
+    with pytest.raises(UserError, match="above 0 to 1"):
+        Compression("window", sink=3, sink_share=0.0)
+    with pytest.raises(UserError, match="as long as a chunk"):
+        window(9, 2, 0.5, relative=True).kept_frames(3)
+    with pytest.raises(UserError, match="as long as a chunk"):
+        window(10, 3, 0.5, relative=True).kept_frames(3)
 
 
 def test_windows_that_make_no_sense():

@@ -65,6 +65,22 @@ def test_two_extensions_equal_one_run(server):
     assert (ours - expected).norm() / expected.norm() < 1e-4
 
 
+def test_a_window_counts_frames(server):
+    """2 frames a chunk: a window of 6 with a sink of 2 is a budget of 2 chunks, the first of them kept."""
+
+    def kept(**inputs) -> torch.Tensor:
+        graph = Graph()
+        model = flowcache(graph, preset="off", **inputs)
+        return sample(server, graph, extend(graph, chunks=5, model=model))
+
+    chunks = kept(history_budget=2, history_rule="window", keep_first_chunk=True)
+    frames = kept(history_budget=0, window_frames=6, sink_frames=2)
+    assert torch.equal(frames, chunks)
+    assert not torch.equal(kept(history_budget=0, window_frames=6, sink_frames=1), chunks)
+    relative = dict(history_budget=0, window_frames=6, sink_frames=2, positions="relative")
+    assert not torch.equal(kept(**relative, sink_share=0.5), kept(**relative))
+
+
 def test_two_captions_from_one_state(server):
     graph = Graph()
     model = flowcache(graph, preset="balanced", history_budget=1)
