@@ -19,6 +19,7 @@ LOADERS = {  # type: the folder that it lists
     "CLIPLoader": "text_encoders",
     "VAELoader": "vae",
     "FlowCacheLoadMagiVAE": "vae",
+    "CLIPVisionLoader": "clip_vision",
 }
 HOSTS = ("huggingface.co",)  # that the page takes downloads from
 ENDINGS = (".safetensors", ".sft", ".ckpt", ".pth", ".pt")
@@ -41,7 +42,7 @@ def loaders(graph: dict) -> list[dict]:
 
 
 def test_the_page_links_files_where_it_can():
-    assert len(LINKS) == 8
+    assert len(LINKS) == 9
     for name, url in LINKS.items():
         parts = urllib.parse.urlsplit(url)
         assert parts.netloc in HOSTS and parts.path.endswith("/" + name) and name.endswith(ENDINGS)
@@ -86,6 +87,7 @@ GOLDEN = {  # row: file of golden tensors, runs of upstream's in it
     "Rolling Forcing": ("rolling_forcing", ["rolling_forcing"]),
     "MAGI-1 4.5B": ("magi_runs", ["base", "distill", "image", "video"]),
     "MAGI-1 24B": ("magi_runs", ["gated"]),
+    "LongVie 2": ("longvie", ["final"]),
 }
 
 
@@ -95,7 +97,7 @@ def test_every_row_has_a_golden_run(row):
     with safe_open(GOLDEN_FOLDER / f"{file}.safetensors", "pt") as stored:
         names = set(stored.keys())
     for run in runs:
-        assert {f"{run}.final", f"{run}.latents"} & names, run
+        assert {f"{run}.final", f"{run}.latents", f"{run}.0"} & names, run
     tests = "".join(path.read_text() for path in (ROOT / "tests").rglob("test_golden_*.py"))
     tests += (ROOT / "tests" / "models" / "magi" / "test_engine.py").read_text()
     assert f'golden("{file}")' in tests

@@ -1,51 +1,28 @@
 """LongVie 2 through the nodes: equal to the engine alone, streamed and resumed chunk by chunk."""
 
-import json
 import threading
 import time
 
 import pytest
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 
 from flowcache_core import generate
 from flowcache_core.demo.captions import embed_caption
 from flowcache_core.demo.vae import LATENT_MEAN, LATENT_STD, load_vae
-from flowcache_core.models.longvie import CONTROL, Clips, LongVieBackbone, LongVieConfig, LongVieNetwork
+from flowcache_core.models.longvie import Clips, LongVieBackbone, LongVieNetwork
 from flowcache_core.settings import OFF, Settings, Spread
 from tests.helpers.host.graph import Graph, fails, sample
+from tests.helpers.host.longvie_models import FOLDER, SMALL, longvie_weights, write_longvie
 from tests.helpers.host.videos import frames_of
 
-SMALL = LongVieConfig(dim=96, ffn_dim=128, num_heads=2, num_layers=3, text_dim=64, control_layers=2)
-FOLDER = "LongVie2"
 STEPS, FRAMES, PICTURES = 6, 2, 5  # latent frames and pictures of a chunk
 COLOURS = (0x2040C0, 0xC08020, 0x30A050)  # of the start, dense and sparse
 
 
-def weights() -> dict[str, torch.Tensor]:
-    torch.manual_seed(3)
-    found = {}
-    for name, value in LongVieNetwork(SMALL).state_dict().items():
-        if value.ndim > 1:
-            value = torch.randn_like(value) * 1.2 * value[0].numel() ** -0.5
-        found[name] = torch.full_like(value, 1.3) if "norm_q" in name or "norm_k" in name else value
-    return found
-
-
 @pytest.fixture(scope="module", autouse=True)
 def file(server):
-    """The three files as they are published, the base with other attention than LongVie's."""
-    told = json.dumps({"transformer": {"num_heads": SMALL.num_heads, "text_dim": SMALL.text_dim}})
-    folder, found = server.base / "models" / "diffusion_models" / FOLDER, weights()
-    folder.mkdir()
-    control = {name: weight for name, weight in found.items() if name.startswith(CONTROL)}
-    attention = {name: weight for name, weight in found.items() if name.startswith("blocks.") and ".self_attn." in name}
-    base = {name: weight for name, weight in found.items() if name not in control}
-    save_file(
-        base | {name: 2 * weight for name, weight in attention.items()}, folder / "base.safetensors", {"config": told}
-    )
-    save_file(attention, folder / "dit.safetensors")
-    save_file(control, folder / "control.safetensors")
+    write_longvie(server.base / "models" / "diffusion_models")
 
 
 def led(graph: Graph, chunks: int) -> str:
@@ -98,7 +75,7 @@ def clips(video: int = 3) -> Clips:
 
 def alone(chunks: int = 2, settings: Settings = OFF) -> torch.Tensor:
     network = LongVieNetwork(SMALL)
-    network.load_state_dict(weights())
+    network.load_state_dict(longvie_weights())
     return generate(
         LongVieBackbone(network.eval().requires_grad_(False)), embed_caption("a red circle"), chunks,
         family_name="longvie", steps=STEPS, frames_per_chunk=FRAMES, seed=4, settings=settings, guidance_scale=3.0,

@@ -37,11 +37,15 @@ def small(name: str, **inputs) -> dict:
         elif node["class_type"] == "CLIPTextEncode":
             caption = next(captions) if node["inputs"]["text"] else ""
             prompt[key] = {"class_type": "FlowCacheDemoPrompt", "inputs": {"caption": caption}}
+        elif node["class_type"] == "CLIPVisionLoader":
+            prompt[key] = {"class_type": "TestImageEncoder", "inputs": {}}
         elif node["class_type"] == "ImageScale":
             node["inputs"] |= {"width": 64, "height": 64}
         elif node["class_type"] == "FlowCacheAutoregressiveExtend":
             sizes = {} if "prefix" in node["inputs"] or "state" in node["inputs"] else {"width": 64, "height": 64}
-            node["inputs"] |= sizes | ({"steps": 6} if name.startswith("skyreels") else {}) | {"chunks": 2} | inputs
+            few = {"steps": 6} if name.startswith("skyreels") else {}
+            few |= {"steps": 6, "frames_per_chunk": 2} if name.startswith("longvie") else {}
+            node["inputs"] |= sizes | few | {"chunks": 2} | inputs
         elif node["class_type"] in ("ARVideoI2V", "FlowCacheExtendInWindows"):
             node["inputs"] |= {"width": 64, "height": 64} | inputs
     return prompt
@@ -66,6 +70,20 @@ def test_runs_to_a_video(server, name):
     size, unit = told.removeprefix("history: ").split(" planned")[0].split()
     assert f"planned {size} {unit}" in text and float(size) > 0
     assert "6 steps, lag 5" in text if name.startswith("skyreels") else "0% of steps reused" in text
+
+
+def test_two_chunks_led_by_videos(server):
+    """Each chunk is a video of its own, of 2 latent frames here; other videos lead elsewhere."""
+    prompt = small("longvie_controlled")
+    video = check_video(saved(server, prompt, run(server, prompt), "flowcache/longvie"), 2 * 5, 64)
+    (control,) = [node for node in prompt.values() if node["class_type"] == "FlowCacheLongVieControl"]
+    control["inputs"]["sparse"] = control["inputs"]["start"]
+    assert "sparse control video has 1 frame" in server.run(prompt).error["exception_message"]
+    (image,) = [key for key, node in prompt.items() if node["class_type"] == "LoadImage"]
+    prompt["many"] = {"class_type": "RepeatImageBatch", "inputs": {"image": [image, 0], "amount": 10}}
+    control["inputs"]["sparse"] = ["many", 0]
+    other = check_video(saved(server, prompt, run(server, prompt), "flowcache/longvie"), 2 * 5, 64)
+    assert difference(video, other) > 1.0
 
 
 def test_windows_follow_one_another(server):

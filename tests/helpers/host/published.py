@@ -14,6 +14,7 @@ from flowcache_core.media.video import save_video
 from flowcache_core.models.wan import WanConfig
 from tests.helpers.host.comfy_server import HOST
 from tests.helpers.host.graph import random_network, write_network
+from tests.helpers.host.longvie_models import write_longvie
 from tests.helpers.host.magi_models import VAE, network_of, tokens, vae_alone
 
 # One head of 128: without metadata a network's head count follows from its width.
@@ -31,6 +32,10 @@ def write_published(base: Path) -> None:
     for name in ("self_forcing_dmd.pt", "rolling_forcing_dmd.pt", "causvid.pt"):
         weights = {f"model.{key}": weight for key, weight in random_network(5, NETWORK).items()}
         torch.save({"generator_ema": weights}, networks / name)
+    write_longvie(networks)
+    image_encoders = base / "models" / "clip_vision"
+    image_encoders.mkdir(exist_ok=True)
+    (image_encoders / "clip_vision_h.safetensors").touch()
     shutil.copy(VAE_FILE, base / "models" / "vae" / "wan_2.1_vae.safetensors")
     encoders = base / "models" / "text_encoders"
     encoders.mkdir(exist_ok=True)
