@@ -14,7 +14,7 @@ from typing import NamedTuple, Protocol
 import torch
 from torch import Tensor
 
-from .engine.build import RunSettings, Seeing, build_engine, given_chunks
+from .engine.build import IN_ORDER, RunSettings, Seeing, build_engine, given_chunks
 from .engine.guidance import classifier_free
 from .engine.loop import Boundary, Chunk, Engine, Progress, Sampling
 from .engine.pictures import Scenes
@@ -155,7 +155,7 @@ def generate(
     pictures = way == "pictures"
     given = _given(state, prefix, (batch, backbone.channels, chunk_frames, *latent_size), model, pictures)
     frames = 0 if given is None else given.shape[2] if state is None else state.frames
-    done, lead = divmod(frames, chunk_frames) if way in ("causal", "pictures") else (0, 0)
+    done, lead = divmod(frames, chunk_frames) if way in IN_ORDER else (0, 0)
     if pictures:
         _check_pictures(scenes, lead, chunk_frames, end, parallel)
     known = end if given is None else given
@@ -198,8 +198,7 @@ def generate(
     engine = build_engine(run if parallel is None else parallel.run(run))
     if parallel is not None:
         engine = parallel.engine(engine, cancelled)
-    by_chunk = way in ("causal", "pictures")
-    together = chunk_frames if by_chunk or prefix is None else prefix.shape[2]  # a window takes them as one
+    together = chunk_frames if way in IN_ORDER or prefix is None else prefix.shape[2]  # a window takes them as one
     before = given if pictures else prefix  # pictures are made from latents, of which a state holds some
     for chunk, latent in given_chunks(before, lead, together) if before is not None else []:
         engine.give(chunk, latent.to(device, dtype))

@@ -86,7 +86,7 @@ def open_weights(path: Path, use_ema: bool = True, mapped: bool = True) -> Weigh
     """
     if not path.exists():
         raise UserError(f"{path} does not exist; check the path.")
-    file, notes = _only_model(path) if path.is_dir() else (path, ())
+    file, notes, beside = _only_model(path) if path.is_dir() else (path, (), [])
     file = _index_of(file)
     several = file.suffix == ".json" or SHARD.fullmatch(file.name)
     if file.suffix == ".json":
@@ -98,7 +98,6 @@ def open_weights(path: Path, use_ema: bool = True, mapped: bool = True) -> Weigh
         if several or path.is_dir():
             raise
         settings = {}  # of another model, most likely
-    beside = longvie_parts(file.parent) if path.is_dir() else []
     opened = [_open_file(part, use_ema, mapped) for part in beside]
     parts = {CONTROL_PREFIX.sub("", name): tensor for one in opened for name, tensor in one.tensors.items()}
     size = held.bytes + sum(one.bytes for one in opened)
@@ -183,25 +182,26 @@ def folder_settings(folder: Path) -> dict:
     return settings if isinstance(settings, dict) else {}
 
 
-def _only_model(folder: Path) -> tuple[Path, tuple[str, ...]]:
-    """The index of a folder's shards, or its only file of weights, and what the user should know of the choice."""
+def _only_model(folder: Path) -> tuple[Path, tuple[str, ...], list[Path]]:
+    """The index of a folder's shards, or its only file of weights, what the user should know of the choice, and what
+    goes over the network."""
     notes: tuple[str, ...] = ()
     if (folder / "model_index.json").is_file():
         if (folder / "transformer_2").is_dir():
             notes = (f"{folder.name} has two networks; transformer is taken, transformer_2 is left out.",)
         folder = folder / "transformer"
-    parts = set(longvie_parts(folder))
+    parts = longvie_parts(folder)
     for pattern in ("*safetensors.index*.json", "*.index*.json", "*.safetensors", "*.bin", "*.pt"):
-        found = sorted(set(folder.glob(pattern)) - parts, key=lambda file: len(file.name))
+        found = sorted(set(folder.glob(pattern)).difference(parts), key=lambda file: len(file.name))
         if not found:
             continue
         plain, *others = found
         if all(SHARD.fullmatch(file.name) for file in found):
-            return plain, notes
+            return plain, notes, parts
         if all(file.name.startswith(f"{plain.stem}.") for file in others):  # as in model.fp16.safetensors
             if others:
                 notes = (*notes, f"{plain.name} is taken, {others[0].name} beside it is left out.")
-            return plain, notes
+            return plain, notes, parts
         names = ", ".join(sorted(file.name for file in found)[:4])
         raise UserError(f"{folder} holds {len(found)} files {pattern} ({names}), expected one; name the file itself.")
     inner = sorted(folder.glob(UPSTREAMS_FOLDERS))

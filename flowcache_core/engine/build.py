@@ -31,6 +31,7 @@ from .pictures import NO_HISTORY, PicturesForward, Scenes
 from .rolling import RollingForward, rolling_bytes
 
 Seeing = Literal["causal", "joint", "rolling", "pictures"]  # how chunks see each other
+IN_ORDER: tuple[Seeing, ...] = ("causal", "pictures")  # those in which chunks follow one another
 
 
 @dataclass(frozen=True)

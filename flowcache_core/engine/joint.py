@@ -98,6 +98,11 @@ class WindowForward:
     settled = True
     movable = ()  # what there is of a history stays on the device
 
+    @property
+    def history_bytes(self) -> tuple[int, int]:
+        """Bytes of history in use, and of its buffers: there is none."""
+        return 0, 0
+
     def settle(self) -> None:
         """Stores nothing: no history is left for a later run."""
 
@@ -165,11 +170,6 @@ class JointForward(WindowForward):
     def finish(self, chunk: int, latent: Tensor) -> None:
         """Takes a finished chunk, which goes along as it is from now on."""
         self.finished.append(latent)
-
-    @property
-    def history_bytes(self) -> tuple[int, int]:
-        """There is no history."""
-        return 0, 0
 
     def _shown(self, tick: int) -> Tensor:
         """The start frames as a tick sees them."""

@@ -114,11 +114,6 @@ class PicturesForward(WindowForward):
         """Takes a finished chunk, which the next one begins with pictures of."""
         self.before = latent
 
-    @property
-    def history_bytes(self) -> tuple[int, int]:
-        """There is no history of keys and values."""
-        return 0, 0
-
     def network(
         self, steps: Sequence[Step], branches: Sequence[Hashable], texts: Texts, backbone: Any | None = None
     ) -> list[Tensor]:

@@ -9,22 +9,18 @@ levels and looks at every 8th row and column; here it starts as soon as it can, 
 sees every value.
 """
 
-from collections.abc import Callable, Collection, Hashable, Sequence
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from ..engine.build import RunSettings, causal_forward
+from ..engine.build import RunSettings
 from ..engine.causal import CausalForward
 from ..engine.forward import Forward, Step, Velocity
 from ..engine.loop import Engine
-from ..history.offload import Movable
-from ..history.snapshot import Snapshot, SnapshotDelta
-from ..report import Report
-from ..reuse.policies import Deciding
 from ..schedule import Given
-from ..settings import HELD
+from .wrapped import WrappedForward, wrapped_engine
 
 
 class Seen(NamedTuple):
@@ -32,75 +28,6 @@ class Seen(NamedTuple):
 
     x: Tensor
     answer: Velocity
-
-
-class ForwardDecides:
-    """A policy that leaves the decision to the forward, which sees the latents."""
-
-    watches = whole_window = False
-
-    def decide(self, chunks: Sequence[Deciding]) -> list[bool]:
-        """Asks the forward every time."""
-        return [True for _ in chunks]
-
-    def recomputed(self, steps: int) -> None:
-        """Depends on what is seen."""
-        return None
-
-    def weighed(self, chunk: Deciding) -> None:
-        """The forward weighs it itself."""
-        return None
-
-
-class WrappedForward:
-    """Another forward under a rule that sees the latents: what the rule does not change is passed on.
-
-    Args:
-        inner: runs the network.
-    """
-
-    holds_residual = False
-
-    def __init__(self, inner: Forward):
-        self.inner, self.report = inner, inner.report
-
-    def mix(self, step: Step, oldest: bool) -> Hashable:
-        """Names the sum of branches that a step's velocity will be."""
-        return self.inner.mix(step, oldest)
-
-    def signals(self, steps: Sequence[Step]) -> list[Tensor]:
-        """What a policy watches for change."""
-        return self.inner.signals(steps)
-
-    def give(self, chunk: int | Given, latent: Tensor, condition: float) -> None:
-        """Runs given frames."""
-        self.inner.give(chunk, latent, condition)
-
-    @property
-    def settled(self) -> bool:
-        """Whether all finished chunks have had their clean pass."""
-        return self.inner.settled
-
-    def settle(self) -> None:
-        """Stores what was left for the next forward."""
-        self.inner.settle()
-
-    def save(self) -> dict[Hashable, Snapshot]:
-        """Copies the clean history to the CPU."""
-        return self.inner.save()
-
-    def begin_delta(self, full: bool) -> Callable[[], SnapshotDelta]:
-        """Begins to copy what the clean history has grown by."""
-        return self.inner.begin_delta(full)
-
-    @property
-    def movable(self) -> Collection[Movable]:
-        return self.inner.movable
-
-    @property
-    def history_bytes(self) -> tuple[int, int]:
-        """Bytes of history in use, and of its buffers."""
-        return self.inner.history_bytes
 
 
 class EasyCacheForward(WrappedForward):
@@ -166,9 +93,7 @@ def easycache_engine(
 ) -> Engine:
     """Makes a run over a history that recomputes when the predicted change of the output has added up to the
     threshold."""
-    policy = ForwardDecides()
-    inner = causal_forward(run, policy, Report(run.schedule, run.label), make)
-    return Engine(EasyCacheForward(inner, threshold), run.schedule, policy, HELD, run.sampling)
+    return wrapped_engine(run, make, lambda inner: EasyCacheForward(inner, threshold))
 
 
 def _distance(now: Sequence[Tensor], before: Sequence[Tensor]) -> float:

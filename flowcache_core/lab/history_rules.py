@@ -76,12 +76,12 @@ class Now:
         place = torch.arange(self.count)
         return (place < first) | (place >= self.count - last)
 
-    def masses(self, first: int) -> Tensor:
-        """Where the attention of each head lies: on so many first tokens, on the rest of the history, on the active
-        chunks; [3, heads]."""
+    def masses(self, first: int, last: int = 0) -> Tensor:
+        """Where the attention of each head lies: on so many first tokens, on those between, on so many last ones, on
+        the active chunks; [4, heads]."""
         logits = self.q @ torch.cat([self.keys, self.active], dim=2).mT / self.q.shape[-1] ** 0.5
         weights = logits.softmax(dim=-1).mean(dim=(0, 2))  # [heads, N + M]
-        parts = weights.split([first, self.count - first, self.active.shape[2]], dim=1)
+        parts = weights.split([first, self.count - first - last, last, self.active.shape[2]], dim=1)
         return torch.stack([part.sum(dim=1) for part in parts])
 
 
@@ -113,7 +113,7 @@ class DummyForcing:
         return now.where(choices[self.groups[now.layer]])
 
     def _tell_apart(self, masses: Tensor) -> None:
-        """Groups heads by masses [layers, 3, heads]."""
+        """Groups heads by masses [layers, 4, heads]."""
         first, middle = (masses[:, part] / masses[:, part].sum() for part in (0, 1))
         self.groups = torch.where(first < middle, 1, 0)
         order = torch.maximum(first, middle).flatten().argsort()
@@ -148,9 +148,8 @@ class ForcingKV:
         return now.where(torch.where(self.static[now.layer][:, None], near, dynamic))
 
     def _static(self, now: Now) -> Tensor:
-        first, middle, active = now.masses(now.frame)
-        last = (now.masses(now.count - now.frame)[1]).clamp(min=0)
-        return (active + last) / (middle + active) >= self.STATIC
+        _, middle, last, active = now.masses(now.frame, now.frame)
+        return (last + active) / (middle + last + active) >= self.STATIC
 
     def _changing(self, now: Now, kept: int) -> Tensor:
         """Of the frames before the last chunk, `kept` frames' worth of patches that are least like the next frame's;
@@ -215,19 +214,10 @@ class RuledHistory(History):
         self.rule, self.budget, self.size, self.kept = rule, budget, size, 0.0
 
     def attend(
-        self,
-        layer: int,
-        chunk: Chunk,
-        q: Tensor,
-        k: Tensor,
-        v: Tensor,
-        attention: Attention,
-        visible: int | None = None,
-        keep_queries: bool = False,
+        self, layer: int, chunk: Chunk, q: Tensor, k: Tensor, v: Tensor, attention: Attention, *more, **named
     ) -> Tensor:
         """Attends as a history does, to what the rule shows."""
-        ruled = partial(self._ruled, layer, attention)
-        return super().attend(layer, chunk, q, k, v, ruled, visible, keep_queries)
+        return super().attend(layer, chunk, q, k, v, partial(self._ruled, layer, attention), *more, **named)
 
     def _ruled(self, layer: int, attention: Attention, q: Tensor, keys: Tensor, values: Tensor) -> Tensor:
         plan, clean = self.plan, self.clean

@@ -17,15 +17,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..engine.build import RunSettings, causal_forward
+from ..engine.build import RunSettings
 from ..engine.causal import CausalForward
 from ..engine.forward import Step, Velocity
 from ..engine.loop import Engine
-from ..report import Report
 from ..reuse.policies import relative_change
 from ..schedule import Given
-from ..settings import HELD
-from .easycache import ForwardDecides, WrappedForward
+from .wrapped import WrappedForward, wrapped_engine
 
 WARMUP, ALIKE = 5, 3  # first steps of a chunk; times that tokens are recomputed before their motion counts
 PATCH = 2  # latent pixels of a token
@@ -127,6 +125,4 @@ def motioncache_engine(
     run: RunSettings, make: Callable[..., CausalForward] = CausalForward, *, threshold: float
 ) -> Engine:
     """Makes a run over a history under MotionCache's rule."""
-    policy = ForwardDecides()
-    inner = causal_forward(run, policy, Report(run.schedule, run.label), make)
-    return Engine(MotionCacheForward(inner, threshold), run.schedule, policy, HELD, run.sampling)
+    return wrapped_engine(run, make, lambda inner: MotionCacheForward(inner, threshold))

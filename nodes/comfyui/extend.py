@@ -14,7 +14,7 @@ import torch
 from comfy.model_management import throw_exception_if_processing_interrupted
 from torch import Tensor
 
-from ...flowcache_core.engine.build import Seeing
+from ...flowcache_core.engine.build import IN_ORDER, Seeing
 from ...flowcache_core.errors import UserError
 from ...flowcache_core.history.streams import SideStream
 from ...flowcache_core.report import Report
@@ -32,7 +32,7 @@ from .live_prompt import LivePrompt, determining_prompt, live_prompt
 from .previews import preview_callback
 from .progress import progress_text
 from .resume import ResumeSettings, patches_of, root, weights_of
-from .sampler import IN_ORDER, ARSampler
+from .sampler import ARSampler
 from .stream import FramesOutlet, Outlet, OutputFile, StreamSettings, VideoOutlet, show
 
 
@@ -120,10 +120,9 @@ class Layout:
     after: Tensor | None = None
     apart: bool = False
 
-    @property
-    def part(self) -> int:
-        """Latent frames of what came before that are taken at once."""
-        return self.shape[2] if self.apart else 8
+    def parts(self, before: Tensor | None) -> Sequence[Tensor]:
+        """Cuts latents that came before into what is taken at once."""
+        return () if before is None else before.split(self.shape[2] if self.apart else 8, dim=2)
 
 
 @dataclass(frozen=True)
@@ -234,9 +233,8 @@ def carry_out(
     goes_on = asked.resume is not None and asked.resume.goes_on
     untouched = Report(layout.schedule, patch.label, notes=list(asked.notes))
     finished = FinishedChunks(
-        folder, outlet, keep, asked.node_id, untouched, prefix, layout.inside, goes_on, side, asked.notes,
-        part=layout.part,
-    )  # fmt: skip
+        folder, outlet, keep, asked.node_id, untouched, prefix, layout.inside, goes_on, side, asked.notes
+    )
     live: LiveRun | None = None
     running: AbstractContextManager = nullcontext()
     if asked.live is not None:
@@ -249,7 +247,7 @@ def carry_out(
     try:
         if earlier is not None:
             finished.histories = earlier.by_branch
-        finished.begin(layout.before, range(prefix, earlier.chunks if earlier else prefix))
+        finished.begin(layout.parts(layout.before), range(prefix, earlier.chunks if earlier else prefix))
         if finished.count < asked.chunks:
             with running:
                 sample(finished, earlier)
@@ -300,7 +298,7 @@ def written_anew(
     after = 0 if layout.after is None else layout.after.shape[2]
     given, generated, end = state.latents.split([before, state.latents.shape[2] - before - after, after], dim=2)
     first, rest = generated.tensor_split([layout.shape[2] - layout.inside], dim=2)
-    parts = [*given.split(layout.part, dim=2), first, *rest.split(layout.shape[2], dim=2), end]
+    parts = [*layout.parts(given), first, *rest.split(layout.shape[2], dim=2), end]
     parts = [part for part in parts if part.shape[2]]
     with closing(VideoOutlet(asked.stream, model, layout.shape, asked.metadata, side, layout.apart)) as outlet:
         for number, part in enumerate(parts, start=1):

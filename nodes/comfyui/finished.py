@@ -46,7 +46,6 @@ class FinishedChunks(RunListener):
         latents: on the CPU, in the network's latent space; what came before the run included.
         count: chunks that were taken, with those of an interrupted run.
         live: takes captions while the run goes on, or None.
-        part: latent frames of what came before that are taken at once.
     """
 
     folder: RunFolder | None
@@ -63,7 +62,6 @@ class FinishedChunks(RunListener):
     latents: list[Tensor] = field(default_factory=list)
     count: int = 0
     live: LiveRun | None = None
-    part: int = 8
 
     def __post_init__(self):
         self.begun = time.perf_counter()
@@ -93,11 +91,11 @@ class FinishedChunks(RunListener):
             return self.on_disk
         return len(self.earlier) + engine.report.chunks_done
 
-    def begin(self, before: Tensor | None, earlier: range) -> None:
-        """Takes the frames [B, C, T, H, W] that came before, and the chunks that an interrupted run left."""
+    def begin(self, before: Sequence[Tensor], earlier: range) -> None:
+        """Takes the frames that came before, in parts [B, C, T, H, W], and the chunks that an interrupted run left."""
         self.earlier, self.on_disk = earlier, len(earlier)
         self.outdated = self.folder is not None and not earlier and self.folder.outdated()
-        for part in [] if before is None else before.split(self.part, dim=2):
+        for part in before:
             self._take(part)
         for chunk in earlier:
             throw_exception_if_processing_interrupted()

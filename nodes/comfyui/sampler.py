@@ -8,7 +8,7 @@ import torch
 from comfy.patcher_extension import WrappersMP, add_wrapper_with_key
 from torch import Tensor
 
-from ...flowcache_core.engine.build import RunSettings, Seeing, build_engine, given_chunks
+from ...flowcache_core.engine.build import IN_ORDER, RunSettings, Seeing, build_engine, given_chunks
 from ...flowcache_core.engine.loop import Engine, Progress, Sampling
 from ...flowcache_core.engine.pictures import Scenes
 from ...flowcache_core.errors import UserError
@@ -29,7 +29,6 @@ from .longvie import scenes_of
 from .progress import say
 from .steering import Steering
 
-IN_ORDER = ("causal", "pictures")  # ways of seeing in which chunks follow one another
 LEAD_NOISE = -1  # stands for a chunk's number where noise is drawn for given frames that fill none
 
 

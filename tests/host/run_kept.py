@@ -67,7 +67,7 @@ def kept(lag: int, side) -> list[tuple[int, int]]:
         server.PromptServer.instance = Page()
         engine = engine_of(lag)
         listener = finished.FinishedChunks(folder(), None, True, "1", engine.report, 0, side=side)
-        listener.begin(None, range(0))
+        listener.begin((), range(0))
         engine.on_progress = lambda told: listener.progress(told, engine)
         for chunk in engine.run():
             listener.chunk(chunk, engine)
