@@ -15,7 +15,7 @@ _MODULES = {
     "models.presets": ("preset", "quality_settings"),
     "report": ("Report",),
     "settings": ("Between", "Compression", "Drift", "Every", "Fixed", "HistorySettings", "Off", "Settings", "Spread"),
-    "storage.calibrations": ("calibration_path", "load_calibration", "save_calibration"),
+    "storage.calibrations": ("calibration_of", "calibration_path", "load_calibration", "save_calibration"),
     "storage.state": ("State", "load_state", "save_state"),
 }
 _HOME = {name: module for module, names in _MODULES.items() for name in names}

@@ -1,7 +1,7 @@
 """Finds out, once for a model, which steps to recompute for which likeness to its plain run.
 
 calibration = calibrate(loaded.backbone, texts, decode=decode, family_name=loaded.family, chunks=8, minutes=30.0)
-save_calibration(calibration, calibration_path("model.safetensors"))  # of storage.calibrations
+save_calibration(calibration, calibration_path(file), file)  # of storage.calibrations
 
 On a few clips, lists of recomputed steps are improved by small moves; then every list is measured on other clips.
 """
@@ -57,7 +57,8 @@ def calibrate(
         decode: gives the pixels of latents [1, C, T, H, W], in any shape.
         family_name, steps, lag: as for `generate`; the calibration holds for these steps and this lag.
         chunks: of each clip.
-        minutes: of searching; measuring comes on top. 0 only measures steps that are spread by rule.
+        minutes: of searching; measuring comes on top, two lists of each length. 0 only measures steps that are spread
+            by rule.
         span: largest minus smallest possible value of a pixel.
         seed: of the noise.
         counts: how many steps of a chunk are recomputed, one list each.
@@ -94,6 +95,7 @@ def calibrate_clips(
     counts: Sequence[int] = COUNTS,
     told: Callable[[str], None] = lambda line: None,
     known: Calibration | None = None,
+    alone: float = 1.0,
 ) -> Calibration:
     """Calibrates a model with clips that the caller makes, which go by the number alone: the same captions and noise
     for all settings.
@@ -102,6 +104,8 @@ def calibrate_clips(
         schedule: of the clips that are measured on.
         make: gives the pixels [clips, ...] of some settings; of number 0 for the search, of number 1 for the measures.
         minutes, span, counts, told, known: as for `calibrate`.
+        alone: what a step costs that no other chunk recomputes with, over one in full company: 1 for a network that
+            fills its device, more for a small one.
 
     Raises:
         UserError: too few steps for any of them to be left out.
@@ -113,7 +117,7 @@ def calibrate_clips(
         return likeness(make(Settings(measured_steps(chosen, schedule.steps, schedule.lag)), number), expected, span)
 
     found = search_calibration(
-        schedule, 0, partial(score, 0), partial(score, 1), 60.0 * minutes, counts=counts, told=told, known=known
+        schedule, 0, partial(score, 0), partial(score, 1), 60.0 * minutes, counts, told, known, alone
     )
     return replace(found, clips=len(plain(1)))
 

@@ -35,7 +35,7 @@ from .models.magi.vae import LATENT_SCALE
 from .models.memory import latent_size
 from .models.presets import preset, quality_settings
 from .settings import Settings, bounded_history
-from .storage.calibrations import calibration_path, load_calibration
+from .storage.calibrations import calibration_of
 from .storage.files import check_writable, write_whole
 from .storage.keeping import KeptChunks
 from .storage.run_folder import RunFolder
@@ -228,8 +228,7 @@ def _settings(options: argparse.Namespace) -> Settings:
         type=options.history_type,
     )
     if options.quality is not None:
-        own = calibration_path(options.network) if options.network else None
-        measured = load_calibration(own) if own and own.is_file() else None
+        measured = calibration_of(options.network) if options.network else None
         settings = quality_settings(options.quality, measured)
     return replace(settings, history=cut)
 

@@ -39,7 +39,7 @@ class Calibrate(io.ComfyNode):
 
     @classmethod
     def execute(cls, model, positive, negative, vae, seed, chunks, minutes, steps, width, height) -> io.NodeOutput:
-        path = calibration_path(host.file_of(model))
+        file = host.file_of(model)
         usual = family(host.family_of(model))
         steps = steps or usual.steps
         schedule = ChunkSchedule(chunks, steps, usual.lag if steps == usual.steps else steps)
@@ -60,6 +60,6 @@ class Calibrate(io.ComfyNode):
             lines.append(line)
             progress_text(line, cls.hidden.unique_id)
 
-        save_calibration(calibrate_clips(schedule, clip, minutes, told=told), path)
+        path = save_calibration(calibrate_clips(schedule, clip, minutes, told=told), calibration_path(file), file)
         text = "\n".join([*lines, f"written to {path.name}"])
         return io.NodeOutput(text, ui={"text": [text]})

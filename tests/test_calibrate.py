@@ -1,5 +1,7 @@
 """Calibration of a model from Python: on some texts searched, on others measured, and written beside the model."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 
@@ -10,7 +12,7 @@ from flowcache_core.models.presets import quality_settings
 from flowcache_core.models.wan import WanBackbone, WanConfig, WanNetwork
 from flowcache_core.schedule import ChunkSchedule
 from flowcache_core.settings import OFF
-from flowcache_core.storage.calibrations import calibration_path, load_calibration, save_calibration
+from flowcache_core.storage.calibrations import calibration_of, calibration_path, fingerprint, save_calibration
 
 SMALL = WanConfig(dim=48, ffn_dim=64, num_heads=2, num_layers=2, text_dim=64)
 QUICK = {"steps": 8, "lag": 2, "chunks": 2, "minutes": 0.0, "counts": (3, 5)}
@@ -34,9 +36,16 @@ def test_a_model_is_calibrated_and_gives_what_was_measured(backbone, tmp_path):
     assert (made.steps, made.lag, made.chunks, made.clips) == (8, 2, 2, 1)  # searched on two of them
     assert [len(one.steps) for one in made.curve] == [3, 5] and made.curve[1].psnr > made.curve[0].psnr > 20
     assert set(shapes) == {(1, 16, 6, 8, 8)} and len(lines) == 4
-    path = calibration_path(tmp_path / "model.safetensors")
-    save_calibration(made, path)
-    assert load_calibration(path) == made
+    model = tmp_path / "model.safetensors"
+    model.write_bytes(bytes(range(256)) * 100)
+    assert calibration_of(model) is None
+    save_calibration(made, calibration_path(model), model)
+    assert calibration_of(model) == replace(made, weights=fingerprint(model))
+    with model.open("r+b") as file:
+        file.seek(20_000)
+        file.write(b"another weight")
+    with pytest.raises(UserError, match="other weights .*; calibrate the model again, or delete that file"):
+        calibration_of(model)
     chosen = made.choose(0.0)
     assert chosen is not None
     assert quality_settings(0.0, made).reuse.policy(ChunkSchedule(2, 8, 2)).recomputed(8) == {*chosen.steps}
@@ -65,7 +74,8 @@ def test_clips_of_the_caller_are_made_for_both_parts():
         return clips
 
     made = calibrate_clips(ChunkSchedule(2, 8, 4), make, 0.0, counts=(2, 4))
-    assert [one.psnr for one in made.curve] == [pytest.approx((40.0 + 2 * 100.0) / 3, abs=0.01)] * 2
+    # More steps that are no better are not offered.
+    assert [(len(one.steps), one.psnr) for one in made.curve] == [(2, pytest.approx((40.0 + 2 * 100.0) / 3, abs=0.01))]
     assert made.clips == 3
     assert [number for settings, number in made_for if settings == OFF] == [0, 1]  # the plain run is made once
 

@@ -48,8 +48,8 @@ class Scenes:
         ]
 
 
-def sample_scenes(batch: int, rng: np.random.Generator) -> Scenes:
-    """Draws `batch` scenes of one or two shapes that do not overlap at the start."""
+def sample_scenes(batch: int, rng: np.random.Generator, single: float = 0.4) -> Scenes:
+    """Draws `batch` scenes of one or two shapes that do not overlap at the start; a share `single` has one."""
     kind = rng.integers(len(KINDS), size=(batch, MAX_SHAPES))
     colour = np.stack([rng.permutation(len(COLOURS))[:MAX_SHAPES] for _ in range(batch)])
     radius = rng.uniform(9.0, 12.5, size=(batch, MAX_SHAPES))
@@ -59,7 +59,7 @@ def sample_scenes(batch: int, rng: np.random.Generator) -> Scenes:
     mirror = rng.random(batch) < 0.5
     first[mirror, 1], second[mirror, 1] = SIZE - first[mirror, 1], SIZE - second[mirror, 1]
     position = np.stack([first, second], axis=1)
-    alone = rng.random(batch) < 0.4
+    alone = rng.random(batch) < single
     radius[alone, 1] = 0.0
     position[alone, 0] = rng.uniform(14.0, SIZE - 14.0, size=(int(alone.sum()), 2))
     speed = rng.uniform(0.5, 1.5, size=(batch, MAX_SHAPES, 1))

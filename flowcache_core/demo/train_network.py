@@ -1,7 +1,10 @@
-"""Trains the demo's diffusion network from scratch: `python -m flowcache_core.demo.train_network --minutes 150`.
+"""Trains the demo's diffusion network: `python -m flowcache_core.demo.train_network --steps 8000`.
 
 Diffusion forcing: every chunk of a clip has a noise level of its own and attends to itself and to the chunks before it,
 so that one network serves every schedule, from one chunk at a time to ten at once.
+
+With `--teacher`, the network that a first training left is taught what it says under guidance, so that it draws what
+the caption asks for without (guidance distillation: Meng et al., "On Distillation of Guided Diffusion Models", 2023).
 """
 
 import argparse
@@ -25,15 +28,19 @@ from .muon import Muon
 CONFIG = WanConfig(dim=256, ffn_dim=1024, num_heads=4, num_layers=8, text_dim=TEXT_DIM)
 FRAMES_PER_CHUNK = 3
 CAPTION_DROPOUT = 0.1
-# Share of the training time up to which clips are so many and so long, in chunks. What shapes a caption asks for is
+FIRST_CLIPS = 256  # in the pool when training begins
+CLIP_FRAMES = 99  # latent ones of a stored clip
+SINGLE = 0.25  # share of clips with one shape: two are harder, and held-out captions have one in 40 %
+# Share of the training's steps up to which clips are so many and so long, in chunks. What shapes a caption asks for is
 # learned where a video begins, on many short clips; the long ones at the end make a long history nothing new.
 STAGES = ((0.5, 20, 2), (0.8, 8, 5), (0.9, 5, 12), (1.0, 3, 32))
 SHIFT = 3.0
 # A run's history is the network's own work, not a drawn clip. So that its faults do not add up, clean chunks carry some
-# noise (up to so much of a noise level), or are what the network made of them in one step from a level between these.
+# noise (up to so much of a noise level), or are what the network made of them, once or twice, in one step from a level
+# between these. Later chunks get the harder levels: where a run has drifted, its beginning still shows the right sizes.
 HISTORY_NOISE = 0.15
-SELF_FORCED = 0.3
-MILDEST, HARDEST = 0.3, 0.8
+SELF_FORCED = 0.4
+MILDEST, HARDEST = 0.2, 0.8
 LAGS = (1 / 16, 1 / 10, 1 / 5, 1 / 4, 1 / 2, 1.0)  # of a chunk's whole way from noise to clean
 
 
@@ -58,7 +65,7 @@ class ClipPool:
         self.added = 0
 
     def add(self, clips: int) -> None:
-        scenes = sample_scenes(clips, self.rng)
+        scenes = sample_scenes(clips, self.rng, SINGLE)
         video = render(scenes, 1 + TIME * (self.frames - 1))
         stills = video[:, :, ::TIME]  # the last pixel frame of every latent frame
         alone = self.codec.encode(stills.transpose(1, 2).flatten(0, 1).unsqueeze(2))  # each a video of one frame
@@ -133,6 +140,11 @@ def block_causal_mask(chunks: int, tokens: int) -> Tensor:
     return torch.zeros(len(chunk), len(chunk)).masked_fill(chunk[:, None] < chunk[None, :], float("-inf"))
 
 
+def head_of(backbone: WanBackbone, noisy: Tensor, sigmas: Tensor, context: Context, attend: Attend) -> Tensor:
+    """A whole clip's velocity [B, 16, T, 8, 8] at each frame's noise level [B, T]."""
+    return backbone.head(noisy, sigmas, backbone.trunk(noisy, sigmas, context, attend)).float()
+
+
 class Trainer:
     def __init__(self, out: Path, seed: int, pool: int, rate: float = 1.5e-3):
         torch.manual_seed(seed)
@@ -142,7 +154,7 @@ class Trainer:
         self.average = WanNetwork(CONFIG)
         self.average.load_state_dict(self.network.state_dict())
         self.backbone = WanBackbone(self.network)
-        self.pool = ClipPool(LinearCodec.fit(), self.rng, frames=99, capacity=pool)
+        self.pool = ClipPool(LinearCodec.fit(), self.rng, frames=CLIP_FRAMES, capacity=pool)
         matrices = [p for p in self.network.blocks.parameters() if p.ndim == 2]
         chosen = {id(p) for p in matrices}
         rest = [p for p in self.network.parameters() if id(p) not in chosen]
@@ -151,6 +163,8 @@ class Trainer:
             torch.optim.AdamW(rest, lr=rate, betas=(0.9, 0.98), weight_decay=0.0),
         ]
         self.rate = rate
+        self.teacher: WanBackbone | None = None
+        self.guidance = 1.0
         self.null_text = embed_caption("")
         self.half = bf16_is_faster()
         self.step = 0
@@ -177,33 +191,44 @@ class Trainer:
                 strength = HISTORY_NOISE * torch.rand(batch, 1, chunks, 1, 1).repeat_interleave(FRAMES_PER_CHUNK, dim=2)
                 remembered = torch.lerp(clean, torch.randn_like(clean), strength)
             noisy = torch.where(level == 0, remembered, torch.lerp(clean, noise, level))
-            velocity = self.velocity(noisy, per_frame, context, attend)
-        error = (velocity - (noise - clean)).square().mean(dim=(1, 3, 4))  # [B, frames]
+            velocity = head_of(self.backbone, noisy, per_frame, context, attend)
+            wanted = noise - clean if self.teacher is None else self.guided(noisy, per_frame, text, attend)
+        error = (velocity - wanted).square().mean(dim=(1, 3, 4))  # [B, frames]
         weight = counted.float().repeat_interleave(FRAMES_PER_CHUNK, dim=1)
         return (error * weight).sum() / weight.sum().clamp(min=1.0)
 
-    def velocity(self, noisy: Tensor, sigmas: Tensor, context: Context, attend: Attend) -> Tensor:
-        return self.backbone.head(noisy, sigmas, self.backbone.trunk(noisy, sigmas, context, attend)).float()
+    @torch.no_grad()
+    def guided(self, noisy: Tensor, sigmas: Tensor, text: Tensor, attend: Attend) -> Tensor:
+        """The teacher's velocity [B, 16, T, 8, 8] under guidance; without a caption, its plain one."""
+        assert self.teacher is not None
+        null = self.null_text.expand_as(text)
+        told = head_of(self.teacher, noisy, sigmas, self.teacher.context(text), attend)
+        untold = head_of(self.teacher, noisy, sigmas, self.teacher.context(null), attend)
+        return torch.lerp(untold, told, self.guidance)
 
     @torch.no_grad()
     def own_history(self, clean: Tensor, context: Context, attend: Attend) -> Tensor:
-        """What the network itself makes of noised clips [B, 16, T, 8, 8] in one step: a history with its own faults."""
+        """What the network itself makes of noised clips [B, 16, T, 8, 8] in one step, or of that again."""
         batch, _, frames, _, _ = clean.shape
-        sigmas = (MILDEST + (HARDEST - MILDEST) * torch.rand(batch, frames // FRAMES_PER_CHUNK)).repeat_interleave(
-            FRAMES_PER_CHUNK, dim=1
-        )
-        level = sigmas[:, None, :, None, None]
-        noisy = torch.lerp(clean, torch.randn_like(clean), level)
-        return noisy - level * self.velocity(noisy, sigmas, context, attend)
+        chunks = frames // FRAMES_PER_CHUNK
+        made = clean
+        for _ in range(self.rng.integers(1, 3)):
+            hardest = torch.linspace(MILDEST, HARDEST, chunks) if self.rng.random() < 0.5 else torch.tensor(HARDEST)
+            sigmas = (MILDEST + (hardest - MILDEST) * torch.rand(batch, chunks)).repeat_interleave(
+                FRAMES_PER_CHUNK, dim=1
+            )
+            level = sigmas[:, None, :, None, None]
+            noisy = torch.lerp(made, torch.randn_like(made), level)
+            made = noisy - level * head_of(self.backbone, noisy, sigmas, context, attend)
+        return made
 
-    def run(self, minutes: float) -> None:
-        """Trains until `minutes` in all (earlier runs that were resumed included) are used up."""
-        for _ in range(32):
+    def run(self, steps: int) -> None:
+        """Trains until `steps` in all (those of a run that was resumed included) are done."""
+        while self.pool.filled < min(FIRST_CLIPS, self.pool.capacity):
             self.pool.add(8)
-        total, shown, begun = minutes * 60, [], time.monotonic()
-        before = self.seconds
-        while self.seconds < total:
-            progress = self.seconds / total
+        shown, begun, before = [], time.monotonic(), self.seconds
+        while self.step < steps:
+            progress = self.step / steps
             batch, chunks = next((batch, chunks) for until, batch, chunks in STAGES if progress < until)
             if self.step % 3 == 0:
                 self.pool.add(1)
@@ -226,7 +251,7 @@ class Trainer:
             if self.step % 50 == 0:
                 print(f"step {self.step}  {self.seconds / 60:.1f} min  loss {np.mean(shown):.4f}", flush=True)
                 shown.clear()
-            if self.step % 250 == 0:
+            if self.step % 100 == 0:
                 self.save()
         self.save()
 
@@ -243,11 +268,17 @@ class Trainer:
         )
         self.out.with_suffix(".tmp").replace(self.out)
 
-    def start_from(self, exported: Path) -> None:
-        """Begins with the weights of an exported file instead of random ones."""
-        weights = {name: tensor.float() for name, tensor in load_file(exported).items()}
+    def start_from(self, weights: dict[str, Tensor]) -> None:
+        """Begins with these weights instead of random ones."""
         self.network.load_state_dict(weights)
         self.average.load_state_dict(weights)
+
+    def learn_from(self, weights: dict[str, Tensor], guidance: float) -> None:
+        """Begins with a teacher's weights, and learns what it says under so much guidance."""
+        self.start_from(weights)
+        network = WanNetwork(CONFIG)
+        network.load_state_dict(weights)
+        self.teacher, self.guidance = WanBackbone(network.requires_grad_(False)), guidance
 
     def resume(self) -> None:
         saved = torch.load(self.out, weights_only=True)
@@ -258,12 +289,21 @@ class Trainer:
         self.step, self.seconds = saved["step"], saved["seconds"]
 
 
+def weights_of(path: Path) -> dict[str, Tensor]:
+    """The float32 weights of an exported file, or the averaged ones of a training checkpoint."""
+    if path.suffix == ".safetensors":
+        return {name: tensor.float() for name, tensor in load_file(path).items()}
+    return torch.load(path, map_location="cpu", weights_only=True)["average"]
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--minutes", type=float, default=150, help="training time in all")
+    parser.add_argument("--steps", type=int, default=8000, help="in all")
     parser.add_argument("--out", type=Path, default=Path("out/demo_network.pt"), help="checkpoint, saved as it goes")
     parser.add_argument("--resume", action="store_true", help="go on from the checkpoint")
-    parser.add_argument("--start", type=Path, help="begin with the weights of an exported network.safetensors")
+    parser.add_argument("--start", type=Path, help="begin with the weights of an exported file or a checkpoint")
+    parser.add_argument("--teacher", type=Path, help="begin with these weights, and learn what they say under guidance")
+    parser.add_argument("--guidance", type=float, default=2.2, help="of the teacher")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--rate", type=float, default=1.5e-3, help="highest learning rate")
     parser.add_argument("--pool", type=int, default=3000, help="encoded clips kept in memory (0.4 MB each)")
@@ -271,10 +311,12 @@ def main() -> None:
     options.out.parent.mkdir(parents=True, exist_ok=True)
     trainer = Trainer(options.out, options.seed, options.pool, options.rate)
     if options.start:
-        trainer.start_from(options.start)
+        trainer.start_from(weights_of(options.start))
+    if options.teacher:
+        trainer.learn_from(weights_of(options.teacher), options.guidance)
     if options.resume:
         trainer.resume()
-    trainer.run(options.minutes)
+    trainer.run(options.steps)
 
 
 if __name__ == "__main__":

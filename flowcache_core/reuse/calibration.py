@@ -37,6 +37,7 @@ class Calibration:
         steps, lag: of the schedule.
         chunks, clips: that it was measured on.
         curve: fewest recomputed steps first.
+        weights: those that it was measured with (`storage.calibrations.fingerprint`); "" where that was not noted.
     """
 
     steps: int
@@ -44,6 +45,7 @@ class Calibration:
     chunks: int
     clips: int
     curve: tuple[Measured, ...]
+    weights: str = ""
 
     def choose(self, quality: float) -> Measured | None:
         """The fewest recomputed steps that reach what the quality asks for; None for every step.
@@ -99,6 +101,8 @@ def parse_calibration(text: str) -> Calibration:
         calibration = Calibration(**told, curve=curve)
         if not all(type(told[name]) is int and 0 < told[name] <= MOST for name in ("steps", "lag", "chunks", "clips")):
             raise ValueError(f"a steps, lag, chunks or clips that is no number from 1 to {MOST}")
+        if not isinstance(calibration.weights, str):
+            raise ValueError(f"weights called {calibration.weights}")
         for one in curve:
             if list(one.steps) != sorted({*one.steps, 0}) or one.steps[-1] >= calibration.steps:
                 raise ValueError(f"a list of steps {one.steps}")

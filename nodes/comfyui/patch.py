@@ -26,6 +26,7 @@ from torch import Tensor
 
 from ...flowcache_core.checkpoints import MAGI_FAMILIES, load
 from ...flowcache_core.checkpoints.gguf_files import ENDING, read_gguf
+from ...flowcache_core.demo.shipped import named
 from ...flowcache_core.engine.build import Seeing
 from ...flowcache_core.engine.rolling import rolling_bytes
 from ...flowcache_core.errors import UserError
@@ -36,7 +37,7 @@ from ...flowcache_core.report import Report
 from ...flowcache_core.reuse.calibration import Calibration
 from ...flowcache_core.schedule import ChunkSchedule
 from ...flowcache_core.settings import OFF, Settings
-from ...flowcache_core.storage.calibrations import calibration_path, load_calibration
+from ...flowcache_core.storage import calibrations
 from .captions import at_once
 from .checks import adapt_others, check_finite
 from .gpus import division_of, planned_share
@@ -171,9 +172,8 @@ def _frame_rate_weights(model: comfy.model_patcher.ModelPatcher, hidden) -> dict
 def model_name(model: comfy.model_patcher.ModelPatcher) -> str:
     """Tells networks of other sizes apart, for states; two files of one size pass as the same."""
     network = model.model.diffusion_model
-    return (
-        f"{type(network).__name__.replace('Causal', '')} {network.dim}x{len(network.blocks)} heads {network.num_heads}"
-    )
+    kind = type(network).__name__.replace("Causal", "")
+    return named(f"{kind} {network.dim}x{len(network.blocks)} heads {network.num_heads}")
 
 
 def file_of(model: comfy.model_patcher.ModelPatcher) -> Path:
@@ -192,12 +192,16 @@ def file_of(model: comfy.model_patcher.ModelPatcher) -> Path:
 
 
 def calibration_of(model: comfy.model_patcher.ModelPatcher) -> Calibration | None:
-    """What Calibrate FlowCache wrote beside the model's file, if it did."""
+    """What Calibrate FlowCache wrote beside the model's file, if it did.
+
+    Raises:
+        UserError: it was of other weights, or is damaged.
+    """
     try:
-        path = calibration_path(file_of(model))
+        file = file_of(model)
     except UserError:
         return None
-    return load_calibration(path) if path.is_file() else None
+    return calibrations.calibration_of(file)
 
 
 class ChunkSampler(comfy.samplers.Sampler, ABC):

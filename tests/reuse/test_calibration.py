@@ -6,14 +6,21 @@ import time
 
 import pytest
 
+from flowcache_core.demo import NETWORK_FILE
 from flowcache_core.errors import UserError
 from flowcache_core.models.presets import measured_steps, quality_settings, recomputing
 from flowcache_core.reuse.calibration import Calibration, Measured, decibels
 from flowcache_core.reuse.placement import place_steps
-from flowcache_core.reuse.search import improved, moved, search_calibration
+from flowcache_core.reuse.search import improved, lengthened, moved, search_calibration, work
 from flowcache_core.schedule import ChunkSchedule
 from flowcache_core.settings import OFF
-from flowcache_core.storage.calibrations import SHIPPED, calibration_path, load_calibration, save_calibration
+from flowcache_core.storage.calibrations import (
+    SHIPPED,
+    calibration_path,
+    fingerprint,
+    load_calibration,
+    save_calibration,
+)
 
 MADE = Calibration(8, 4, 3, 2, (Measured((0, 4), 30.0), Measured((0, 4, 6), 37.5), Measured((0, 2, 4, 6), 46.0)))
 
@@ -66,6 +73,7 @@ def test_saved_and_read_again(tmp_path):
         lambda told: told["curve"][0].update(steps=[0, 99]),
         lambda told: told["curve"][0].update(psnr="much"),
         lambda told: told.update(curve=7),
+        lambda told: told.update(weights=7),
     ],
 )
 def test_damaged_files_are_refused(tmp_path, spoil):
@@ -95,7 +103,7 @@ def test_the_search_finds_a_better_list():
         return -sum(min(abs(step - other) for other in steps) for step in best)
 
     start = place_steps(schedule, 5)
-    found = improved(start, schedule, score, time.monotonic() + 1.0, random.Random(0))
+    found = improved(start, schedule, score, time.monotonic() + 1.0, random.Random(0))[0]
     assert score(found) > score(start) and len(found) == 5 and found[0] == 0
     assert all(len(moved(best, schedule, random.Random(seed))) == 5 for seed in range(50))
 
@@ -107,6 +115,43 @@ def test_a_calibration_measures_what_it_found():
     )
     assert [(len(one.steps), one.psnr) for one in made.curve] == [(2, 20.0), (4, 40.0)]
     assert (made.steps, made.lag, made.chunks, made.clips) == (8, 4, 2, 3)
+
+
+def test_what_is_best_on_the_clips_of_the_search_is_confirmed_on_others():
+    """Two lists of each length are measured; a longer one that is no better than a shorter one does not ship."""
+    schedule, told, measured = ChunkSchedule(4, 16, 4), [], []
+
+    def final(steps):
+        measured.append(steps)
+        return 40.0 + len(measured) if len(steps) < 6 else 41.5
+
+    made = search_calibration(schedule, 2, lambda steps: -sum(steps) / 100, final, 0.2, counts=(5, 6), told=told.append)
+    assert [len(steps) for steps in measured] == [5, 5, 6, 6]
+    assert made.curve == (Measured(measured[1], 42.0),)
+    assert told[-1] == "6 steps are left out: no better than 5"
+
+
+def test_a_step_alone_costs_what_is_said():
+    schedule = ChunkSchedule(16, 64, 16)
+    company = (0, 16, 32, 48)
+    assert work(company, schedule, 2.0) == pytest.approx(4.0)  # one call for the four chunks of a tick
+    assert work((*company, 63), schedule, 2.0) == pytest.approx(6.0)
+    assert work((*company, 63), schedule, 1.0) == 5.0
+    assert work((0, 1, 2), ChunkSchedule(4, 4, 4), 2.0) == 3.0  # one chunk at a time: there is no company
+
+
+def test_a_longer_list_may_begin_as_a_shorter_one():
+    schedule = ChunkSchedule(4, 16, 4)
+    assert lengthened((0, 4, 12), schedule, 5) == (0, 2, 4, 8, 12)
+    made = search_calibration(
+        schedule, 1, lambda steps: 9.0 if {0, 1, 15} <= {*steps} else 1.0, lambda steps: float(len(steps)), 0.0,
+        counts=(3, 5), known=Calibration(16, 4, 1, 1, (Measured((0, 1, 15), 1.0),)),
+    )  # fmt: skip
+    assert {0, 1, 15} <= {*made.curve[1].steps}
+
+
+def test_what_ships_was_measured_with_what_ships():
+    assert load_calibration(SHIPPED).weights == fingerprint(NETWORK_FILE)
 
 
 def test_decibels_rise_with_quality():
