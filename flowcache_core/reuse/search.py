@@ -120,7 +120,8 @@ def search_calibration(
         return search_score(chosen) - DOUBLED * math.log2(work(chosen, schedule, alone) / len(chosen))
 
     weighed(place_steps(schedule, counts[0]))  # makes the plain run, which is not to count as a list's time
-    begun, finalists = time.monotonic(), []
+    begun = time.monotonic()
+    finalists: list[list[Steps]] = []
     for place, count in enumerate(counts):
         longer = [lengthened(finalists[-1][0], schedule, count)] if finalists else []
         starts = [place_steps(schedule, count), *found_before(known, schedule, count), *longer]
