@@ -25,7 +25,7 @@ from .models.presets import DEFAULT_PRESET, PRESETS
 from .models.wan import WanConfig
 from .report import megabytes
 from .reuse.calibration import QUALITIES
-from .settings import HISTORY_TYPES, bounded_history
+from .settings import HISTORY_RULES, HISTORY_TYPES, bounded_history
 
 DTYPES = {"as it is": None, "float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 
@@ -105,7 +105,12 @@ def memory_lines(options: argparse.Namespace, name: str, config: WanConfig | Mag
         name,
         dim,
         bounded_history(
-            options.budget, options.window, options.sink, relative=options.relative, type=options.history_type
+            options.budget,
+            options.window,
+            options.sink,
+            rule=options.history_rule,
+            relative=options.relative,
+            type=options.history_type,
         ),
     )
     if isinstance(config, MagiConfig):
@@ -187,6 +192,7 @@ def parser() -> argparse.ArgumentParser:
         action="store_true",
         help="positions count from the start of the history (needs --budget or --window)",
     )
+    option("--history-rule", choices=HISTORY_RULES, default=HISTORY_RULES[0], help="what stays (default: %(default)s)")
     option("--history-type", choices=HISTORY_TYPES, default=HISTORY_TYPES[0], help="how finished chunks are stored")
     option("--seed", type=int, default=0)
     option("--steps", type=int, help="denoising steps of a chunk (default: the family's)")
@@ -237,6 +243,7 @@ def parser() -> argparse.ArgumentParser:
     option("--window", type=int, metavar="FRAMES", help="as for generate")
     option("--sink", type=int, default=0, metavar="FRAMES", help="as for generate")
     option("--relative", action="store_true", help="as for generate")
+    option("--history-rule", choices=HISTORY_RULES, default=HISTORY_RULES[0], help="as for generate")
     option("--history-type", choices=HISTORY_TYPES, default=HISTORY_TYPES[0], help="as for generate")
     option("--lag", type=int, help="steps that a chunk is ahead of the next (default: the model's own)")
     option("--preset", choices=PRESETS, default=DEFAULT_PRESET, help="(default: %(default)s)")

@@ -224,6 +224,7 @@ def _settings(options: argparse.Namespace) -> Settings:
         options.window,
         options.sink,
         settings.history.compression,
+        rule=options.history_rule,
         relative=options.relative,
         type=options.history_type,
     )

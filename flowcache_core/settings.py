@@ -156,12 +156,17 @@ class Between:
 HELD = Between(order=0, correct=False)  # the published rules hold the last result as it is
 
 
+Rule = Literal["flowcache", "window", "rolling sink", "random"]
+
+
 @dataclass(frozen=True)
 class Compression:
     """How the history is cut to its budget.
 
     Attributes:
-        rule: "flowcache" scores tokens; "window" keeps the newest; "random" keeps a random choice (to compare with).
+        rule: "flowcache" scores tokens; "window" keeps the newest; "rolling sink" keeps the newest chunk and shows the
+            video's beginning before it, to and fro (`history.rolling_sink`), for models that were trained on short
+            videos: it needs relative positions and whole chunks; "random" keeps a random choice (to compare with).
         weight: lambda; score = lambda * importance - (1 - lambda) * redundancy.
         pool: width of the max-pooling of importance along the tokens, odd.
         granularity: whole frames or chunks may be kept by their mean score instead of single tokens by their own.
@@ -180,7 +185,7 @@ class Compression:
             it is). Needs the rule "window", relative positions and a sink as long as a chunk.
     """
 
-    rule: Literal["flowcache", "window", "random"] = "flowcache"
+    rule: Rule = "flowcache"
     weight: float = 0.07
     pool: int = 7
     granularity: Literal["token", "frame", "chunk"] = "token"
@@ -200,8 +205,12 @@ class Compression:
             raise UserError("A sink that takes up dropped frames needs the rule 'window' and a sink in frames.")
         if self.sink is not None and self.sink < 0:
             raise UserError(f"The sink is {self.sink} frames, expected 0 or more.")
-        if self.rule not in ("flowcache", "window", "random"):
-            raise UserError(f"rule is '{self.rule}', expected flowcache, window or random.")
+        if self.rule not in get_args(Rule):
+            raise UserError(
+                f"rule is '{self.rule}', expected {', '.join(get_args(Rule)[:-1])} or {get_args(Rule)[-1]}."
+            )
+        if self.rolls_sink and (self.sink or self.protect_first):
+            raise UserError("A rolling sink walks through the beginning; no part of it can be told to stay as well.")
         if self.granularity not in ("token", "frame", "chunk"):
             raise UserError(f"granularity is '{self.granularity}', expected token, frame or chunk.")
         if not 0.0 <= self.weight <= 1.0:
@@ -215,6 +224,11 @@ class Compression:
     def moves_sink(self) -> bool:
         """Whether the sink changes at a cut."""
         return self.sink_share < 1.0
+
+    @property
+    def rolls_sink(self) -> bool:
+        """Whether the beginning is shown again and again."""
+        return self.rule == "rolling sink"
 
     @property
     def protected_chunks(self) -> int:
@@ -277,6 +291,8 @@ class HistorySettings:
             )
         if self.compression.moves_sink and not self.relative:
             raise UserError("A sink that takes up dropped frames has no place in the video; use relative positions.")
+        if self.compression.rolls_sink and self.bounded and not self.relative:
+            raise UserError("The frames of a rolling sink move on with the video; use relative positions.")
 
     def _check_window(self, window: int) -> None:
         if self.budget is not None:
@@ -319,6 +335,11 @@ class HistorySettings:
                 f"A sink that takes up dropped frames must be as long as a chunk of {chunk_frames} frames, and the "
                 f"window a whole number of chunks; the sink is {self.compression.sink}, and {kept} frames are kept."
             )
+        if kept is not None and self.compression.rolls_sink and (kept < 2 * chunk_frames or kept % chunk_frames):
+            raise UserError(
+                f"A rolling sink needs a window of whole chunks, three at least with a chunk's own; chunks have "
+                f"{chunk_frames} frames, and the window leaves {kept} frames beside one."
+            )
         return kept
 
     @property
@@ -326,13 +347,21 @@ class HistorySettings:
         """How much is kept, for a report."""
         if self.window is None:
             return f"history budget {self.budget} chunks" if self.budget else "whole history"
-        sink = self.compression.sink
-        return f"history window {self.window} frames" + (f", sink {sink}" if sink else "")
+        sink = ", rolling sink" if self.compression.rolls_sink else ""
+        if self.compression.sink:
+            sink = f", sink {self.compression.sink}"
+        return f"history window {self.window} frames{sink}"
 
     @property
     def keeps_queries(self) -> bool:
         """Whether queries are kept for the next cut."""
         return self.bounded and self.compression.rule == "flowcache"
+
+
+# What of a history over budget stays, as a user chooses it. "flowcache" and "window" as in `Compression`; the others
+# are for videos far longer than a model was trained on, without training, and count positions from the window's start.
+HistoryRule = Literal["flowcache", "window", "deep sink", "rolling sink"]
+HISTORY_RULES: tuple[HistoryRule, ...] = get_args(HistoryRule)
 
 
 def bounded_history(
@@ -341,6 +370,7 @@ def bounded_history(
     sink: int,
     compression: Compression = BY_FRAMES,
     sink_share: float = 1.0,
+    rule: HistoryRule = "flowcache",
     **more: Any,
 ) -> HistorySettings:
     """Makes a history with a budget in chunks, with a window in frames, or a whole one.
@@ -350,19 +380,32 @@ def bounded_history(
         sink: frames at the video's beginning that a window keeps.
         compression: how a budget is cut.
         sink_share: as for `Compression`.
+        rule: what stays; of a window in frames "flowcache" leaves the newest. "deep sink": half of the window are the
+            video's first frames (Deep Forcing, arXiv 2512.05081, without its choice among the rest); "rolling sink":
+            see `history.rolling_sink`.
         more: for `HistorySettings`.
 
     Raises:
-        UserError: both, or a sink without a window.
+        UserError: both, a sink without a window, or a rule without what it needs.
     """
+    if rule in ("deep sink", "rolling sink"):
+        if window is None and (rule == "deep sink" or budget is None):
+            raise UserError(f"The history rule '{rule}' needs a window in frames; Self-Forcing was trained on 21.")
+        if sink or sink_share < 1.0:
+            raise UserError(f"The history rule '{rule}' has its own sink; leave sink and sink share as they are.")
+        more, sink = more | {"relative": True}, window // 2 if window and rule == "deep sink" else 0
+    if rule == "rolling sink":
+        compression = replace(compression, rule=rule, protect_first=False)
+    elif rule == "window":
+        compression = replace(compression, rule=rule)
     if window is None and sink:
         raise UserError(f"A sink of {sink} frames needs a window in frames; set one, or keep the first chunk instead.")
     if window is None and sink_share < 1.0:
         raise UserError("A sink that takes up dropped frames needs a window and a sink in frames.")
-    cut = compression
     if window is not None:
-        cut = replace(compression, rule="window", sink=sink, protect_first=False, sink_share=sink_share)
-    return HistorySettings(budget, cut, window=window, **more)
+        cut: Rule = "rolling sink" if compression.rolls_sink else "window"
+        compression = replace(compression, rule=cut, sink=sink, protect_first=False, sink_share=sink_share)
+    return HistorySettings(budget, compression, window=window, **more)
 
 
 @dataclass(frozen=True)

@@ -7,7 +7,16 @@ from comfy_api.latest import io
 from ..flowcache_core.checkpoints import wan_families
 from ..flowcache_core.models.families import family_preset, fitted
 from ..flowcache_core.models.presets import DEFAULT_PRESET, PAPER_PRESETS, PRESETS, quality_notes, quality_settings
-from ..flowcache_core.settings import HISTORY_TYPES, Between, Compression, Drift, Every, Settings, bounded_history
+from ..flowcache_core.settings import (
+    HISTORY_RULES,
+    HISTORY_TYPES,
+    Between,
+    Compression,
+    Drift,
+    Every,
+    Settings,
+    bounded_history,
+)
 from .comfyui import patch as host
 from .comfyui.progress import say
 from .comfyui.widgets import advanced, schema
@@ -34,7 +43,7 @@ class FlowCache(io.ComfyNode):
                 advanced(io.Float.Input("importance_weight", default=0.15, min=0.0, max=1.0, step=0.01)),
                 advanced(io.Boolean.Input("keep_first_chunk", default=True)),
                 advanced(io.Combo.Input("positions", options=["absolute", "relative"], default="absolute")),
-                advanced(io.Combo.Input("history_rule", options=["flowcache", "window"], default="flowcache")),
+                advanced(io.Combo.Input("history_rule", options=list(HISTORY_RULES), default="flowcache")),
                 advanced(io.Boolean.Input("correct", default=True)),
                 advanced(io.Float.Input("quality", default=0.5, min=0.0, max=1.0, step=0.05)),
                 advanced(io.Combo.Input("history_memory", options=["auto", "system"], default="auto")),
@@ -59,12 +68,12 @@ class FlowCache(io.ComfyNode):
         queries, asked_from, history_type, window_frames, sink_frames, sink_share,
     ) -> io.NodeOutput:  # fmt: skip
         compression = Compression(
-            rule=history_rule, weight=importance_weight, granularity=granularity, protect_first=keep_first_chunk,
-            queries=queries, asked_from=asked_from,
+            weight=importance_weight, granularity=granularity, protect_first=keep_first_chunk, queries=queries,
+            asked_from=asked_from,
         )  # fmt: skip
         history = bounded_history(
             history_budget or None, window_frames or None, sink_frames, compression, sink_share=sink_share,
-            relative=positions == "relative", memory=history_memory,
+            rule=history_rule, relative=positions == "relative", memory=history_memory,
             type=HISTORY_TYPES[0] if history_type == "auto" else history_type,
         )  # fmt: skip
         model, notes = host.with_family(model, family, cls.hidden)

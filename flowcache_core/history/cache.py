@@ -35,11 +35,15 @@ from .offload import TOO_LITTLE, OffloadableBuffer, attempts, runs_out_of_memory
 from .plan import MemoryPlan
 from .positions import Positions
 from .quantised import PackedBuffer
+from .rolling_sink import Beginning
 from .snapshot import Snapshot, SnapshotDelta
 from .streams import AT_ONCE, Pending, SideStream
 
 Attention = Callable[[Tensor, Tensor, Tensor], Tensor]  # q, k, v [B, heads, tokens, D] -> q's shape
 Chunk = int | Given
+
+
+Span = tuple[Sequence[OffloadableBuffer], int, int]  # of each layer, tokens from one to before another
 
 
 class Layer(NamedTuple):
@@ -109,14 +113,18 @@ class History:
         moved = [front(count + 1) - front(count) for count in range(chunks_moved)]
         if not self.stream.overlaps:  # memory to copy from beside other work comes in powers of two, hence the pieces
             moved = [front(chunks_moved)] if chunks_moved else []
-        size = (plan.batch, network.kv_heads, plan.layer_tokens, network.head_dim)
 
-        def buffer() -> OffloadableBuffer:
+        def buffer(tokens: int, moved: list[int]) -> OffloadableBuffer:
+            size = (plan.batch, network.kv_heads, tokens, network.head_dim)
             if plan.packing is not None:
                 return PackedBuffer.room_for(size, moved, plan.packing, self.dtype, self.device, self.stream)
             return OffloadableBuffer.empty(size, moved, self.dtype, self.device, self.stream)
 
-        self.layers = [Layer(buffer(), buffer()) for _ in range(network.layers)]
+        def apart(tokens: int) -> OffloadableBuffer:
+            return buffer(tokens, [tokens] if self.settings.memory == "system" else [])
+
+        self.layers = [Layer(*(buffer(plan.layer_tokens, moved) for _ in range(2))) for _ in range(network.layers)]
+        self.beginning = Beginning(plan, apart) if plan.beginning_frames else None
 
     def _scratch(self) -> Layer:
         plan = self.plan
@@ -283,7 +291,7 @@ class History:
         whole = self._open.values.here[:, :, given:end]
         tokens = torch.cat([self.tokens[layer, :, :, given : self.clean], numbers], dim=2)
         parts = [old, whole, tokens]
-        self._write_kept(layer, parts, self._evicted(layer, seen, parts))
+        self._write_kept(layer, parts, self._evicted(layer, seen, parts, self._frame_after(end)))
 
     def commit(self, chunks: Sequence[Chunk]) -> None:
         """Ends a forward: these chunks are clean from now on. One that this branch was never run for has no slot, and
@@ -333,7 +341,7 @@ class History:
         seen = clean[0]
         if self.positions.relative:
             seen = self.positions.turn(clean[0], clean[2], self._frame_after(self.clean))
-        fresh = self._evicted(layer, seen, clean)
+        fresh = self._evicted(layer, seen, clean, self.follows)
         if self.slots:
             moved = [part.read(self.clean, filled) for part in parts]
             fresh = [torch.cat(pair, dim=2) for pair in zip(fresh, moved, strict=True)]
@@ -348,10 +356,14 @@ class History:
         keys, values, tokens = fresh
         self._write(layer, self.plan.given_tokens + sink, keys, values, tokens)
 
-    def _evicted(self, layer: int, seen: Tensor, parts: list[Tensor], queries: Tensor | None = None) -> list[Tensor]:
+    def _evicted(
+        self, layer: int, seen: Tensor, parts: list[Tensor], after: int, queries: Tensor | None = None
+    ) -> list[Tensor]:
         """What stays of a layer's tokens but the given ones and the sink, by the queries that were kept unless told
-        others."""
+        others; `after`: the frame that follows them, which a rolling sink asks for."""
         plan = self.plan
+        if self.beginning is not None:
+            return self.beginning.cut(layer, parts, after)
         if queries is None and self.queries is not None and self.asked:
             queries = self.queries[layer]
         return evict(
@@ -400,7 +412,8 @@ class History:
         """Of all buffers."""
         layers = [part for layer in (*self.layers, *([self.scratch] if self.scratch else [])) for part in layer]
         queries = 0 if self.queries is None else self.queries.nbytes
-        return sum(part.nbytes for part in layers) + self.tokens.nbytes + queries
+        beginning = 0 if self.beginning is None else self.beginning.nbytes
+        return sum(part.nbytes for part in layers) + self.tokens.nbytes + queries + beginning
 
     @property
     def bytes_used(self) -> int:
@@ -461,11 +474,27 @@ class History:
         start, end = max(first, self.plan.end_tokens), self.clean
         keys, values = zip(*self.layers, strict=True)
         tokens = [OffloadableBuffer(each) for each in self.tokens]
-        whole, copied, numbers = (_stacked(parts, start, end, stream) for parts in (keys, values, tokens))
+        spans: list[list[Span]] = [[(parts, start, end)] for parts in (keys, values, tokens)]
+        if self.beginning is not None and self.beginning.after is not None:
+            spans = self._spans_of_beginning(self.beginning, (keys, values, tokens))
+        whole, copied, numbers = (_stacked(each, stream) for each in spans)
         if self.queries is None or not self.asked:
             return Snapshot(whole, copied, numbers, whole.new_empty(0))
         queries = stream.cpu_like(self.queries, self.queries.shape)
         return Snapshot(whole, copied, numbers, queries.copy_(self.queries, non_blocking=stream.overlaps))
+
+    def _spans_of_beginning(
+        self, beginning: Beginning, parts: Sequence[Sequence[OffloadableBuffer]]
+    ) -> list[list[Span]]:
+        """What a rolling sink goes on from: given frames, the beginning and the newest chunk. The window's other tokens
+        are made of these."""
+        given, newest = (self.plan.end_tokens, self.plan.given_tokens), self.clean - self.plan.chunk_tokens
+        numbers = [OffloadableBuffer(each) for each in beginning.numbers(self.tokens)]
+        first = [*zip(*beginning.layers, strict=True), numbers]
+        return [
+            [(now, *given), (then, 0, beginning.tokens), (now, newest, self.clean)]
+            for now, then in zip(parts, first, strict=True)
+        ]
 
     @torch.inference_mode()
     def _turned(self, copied: Pending[Snapshot]) -> Snapshot:
@@ -509,8 +538,11 @@ class History:
         if kept < parts[0].shape[2]:
             lead = self.plan.given_tokens - self.plan.end_tokens
             rest = [part[:, :, lead:] for part in parts]
+            if self.beginning is not None:
+                self._load_rolling(layer, [part[:, :, :lead] for part in parts], rest)
+                return
             queries = saved.queries[layer] if len(saved.queries) else None
-            cut = self._evicted(layer, rest[0], rest, queries)
+            cut = self._evicted(layer, rest[0], rest, 0, queries)
             sink = [part[:, :, : self._sink] for part in rest]
             if self.settings.compression.moves_sink:
                 sink = self._loaded_sink(rest, kept - lead)
@@ -524,6 +556,20 @@ class History:
             queries = saved.queries[layer]
             self._keep_queries(layer, queries.to(self.device, self.dtype))
 
+    def _load_rolling(self, layer: int, lead: Sequence[Tensor], parts: Sequence[Tensor]) -> None:
+        """Takes over given frames, and of the others the first ones and the newest chunk."""
+        assert self.beginning is not None
+        lead_keys, keys = (self._unplaced(each[0], each[2]) for each in (lead, parts))
+        after = int(parts[2][0, 0, -1]) // self.plan.frame_tokens + 1
+        kept = self.beginning.cut(layer, [keys, parts[1].to(self.device), parts[2].to(self.device)], after)
+        first = [lead_keys, lead[1].to(self.device), lead[2].to(self.device)]
+        keys, values, tokens = (torch.cat(pair, dim=2) for pair in zip(first, kept, strict=True))
+        self._write(layer, self.plan.end_tokens, keys, values, tokens)
+
+    def _unplaced(self, keys: Tensor, tokens: Tensor) -> Tensor:
+        """Saved keys without their turn in time."""
+        return self.positions.turn_back(keys.to(self.device, self.dtype), tokens.to(self.device))
+
     def _loaded_sink(self, parts: Sequence[Tensor], keep: int) -> list[Tensor]:
         """The sink of a state that is cut as it is loaded, whose keys stand where they do in the video."""
         keys, values, tokens = parts
@@ -532,13 +578,17 @@ class History:
         return [self.positions.turn_absolute(keys, tokens), values, tokens]
 
 
-def _stacked(parts: Sequence[OffloadableBuffer], start: int, end: int, stream: SideStream) -> Tensor:
-    """Tokens start to end of all layers, on the CPU: [layers, B, heads, tokens, ...]."""
-    alike = parts[0].read(0, 0)
+def _stacked(spans: Sequence[Span], stream: SideStream) -> Tensor:
+    """Tokens of all layers, one span after another, on the CPU: [layers, B, heads, tokens, ...]."""
+    alike = spans[0][0][0].read(0, 0)
     batch, heads, _, *rest = alike.shape
-    whole = stream.cpu_like(alike, (len(parts), batch, heads, end - start, *rest))
-    for copy, part in zip(whole, parts, strict=True):
-        part.copy_to(copy, start, waits=not stream.overlaps)
+    count = sum(end - start for _, start, end in spans)
+    whole = stream.cpu_like(alike, (len(spans[0][0]), batch, heads, count, *rest))
+    filled = 0
+    for parts, start, end in spans:
+        for copy, part in zip(whole, parts, strict=True):
+            part.copy_to(copy[:, :, filled : filled + end - start], start, waits=not stream.overlaps)
+        filled += end - start
     return whole
 
 

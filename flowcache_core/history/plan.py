@@ -64,6 +64,7 @@ class MemoryPlan:
         away: all of it lives in system memory.
         moved: so many chunks of each branch do so from the start, the oldest, with the given frames before them.
         packing: of clean keys and values that are stored in fewer bits.
+        beginning_frames: of the video, that are kept beside the window (`history.rolling_sink`).
     """
 
     network: NetworkSizes
@@ -87,6 +88,7 @@ class MemoryPlan:
     away: bool = False
     moved: int = 0
     packing: Packing | None = None
+    beginning_frames: int = 0
 
     @property
     def frame_tokens(self) -> int:
@@ -108,6 +110,10 @@ class MemoryPlan:
     def clean_tokens(self) -> int:
         """Tokens that a layer's clean history may hold, given frames included."""
         return self.given_tokens + self.frame_tokens * self.clean_frames
+
+    @property
+    def beginning_tokens(self) -> int:
+        return self.frame_tokens * self.beginning_frames
 
     @property
     def clean_chunks(self) -> int:
@@ -173,7 +179,8 @@ class MemoryPlan:
     @property
     def stored_bytes(self) -> int:
         """Of the keys and values, and the token numbers, that all layers and branches store."""
-        return self.branches * self.network.layers * self.layer_tokens * self.stored_token_bytes
+        beginning = self.beginning_tokens * (self.stored_token_bytes - self.number_bytes)
+        return self.branches * self.network.layers * (self.layer_tokens * self.stored_token_bytes + beginning)
 
     @property
     def scratch_bytes(self) -> int:
@@ -198,7 +205,7 @@ class MemoryPlan:
         """Of the history of the same run without a budget."""
         frames = self.total_chunks * self.chunk_frames
         whole = replace(self, clean_frames=frames, slots=0, kind="stored", asking=0)
-        return replace(whole, relative=False, away=False, moved=0, packing=None).history_bytes
+        return replace(whole, relative=False, away=False, moved=0, packing=None, beginning_frames=0).history_bytes
 
     @property
     def activation_bytes(self) -> int:
@@ -329,4 +336,5 @@ def plan_memory(
         texts=min(texts, schedule.max_active + 1),
         away=settings.history.memory == "system",
         packing=packing,
+        beginning_frames=kept if bounded and kept is not None and settings.history.compression.rolls_sink else 0,
     )

@@ -11,7 +11,8 @@ const isOurs = (node) => node.comfyClass?.startsWith("FlowCache") && node.widget
 const isCustom = (at) => at.preset === "custom";
 const cuts = (at) => at.history_budget > 0;
 const keepsFrames = (at) => at.window_frames > 0;
-const scores = (at) => cuts(at) && at.history_rule !== "window";
+const scores = (at) => cuts(at) && at.history_rule === "flowcache";
+const rolls = (at) => at.history_rule.endsWith("sink"); // brings its own sink and positions
 
 const shownIf = (used) => (used ? SHOWN : GONE);
 const foldedIf = (used) => (used ? FOLDED : GONE);
@@ -26,15 +27,15 @@ const PLACES = {
     forecast: (at) => shownIf(isCustom(at)),
     correct: (at) => shownIf(isCustom(at) && at.forecast !== "hold"),
     quality: (at) => shownIf(at.preset === "quality"),
-    history_rule: (at) => foldedIf(cuts(at)),
+    history_rule: (at) => foldedIf(cuts(at) || keepsFrames(at)),
     granularity: (at) => foldedIf(scores(at)),
     importance_weight: (at) => foldedIf(scores(at)),
     queries: (at) => foldedIf(scores(at)),
     asked_from: (at) => foldedIf(scores(at) && at.queries > 0),
-    keep_first_chunk: (at) => foldedIf(cuts(at)),
-    positions: (at) => foldedIf(cuts(at) || keepsFrames(at)),
+    keep_first_chunk: (at) => foldedIf(cuts(at) && !rolls(at)),
+    positions: (at) => foldedIf((cuts(at) || keepsFrames(at)) && !rolls(at)),
     window_frames: (at) => foldedIf(!cuts(at) || keepsFrames(at)),
-    sink_frames: (at) => foldedIf(keepsFrames(at) || at.sink_frames > 0),
+    sink_frames: (at) => foldedIf((keepsFrames(at) && !rolls(at)) || at.sink_frames > 0),
     sink_share: (at) => foldedIf(at.sink_frames > 0),
   },
   FlowCacheAutoregressiveExtend: {

@@ -4,20 +4,18 @@ import pytest
 import torch
 
 from flowcache_core.engine.guidance import classifier_free
-from flowcache_core.engine.loop import Engine
 from flowcache_core.errors import UserError
 from flowcache_core.models.wan import WanBackbone
 from flowcache_core.schedule import ChunkSchedule
 from flowcache_core.settings import Compression, HistorySettings, Settings
 from flowcache_core.solvers import noise_levels
-from flowcache_core.solvers.one_step import Renoise
 from tests.helpers import golden_weights
 from tests.helpers.golden_runs import frames_of, relative_error
 from tests.helpers.place import golden
 from tests.helpers.runs import build, video
+from tests.helpers.windows import FRAMES, make
 
 GOLDEN = golden("longlive")
-FRAMES = 3  # of a chunk
 SEEN = [tuple(map(int, name.split(".")[1:])) for name in GOLDEN if name.startswith("seen.")]
 
 
@@ -34,20 +32,6 @@ RUNS = {
     "reward_forcing_half": (7, window(9, 3, 0.5, relative=True)),
     "reward_forcing_12": (7, window(12, 3, 0.7, relative=True)),
 }
-
-
-def make(chunks: int, history: HistorySettings, frames: int = FRAMES, steps: int = 4) -> Engine:
-    noise = frames_of("noise", chunks * frames).split(frames, dim=2)
-    return build(
-        WanBackbone(golden_weights.network()),
-        ChunkSchedule(chunks, steps, steps),
-        classifier_free(golden_weights.text("cond")),
-        noise_levels.linear(steps, 5.0),
-        start=lambda chunk: noise[chunk],
-        settings=Settings(history=history),
-        noise=lambda chunk, step: frames_of(f"renoise.{chunk}.{step}", frames),
-        solver=Renoise,
-    )
 
 
 @pytest.mark.parametrize("name", RUNS)
@@ -133,19 +117,7 @@ def test_a_sink_that_takes_up_dropped_frames_goes_on_from_a_state():
     whole = video(make(7, history))
     begun = make(4, history)
     first = video(begun)
-    saved = begun.save()
-    noise = frames_of("noise", 21).split(FRAMES, dim=2)
-    after = build(
-        WanBackbone(golden_weights.network()),
-        ChunkSchedule(3, 4, 4, prefix=4),
-        classifier_free(golden_weights.text("cond")),
-        noise_levels.linear(4, 5.0),
-        start=lambda chunk: noise[chunk],
-        settings=Settings(history=history),
-        noise=lambda chunk, step: frames_of(f"renoise.{chunk}.{step}", FRAMES),
-        solver=Renoise,
-        loaded=saved,
-    )
+    after = make(3, history, loaded=begun.save(), done=4)
     assert relative_error(torch.cat([first, video(after)], dim=2), whole) < 1e-5
 
 
