@@ -37,8 +37,8 @@ REPORT = {
     "short_history": {
         "budget": 3, "chunks": 64,
         "rows": [
-            {"name": name, "history_bytes": 2**20, "quality": QUALITY, "likeness": {"psnr": 30.0 - place},
-             "looks": LOOKS}
+            {"name": name, "bounded": place > 0, "history_bytes": 2**20, "quality": QUALITY,
+             "likeness": {"psnr": 30.0 - place}, "looks": LOOKS}
             for place, name in enumerate(NAMES)
         ],
     },
