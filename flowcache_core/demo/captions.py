@@ -1,10 +1,5 @@
-"""Captions as conditioning without a text encoder: every word has a fixed vector, every place in the caption another.
-
-Each word also carries those of its phrase ("a red circle"), as a text encoder's would: what colour belongs to which
-kind then stands in every token, and has not to be worked out from places.
-"""
-
-from itertools import pairwise
+"""Captions as conditioning without a text encoder: every word has a fixed vector, every place in the caption
+another."""
 
 import torch
 from torch import Tensor
@@ -43,13 +38,4 @@ def embed_caption(caption: str) -> Tensor:
     if len(words) > TOKENS:
         raise UserError(f"The caption has {len(words)} words; the demo model takes at most {TOKENS} (two shapes).")
     rows = [WORDS.index(word) for word in words] + [len(WORDS)] * (TOKENS - len(words))
-    vectors = _WORD_VECTORS[rows] + _PLACE_VECTORS
-    for begin, end in _phrases(words):
-        vectors[begin:end] += _WORD_VECTORS[rows[begin:end]].mean(dim=0)
-    return vectors[None]
-
-
-def _phrases(words: list[str]) -> list[tuple[int, int]]:
-    """First and one past the last place of every phrase between "and"s."""
-    breaks = [-1, *(place for place, word in enumerate(words) if word == "and"), len(words)]
-    return [(before + 1, after) for before, after in pairwise(breaks) if after > before + 1]
+    return (_WORD_VECTORS[rows] + _PLACE_VECTORS)[None]

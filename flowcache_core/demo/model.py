@@ -9,7 +9,7 @@ from torch import Tensor
 from .. import checkpoints
 from ..errors import UserError
 from ..models.wan import WanBackbone
-from .shipped import NETWORK_FILE, named
+from .shipped import NETWORK_FILE
 from .vae import Memory, load_vae
 
 
@@ -29,7 +29,7 @@ def load_network(path: Path | str = NETWORK_FILE) -> WanBackbone:
 
 def weights_name(backbone: WanBackbone) -> str:
     """What a state says it was made with."""
-    return named(f"WanModel {backbone.dim}x{backbone.layers} heads {backbone.heads}")
+    return f"WanModel {backbone.dim}x{backbone.layers} heads {backbone.heads}"
 
 
 def decode(latents: Tensor, chunk_frames: int) -> Tensor:

@@ -26,7 +26,6 @@ from torch import Tensor
 
 from ...flowcache_core.checkpoints import MAGI_FAMILIES, load
 from ...flowcache_core.checkpoints.gguf_files import ENDING, read_gguf
-from ...flowcache_core.demo.shipped import named
 from ...flowcache_core.engine.build import Seeing
 from ...flowcache_core.engine.rolling import rolling_bytes
 from ...flowcache_core.errors import UserError
@@ -173,7 +172,7 @@ def model_name(model: comfy.model_patcher.ModelPatcher) -> str:
     """Tells networks of other sizes apart, for states; two files of one size pass as the same."""
     network = model.model.diffusion_model
     kind = type(network).__name__.replace("Causal", "")
-    return named(f"{kind} {network.dim}x{len(network.blocks)} heads {network.num_heads}")
+    return f"{kind} {network.dim}x{len(network.blocks)} heads {network.num_heads}"
 
 
 def file_of(model: comfy.model_patcher.ModelPatcher) -> Path:

@@ -12,8 +12,6 @@ from flowcache_core import generate
 from flowcache_core.checkpoints import inspect, stamp
 from flowcache_core.demo import NETWORK_FILE, VAE_FILE, decode, embed_caption, load_network
 from flowcache_core.demo.export import export
-from flowcache_core.demo.model import weights_name
-from flowcache_core.demo.shipped import EDITION
 from flowcache_core.demo.train_network import CONFIG
 from flowcache_core.errors import UserError
 from flowcache_core.models.wan import WanNetwork
@@ -90,12 +88,3 @@ def test_correction_leads_nearer_to_the_plain_run(solver):
         return (latents(Settings(Every(3, least=6), Between(correct=correct))) - plain).square().mean().item()
 
     assert error(correct=True) < 0.9 * error(correct=False)
-
-
-def test_states_of_the_first_weights_are_refused_in_a_line(tmp_path):
-    """They say no more than the network's size."""
-    network, caption = load_network(), embed_caption("a red circle")
-    assert weights_name(network) == f"WanModel 256x8 heads 4, demo {EDITION}"
-    first = generate(network, caption, 1, steps=2, lag=2, model="WanModel 256x8 heads 4")
-    with pytest.raises(UserError, match=r"made with another model \(WanModel 256x8 heads 4, this one is .*, demo"):
-        generate(network, caption, 1, steps=2, lag=2, state=first.state, model=weights_name(network))
