@@ -12,6 +12,7 @@ from .batch.command import default_host, run_batch
 from .checkpoints import magi_files
 from .command_generate import run_generate
 from .demo.compare import CAPTION, compare, table
+from .engine.from_video import STRENGTH
 from .engine.loop import Cancelled
 from .errors import UserError
 from .history.plan import MemoryPlan
@@ -200,6 +201,14 @@ def parser() -> argparse.ArgumentParser:
     option("--guidance", type=float, help="classifier-free guidance; 1 is off (default: the family's)")
     option("--negative", default="", metavar="CAPTION", help="what to keep away from, with guidance")
     option("--state", type=Path, metavar="FILE", help="go on from this state of an earlier run")
+    option("--video", type=Path, metavar="LATENTS", help="start from this video's latents, of Save Latent or --out")
+    option(
+        "--strength",
+        type=float,
+        default=STRENGTH,
+        metavar="S",
+        help="with --video: share of the steps that are taken from there, above 0 to 1 (default: %(default)g)",
+    )
     option("--save-state", type=Path, metavar="FILE", help="write the state, to go on from later (.safetensors)")
     option("--report", type=Path, metavar="FILE", help="write what the run did: .json, or a picture .png")
     sizes = range(1, 17)

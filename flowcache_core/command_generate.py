@@ -113,11 +113,13 @@ def _generate(options: argparse.Namespace, team: Any, demo: bool) -> None:
 
     first = 0 if state is None else state.chunks
     writes, folder, keep = team is None or parallel.first, None, None  # type: ignore[union-attr]
+    video = None if options.video is None else read_latent(options.video, magi)
     if options.resume:
-        determining = [
+        determining: list[Any] = [
             name, repr(replace(settings, overlap=True, history=replace(settings.history, memory="auto"))), texts, masks,
             options.negative, options.chunks, steps, lag, guidance, options.seed, width, height, str(dtype), state,
         ]  # fmt: skip
+        determining += [] if video is None else [video, options.strength]
         run = _digest_of(determining)
         folder = RunFolder(options.resume, run, int(options.resume_gb * 2**30), first, chunk_frames, name)
     earlier = folder.load() if folder else None
@@ -138,6 +140,7 @@ def _generate(options: argparse.Namespace, team: Any, demo: bool) -> None:
     shares = [texts[chunk * len(texts) // options.chunks] for chunk in range(options.chunks)]
     told: dict[str, Any] = {
         "settings": settings, "seed": options.seed, "state": earlier or state, "model": name, "keep": keep,
+        "video": video, "strength": options.strength,
         "parallel": parallel, "cancelled": team.stop if team else lambda: False,
         "latent_size": (height, width) if not demo else DEMO_SIZE, "steps": steps,
         "on_progress": Bar("generating", first + options.chunks) if writes else lambda progress: None,
@@ -194,10 +197,35 @@ def _write(options, demo: bool, magi: bool, latents: Tensor, state: State, resul
 
 def write_latent(path: Path, latents: Tensor, magi: bool) -> None:
     """Writes latents [B, C, T, H, W] of a network as ComfyUI's Load Latent reads them, in the VAE's own scale."""
-    mean, deviation = (torch.tensor(numbers).view(-1, 1, 1, 1) for numbers in (LATENT_MEAN, LATENT_STD))
+    mean, deviation = _normalisation()
     raw = latents.float() / LATENT_SCALE if magi else latents.float() * deviation + mean
     tensors = {"latent_tensor": raw.contiguous(), "latent_format_version_0": torch.tensor([])}
     write_whole(path, lambda partial: save_file(tensors, partial))
+
+
+def read_latent(path: Path, magi: bool) -> Tensor:
+    """Reads latents [B, C, T, H, W] as a network takes them, that ComfyUI's Save Latent or `write_latent` wrote.
+
+    Raises:
+        UserError: no such file, or not one of theirs.
+    """
+    try:
+        raw = load_file(path).get("latent_tensor")
+    except (OSError, SafetensorError) as error:
+        raise UserError(f"Cannot read {path} ({first_line(error)}); give what Save Latent or --out wrote.") from error
+    channels = len(LATENT_MEAN)
+    if raw is None or raw.ndim != 5 or raw.shape[1] != channels:
+        raise UserError(
+            f"{path.name} has no tensor 'latent_tensor' [B, {channels}, T, H, W]; write it with Save Latent."
+        )
+    mean, deviation = _normalisation()
+    return raw.float() * LATENT_SCALE if magi else (raw.float() - mean) / deviation
+
+
+def _normalisation() -> tuple[Tensor, Tensor]:
+    """Mean and deviation of the VAE's latents, by channel."""
+    mean, deviation = (torch.tensor(numbers).view(-1, 1, 1, 1) for numbers in (LATENT_MEAN, LATENT_STD))
+    return mean, deviation
 
 
 class _Stream:

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from .engine.build import IN_ORDER, RunSettings, Seeing, build_engine, given_chunks
+from .engine.from_video import STRENGTH, from_video
 from .engine.guidance import classifier_free
 from .engine.loop import Boundary, Chunk, Engine, Progress, Sampling
 from .engine.pictures import Scenes
@@ -87,6 +88,8 @@ def generate(
     state: State | None = None,
     prefix: Tensor | None = None,
     end: Tensor | None = None,
+    video: Tensor | None = None,
+    strength: float = STRENGTH,
     model: str = "",
     on_progress: Callable[[Progress], None] = lambda progress: None,
     on_chunk: Callable[[Chunk], None] = lambda chunk: None,
@@ -107,7 +110,7 @@ def generate(
         steps, lag: of the schedule, see `schedule.ChunkSchedule`.
         settings: what to reuse and how much history to keep.
         frames_per_chunk: latent frames.
-        latent_size: height and width of the latents, where neither state nor prefix gives them.
+        latent_size: height and width of the latents, where no state, prefix, end or video gives them.
         guidance_scale: of classifier-free guidance; 1 runs the conditional branch only.
         negative: text of the unconditional branch; needed where the scale is not 1.
         sigmas: noise levels [steps + 1], falling to 0.
@@ -121,6 +124,10 @@ def generate(
             whatever its budget is.
         end: given latents [B, C, T, H, W] that come after, which every chunk sees at their place in time. What ends so
             leaves no state to go on from.
+        video: latents [B, C, T, H, W] that chunks start from instead of from noise alone, see
+            `engine.from_video.FromVideo`: each from the frames at its own place in the whole video, those that are
+            given before it included.
+        strength: above 0 to 1: the share of its steps that a chunk takes from there; 1 is the run without the video.
         model: a name for the weights, kept in the state, so that another model does not go on from it.
         on_progress: called after every tick.
         on_chunk: called with each finished chunk, oldest first; on a CUDA device a tick later, where
@@ -158,7 +165,7 @@ def generate(
     done, lead = divmod(frames, chunk_frames) if way in IN_ORDER else (0, 0)
     if pictures:
         _check_pictures(scenes, lead, chunk_frames, end, parallel)
-    known = end if given is None else given
+    known = next((one for one in (given, end, video) if one is not None), None)
     size = latent_size if known is None else known.shape[3:]
     shape = (batch, backbone.channels, chunk_frames, *size)
     if end is not None:
@@ -167,12 +174,19 @@ def generate(
         raise UserError(f"The latent size is {list(size)}, expected a height and a width of at least 1.")
     first_steps = None if done or first_levels is None else len(first_levels) - 1
     schedule = ChunkSchedule(chunks, steps, lag, prefix=done, first_steps=first_steps)
+    source = from_video(video, strength, shape, frames, schedule)
+    if source is not None:
+        if pictures:
+            raise UserError("A run from pictures is led by its scenes and starts from noise; leave 'video' out.")
+        schedule, levels = source.schedule(schedule), source.levels(levels)
+        first_levels = source.first_levels(first_levels)
     shown = Shown(_by_chunk(texts, done), schedule, steer, partial(_checked_change, texts[0], backbone))
     negative_text = None if against is None else _by_chunk(against, done)
     guidance = classifier_free(shown.text if steer else _by_chunk(texts, done), negative_text, scale)
 
     def start(chunk: int) -> Tensor:
-        return (chunk_noise(seed, chunk, shape) if noise is None else noise(chunk, None)).to(texts[0])
+        drawn = (chunk_noise(seed, chunk, shape) if noise is None else noise(chunk, None)).to(texts[0])
+        return drawn if source is None else source.start(chunk, drawn, sampling.levels(chunk, schedule)[0])
 
     def fresh(chunk: int, step: int) -> Tensor:
         return (chunk_noise(seed, chunk, shape, step) if noise is None else noise(chunk, step)).to(texts[0])
@@ -196,6 +210,7 @@ def generate(
     if steer is not None and (way != "causal" or parallel is not None):
         raise UserError("A run is steered where chunks follow one another, in one process; leave 'steer' out.")
     engine = build_engine(run if parallel is None else parallel.run(run))
+    engine.report.notes += [] if source is None else [source.note(levels)]
     if parallel is not None:
         engine = parallel.engine(engine, cancelled)
     together = chunk_frames if way in IN_ORDER or prefix is None else prefix.shape[2]  # a window takes them as one

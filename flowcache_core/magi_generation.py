@@ -5,6 +5,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from .engine.from_video import STRENGTH, from_video
 from .engine.loop import Chunk, Engine, Progress
 from .errors import UserError
 from .generation import Output, Result
@@ -40,6 +41,8 @@ def generate_magi(
     latent_size: tuple[int, int] = (90, 90),
     device: torch.device = torch.device("cpu"),
     state: State | None = None,
+    video: Tensor | None = None,
+    strength: float = STRENGTH,
     model: str = "",
     on_progress: Callable[[Progress], None] = lambda progress: None,
     on_chunk: Callable[[Chunk], None] = lambda chunk: None,
@@ -56,8 +59,8 @@ def generate_magi(
         special_tokens: of the checkpoint, or None.
         steps: of a chunk; None takes the published number.
         device: that computes.
-        settings, seed, latent_size, state, model, on_progress, on_chunk, cancelled, keep, parallel: as for
-            `generation.generate`.
+        settings, seed, latent_size, state, video, strength, model, on_progress, on_chunk, cancelled, keep, parallel: as
+            for `generation.generate`.
 
     Raises:
         UserError: one line, for what does not fit.
@@ -69,12 +72,15 @@ def generate_magi(
         )
     if chunks < 1 or seed < 0:
         raise UserError(f"chunks is {chunks} and the seed {seed}; expected at least 1 chunk, and a seed of 0 or more.")
-    size = latent_size if state is None else state.latents.shape[3:]
+    known = video if state is None else state.latents
+    size = latent_size if known is None else known.shape[3:]
     shape = (1, config.channels, CHUNK_FRAMES, *size)
     if state is not None:
         state.check(model, CHUNK_FRAMES, shape)
     done = 0 if state is None else state.frames
     schedule = magi_schedule(chunks * CHUNK_FRAMES, magi_usual(config)[0] if steps is None else steps, done)
+    source = from_video(video, strength, shape, CHUNK_FRAMES * schedule.prefix, schedule)
+    schedule = schedule if source is None else source.schedule(schedule)
     sampling = MagiSampling() if settings.clean_pass else PUBLISHED_FLOWCACHE
     settings = magi_settings(settings, sampling, schedule)
     if mask is None:
@@ -101,6 +107,7 @@ def generate_magi(
         shape=shape,
         device=device,
         sampling=sampling,
+        source=source,
         attention=attention,
         loaded=None if loaded is None else loaded.get(SHARED),
         kept="" if keep is None else "whole" if state is None else "added",

@@ -46,6 +46,8 @@ class ChunkSchedule:
         lag: ticks between the starts of two neighbouring chunks.
         prefix: chunks that are given and come before them; generated chunks are numbered from here.
         first_steps: steps of the first generated chunk, where it takes more than the others (Causal-Forcing).
+        skipped: steps of the whole schedule that lie before these, where chunks start from a video
+            (`engine.from_video`).
     """
 
     chunks: int
@@ -53,9 +55,10 @@ class ChunkSchedule:
     lag: int
     prefix: int = 0
     first_steps: int | None = None
+    skipped: int = 0
 
     def __post_init__(self):
-        for name, least in (("chunks", 1), ("steps", 1), ("lag", 0), ("prefix", 0)):
+        for name, least in (("chunks", 1), ("steps", 1), ("lag", 0), ("prefix", 0), ("skipped", 0)):
             if getattr(self, name) < least:
                 raise UserError(f"{name} is {getattr(self, name)}, expected at least {least}.")
         if self.lag > self.steps:
@@ -69,6 +72,11 @@ class ChunkSchedule:
     def indices(self) -> range:
         """Numbers of the generated chunks."""
         return range(self.prefix, self.prefix + self.chunks)
+
+    @property
+    def whole_steps(self) -> int:
+        """Steps of a chunk that starts from noise."""
+        return self.steps + self.skipped
 
     @property
     def total_chunks(self) -> int:

@@ -74,27 +74,36 @@ class Spread:
 
     def policy(self, schedule: ChunkSchedule) -> Policy:
         """Makes the policy of one run."""
-        if self.made_for == (schedule.steps, schedule.lag):
+        if self._is_made_for(schedule):
             return Fixed(self.steps).policy(schedule)
         count = max(self.least, round(self.share * schedule.steps))
         if count + 1 == schedule.max_active:  # a step more, and every chunk begins beside recomputed ones
             count += 1
         # A longer first chunk has steps that a list of all steps of the others does not name.
-        return (
-            Off().policy(schedule) if count >= schedule.steps else Fixed(place_steps(schedule, count)).policy(schedule)
-        )
+        if count >= schedule.steps:
+            return Off().policy(schedule)
+        return Fixed([schedule.skipped + step for step in place_steps(schedule, count)]).policy(schedule)
+
+    def _is_made_for(self, schedule: ChunkSchedule) -> bool:
+        """Whether the list is of this schedule, or of one whose last steps this one takes."""
+        if self.made_for is None:
+            return False
+        steps, lag = self.made_for
+        one_by_one = schedule.lag == schedule.steps and lag >= schedule.lag
+        return steps == schedule.whole_steps and (lag == schedule.lag or bool(schedule.skipped and one_by_one))
 
 
 @dataclass(frozen=True)
 class Fixed:
-    """Recomputes the listed steps, the same for every chunk."""
+    """Recomputes the listed steps, the same for every chunk; of chunks that start from a video, they are counted as if
+    those started from noise."""
 
     steps: Sequence[int]
 
     def policy(self, schedule: ChunkSchedule) -> Policy:
         """Makes the policy of one run."""
         listed = frozenset(self.steps)
-        return FixedPolicy(lambda step, steps: step in listed)
+        return FixedPolicy(lambda step, steps: step + schedule.skipped in listed)
 
 
 @dataclass(frozen=True)

@@ -5,6 +5,7 @@ from dataclasses import replace
 from comfy_api.latest import io
 
 from ..flowcache_core.checkpoints import MAGI_FAMILIES, wan_families
+from ..flowcache_core.engine.from_video import STRENGTH
 from ..flowcache_core.errors import UserError
 from ..flowcache_core.models import families
 from .comfyui import magi as host_magi
@@ -48,6 +49,8 @@ class AutoregressiveExtend(io.ComfyNode):
                 ResumeType.Input("resume", optional=True),
                 advanced(io.Combo.Input("family", options=["auto", *wan_families()], default="auto")),
                 io.Vae.Input("vae", optional=True),
+                io.Latent.Input("video", optional=True),
+                advanced(io.Float.Input("strength", default=STRENGTH, min=0.0, max=1.0, step=0.01)),
             ],
             outputs=[
                 io.Latent.Output(display_name="latent"),
@@ -63,7 +66,7 @@ class AutoregressiveExtend(io.ComfyNode):
     @classmethod
     def execute(
         cls, model, positive, negative, seed, chunks, steps, guidance, frames_per_chunk, lag, width, height,
-        solver, attention, shift, condition_noise, prefix, end, state, stream, resume, family, vae,
+        solver, attention, shift, condition_noise, prefix, end, state, stream, resume, family, vae, video, strength,
     ) -> io.NodeOutput:  # fmt: skip
         if prefix is not None and state is not None:
             raise UserError(
@@ -81,16 +84,18 @@ class AutoregressiveExtend(io.ComfyNode):
             for name, latent in (("prefix", prefix), ("end", end))
             if latent is not None and latent.get("noise_mask") is not None
         ]
+        if video is not None and video.get("noise_mask") is not None:
+            notes.append("the noise mask of the video has no effect: all of it is sampled at one strength")
         notes += rounded_notes(8, 0, width=width, height=height)
         model, missing = host.with_family(model, family, cls.hidden)
         notes += missing
-        prefix, end = (None if latent is None else latent["samples"] for latent in (prefix, end))
+        prefix, end, video = (None if latent is None else latent["samples"] for latent in (prefix, end, video))
         image = model.model_options.get("transformer_options", {}).get("ar_config", {}).get("initial_latent")
         if prefix is None and state is None:
             prefix = image
         asked = Extension(
             positive, negative, seed, chunks, (width, height), prefix, end, state, stream, vae, resume,
-            metadata=workflow_metadata(cls.hidden), node_id=cls.hidden.unique_id,
+            metadata=workflow_metadata(cls.hidden), node_id=cls.hidden.unique_id, video=video, strength=strength,
         )  # fmt: skip
         name = host.family_of(model)
         if name in MAGI_FAMILIES:

@@ -6,6 +6,7 @@ A network of the Wan layout is told time-step 1000 x sigma.
 from collections.abc import Sequence
 
 TRAINED_LEVELS = 1000
+WHOLE = 1e-6  # of a step: so far from a whole number is one
 
 CAUSVID_3_STEPS = (1.0, 0.757, 0.522, 0.0)  # configs/wan_causal_dmd.yaml, neither even nor shifted
 
@@ -41,6 +42,24 @@ def nearest_trained(sigmas: Sequence[float], shift: float = 8.0) -> list[float]:
     """
     trained = linear(TRAINED_LEVELS, shift)[:-1]
     return [min(trained, key=lambda level: abs(level - sigma)) if sigma else 0.0 for sigma in sigmas]
+
+
+def remaining(levels: Sequence[float], strength: float) -> list[float]:
+    """Gives the levels of the last `strength` of a schedule's steps, [steps left + 1].
+
+    Args:
+        levels: of all steps, [steps + 1].
+        strength: above 0 to 1. Where it is no whole number of steps, the first level lies between two of the
+            schedule's, as far as the strength does.
+    """
+    steps = len(levels) - 1
+    begun = steps * (1.0 - strength)
+    step = round(begun)
+    if abs(begun - step) < WHOLE:
+        return list(levels[min(step, steps - 1) :])
+    step = int(begun)
+    share = begun - step
+    return [(1.0 - share) * levels[step] + share * levels[step + 1], *levels[step + 1 :]]
 
 
 def magi(steps: int = 64, shift: float = 3.0) -> list[float]:

@@ -15,6 +15,7 @@ from comfy.model_management import throw_exception_if_processing_interrupted
 from torch import Tensor
 
 from ...flowcache_core.engine.build import IN_ORDER, Seeing
+from ...flowcache_core.engine.from_video import STRENGTH, FromVideo, from_video
 from ...flowcache_core.errors import UserError
 from ...flowcache_core.history.streams import SideStream
 from ...flowcache_core.report import Report
@@ -54,6 +55,7 @@ class Extension:
         node_id: of the node that shows the progress.
         notes: lines for the report on what was chosen.
         live: the prompt, where it can change while the run goes on.
+        video, strength: latents [B, C, T, H, W] in the host's space that chunks start from, see `FromVideo`.
     """
 
     positive: list
@@ -71,6 +73,8 @@ class Extension:
     node_id: str | None = None
     notes: Sequence[str] = ()
     live: LivePrompt | None = None
+    video: Tensor | None = None
+    strength: float = STRENGTH
 
 
 @dataclass(frozen=True)
@@ -181,12 +185,20 @@ def extend(model: comfy.model_patcher.ModelPatcher, asked: Extension, how: Sampl
     sampler = ARSampler(
         chunk_frames, how.lag, how.solver, how.seeing, how.first_levels, asked.prefix, asked.end, how.condition, state
     )
+    schedule = sampler.schedule(asked.chunks, len(how.levels) - 1)
+    source = started_from(model, asked, shape, sampler.frames_before(), schedule)
+    if source is not None:
+        if apart:
+            raise UserError("LongVie 2 is led by its control videos and starts from noise; disconnect 'video'.")
+        how = replace(how, levels=source.levels(how.levels), first_levels=source.first_levels(how.first_levels))
+        sampler = replace(sampler, source=source, first_levels=how.first_levels)
+        schedule = source.schedule(schedule)
     inwards = model.model.process_latent_in
     before, after = (None if given is None else inwards(given.cpu().float()) for given in (asked.prefix, asked.end))
     layout = Layout(
         shape,
         state.latents if state is not None else before,
-        sampler.schedule(asked.chunks, len(how.levels) - 1),
+        schedule,
         sampler.frames_before() + asked.chunks * chunk_frames + (0 if after is None else after.shape[2]),
         after=after,
         apart=apart,
@@ -359,7 +371,7 @@ def chunk_shape(model: comfy.model_patcher.ModelPatcher, asked: Extension, chunk
     channels = model.get_model_object("latent_format").latent_channels
     shape = [1, channels, chunk_frames, asked.size[1] // 8, asked.size[0] // 8]
     sizes = []
-    for given in (asked.prefix, asked.end, None if asked.state is None else asked.state.latents):
+    for given in (asked.prefix, asked.end, asked.video, None if asked.state is None else asked.state.latents):
         if given is not None:
             check_latent(given, channels)
             shape = [*given.shape[:2], chunk_frames, *given.shape[3:]]
@@ -368,6 +380,18 @@ def chunk_shape(model: comfy.model_patcher.ModelPatcher, asked: Extension, chunk
     if len(set(sizes)) > 1:
         raise UserError(f"The given frames are of sizes {sizes} (width, height); bring them to one size.")
     return shape
+
+
+def started_from(
+    model: comfy.model_patcher.ModelPatcher,
+    asked: Extension,
+    shape: Sequence[int],
+    before: int,
+    schedule: ChunkSchedule,
+) -> FromVideo | None:
+    """What an extension's chunks start from, if not from noise alone; arguments and errors as for `from_video`."""
+    video = None if asked.video is None else model.model.process_latent_in(asked.video.cpu().float())
+    return from_video(video, asked.strength, shape, before, schedule)
 
 
 def kept_run(model, name: str, asked: Extension, shape, first: int, chunk_frames: int, lead: int, *how) -> Kept:
@@ -383,6 +407,8 @@ def kept_run(model, name: str, asked: Extension, shape, first: int, chunk_frames
     if asked.resume is None and asked.stream is None:
         return Kept()
     before = (asked.prefix, asked.state and (asked.state.latents, asked.state.histories))
+    if asked.video is not None and asked.strength < 1:
+        how = (*how, asked.video, asked.strength)
     determining = (
         name, weights_of(model), patches_of(model), first, chunk_frames, lead,
         determining_prompt(asked.positive), asked.negative, asked.seed, asked.chunks, shape, before, *how,

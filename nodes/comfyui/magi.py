@@ -13,6 +13,7 @@ import comfy.model_patcher
 import torch
 from torch import Tensor
 
+from ...flowcache_core.engine.from_video import FromVideo
 from ...flowcache_core.engine.loop import Boundary, Progress
 from ...flowcache_core.errors import UserError
 from ...flowcache_core.history.snapshot import Snapshot
@@ -38,7 +39,18 @@ from . import gpus
 from . import patch as host
 from .captions import ChunkCaptions, embedding_of
 from .checks import adapt_others, check_finite
-from .extend import Extended, Extension, Layout, carry_out, chunk_shape, kept_run, latents_held, run_guider, with_live
+from .extend import (
+    Extended,
+    Extension,
+    Layout,
+    carry_out,
+    chunk_shape,
+    kept_run,
+    latents_held,
+    run_guider,
+    started_from,
+    with_live,
+)
 from .finished import FinishedChunks
 from .guider import FUNCTIONS, WRAPPERS, fitted, host_attention
 from .listener import RunListener
@@ -97,6 +109,7 @@ class MagiSampler(host.ChunkSampler):
         beside: bytes of latents that the caller will hold in the end.
         listener: is told of the run.
         may_stop: whether it may end the run.
+        source: a video that its chunks start from.
     """
 
     schedule: ChunkSchedule
@@ -108,6 +121,7 @@ class MagiSampler(host.ChunkSampler):
     beside: int
     listener: RunListener
     may_stop: bool = False
+    source: FromVideo | None = None
     chunk_frames: int = CHUNK_FRAMES
 
     def sample(
@@ -167,6 +181,7 @@ class MagiSampler(host.ChunkSampler):
             device=device,
             sampling=self.sampling,
             given=None if self.given is None else self.given.to(noise),
+            source=self.source,
             kept=self.kept,
             beside=self.beside,
             on_progress=progress,
@@ -217,6 +232,9 @@ def extend(model: comfy.model_patcher.ModelPatcher, asked: Extension, steps: int
     frames = state.frames if state is not None else 0 if before is None else before.shape[2]
     inside = frames % CHUNK_FRAMES
     schedule = magi_schedule(asked.chunks * CHUNK_FRAMES - inside, steps, frames)
+    source = started_from(model, asked, shape, frames - inside, schedule)
+    schedule = schedule if source is None else source.schedule(schedule)
+    levels = sigmas(steps) if source is None else source.levels(sigmas(steps))
     sampling = replace(
         MagiSampling() if settings.clean_pass else PUBLISHED_FLOWCACHE, guidance=scales(guidance, config.distilled)
     )
@@ -229,6 +247,7 @@ def extend(model: comfy.model_patcher.ModelPatcher, asked: Extension, steps: int
         if earlier is not None:
             begun = earlier
             left = magi_schedule(schedule.total_chunks * CHUNK_FRAMES - earlier.frames, steps, earlier.frames)
+            left = left if source is None else source.schedule(left)
         sampler = MagiSampler(
             schedule=left,
             sampling=sampling,
@@ -239,8 +258,9 @@ def extend(model: comfy.model_patcher.ModelPatcher, asked: Extension, steps: int
             beside=latents_held(layout, asked.stream),
             listener=finished,
             may_stop=asked.live is not None,
+            source=source,
         )
-        run_guider(model, asked, sampler, sigmas(steps), shape, left.ticks)
+        run_guider(model, asked, sampler, levels, shape, left.ticks)
 
     how = (steps, sampling, model.model.special_tokens)
     kept = kept_run(model, name, asked, shape, schedule.prefix, CHUNK_FRAMES, 0, *how)

@@ -9,6 +9,7 @@ from comfy.patcher_extension import WrappersMP, add_wrapper_with_key
 from torch import Tensor
 
 from ...flowcache_core.engine.build import IN_ORDER, RunSettings, Seeing, build_engine, given_chunks
+from ...flowcache_core.engine.from_video import FromVideo
 from ...flowcache_core.engine.loop import Engine, Progress, Sampling
 from ...flowcache_core.engine.pictures import Scenes
 from ...flowcache_core.errors import UserError
@@ -48,6 +49,7 @@ class ARSampler(host.ChunkSampler):
         end: such a latent that comes after them; not for "rolling".
         condition: noise level that the prefix is shown at.
         state: an earlier run's state to go on from; for "causal" and "pictures".
+        source: a video that chunks start from, where `chunks` says how many.
         beside: bytes of latents that the caller will hold in the end.
         chunks: how many to generate from a noise of a single chunk, each with its own noise of the run's seed; what is
             returned is then the last one. 0: as many as the noise holds behind the start image of ARVideoI2V if there
@@ -64,6 +66,7 @@ class ARSampler(host.ChunkSampler):
     end: Tensor | None = None
     condition: float = 0.0
     state: State | None = None
+    source: FromVideo | None = None
     beside: int = 0
     chunks: int = 0
     listener: RunListener = field(default_factory=RunListener)
@@ -122,7 +125,8 @@ class ARSampler(host.ChunkSampler):
         """Makes the schedule of a run of so many new chunks. Only a video's very first chunk takes more steps."""
         done = self.chunks_before()
         first = None if done or self.first_levels is None else len(self.first_levels) - 1
-        return ChunkSchedule(chunks, steps, min(self.lag, steps), done, first)
+        skipped = 0 if self.source is None else self.source.skipped
+        return ChunkSchedule(chunks, steps, min(self.lag, steps), done, first, skipped)
 
     def planned_bytes(self, guider, noise: Tensor, sigmas: Tensor, settings: Settings) -> int | None:
         """Works out what a run takes of the device's memory; None for a joint window, a forward like the host's."""
@@ -322,7 +326,12 @@ class SamplerCall:
     def _start(self, chunk: int) -> Tensor:
         """A chunk at the first noise level."""
         if self.sampler.chunks:
-            return chunk_noise(self.seed, chunk, self.shape).to(self.noise) * self.levels[0]
+            noise, source = chunk_noise(self.seed, chunk, self.shape).to(self.noise), self.sampler.source
+            if source is None:
+                return noise * self.levels[0]
+            begins = self.schedule.first_steps is not None and chunk == self.schedule.prefix
+            levels = self.sampler.first_levels if begins else None
+            return source.start(chunk, noise, (levels or self.levels)[0])
         first = self.cut.given_frames + (chunk - self.schedule.prefix) * self.sampler.chunk_frames
         frames = slice(first, first + self.sampler.chunk_frames)
         noise = self.noise[:, :, frames]

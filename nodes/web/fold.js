@@ -15,9 +15,10 @@ const scores = (at) => cuts(at) && at.history_rule === "flowcache";
 const rolls = (at) => at.history_rule.endsWith("sink"); // brings its own sink and positions
 
 const shownIf = (used) => (used ? SHOWN : GONE);
+const takes = (node, name) => node.inputs?.some((input) => input.name === name && input.link != null);
 const foldedIf = (used) => (used ? FOLDED : GONE);
 
-// By node and input: where it belongs, by what the node's other inputs hold (`at`).
+// By node and input: where it belongs, by what the node's other widgets hold (`at`) and what is linked to it.
 const PLACES = {
   FlowCache: {
     policy: (at) => shownIf(isCustom(at)),
@@ -42,6 +43,7 @@ const PLACES = {
     guidance: () => FOLDED,
     frames_per_chunk: () => FOLDED,
     lag: () => FOLDED,
+    strength: (at, node) => (takes(node, "video") ? SHOWN : FOLDED),
   },
 };
 
@@ -52,7 +54,7 @@ const inputsOf = (node) => {
 
 function placeOf(node, widget, values, inputs) {
   const options = inputs[widget.name]?.[1] ?? {};
-  const place = PLACES[node.comfyClass]?.[widget.name]?.(values) ?? (options.advanced ? FOLDED : SHOWN);
+  const place = PLACES[node.comfyClass]?.[widget.name]?.(values, node) ?? (options.advanced ? FOLDED : SHOWN);
   const linked = node.inputs?.some((input) => input.widget?.name === widget.name && input.link != null);
   if (linked) return SHOWN;
   return place === FOLDED && widget.value !== options.default ? SHOWN : place; // what was changed is to be seen
@@ -97,6 +99,11 @@ app.registerExtension({
     const toggle = node.toggleAdvanced;
     node.toggleAdvanced = function (...given) {
       toggle?.apply(this, given);
+      fold(node);
+    };
+    const linked = node.onConnectionsChange;
+    node.onConnectionsChange = function (...given) {
+      linked?.apply(this, given);
       fold(node);
     };
     fold(node);

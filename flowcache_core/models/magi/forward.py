@@ -20,6 +20,7 @@ from torch import Tensor
 
 from ...engine.counted import counted
 from ...engine.forward import Step, Velocity
+from ...engine.from_video import FromVideo
 from ...engine.idle import idle_notes, uncut_notes
 from ...engine.layers import by_chunk, row_levels, run_layers
 from ...engine.loop import Boundary, Engine, Progress, Sampling, check_cancelled
@@ -167,18 +168,24 @@ def magi_plan(
 
 def mix_changes(config: MagiConfig, schedule: ChunkSchedule, sampling: MagiSampling) -> frozenset[int]:
     """Lists the steps at which the branches are weighed anew, which are always recomputed."""
-    mixes = [sampling.mix(step, schedule.steps, config.distilled, oldest=True) for step in range(schedule.steps)]
+    steps = range(schedule.skipped, schedule.whole_steps)
+    mixes = [sampling.mix(step, schedule.whole_steps, config.distilled, oldest=True) for step in steps]
     return frozenset(step for step in range(1, schedule.steps) if mixes[step] != mixes[step - 1])
 
 
 def magi_sampling(
-    schedule: ChunkSchedule, sampling: MagiSampling, start: Callable[[int], Tensor], given: Tensor | None
+    schedule: ChunkSchedule,
+    sampling: MagiSampling,
+    start: Callable[[int], Tensor],
+    given: Tensor | None,
+    source: FromVideo | None = None,
 ) -> Sampling:
     """Says to the loop how chunks are denoised.
 
     Args:
         start: gives a chunk's noise [B, C, 6, H, W].
         given: latent frames [B, C, T, H, W] before the generated ones, as `magi_schedule` was told.
+        source: a video that chunks start from, whose `schedule` this one is; None for noise alone.
     """
 
     def pinned(chunk: int, latent: Tensor) -> Tensor:
@@ -187,8 +194,13 @@ def magi_sampling(
             return latent
         return torch.cat([own.to(latent), latent[:, :, own.shape[2] :]], dim=2)
 
-    levels = sigmas(schedule.steps, sampling.order)
-    return Sampling(levels, start, held=sampling.held, pinned=pinned, recompute_last_tick=True)
+    levels = sigmas(schedule.whole_steps, sampling.order)
+    levels = levels if source is None else source.levels(levels)
+
+    def begun(chunk: int) -> Tensor:
+        return start(chunk) if source is None else source.start(chunk, start(chunk), levels[0])
+
+    return Sampling(levels, begun, held=sampling.held, pinned=pinned, recompute_last_tick=True)
 
 
 class MagiForward:
@@ -367,7 +379,8 @@ class MagiForward:
 
     def _weights(self, step: Step, oldest: bool) -> Mapping[str, float]:
         assert step.place.step is not None
-        return self.sampling.mix(step.place.step, self.schedule.steps, self.distilled, oldest)
+        whole = self.schedule.whole_steps
+        return self.sampling.mix(self.schedule.skipped + step.place.step, whole, self.distilled, oldest)
 
     def _clean_pass(self, chunk: int | Given, latent: Tensor) -> Step:
         return Step(latent, 1.0 - CLEAN_TIME, Place(chunk, None, 0))
@@ -440,12 +453,14 @@ class MagiForward:
             return 0
         if not self.sampling.visible or self.settings.history.compression.rule != "window":
             return None
-        return visible_before(place.step, self.schedule.steps, self.sampling.visible)
+        step = self.schedule.skipped + place.step
+        return visible_before(step, self.schedule.whole_steps, self.sampling.visible)
 
     def _context(self, place: Place, branch: str) -> MagiContext:
         """Conditioning of a chunk in a branch; all clean passes share theirs."""
         captioned = branch == "text" or self.distilled
-        size = step_size(self.schedule.steps, place.step or 0, self.sampling.order) if self.distilled else None
+        step = self.schedule.skipped + (place.step or 0)
+        size = step_size(self.schedule.whole_steps, step, self.sampling.order) if self.distilled else None
         chunk = place.chunk if captioned and place.step is not None else None
         return self.context(chunk, captioned, size)
 
@@ -507,6 +522,7 @@ def magi_engine(
     device: torch.device,
     sampling: MagiSampling = MagiSampling(),
     given: Tensor | None = None,
+    source: FromVideo | None = None,
     attention: Attention = grouped_attention,
     loaded: Snapshot | None = None,
     kept: Kept = "",
@@ -523,6 +539,7 @@ def magi_engine(
         start: gives a chunk's noise [B, C, 6, H, W] from its number.
         shape: of a chunk.
         given: latent frames [B, C, T, H, W] before the first generated one, as `magi_schedule` was told.
+        source: as for `magi_sampling`.
         beside: as for `engine.build.RunSettings`.
         on_progress, cancelled, steer: as for `Engine`.
         make: of the forward.
@@ -541,7 +558,8 @@ def magi_engine(
         loaded=loaded, kept=kept, beside=beside, cancelled=cancelled, may_stop=steer is not None, make=make,
     )  # fmt: skip
     settings = forward.settings
-    denoising = magi_sampling(schedule, sampling, start, given)
+    denoising = magi_sampling(schedule, sampling, start, given, source)
+    forward.report.notes += [] if source is None else [source.note(denoising.sigmas)]
     steered = {} if steer is None else {"steer": steer}
     engine = Engine(forward, schedule, policy, settings.between, denoising, on_progress, cancelled, **steered)
     if loaded is None and given is not None:
