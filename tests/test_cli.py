@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from safetensors.torch import load_file, save_file
 
 from flowcache_core import __main__ as cli
 from flowcache_core import checkpoints, command_generate
@@ -231,3 +232,43 @@ def test_two_video_files_are_compared(tmp_path, capsys):
     assert float(capsys.readouterr().out.split("PSNR ")[1].split(" dB")[0]) < 20
     assert cli.main(["compare", str(first), str(tmp_path / "gone.mp4")]) == 2
     assert "gone.mp4 cannot be read as a video" in capsys.readouterr().err
+
+
+def test_generate_from_a_video(network, tmp_path, capsys):
+    """Of what --out wrote; a strength just above 0 gives it back, and the run has its own name for --resume."""
+    common = ["--network", str(network), *FAST, "--guidance", "1"]
+    source, redone = tmp_path / "a.latent", tmp_path / "b.latent"
+    assert cli.main(["generate", "a red circle", "--out", str(source), *common]) == 0
+
+    def made(*more: str, out: Path = redone) -> torch.Tensor:
+        told = ["generate", "a blue square", "--out", str(out), "--video", str(source), "--seed", "4", *common]
+        assert cli.main([*told, *more]) == 0
+        return load_file(out)["latent_tensor"]
+
+    video = load_file(source)["latent_tensor"]
+    assert (made("--strength", "0.0001") - video).norm() < 0.02 * video.norm()
+    assert (made() - video).norm() > 0.1 * video.norm()
+    assert "2 chunks of 3 steps, lag 1" in capsys.readouterr().out
+    runs = ["--resume", str(tmp_path / "runs")]
+    half, more = made("--strength", "0.5", *runs), made("--strength", "0.75", *runs)
+    assert not torch.equal(half, more) and torch.equal(made("--strength", "0.75"), more)
+    assert "from an interrupted run" not in capsys.readouterr().out
+    assert torch.equal(made("--strength", "0.5", *runs), half)
+    assert "2 of 2 chunks were there" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("more", "words"),
+    [
+        (["--strength", "0"], "strength is 0, expected above 0 to 1"),
+        (["--chunks", "3"], "6 latent frames, and 3 chunks of 3 take 9: it is enough for 2 chunks"),
+        (["--video", "none.latent"], "Cannot read none.latent"),
+    ],
+)
+def test_a_video_that_does_not_fit(network, tmp_path, capsys, more, words):
+    source = tmp_path / "a.latent"
+    version = {"latent_format_version_0": torch.tensor([])}
+    save_file({"latent_tensor": torch.randn(1, 16, 6, 8, 8), **version}, source)
+    told = ["generate", "a red circle", "--network", str(network), *FAST, "--out", str(tmp_path / "b.latent")]
+    assert cli.main([*told, "--video", str(source), *more]) == 2
+    assert words in capsys.readouterr().err

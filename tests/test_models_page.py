@@ -42,7 +42,7 @@ def loaders(graph: dict) -> list[dict]:
 
 
 def test_the_page_links_files_where_it_can():
-    assert len(LINKS) == 9
+    assert len(LINKS) == 10
     for name, url in LINKS.items():
         parts = urllib.parse.urlsplit(url)
         assert parts.netloc in HOSTS and parts.path.endswith("/" + name) and name.endswith(ENDINGS)
@@ -84,6 +84,7 @@ GOLDEN = {  # row: file of golden tensors, runs of upstream's in it
     "Causal-Forcing chunkwise": ("causal", ["self_forcing"]),  # the same pipeline, frames and levels
     "Causal-Forcing long video": ("rolling_forcing", ["rolling_forcing"]),  # the same pipeline
     "CausVid": ("causal", ["causvid_3_steps", "causvid_4_steps"]),
+    "Reward Forcing": ("longlive", ["reward_forcing", "reward_forcing_half", "reward_forcing_12"]),
     "Rolling Forcing": ("rolling_forcing", ["rolling_forcing"]),
     "MAGI-1 4.5B": ("magi_runs", ["base", "distill", "image", "video"]),
     "MAGI-1 24B": ("magi_runs", ["gated"]),

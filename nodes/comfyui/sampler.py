@@ -99,7 +99,8 @@ class ARSampler(host.ChunkSampler):
         engine.report.settings = patch.label if patch else "FlowCache off"
         short = short_note(call.cut.last_frames, self.chunk_frames)
         engine.report.notes += [*host.notes_of(call.options), *notes, *call.split_notes(engine), *short]
-        if self.lag > (steps := len(call.levels) - 1):
+        engine.report.notes += [] if self.source is None else [self.source.note(call.levels)]
+        if self.lag > (steps := call.schedule.whole_steps):
             engine.report.notes.append(f"lag is {self.lag}, above the {steps} steps: one chunk runs after the other")
         say(engine.report.notes)
         for chunk in engine.run():

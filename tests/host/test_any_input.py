@@ -48,7 +48,7 @@ def everything() -> Graph:
         return graph.add("FlowCacheAutoregressiveExtend", model=(model, 0), **common | chunks | more)
 
     made = extend(prefix=(prefix, 0), stream=(stream, 0), resume=(resume, 0))
-    for node in (made, extend(state=(made, 1)), extend(end=(prefix, 0))):
+    for node in (made, extend(state=(made, 1)), extend(end=(prefix, 0)), extend(video=(prefix, 0), strength=0.5)):
         graph.add("SaveLatent", samples=(node, 0), filename_prefix="any")
     graph.add("FlowCacheReport", report=(made, 2))
     graph.add("FlowCacheReport", model=(model, 0), latent=(made, 0))

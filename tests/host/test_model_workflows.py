@@ -23,6 +23,7 @@ FRAMES = {  # latent frames of an image, and of 2 chunks; of 6 where a history i
     "self_forcing_text_to_video": 2 * 3,
     "causvid_text_to_video": 2 * 3,
     "causal_forcing_framewise": 1 + 2,
+    "reward_forcing": 6 * 3,
     "rolling_forcing": 6 * 3,
 }
 
@@ -59,7 +60,8 @@ def run(server, prompt: dict):
 
 @pytest.mark.parametrize("name", FRAMES)
 def test_runs_to_a_video(server, name):
-    prompt = small(name, **({"chunks": 6} if name in ("skyreels_long_video", "rolling_forcing") else {}))
+    longer = name in ("skyreels_long_video", "reward_forcing", "rolling_forcing")
+    prompt = small(name, **({"chunks": 6} if longer else {}))
     outcome = run(server, prompt)
     (key,) = [key for key, node in prompt.items() if node["class_type"] == "SaveVideo"]
     check_video(saved(server, prompt, outcome, prompt[key]["inputs"]["filename_prefix"]), 4 * FRAMES[name] - 3, 64)

@@ -29,7 +29,7 @@ def write_published(base: Path) -> None:
     write_network(networks / SKYREELS, random_network(3, replace(NETWORK, fps=True)), NETWORK)
     write_network(networks / "causal_forcing-framewise.safetensors", random_network(4, NETWORK), NETWORK)
     write_network(networks / SKYREELS_14B, random_network(6, NETWORK), NETWORK)
-    for name in ("self_forcing_dmd.pt", "rolling_forcing_dmd.pt", "causvid.pt"):
+    for name in ("self_forcing_dmd.pt", "rolling_forcing_dmd.pt", "causvid.pt", "rewardforcing.pt"):
         weights = {f"model.{key}": weight for key, weight in random_network(5, NETWORK).items()}
         torch.save({"generator_ema": weights}, networks / name)
     write_longvie(networks)

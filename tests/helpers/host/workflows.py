@@ -27,6 +27,7 @@ GRAPHS: dict[str, Path] = {
         "magi_continue_three_prompts": "on MAGI-1 4.5B continue three prompts",
         "magi_image_to_video": "on MAGI-1 4.5B image to video",
         "magi_text_to_video": "on MAGI-1 4.5B text to video",
+        "reward_forcing": "on Reward Forcing 1.3B long video",
         "rolling_forcing": "on Rolling Forcing 1.3B long video",
         "self_forcing_text_to_video": "on Self-Forcing 1.3B text to video",
         "skyreels_14b_text_to_video": "on SkyReels-V2 14B text to video",
