@@ -80,7 +80,9 @@ function fold(node) {
   }
   if (!changed) return;
   node.setSize([node.size[0], node.computeSize()[1]]);
-  node.widgets = [...node.widgets]; // Nodes 2.0 looks at them anew
+  node.widgets = [...node.widgets]; // Nodes 2.0 looks at them anew, and after a new link only when it is told so
+  const told = { nodeId: node.id, property: "showAdvanced", oldValue: node.showAdvanced, newValue: node.showAdvanced };
+  node.graph?.trigger?.("node:property:changed", { type: "node:property:changed", ...told });
   node.setDirtyCanvas(true, true);
 }
 

@@ -183,6 +183,10 @@ def test_a_node_shows_what_its_preset_uses_and_covers_no_other(page, nodes):
         page.evaluate(f"{NODE}.toggleAdvanced ? {NODE}.toggleAdvanced() : ({NODE}.showAdvanced = true)")
         page.wait(f"({DRAWN % json.dumps(EXTEND)}).includes('condition_noise')")
         assert page.to_api() == before and page.errors == []
+        page.load(GRAPHS["demo_text_to_video"])
+        page.wait(f"!({DRAWN % json.dumps(EXTEND)}).includes('strength')")
+        page.evaluate(FROM_VIDEO)
+        page.wait(f"({DRAWN % json.dumps(EXTEND)}).includes('strength')")
         for name in ("demo_text_to_video", "demo_long_video", "skyreels_extend") if nodes == "Nodes 2.0" else ():
             page.load(GRAPHS[name])  # the canvas's own sizes are measured where each template is opened
             assert page.overlaps() == [], name
@@ -191,6 +195,12 @@ def test_a_node_shows_what_its_preset_uses_and_covers_no_other(page, nodes):
         page.reopen()
 
 
+FROM_VIDEO = """(() => {
+  const latent = LiteGraph.createNode('EmptyARVideoLatent');
+  const node = app.graph.nodes.find((node) => node.type === 'FlowCacheAutoregressiveExtend');
+  app.graph.add(latent);
+  latent.connect(0, node, node.findInputSlot('video'));
+})()"""
 CHANGED = """(() => {
   const node = app.graph.nodes.find((node) => node.type === 'FlowCache');
   const widget = node.widgets.find((widget) => widget.name === %s);
