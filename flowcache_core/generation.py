@@ -14,6 +14,7 @@ from typing import NamedTuple, Protocol
 import torch
 from torch import Tensor
 
+from .engine.anew import Before
 from .engine.build import IN_ORDER, RunSettings, Seeing, build_engine, given_chunks
 from .engine.from_video import STRENGTH, from_video
 from .engine.guidance import classifier_free
@@ -206,6 +207,8 @@ def generate(
         cancelled=cancelled,
         steer=shown.steered,
         label=describe(settings),
+        anew=usual.anew,
+        before=None if state is None or usual.anew is None else Before.of(usual.anew, state.latents, state.shown),
     )  # fmt: skip
     if steer is not None and (way != "causal" or parallel is not None):
         raise UserError("A run is steered where chunks follow one another, in one process; leave 'steer' out.")
@@ -297,7 +300,9 @@ class Output:
         histories = engine.save() if end is None else {}
         if self.keep is not None:
             self.keep.settle(engine)
-        return Result(whole, make_state(whole, histories, chunk_frames, model, dropped), engine.report)
+        return Result(
+            whole, make_state(whole, histories, chunk_frames, model, dropped, engine.report.shown), engine.report
+        )
 
     def _take(self, chunk: Chunk, latent: Pending[Tensor]) -> None:
         self.latents.append(latent.on_cpu())

@@ -28,6 +28,9 @@ class Report:
         notes: lines on what was out of the ordinary.
         prompts: what the video's chunks show, as Prompts over Time, where the run could be steered.
         stores: whether a plain run takes a clean pass a chunk, to store keys and values.
+        shown: stands for the texts that the history was computed for, of a family that computes it anew for others.
+        reruns: forwards of that, in all branches; they count as clean passes.
+        rerun_for: chunks before which the history was computed anew.
     """
 
     schedule: ChunkSchedule
@@ -47,11 +50,22 @@ class Report:
     notes: list[str] = field(default_factory=list)
     prompts: str = ""
     stores: bool = True
+    shown: str = ""
+    reruns: int = 0
+    rerun_for: list[int] = field(default_factory=list)
 
     def record(self, chunk: int, branches: Sequence[Hashable], recomputed: bool) -> None:
         """Notes what was decided for a chunk's step."""
         for branch in branches:
             self.decisions.setdefault(branch, {}).setdefault(chunk, []).append(recomputed)
+
+    def reran(self, chunk: int, branches: int, missing: bool) -> None:
+        """Notes that the history was computed anew before a chunk began; `missing`: not all of it could be."""
+        self.reruns += branches
+        self.rerun_for.append(chunk)
+        what = "the history was computed anew for the prompt of chunk"
+        chunks = ", ".join(map(str, self.rerun_for))
+        self.note(f"{what} {chunks}" + (", as far as its latents were there" if missing else ""), what)
 
     def note(self, line: str, topic: str) -> None:
         """Adds a line to the notes, in place of an earlier one that begins with the same topic."""
@@ -71,9 +85,10 @@ class Report:
 
     @property
     def forwards_total(self) -> int:
-        """Forwards that a plain run of the same steps takes: every step, and a clean pass a chunk where it
-        stores any."""
-        return len(self._steps) + self.stores * sum(len(chunks) for chunks in self.decisions.values())
+        """Forwards that a plain run of the same steps takes: every step, a clean pass a chunk where it stores any, and
+        those that compute the history anew."""
+        stored = self.stores * sum(len(chunks) for chunks in self.decisions.values())
+        return len(self._steps) + stored + self.reruns
 
     @property
     def reused(self) -> float:

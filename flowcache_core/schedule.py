@@ -14,6 +14,32 @@ class Given(Enum):
     END = "end"  # after the last one
 
 
+class Rerun(int):
+    """Finished frames that are run once more, together. It stands where a chunk's number would: that of the chunk for
+    whose texts they are run.
+
+    Args:
+        chunk: that number.
+        frames: their numbers in the video, rising.
+    """
+
+    frames: tuple[int, ...]
+
+    def __new__(cls, chunk: int, frames: tuple[int, ...]):
+        made = super().__new__(cls, chunk)
+        made.frames = frames
+        return made
+
+    def __getnewargs__(self):
+        return int(self), self.frames
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Rerun) and self.frames == other.frames
+
+    def __hash__(self) -> int:
+        return hash(self.frames)
+
+
 @dataclass(frozen=True)
 class Place:
     """One step of one chunk.

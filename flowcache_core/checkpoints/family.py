@@ -21,6 +21,7 @@ FAMILIES = {
     "causvid": "CausVid",
     "skyreels": "SkyReels-V2 diffusion forcing",
     "rolling": "Rolling Forcing",
+    "longlive": "LongLive",
     "wan": "plain Wan 2.1, which was not trained to go chunk by chunk",
     "longvie": "LongVie 2: Wan 2.1 image to video with its control layers",
     "magi": "MAGI-1, base",
@@ -28,7 +29,7 @@ FAMILIES = {
     "demo": "the model that ships",
 }
 MAGI_FAMILIES = ("magi", "magi distilled")
-CAUSAL_FAMILIES = ("causal", "causvid", "rolling", "demo")  # read by ComfyUI as causal AR
+CAUSAL_FAMILIES = ("causal", "causvid", "rolling", "longlive", "demo")  # read by ComfyUI as causal AR
 CAUSAL_CLASSES = ("CausalWanModel", "CausalWanTransformer3DModel")  # upstreams' own; FastVideo's
 STAMP = "flowcache"  # metadata key, beside ComfyUI's own "config"
 
@@ -134,8 +135,8 @@ def _told_family(path: Path, file: WeightFile, config: WanConfig | None, setting
         return "causal", ()
     if file.wrapper.startswith("generator") or kind in CAUSAL_CLASSES:
         return "causal", (
-            f"{path.name} may be causal, causvid or rolling, taken as causal: choose the family for CausVid or Rolling "
-            "Forcing.",
+            f"{path.name} may be causal, causvid, rolling or longlive, taken as causal: choose the family for CausVid, "
+            "Rolling Forcing or LongLive.",
         )
     choices = "; ".join(f"{name} ({FAMILIES[name]})" for name in wan_families())
     return "wan", (

@@ -19,6 +19,7 @@ from ..report import Report
 from ..reuse.policies import Policy, aligned
 from ..schedule import ChunkSchedule, Given
 from ..settings import Settings
+from .anew import Anew, AnewHistory, Before
 from .causal import CausalForward
 from .counted import counted
 from .forward import Forward
@@ -31,6 +32,10 @@ from .pictures import NO_HISTORY, PicturesForward, Scenes
 from .rolling import RollingForward, rolling_bytes
 
 Seeing = Literal["causal", "joint", "rolling", "pictures"]  # how chunks see each other
+NOT_ANEW = (
+    "where the prompt changes, the history is not computed anew, as this family does it: that takes one chunk after "
+    "the other, with the lag at the steps"
+)
 IN_ORDER: tuple[Seeing, ...] = ("causal", "pictures")  # those in which chunks follow one another
 
 
@@ -58,6 +63,8 @@ class RunSettings:
         scenes: what chunks that see pictures are shown.
         on_progress, cancelled, steer: as for `Engine`.
         label: of the settings, for the report.
+        anew: what of a history is computed anew where the prompt changes, or None; for "causal".
+        before: what the run goes on from, where that is computed anew.
     """
 
     backbone: Any
@@ -84,6 +91,8 @@ class RunSettings:
     cancelled: Callable[[], bool] = lambda: False
     steer: Callable[[Boundary], bool] = lambda ahead: False
     label: str = ""
+    anew: Anew | None = None
+    before: Before | None = None
 
 
 def build_engine(run: RunSettings, make: Callable[..., CausalForward] = CausalForward) -> Engine:
@@ -138,6 +147,12 @@ def causal_forward(
     plan = placed(plan_run(run, policy), run.device, run.beside)
     at_once = plan.kind == "shared" or run.settings.history.compression.at_once
     report.notes += uncut_notes(run.settings, run.schedule, run.shape[2], joint=False, at_once=at_once)
+    anew = None
+    if run.anew is not None and run.schedule.max_active == 1:
+        done = run.lead + run.schedule.prefix * run.shape[2] if run.loaded is not None else 0
+        anew = AnewHistory(run.anew, plan, run.settings, run.before, done)
+    elif run.anew is not None:
+        report.notes.append(NOT_ANEW)
     return make(
         run.backbone,
         run.guidance,
@@ -149,6 +164,7 @@ def causal_forward(
         device=run.device,
         loaded=run.loaded,
         order=run.settings.between.order_for(policy, run.schedule.steps),
+        anew=anew,
         **_shared(run, report),
     )
 
@@ -189,6 +205,7 @@ def plan_run(run: RunSettings, policy: Policy) -> MemoryPlan:
         at_once=run.guidance.at_once and not by_chunk(run.backbone),
         texts=run.texts,
         last_frames=run.last_frames,
+        rerun=0 if run.anew is None else run.anew.frames,
     )
 
 

@@ -17,9 +17,10 @@ from ..history.snapshot import Snapshot, SnapshotDelta
 from ..history.streams import SideStream
 from ..report import Report
 from ..reuse.forecast import Forecast
-from ..schedule import Given, Place
+from ..schedule import Given, Place, Rerun
 from ..settings import Settings
 from ..solvers.weights import joined, joined_heads
+from .anew import AnewHistory
 from .contexts import Contexts, texts_kept
 from .forward import Step, Velocity
 from .guidance import Again, Guidance, Texts
@@ -60,6 +61,7 @@ class CausalForward:
         loaded: clean history of an earlier run to start from, by branch.
         order: of the forecast of residuals, where those are held.
         check: called before every group of every layer; may raise to end the run.
+        anew: which finished frames are run once more when; for a run of one chunk after the other.
     """
 
     def __init__(
@@ -77,10 +79,11 @@ class CausalForward:
         loaded: Mapping[Hashable, Snapshot] | None = None,
         order: int = 0,
         check: Callable[[], None] = lambda: None,
+        anew: AnewHistory | None = None,
     ):
         self.backbone, self.guidance, self.attention = backbone, guidance, attention
         self.plan, self.settings, self.report, self.check = plan, settings, report, check
-        self.dtype, self.device = dtype, device
+        self.dtype, self.device, self.anew = dtype, device, anew
         self.keeps_slots = by_chunk(backbone) or not (aligned and guidance.at_once and settings.clean_pass)
         # Where layers have no scratch in common for want of order, a cut comes when it would come with one.
         self.cuts_early = by_chunk(backbone) and aligned and settings.clean_pass and plan.max_active > 1
@@ -110,6 +113,8 @@ class CausalForward:
 
     def velocities(self, steps: Sequence[Step]) -> list[Velocity]:
         """Runs the network for a tick's steps and the clean passes that wait, oldest chunk first."""
+        if self.anew is not None and steps[0].place.step == 0:
+            self._compute_anew(self.anew, steps[0])
         passes, self.waiting = self.waiting, []
         values, branches = self._run([*passes, *steps])
         return [
@@ -119,6 +124,20 @@ class CausalForward:
     def give(self, chunk: int | Given, latent: Tensor, condition: float) -> None:
         """Runs given frames [B, C, T, H, W], shown at a noise level, and stores their keys and values."""
         self._run([Step(latent, condition, Place(chunk, None, 0))])
+        if self.anew is not None and chunk is not Given.END:
+            self.anew.take(latent)
+            self.anew.show(self.guidance.texts_of(chunk))
+
+    def _compute_anew(self, anew: AnewHistory, step: Step) -> None:
+        """Runs finished frames once more before a chunk begins, where it is shown other texts than they were."""
+        chunk = step.place.chunk
+        assert isinstance(chunk, int)
+        if anew.show(self.guidance.texts_of(chunk)) and anew.latents is not None:
+            frames = anew.frames
+            latent = anew.latents[:, :, -len(frames) :].to(step.x)
+            _, branches = self._run([Step(latent, 0.0, Place(Rerun(chunk, frames), None, step.place.tick))])
+            self.report.reran(chunk, len(branches), anew.missing)
+        self.report.shown = anew.shown
 
     def finish(self, chunk: int, latent: Tensor) -> None:
         """Takes a finished chunk. Its clean pass goes along with the next forward, but is made now where the history is
@@ -126,6 +145,8 @@ class CausalForward:
         same bits. A short one is the last, which nobody looks at."""
         if latent.shape[2] < self.plan.chunk_frames:
             return
+        if self.anew is not None:
+            self.anew.take(latent)
         if not self.settings.clean_pass:
             self.commit([chunk])
             return
@@ -151,7 +172,7 @@ class CausalForward:
     def begin_delta(self, full: bool) -> Callable[[], SnapshotDelta]:
         """Begins to copy what the clean history has grown by."""
         self.settle()
-        return begin_delta(self.histories, full)
+        return begin_delta(self.histories, full, self.report.shown)
 
     @property
     def movable(self) -> Collection[Movable]:

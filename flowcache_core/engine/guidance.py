@@ -54,6 +54,9 @@ class Guidance(Protocol):
     def mix(self, step: Step) -> Hashable:
         """Names the sum of branches that it takes at a step."""
 
+    def texts_of(self, chunk: int | Given) -> list[Tensor]:
+        """Gives all that a chunk is shown, an embedding [B, tokens, width] for each branch."""
+
     def velocities(self, steps: Sequence[Step], network: Network) -> tuple[list[Tensor], tuple[Hashable, ...]]:
         """Asks for steps, and says which branches their guided velocities are the sum of."""
 

@@ -28,7 +28,7 @@ import torch
 from torch import Tensor
 
 from ..errors import UserError
-from ..schedule import Given
+from ..schedule import Given, Rerun
 from ..settings import HistorySettings
 from .compression import asking_queries, blended_sink, evict, sink_tokens
 from .offload import TOO_LITTLE, OffloadableBuffer, attempts, runs_out_of_memory
@@ -151,15 +151,24 @@ class History:
         now = new or self.settings.compression.at_once
         if now and self.plan.kind == "stored" and self.clean > self.plan.clean_tokens:
             self._cut_stored()
+        for chunk in new:
+            if isinstance(chunk, Rerun):
+                self.clean, self.saved = self._before(chunk), 0
         self.slots = [*self.slots, *new] if self.keeps_slots else numbered
         for chunk in chunks:
-            after = (
-                self._frames_done() if chunk is Given.END else self.plan.first_frame(chunk) + self.plan.frames_of(chunk)
-            )
+            after = self._frames_done() if chunk is Given.END else self.plan.numbers_of(chunk)[-1] + 1
             self.positions.reach(after)
             if chunk is Given.END or self.plan.kind == "stored":
                 start, end = self.slot(chunk)
                 self.tokens[:, :, :, start:end] = self._numbers(chunk)
+
+    def _before(self, again: Rerun) -> int:
+        """Clean tokens that stay in front of frames that are run once more: the older ones, or of heads that have kept
+        more and less of those, only what no cut takes."""
+        end, first = self.plan.end_tokens, again.frames[0] * self.plan.frame_tokens
+        older = (self.tokens[:, :, :, end : self.clean] < first).sum(dim=3)
+        least, most = end + int(older.min()), end + int(older.max())
+        return least if least == most else min(least, self.plan.given_tokens + self._sink)
 
     def slot(self, chunk: Chunk) -> tuple[int, int]:
         """First token and end of a chunk's slot."""
@@ -391,8 +400,9 @@ class History:
 
     def _numbers(self, chunk: Chunk) -> Tensor:
         """Numbers of a chunk's tokens in the video."""
-        first = self.plan.first_frame(chunk) * self.plan.frame_tokens
-        return torch.arange(first, first + self.plan.tokens_of(chunk), device=self.device, dtype=torch.int32)
+        inside = torch.arange(self.plan.frame_tokens, device=self.device, dtype=torch.int32)
+        frames = torch.tensor(self.plan.numbers_of(chunk), device=self.device, dtype=torch.int32)
+        return (frames[:, None] * self.plan.frame_tokens + inside).flatten()
 
     def _frame_after(self, filled: int) -> int:
         """The frame of the video that follows so many filled tokens: the clean ones, or those of slots too."""
@@ -592,18 +602,19 @@ def _stacked(spans: Sequence[Span], stream: SideStream) -> Tensor:
     return whole
 
 
-def begin_delta(histories: Mapping[Hashable, History], full: bool) -> Callable[[], SnapshotDelta]:
+def begin_delta(histories: Mapping[Hashable, History], full: bool, shown: str = "") -> Callable[[], SnapshotDelta]:
     """Begins to copy what the clean histories of all branches have grown by since the last call to the CPU; what it
     gives waits for the copies.
 
     Args:
         full: all of them, whatever was loaded or given out before.
+        shown: stands for the texts that they were computed for.
     """
     full = full or not all(history.saved for history in histories.values())
     copies = {name: history.begin_save(0 if full else history.saved) for name, history in histories.items()}
     for history in histories.values():
         history.saved = history.clean
-    return lambda: SnapshotDelta({name: copy() for name, copy in copies.items()}, full)
+    return lambda: SnapshotDelta({name: copy() for name, copy in copies.items()}, full, shown)
 
 
 def moved_note(histories: Collection[History]) -> str:

@@ -9,7 +9,7 @@ from typing import Literal
 
 from ..errors import UserError
 from ..reuse.policies import Policy, aligned
-from ..schedule import ChunkSchedule, Given
+from ..schedule import ChunkSchedule, Given, Rerun
 from ..settings import Settings
 from .compression import asking_queries
 from .quantised import Packing, packing_of
@@ -65,6 +65,7 @@ class MemoryPlan:
         moved: so many chunks of each branch do so from the start, the oldest, with the given frames before them.
         packing: of clean keys and values that are stored in fewer bits.
         beginning_frames: of the video, that are kept beside the window (`history.rolling_sink`).
+        rerun: finished frames that may be run once more, together.
     """
 
     network: NetworkSizes
@@ -89,6 +90,7 @@ class MemoryPlan:
     moved: int = 0
     packing: Packing | None = None
     beginning_frames: int = 0
+    rerun: int = 0
 
     @property
     def frame_tokens(self) -> int:
@@ -147,17 +149,28 @@ class MemoryPlan:
         return self.frame_tokens * self.frames_of(chunk)
 
     def frames_of(self, chunk: int | Given) -> int:
+        if isinstance(chunk, Rerun):
+            return len(chunk.frames)
         if isinstance(chunk, Given):
             return {Given.LEAD: self.lead, Given.END: self.end}[chunk]
         return self.last_frames if chunk == self.total_chunks - 1 else self.chunk_frames
 
     def first_frame(self, chunk: int | Given) -> int:
         """Number in the video of a chunk's first frame."""
+        if isinstance(chunk, Rerun):
+            return chunk.frames[0]
         if chunk is Given.LEAD:
             return 0
         if chunk is Given.END:
             return self.lead + self.chunk_frames * (self.total_chunks - 1) + self.last_frames
         return self.lead + self.chunk_frames * chunk
+
+    def numbers_of(self, chunk: int | Given) -> tuple[int, ...]:
+        """Numbers in the video of a chunk's frames."""
+        if isinstance(chunk, Rerun):
+            return chunk.frames
+        first = self.first_frame(chunk)
+        return tuple(range(first, first + self.frames_of(chunk)))
 
     @property
     def token_bytes(self) -> int:
@@ -212,8 +225,9 @@ class MemoryPlan:
         """What a tick's activations take at their peak: the hidden states of all its chunks, and what the tokens of one
         product need inside a block; at most 15% above what the meter counts (`lab.meter`)."""
         network, rows = self.network, self.branches * self.batch
-        at_once = max(self.chunk_tokens, self.together // max(1, rows))
-        active = self.max_active * self.chunk_tokens
+        rerun = self.rerun * self.frame_tokens
+        at_once = max(self.chunk_tokens, self.together // max(1, rows), rerun)
+        active = max(self.max_active * self.chunk_tokens, rerun)
         return rows * self.itemsize * (active * network.dim + min(at_once, active) * network.inside)
 
     @property
@@ -230,7 +244,8 @@ class MemoryPlan:
     @property
     def table_bytes(self) -> int:
         """Of those, as matrices of float32."""
-        return 4 * self.tables * self.chunk_tokens * self.network.head_dim // 2 * 4
+        tokens = self.tables * self.chunk_tokens + self.rerun * self.frame_tokens
+        return 4 * tokens * self.network.head_dim // 2 * 4
 
     @property
     def device_bytes(self) -> int:
@@ -282,6 +297,7 @@ def plan_memory(
     also: frozenset[int] = frozenset(),
     texts: int = 1,
     last_frames: int = 0,
+    rerun: int = 0,
 ) -> MemoryPlan:
     """Plans a run.
 
@@ -298,6 +314,7 @@ def plan_memory(
         also: steps that are recomputed whatever the policy says.
         texts: different ones that each branch is shown in the run; no more are kept than chunks are active.
         last_frames: of the last chunk where it is shorter than the others, else 0.
+        rerun: finished frames that may be run once more, together, where one chunk runs after the other.
     """
     total, kept = schedule.total_chunks, settings.history.kept_frames(chunk_frames)
     bounded = kept is not None and kept < total * chunk_frames
@@ -337,4 +354,5 @@ def plan_memory(
         away=settings.history.memory == "system",
         packing=packing,
         beginning_frames=kept if bounded and kept is not None and settings.history.compression.rolls_sink else 0,
+        rerun=min(rerun, total * chunk_frames) if schedule.max_active == 1 else 0,
     )

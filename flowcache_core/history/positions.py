@@ -1,13 +1,13 @@
 """Where a token stands for the network: rotary positions, counted from the video's start or from the window's."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import lru_cache, partial
 from typing import NamedTuple, Protocol
 
 import torch
 from torch import Tensor
 
-from ..schedule import Given
+from ..schedule import Given, Rerun
 from .plan import MemoryPlan
 
 
@@ -83,6 +83,11 @@ class RotaryTables:
         time = self.time(first + frames)
         return self._put_together([time[:, first : first + frames], *self._axes[1:]])
 
+    def at(self, frames: Sequence[int]) -> Tensor:
+        """The table of any frames' tokens."""
+        time = self.time(max(frames) + 1)
+        return self._put_together([time[:, list(frames)], *self._axes[1:]])
+
     def _put_together(self, axes: list[Tensor]) -> Tensor:
         return self.rotary.product.table(self.rotary.grid(axes))
 
@@ -136,6 +141,11 @@ class Positions:
 
     def table(self, chunk: int | Given) -> Tensor:
         """The rotary table of a chunk's tokens, [2, tokens, D / 2]."""
+        if isinstance(chunk, Rerun) and not self.relative:
+            return self._tables.at(chunk.frames)
+        if isinstance(chunk, Rerun):  # numbered one after another, up to the frame that follows them
+            count = len(chunk.frames)
+            return self._tables.of(chunk.frames[-1] + 1 - count - self.shift, count)
         moved = self.shift + (self._beyond() if chunk is Given.END else 0)
         return self._tables.of(self.plan.first_frame(chunk) - moved, self.plan.frames_of(chunk))
 

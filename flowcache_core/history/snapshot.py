@@ -27,7 +27,9 @@ class SnapshotDelta(NamedTuple):
     Attributes:
         histories: of each branch, its new tokens; or all of them.
         full: all, because older ones were dropped since, or nothing was looked at before.
+        shown: stands for the texts that they were computed for, where that is known.
     """
 
     histories: dict[Hashable, Snapshot]
     full: bool
+    shown: str = ""

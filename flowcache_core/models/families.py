@@ -7,6 +7,7 @@ from typing import Literal
 
 from torch import nn
 
+from ..engine.anew import Anew
 from ..engine.build import Seeing
 from ..errors import UserError
 from ..settings import HELD, MAGI_PAPER_CUT, SKYREELS_PAPER_CUT, Compression, Drift, HistorySettings, Reuse, Settings
@@ -57,6 +58,7 @@ class Family:
         backbone: makes what runs a network of the family, from the network, frames a second and attention.
         published: the family's own settings for a preset, from its name and the network's width, or None.
         published_cut: how the paper's presets cut a history to its budget.
+        anew: what of a history is computed anew where the prompt changes, or None.
     """
 
     steps: int
@@ -77,6 +79,7 @@ class Family:
     )
     published: Callable[[str, int], Settings | None] = lambda preset, dim: None
     published_cut: Compression = MAGI_PAPER_CUT
+    anew: Anew | None = None
 
     def shifted_levels(self, steps: int, shift: float) -> list[float]:
         """Gives noise levels with another shift than the family's: shifts multiply."""
@@ -131,6 +134,10 @@ FAMILIES: dict[str, Family] = {
     "rolling": Family(
         5, 1, 3, always("renoise"), evenly(5.0), 1.0, (832, 480), 5.0,
         "Rolling Forcing, configs/rolling_forcing_dmd.yaml", attention="rolling",
+    ),
+    "longlive": Family(
+        4, 4, 3, always("renoise"), evenly(5.0), 1.0, (832, 480), 5.0,
+        "LongLive, configs/longlive_inference.yaml and longlive_interactive_inference.yaml", anew=Anew(12),
     ),
     "skyreels": Family(
         50, 5, 5, always("skyreels unipc"), noise_levels.skyreels, 6.0, (960, 544), 8.0,

@@ -7,6 +7,7 @@ from torch import Tensor
 
 from ..engine.forward import Step
 from ..engine.guidance import Network, WeightedGuidance
+from ..schedule import Given
 from .pipeline import summed
 from .ranks import Ranks
 
@@ -29,6 +30,10 @@ class DividedBranches:
     def mix(self, step: Step) -> Hashable:
         """Names the sum of branches that it takes at a step."""
         return self.guidance.mix(step)
+
+    def texts_of(self, chunk: int | Given) -> list[Tensor]:
+        """Gives all that a chunk is shown, in all branches."""
+        return self.guidance.texts_of(chunk)
 
     def velocities(self, steps: Sequence[Step], network: Network) -> tuple[list[Tensor], tuple[Hashable, ...]]:
         """Runs this process's branches of all steps, and gets the others'."""

@@ -257,6 +257,6 @@ class _Agreed:
 
         def whole() -> SnapshotDelta:
             mine = delta()
-            return SnapshotDelta(self._parallel.whole(mine.histories), mine.full)
+            return mine._replace(histories=self._parallel.whole(mine.histories))
 
         return whole

@@ -116,6 +116,10 @@ class LedGuidance:
         """Names the sum of branches that it takes at a step."""
         return self.guidance.mix(step)
 
+    def texts_of(self, chunk: int | Given) -> list[Tensor]:
+        """Gives all that a chunk is shown, in all branches."""
+        return self.guidance.texts_of(chunk)
+
     def velocities(self, steps: Sequence[Step], network: Network) -> tuple[list[Tensor], tuple[Hashable, ...]]:
         """Asks the guidance, whose calls of the network all processes run."""
         if self._divided is None:
@@ -179,7 +183,9 @@ class LedForward(CausalForward):
     def begin_delta(self, full: bool) -> Callable[[], SnapshotDelta]:
         """What the whole clean history has grown by."""
         self.settle()
-        return _whole_delta(self.crew, self.parallel, full, partial(begin_delta, self.histories, full))
+        return _whole_delta(
+            self.crew, self.parallel, full, partial(begin_delta, self.histories, full, self.report.shown)
+        )
 
 
 class LedMagiForward(MagiForward):
@@ -253,7 +259,7 @@ def _whole_delta(
 
     def whole() -> SnapshotDelta:
         mine = delta()
-        return SnapshotDelta(_whole(crew, parallel, "delta", mine.histories), mine.full)
+        return mine._replace(histories=_whole(crew, parallel, "delta", mine.histories))
 
     return whole
 

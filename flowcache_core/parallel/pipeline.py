@@ -18,6 +18,7 @@ from ..engine.forward import Step
 from ..engine.guidance import Network, Texts, WeightedGuidance
 from ..errors import UserError
 from ..history.cache import Attention
+from ..schedule import Given
 from .ranks import Ranks, shares
 from .wrapped import WrappedBackbone
 
@@ -134,6 +135,10 @@ class OneByOne:
     def mix(self, step: Step) -> Hashable:
         """Names the sum of branches that it takes at a step."""
         return self.guidance.mix(step)
+
+    def texts_of(self, chunk: int | Given) -> list[Tensor]:
+        """Gives all that a chunk is shown, in all branches."""
+        return self.guidance.texts_of(chunk)
 
     def velocities(self, steps: Sequence[Step], network: Network) -> tuple[list[Tensor], tuple[Hashable, ...]]:
         """Runs all branches of all steps."""

@@ -69,11 +69,15 @@ class RunFolder:
         self.begun: bool = False  # a history is there that can be added to
         self.full: bool = False  # this run alone is larger than the limit: no more chunks are kept
 
-    def load(self) -> State | None:
+    def load(self, recent: int = 0, before: Tensor | None = None) -> State | None:
         """Reads the history after the newest finished chunk, with that chunk's latent alone; None to start anew.
 
+        Args:
+            recent: where more is needed: so many of the newest frames, or a few more.
+            before: latents that stand before the first generated chunk, [B, C, T, H, W], of which some may be of them.
+
         Raises:
-            UserError: the run's folder is a link.
+            UserError: the run's folder is a link, or a chunk that is needed cannot be read.
         """
         self._check_link()
         newest = max(self.path.glob("history-*"), default=None)
@@ -94,7 +98,19 @@ class RunFolder:
         with suppress(FileNotFoundError):  # another server has just removed the run
             os.utime(newest)
         self._shape, self.begun = last.latents.shape, True
-        return last._replace(histories=_joined(parts))
+        state = last._replace(histories=_joined(parts))
+        return self._with_latents(state, recent, before) if recent else state
+
+    def _with_latents(self, state: State, frames: int, before: Tensor | None) -> State:
+        """The state with its newest frames' latents, as far as they are there."""
+        needed = -(-frames // self.chunk_frames)
+        chunks = range(max(self.first, state.chunks - needed), state.chunks - 1)
+        parts = [*(self.latent(chunk) for chunk in chunks), state.latents]
+        missing = frames - sum(part.shape[2] for part in parts)
+        if missing > 0 and before is not None:
+            parts.insert(0, before[:, :, -missing:].to(state.latents))
+        latents = torch.cat(parts, dim=2)
+        return state._replace(latents=latents, dropped=state.frames - latents.shape[2])
 
     def outdated(self) -> bool:
         """Says whether runs of this model are there that an earlier version of FlowCache kept."""
@@ -171,7 +187,7 @@ class RunFolder:
         self._check_link()
         latent = chunk.latent.to("cpu").contiguous()
         dropped = self.lead + chunk.number * self.chunk_frames
-        state = make_state(latent, delta.histories, self.chunk_frames, self.model, dropped=dropped)
+        state = make_state(latent, delta.histories, self.chunk_frames, self.model, dropped, delta.shown)
         # What a whole history replaces stays until that is written.
         needed = (2 + len(before)) * latent.nbytes + sum(part.nbytes for clean in state.histories for part in clean)
         needed += sum(file.st_size for file in _files(self.path))

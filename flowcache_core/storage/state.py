@@ -5,6 +5,7 @@ it is one safetensors file.
 """
 
 import json
+import re
 from collections.abc import Hashable, Mapping
 from contextlib import suppress
 from pathlib import Path
@@ -25,6 +26,7 @@ FLOATS = ("keys", "values", "queries")  # of them
 COMPUTED = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 MOST_BRANCHES = 64
 LONGEST_PROMPTS = 2**20  # characters
+SHOWN = re.compile("([0-9a-f]{32})?")  # of texts, `engine.anew.texts_name`
 LARGEST = 2**31  # frames; token numbers are 32 bits
 
 
@@ -37,6 +39,7 @@ class State(NamedTuple):
     model: what the state was made with; another model cannot go on from it. Empty if not known.
     dropped: frames before `latents` that were let go.
     prompts: what its chunks show, as Prompts over Time, where a run that could be steered knew it.
+    shown: stands for the texts that the history was computed for, of a family that computes it anew for others.
     """
 
     latents: Tensor
@@ -46,6 +49,7 @@ class State(NamedTuple):
     model: str = ""
     dropped: int = 0
     prompts: str = ""
+    shown: str = ""
 
     def __str__(self) -> str:
         """Gives one line: ComfyUI writes a failed node's inputs into its history, and keeps them there."""
@@ -80,11 +84,16 @@ class State(NamedTuple):
 
 
 def make_state(
-    latents: Tensor, histories: Mapping[Hashable, Snapshot], chunk_frames: int, model: str = "", dropped: int = 0
+    latents: Tensor,
+    histories: Mapping[Hashable, Snapshot],
+    chunk_frames: int,
+    model: str = "",
+    dropped: int = 0,
+    shown: str = "",
 ) -> State:
     """Makes a state of latents [B, C, T, H, W] and what `Engine.save` gave; `dropped` frames came before them."""
     branches = tuple(str(name) for name in histories)
-    return State(latents.to("cpu"), tuple(histories.values()), branches, chunk_frames, model, dropped)
+    return State(latents.to("cpu"), tuple(histories.values()), branches, chunk_frames, model, dropped, shown=shown)
 
 
 def save_state(state: State, path: Path | str, **more: str) -> None:
@@ -105,7 +114,7 @@ def save_state(state: State, path: Path | str, **more: str) -> None:
     for number, history in enumerate(state.histories):
         for name, tensor in history._asdict().items():
             tensors[f"history.{number}.{name}"] = tensor.contiguous()
-    info = {name: getattr(state, name) for name in ("branches", "chunk_frames", "model", "dropped", "prompts")}
+    info = {name: getattr(state, name) for name in ("branches", "chunk_frames", "model", "dropped", "prompts", "shown")}
     metadata = {"format": FORMAT, "state": json.dumps(info), "checksum": checksum(tensors), **more}
     write_whole(path, lambda partial: save_file(tensors, partial, metadata=metadata))
 
@@ -141,8 +150,8 @@ def load_state(path: Path | str) -> State:
             raise ValueError("its checksum is another")
         latents, *parts = tensors.values()
         histories = tuple(Snapshot(*parts[at : at + len(PARTS)]) for at in range(0, len(parts), len(PARTS)))
-        more = info["chunk_frames"], info["model"], info.get("dropped", 0), info.get("prompts", "")
-        state = State(latents, histories, tuple(info["branches"]), *more)
+        more = {name: info[name] for name in ("dropped", "prompts", "shown") if name in info}
+        state = State(latents, histories, tuple(info["branches"]), info["chunk_frames"], info["model"], **more)
         fault = _fault(state)
     except UserError:
         raise
@@ -164,6 +173,8 @@ def _fault(state: State) -> str | None:
         return f"{state.dropped!r:.20} frames let go"
     if not isinstance(state.prompts, str) or len(state.prompts) > LONGEST_PROMPTS:
         return "prompts that are no text"
+    if not isinstance(state.shown, str) or not SHOWN.fullmatch(state.shown):
+        return "texts that have no name"
     if not isinstance(state.model, str) or not all(isinstance(branch, str) for branch in state.branches):
         return "names that are no text"
     if latents.ndim != 5 or 0 in latents.shape:

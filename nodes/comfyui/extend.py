@@ -18,6 +18,7 @@ from ...flowcache_core.engine.build import IN_ORDER, Seeing
 from ...flowcache_core.engine.from_video import STRENGTH, FromVideo, from_video
 from ...flowcache_core.errors import UserError
 from ...flowcache_core.history.streams import SideStream
+from ...flowcache_core.models.families import FAMILIES
 from ...flowcache_core.report import Report
 from ...flowcache_core.schedule import ChunkSchedule
 from ...flowcache_core.storage import partial_videos
@@ -237,7 +238,9 @@ def carry_out(
     if held is not None:
         return written_anew(model, asked, layout, *held)
     again, folder = HELD.let_go(kept.name), kept.folder
-    earlier = None if folder is None else folder.load()
+    anew = FAMILIES[host.family_of(model)].anew
+    recent = 0 if anew is None else anew.frames
+    earlier = None if folder is None else folder.load(recent, layout.before)
     kept_prompts = (folder.prompts() or "") if folder is not None and earlier is not None else ""
     side = SideStream(model.load_device, patch.settings.overlap)
     outlet = new_outlet(model, asked, layout, side)
@@ -245,8 +248,9 @@ def carry_out(
     goes_on = asked.resume is not None and asked.resume.goes_on
     untouched = Report(layout.schedule, patch.label, notes=list(asked.notes))
     finished = FinishedChunks(
-        folder, outlet, keep, asked.node_id, untouched, prefix, layout.inside, goes_on, side, asked.notes
-    )
+        folder, outlet, keep, asked.node_id, untouched, prefix, layout.inside, goes_on, side, asked.notes,
+        recent=max(1, recent),
+    )  # fmt: skip
     live: LiveRun | None = None
     running: AbstractContextManager = nullcontext()
     if asked.live is not None:
@@ -258,7 +262,7 @@ def carry_out(
     video = None
     try:
         if earlier is not None:
-            finished.histories = earlier.by_branch
+            finished.histories, untouched.shown = earlier.by_branch, earlier.shown
         finished.begin(layout.parts(layout.before), range(prefix, earlier.chunks if earlier else prefix))
         if finished.count < asked.chunks:
             with running:
@@ -281,8 +285,9 @@ def carry_out(
                 partial_videos.remove(folder.path, output)
     latents = torch.cat([*finished.latents, *([] if layout.after is None else [layout.after])], dim=2)
     frames = layout.frames - (asked.chunks - finished.count) * chunk_frames
-    state = make_state(latents, finished.histories, chunk_frames, name, dropped=frames - latents.shape[2])
-    state = state._replace(prompts=finished.report.prompts)
+    dropped, report = frames - latents.shape[2], finished.report
+    state = make_state(latents, finished.histories, chunk_frames, name, dropped, report.shown)
+    state = state._replace(prompts=report.prompts)
     if live is not None and finished.folder is not None and finished.count < asked.chunks:
         RUNS.to_go_on(live.prompt.node_id)
     if asked.stream is not None and asked.resume is None:

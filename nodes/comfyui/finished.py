@@ -46,6 +46,7 @@ class FinishedChunks(RunListener):
         latents: on the CPU, in the network's latent space; what came before the run included.
         count: chunks that were taken, with those of an interrupted run.
         live: takes captions while the run goes on, or None.
+        recent: frames of latents that are held in any case, for who goes on from the run.
     """
 
     folder: RunFolder | None
@@ -62,6 +63,7 @@ class FinishedChunks(RunListener):
     latents: list[Tensor] = field(default_factory=list)
     count: int = 0
     live: LiveRun | None = None
+    recent: int = 1
 
     def __post_init__(self):
         self.begun = time.perf_counter()
@@ -183,7 +185,7 @@ class FinishedChunks(RunListener):
 
     def _take(self, latent: Tensor) -> list[Tensor]:
         """Takes a latent; gives the frames [T, H, W, 3] of chunks that were decoded."""
-        if not self.keep:
-            self.latents.clear()
         self.latents.append(latent)
+        while not self.keep and sum(part.shape[2] for part in self.latents[1:]) >= self.recent:
+            del self.latents[0]
         return [] if self.outlet is None else self.outlet.add(latent)

@@ -287,7 +287,7 @@ class Led:
         told = {
             "schedule": run.schedule, "settings": run.settings, "seeing": run.seeing, "shape": tuple(run.shape),
             "dtype": run.dtype, "texts": run.texts, "text_tokens": run.text_tokens, "lead": run.lead, "end": run.end,
-            "last_frames": run.last_frames,
+            "last_frames": run.last_frames, "anew": run.anew,
         }  # fmt: skip
         levels, at_once = (sampling.sigmas, sampling.first_sigmas), run.guidance.at_once
         with self._told(run.loaded) as loaded:

@@ -229,6 +229,12 @@ class GuiderGuidance:
             if _holds_at(one, step.sigma)
         )
 
+    def texts_of(self, chunk: int | Given) -> list[Tensor]:
+        """Gives all embeddings that a chunk is shown."""
+        number = self._chunk(chunk)
+        every = (one["uuid"] for held in self.captions.of(number).values() for one in held)
+        return [self.captions.text(number, uuid) for uuid in every]
+
     def velocities(self, steps: Sequence[Step], network: Network) -> tuple[list[Tensor], tuple[Hashable, ...]]:
         """Asks the guider for steps, in one call where that is allowed."""
         self._network, self._seen = network, {}

@@ -30,6 +30,7 @@ from ...flowcache_core.engine.build import Seeing
 from ...flowcache_core.engine.rolling import rolling_bytes
 from ...flowcache_core.errors import UserError
 from ...flowcache_core.history.plan import plan_memory
+from ...flowcache_core.models.families import FAMILIES
 from ...flowcache_core.models.skyreels import FRAME_RATE, add_frame_rate
 from ...flowcache_core.models.wan import WanBackbone
 from ...flowcache_core.report import Report
@@ -315,6 +316,7 @@ def planned_bytes(
     """
     model = guider.model_patcher.model
     backbone = WanBackbone(model.diffusion_model)
+    anew = FAMILIES[family_of(guider.model_patcher)].anew
     sizes, branches, together = planned_share(backbone.sizes, branches_of(guider), guider.model_options)
     plan = plan_memory(
         replace(sizes, text_tokens=text_tokens(guider)),
@@ -328,6 +330,7 @@ def planned_bytes(
         itemsize=compute_dtype(model).itemsize,
         at_once=at_once and together,
         given=(lead, 0),
+        rerun=0 if anew is None else anew.frames,
     )
     if seeing == "causal":
         return plan.device_bytes

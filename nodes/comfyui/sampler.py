@@ -8,12 +8,13 @@ import torch
 from comfy.patcher_extension import WrappersMP, add_wrapper_with_key
 from torch import Tensor
 
+from ...flowcache_core.engine.anew import Before
 from ...flowcache_core.engine.build import IN_ORDER, RunSettings, Seeing, build_engine, given_chunks
 from ...flowcache_core.engine.from_video import FromVideo
 from ...flowcache_core.engine.loop import Engine, Progress, Sampling
 from ...flowcache_core.engine.pictures import Scenes
 from ...flowcache_core.errors import UserError
-from ...flowcache_core.models.families import SOLVERS
+from ...flowcache_core.models.families import FAMILIES, SOLVERS
 from ...flowcache_core.models.longvie import leads
 from ...flowcache_core.schedule import ChunkSchedule, Given
 from ...flowcache_core.settings import OFF, Off, Settings
@@ -221,6 +222,7 @@ class SamplerCall:
         sampling = Sampling(self.levels, self._start, self._fresh, SOLVERS[sampler.solver], first_levels)
         before = self.cut.given_frames or sampler.frames_before() % sampler.chunk_frames
         lead = before if seeing == "causal" else 0
+        anew, state = FAMILIES[host.family_of(self.guider.model_patcher)].anew, sampler.state
         run = RunSettings(
             guidance.backbone, guidance, self.schedule, settings, sampling, seeing, self.shape,
             host.branches_of(self.guider), host.compute_dtype(self.model), self.noise.device,
@@ -231,9 +233,11 @@ class SamplerCall:
             last_frames=self.cut.last_frames,
             attention=guidance.attention,
             beside=sampler.beside,
-            loaded=sampler.state.by_branch if sampler.state else None,
+            loaded=state.by_branch if state else None,
             grain=None if prefix is None else partial(self._grain, prefix),
             scenes=self._scenes() if seeing == "pictures" else None,
+            anew=anew,
+            before=None if anew is None or state is None else Before.of(anew, state.latents, state.shown),
             on_progress=lambda told: self._progress(told, engine),
             steer=lambda ahead: sampler.listener.steer(ahead, self._steering(engine)),
         )  # fmt: skip
