@@ -153,7 +153,7 @@ def run_convert(options: argparse.Namespace) -> None:
         return
     dtype, use_ema = DTYPES[options.dtype], options.weights == "generator_ema"
     info = checkpoints.convert(
-        options.file, options.out, options.family, dtype, use_ema, progress, options.special_tokens
+        options.file, options.out, options.family, dtype, use_ema, progress, options.special_tokens, options.lora
     )
     print(f"{options.out}: {info.family}, {megabytes(info.bytes)}; put it into ComfyUI's models/diffusion_models")
 
@@ -285,6 +285,7 @@ def parser() -> argparse.ArgumentParser:
         default="generator_ema",
         help="of a .pt file that has both: averaged over training, or its last ones (default: %(default)s)",
     )
+    option("--lora", type=Path, metavar="FILE", help="a LoRA of a network of the Wan layout, to be merged into it")
     option("--special-tokens", type=Path, metavar="FILE", help="MAGI-1's special_tokens.npz, to be put into the file")
     return whole
 

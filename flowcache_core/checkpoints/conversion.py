@@ -10,6 +10,7 @@ from ..models.magi.text import SpecialTokens
 from ..models.wan import WanConfig
 from ..storage.files import parse_json
 from .family import CAUSAL_FAMILIES, MAGI_FAMILIES, STAMP
+from .lora import Lora
 from .reading import CheckpointInfo, inspect, load
 from .sizes import QUANTIZATION
 from .weight_files import Progress, write_safetensors
@@ -47,6 +48,7 @@ def convert(
     use_ema: bool = True,
     progress: Progress | None = None,
     special_tokens: str | Path | None = None,
+    lora: str | Path | None = None,
 ) -> CheckpointInfo:
     """Writes a checkpoint of any layout as one stamped safetensors file that ComfyUI's stock loader reads, or our own
     loader, if it is MAGI-1.
@@ -58,6 +60,7 @@ def convert(
         dtype: of the matrices in the new file; None leaves all weights as they are.
         progress: called with bytes written and bytes in all.
         special_tokens: MAGI-1's special_tokens.npz, to be put into the file.
+        lora: a LoRA of a network of the Wan layout, to be merged into it.
 
     Returns:
         What the new file is, read back from disk.
@@ -79,7 +82,13 @@ def convert(
         raise UserError(f"Special tokens belong to MAGI-1, and {Path(path).name} is {info.family}; leave them out.")
     if special_tokens is not None:
         tensors |= SpecialTokens.from_file(special_tokens).tensors()
-    write_safetensors(tensors, stamp(info), Path(out), dtype, progress)
+    if lora is not None and (magi or any(QUANTIZATION.search(name) for name in tensors)):
+        raise UserError(
+            f"A LoRA is merged into a network of the Wan layout whose weights are not scaled, and {Path(path).name} is "
+            f"another; leave it out, or take ComfyUI's LoRA loader."
+        )
+    merged = {} if lora is None else {"changed": Lora(lora, tensors).merged}
+    write_safetensors(tensors, stamp(info), Path(out), dtype, progress, **merged)
     written = inspect(out)
     if written.family != info.family or written.config != info.config:
         raise UserError(

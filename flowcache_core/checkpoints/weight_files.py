@@ -127,11 +127,13 @@ def write_safetensors(
     out: Path,
     dtype: torch.dtype | None = None,
     progress: Progress | None = None,
+    changed: Callable[[str, Tensor], Tensor] = lambda name, tensor: tensor,
 ) -> None:
     """Writes one safetensors file, tensor by tensor, under another name until it is whole.
 
     Args:
         dtype: of the floating-point matrices in the file; None leaves them as they are.
+        changed: gives what is written of a tensor, from its name, alike in shape and type.
 
     Raises:
         UserError: `out` exists, is no .safetensors, or its folder cannot be written to or is full; or a tensor goes
@@ -151,7 +153,7 @@ def write_safetensors(
         with open(partial, "wb") as file:
             file.write(header)
             for name, tensor in tensors.items():
-                kind = _written_dtype(tensor, dtype)
+                kind, tensor = _written_dtype(tensor, dtype), changed(name, tensor)
                 _check_range(name, tensor, kind)
                 data = tensor.detach().to("cpu", kind).contiguous().flatten().view(torch.uint8)
                 file.write(data.numpy().data)
@@ -382,7 +384,7 @@ def _open_torch(path: Path, use_ema: bool, mapped: bool) -> WeightFile:
         ) from error
     order = ("generator_ema", "generator") if use_ema else ("generator", "generator_ema")
     wrapper = ""
-    for name in (*order, "state_dict", "model"):
+    for name in (*order, "generator_lora", "state_dict", "model"):
         if isinstance(content, dict) and isinstance(content.get(name), dict):
             content, wrapper = content[name], name
             break
