@@ -86,6 +86,7 @@ GOLDEN = {  # row: file of golden tensors, runs of upstream's in it
     "CausVid": ("causal", ["causvid_3_steps", "causvid_4_steps"]),
     "Reward Forcing": ("longlive", ["reward_forcing", "reward_forcing_half", "reward_forcing_12"]),
     "Rolling Forcing": ("rolling_forcing", ["rolling_forcing"]),
+    "LongLive": ("longlive", ["longlive", "longlive_switch"]),
     "MAGI-1 4.5B": ("magi_runs", ["base", "distill", "image", "video"]),
     "MAGI-1 24B": ("magi_runs", ["gated"]),
     "LongVie 2": ("longvie", ["final"]),

@@ -37,6 +37,7 @@ def plan_wan(
         grid=_grid(config, size),
         chunk_frames=family.chunk_frames,
         branches=_branches(family),
+        rerun=0 if family.anew is None else family.anew.frames,
     )
 
 

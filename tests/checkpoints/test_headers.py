@@ -76,9 +76,13 @@ def magi(inner: str) -> Callable[[Path, Header, dict], None]:
     return write
 
 
-def converted(path: Path, header: Header, config: dict) -> None:
+def converted(family: str) -> Callable[[Path, Header, dict], None]:
     """As `convert` writes it."""
-    write_safetensors(path, header, {STAMP: json.dumps({"family": "magi distilled"})})
+
+    def write(path: Path, header: Header, config: dict) -> None:
+        write_safetensors(path, header, {STAMP: json.dumps({"family": family})})
+
+    return write
 
 
 LONGVIE_PARTS = {"control.safetensors": "longvie_control", "dit.safetensors": "longvie_dit"}
@@ -97,10 +101,12 @@ FILES = {
     "framewise-1step.pt": ("wan_1_3b", trained, "causal", WAN, True),
     "longvideo.pt": ("wan_1_3b", trained, "causal", WAN, True),
     "rolling_forcing_dmd.pt": ("wan_1_3b", trained, "causal", WAN, True),
+    "longlive_base.pt": ("wan_1_3b", trained, "causal", WAN, True),
+    "longlive_1.3b.safetensors": ("wan_1_3b", converted("longlive"), "longlive", WAN, False),
     "model.pt": ("wan_1_3b", causvid, "causal", WAN, True),  # CausVid's
     "causvid.pt": ("wan_1_3b", causvid, "causal", WAN, True),  # as the docs have it saved
-    "magi1_4.5b_distill.safetensors": ("magi_4_5b", converted, "magi distilled", MAGI_4_5B, False),
-    "magi1_24b_distill.safetensors": ("magi_24b", converted, "magi distilled", MAGI_24B, False),
+    "magi1_4.5b_distill.safetensors": ("magi_4_5b", converted("magi distilled"), "magi distilled", MAGI_4_5B, False),
+    "magi1_24b_distill.safetensors": ("magi_24b", converted("magi distilled"), "magi distilled", MAGI_24B, False),
     "4.5B_base": ("magi_4_5b", magi("inference_weight"), "magi", MAGI_4_5B, False),
     "4.5B_distill": ("magi_4_5b", magi("inference_weight.distill"), "magi distilled", MAGI_4_5B, False),
     "4.5B_distill_quant": (

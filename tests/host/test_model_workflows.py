@@ -25,7 +25,9 @@ FRAMES = {  # latent frames of an image, and of 2 chunks; of 6 where a history i
     "causal_forcing_framewise": 1 + 2,
     "reward_forcing": 6 * 3,
     "rolling_forcing": 6 * 3,
+    "longlive_prompts": 6 * 3,
 }
+LONGER = ("skyreels_long_video", "reward_forcing", "rolling_forcing", "longlive_prompts")
 
 
 def small(name: str, **inputs) -> dict:
@@ -38,6 +40,8 @@ def small(name: str, **inputs) -> dict:
         elif node["class_type"] == "CLIPTextEncode":
             caption = next(captions) if node["inputs"]["text"] else ""
             prompt[key] = {"class_type": "FlowCacheDemoPrompt", "inputs": {"caption": caption}}
+        elif node["class_type"] == "FlowCachePromptsOverTime":
+            node["inputs"] = {"text": f"0-1: {CAPTIONS[0]}\n2-4: {CAPTIONS[1]}\n5-: {CAPTIONS[2]}"}
         elif node["class_type"] == "CLIPVisionLoader":
             prompt[key] = {"class_type": "TestImageEncoder", "inputs": {}}
         elif node["class_type"] == "ImageScale":
@@ -60,8 +64,7 @@ def run(server, prompt: dict):
 
 @pytest.mark.parametrize("name", FRAMES)
 def test_runs_to_a_video(server, name):
-    longer = name in ("skyreels_long_video", "reward_forcing", "rolling_forcing")
-    prompt = small(name, **({"chunks": 6} if longer else {}))
+    prompt = small(name, **({"chunks": 6} if name in LONGER else {}))
     outcome = run(server, prompt)
     (key,) = [key for key, node in prompt.items() if node["class_type"] == "SaveVideo"]
     check_video(saved(server, prompt, outcome, prompt[key]["inputs"]["filename_prefix"]), 4 * FRAMES[name] - 3, 64)
@@ -72,6 +75,7 @@ def test_runs_to_a_video(server, name):
     size, unit = told.removeprefix("history: ").split(" planned")[0].split()
     assert f"planned {size} {unit}" in text and float(size) > 0
     assert "6 steps, lag 5" in text if name.startswith("skyreels") else "0% of steps reused" in text
+    assert ("computed anew for the prompt of chunk 2, 5" in text) == name.startswith("longlive")
 
 
 def test_two_chunks_led_by_videos(server):

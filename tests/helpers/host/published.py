@@ -28,6 +28,7 @@ def write_published(base: Path) -> None:
     networks = base / "models" / "diffusion_models"
     write_network(networks / SKYREELS, random_network(3, replace(NETWORK, fps=True)), NETWORK)
     write_network(networks / "causal_forcing-framewise.safetensors", random_network(4, NETWORK), NETWORK)
+    write_network(networks / "longlive_1.3b.safetensors", random_network(7, NETWORK), NETWORK)
     write_network(networks / SKYREELS_14B, random_network(6, NETWORK), NETWORK)
     for name in ("self_forcing_dmd.pt", "rolling_forcing_dmd.pt", "causvid.pt", "rewardforcing.pt"):
         weights = {f"model.{key}": weight for key, weight in random_network(5, NETWORK).items()}
