@@ -29,6 +29,7 @@ from tests.helpers.tiny import random_network
 CONFIG = WanConfig(dim=72, ffn_dim=64, num_heads=3, num_layers=4, in_dim=4, out_dim=4, text_dim=16, freq_dim=32)
 SIZE = (10, 6)
 BUDGET = Settings(Every(2), history=HistorySettings(budget=2, compression=Compression()))
+WINDOW = Settings(history=HistorySettings(window=4, compression=Compression("window", sink=1)))
 MAGI = replace(SMALL, layers=4, heads=8, kv_heads=4, width=128, head_dim=16, channels=16, caption_tokens=60)
 
 
@@ -53,9 +54,10 @@ def wan(name: str, settings: Settings = OFF, **more) -> Callable[..., Result]:
         options = (
             {"chunks": 3, "steps": 3, "latent_size": SIZE, "frames_per_chunk": 2, "guidance_scale": 1.0} | more | also
         )
+        shown = [text, text.flip(1), text.flip(2)] if name == "longlive" else text  # another one for each chunk
         against = text.flip(1) if options["guidance_scale"] != 1.0 else None
         return generate(
-            backbone, text, family_name=name, settings=settings, negative=against, parallel=parallel, **options
+            backbone, shown, family_name=name, settings=settings, negative=against, parallel=parallel, **options
         )
 
     return run
@@ -86,6 +88,8 @@ RUNS: dict[str, Callable[..., Result]] = {
     "causvid": wan("causvid", steps=3),
     "rolling": wan("rolling", steps=3),
     "skyreels": wan("skyreels", steps=6, lag=2),
+    "longlive": wan("longlive", WINDOW),
+    "longlive guidance": wan("longlive", WINDOW, guidance_scale=2.0),
     "wan": wan("wan", chunks=2),
     "joint": wan("skyreels", steps=4, lag=1, seeing="joint", chunks=3),
     "guidance": wan("demo", guidance_scale=2.0),
@@ -126,7 +130,7 @@ def branches_of(name: str) -> int:
     return 2 if "guidance" in name else 1
 
 
-PIPED = ["demo", "skyreels", "guidance and budget", "relative", "magi", "magi budget"]
+PIPED = ["demo", "skyreels", "guidance and budget", "relative", "longlive", "magi", "magi budget"]
 
 
 @dataclass

@@ -237,14 +237,14 @@ def test_freed_memory_ends_workers(server):
     assert gone(server)
 
 
-@pytest.mark.parametrize("kind", ["causal", "magi"])
+@pytest.mark.parametrize("kind", ["causal", "longlive", "magi"])
 def test_captions_that_change_reach_the_workers(server, kind):
     """A run over GPUs that is steered is what one GPU makes of the captions that it showed."""
 
     def steered(gpus: int, caption: str, **text) -> tuple[Graph, str]:
         graph = Graph()
         name = "over_gpus/model.safetensors" if kind == "magi" else FILE
-        family = "auto" if kind == "magi" else "causal"
+        family = "auto" if kind == "magi" else kind
         model = graph.add("FlowCacheLoadARVideoModel", model_name=name, family=family, weight_type="default"), 0
         if gpus > 1:
             model = graph.add("FlowCacheOverGPUs", model=model, gpus=gpus, scheme="auto"), 0
