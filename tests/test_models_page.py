@@ -42,7 +42,7 @@ def loaders(graph: dict) -> list[dict]:
 
 
 def test_the_page_links_files_where_it_can():
-    assert len(LINKS) == 10
+    assert len(LINKS) == 11
     for name, url in LINKS.items():
         parts = urllib.parse.urlsplit(url)
         assert parts.netloc in HOSTS and parts.path.endswith("/" + name) and name.endswith(ENDINGS)
