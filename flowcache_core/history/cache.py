@@ -400,9 +400,13 @@ class History:
 
     def _numbers(self, chunk: Chunk) -> Tensor:
         """Numbers of a chunk's tokens in the video."""
+        frames = self.plan.numbers_of(chunk)
+        if frames[-1] - frames[0] == len(frames) - 1:
+            first, after = frames[0] * self.plan.frame_tokens, (frames[-1] + 1) * self.plan.frame_tokens
+            return torch.arange(first, after, device=self.device, dtype=torch.int32)
         inside = torch.arange(self.plan.frame_tokens, device=self.device, dtype=torch.int32)
-        frames = torch.tensor(self.plan.numbers_of(chunk), device=self.device, dtype=torch.int32)
-        return (frames[:, None] * self.plan.frame_tokens + inside).flatten()
+        starts = torch.tensor(frames, device=self.device, dtype=torch.int32) * self.plan.frame_tokens
+        return (starts[:, None] + inside).flatten()
 
     def _frame_after(self, filled: int) -> int:
         """The frame of the video that follows so many filled tokens: the clean ones, or those of slots too."""

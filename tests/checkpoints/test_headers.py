@@ -102,6 +102,7 @@ FILES = {
     "longvideo.pt": ("wan_1_3b", trained, "causal", WAN, True),
     "rolling_forcing_dmd.pt": ("wan_1_3b", trained, "causal", WAN, True),
     "longlive_base.pt": ("wan_1_3b", trained, "causal", WAN, True),
+    "rewardforcing.pt": ("wan_1_3b", trained, "causal", WAN, True),
     "longlive_1.3b.safetensors": ("wan_1_3b", converted("longlive"), "longlive", WAN, False),
     "model.pt": ("wan_1_3b", causvid, "causal", WAN, True),  # CausVid's
     "causvid.pt": ("wan_1_3b", causvid, "causal", WAN, True),  # as the docs have it saved

@@ -11,9 +11,9 @@ from flowcache_core.settings import Compression, HistorySettings, Settings
 from flowcache_core.solvers import noise_levels
 from tests.helpers import golden_weights
 from tests.helpers.golden_runs import frames_of, relative_error
+from tests.helpers.history_windows import FRAMES, make
 from tests.helpers.place import golden
 from tests.helpers.runs import build, video
-from tests.helpers.windows import FRAMES, make
 
 GOLDEN = golden("longlive")
 SEEN = [tuple(map(int, name.split(".")[1:])) for name in GOLDEN if name.startswith("seen.")]

@@ -14,9 +14,9 @@ from flowcache_core.settings import Compression, HistorySettings, Settings, boun
 from flowcache_core.solvers import noise_levels
 from tests.helpers import golden_weights
 from tests.helpers.golden_runs import frames_of, relative_error
+from tests.helpers.history_windows import FRAMES, make
 from tests.helpers.place import golden
 from tests.helpers.runs import build, video
-from tests.helpers.windows import FRAMES, make
 
 GOLDEN = golden("rolling_sink")
 RUNS = {"rolling_sink": (10, 12), "rolling_sink_short": (9, 9)}  # chunks, and frames of the window

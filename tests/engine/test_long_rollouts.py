@@ -5,8 +5,8 @@ import pytest
 from flowcache_core.errors import UserError
 from flowcache_core.history.rolling_sink import walked
 from flowcache_core.settings import bounded_history
+from tests.helpers.history_windows import FRAMES, make
 from tests.helpers.runs import video
-from tests.helpers.windows import FRAMES, make
 
 CHUNK, WINDOW = 20, 21
 FIRST = CHUNK * FRAMES  # frame of the chunk

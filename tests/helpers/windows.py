@@ -1,32 +1,77 @@
-"""Runs of Self-Forcing's kin over a history that is cut by frames."""
+"""A pretended Windows, for what Linux does otherwise: no file that is open or mapped is replaced or removed; no links,
+no fork, no handles of folders; paths with drive letters and back-slashes."""
 
-from flowcache_core.engine.guidance import classifier_free
-from flowcache_core.engine.loop import Engine
-from flowcache_core.models.wan import WanBackbone
-from flowcache_core.schedule import ChunkSchedule
-from flowcache_core.settings import HistorySettings, Settings
-from flowcache_core.solvers import noise_levels
-from flowcache_core.solvers.one_step import Renoise
-from tests.helpers import golden_weights
-from tests.helpers.golden_runs import frames_of
-from tests.helpers.runs import build
-
-FRAMES = 3  # of a chunk
+import errno
+import multiprocessing
+import ntpath
+import os
+import shutil
+from pathlib import Path, PureWindowsPath
 
 
-def make(
-    chunks: int, history: HistorySettings, frames: int = FRAMES, steps: int = 4, loaded=None, done: int = 0
-) -> Engine:
-    """A run of so many chunks, one at a time, with the noise of the golden ones; with a saved history, after `done`."""
-    noise = frames_of("noise", (done + chunks) * frames).split(frames, dim=2)
-    return build(
-        WanBackbone(golden_weights.network()),
-        ChunkSchedule(chunks, steps, steps, prefix=done),
-        classifier_free(golden_weights.text("cond")),
-        noise_levels.linear(steps, 5.0),
-        start=lambda chunk: noise[chunk],
-        settings=Settings(history=history),
-        noise=lambda chunk, step: frames_of(f"renoise.{chunk}.{step}", frames),
-        solver=Renoise,
-        **({} if loaded is None else {"loaded": loaded}),
-    )
+def is_held(path: str | os.PathLike) -> bool:
+    """Whether this process has a file open or mapped."""
+    real = os.path.realpath(path)
+    if any(line.rstrip("\n").endswith(f" {real}") for line in Path("/proc/self/maps").read_text().splitlines()):
+        return True
+    return any(_target(opened) == real for opened in Path("/proc/self/fd").iterdir())
+
+
+def _target(link: Path) -> str | None:
+    try:
+        return os.readlink(link)
+    except OSError:  # closed since
+        return None
+
+
+def pretend_windows(monkeypatch, held_by_others: tuple[Path, ...] = ()) -> None:
+    """Has the system's calls refuse what they refuse on Windows.
+
+    Args:
+        held_by_others: files that another program, such as a player, has open.
+    """
+    open_file = os.open
+
+    def refuse_held(work):
+        def call(*paths, **more):
+            for path in paths:
+                if os.path.isfile(path) and (is_held(path) or Path(path) in held_by_others):
+                    raise PermissionError(errno.EACCES, "The process cannot access the file", str(path))
+            return work(*paths, **more)
+
+        return call
+
+    def no_links(*args, **more):
+        raise OSError(errno.EPERM, "A required privilege is not held by the client")
+
+    def no_folders(path, flags, *args, **more):
+        if os.path.isdir(path):
+            raise PermissionError(errno.EACCES, "Permission denied", str(path))
+        return open_file(path, flags, *args, **more)
+
+    for name in ("replace", "rename", "unlink", "remove"):
+        monkeypatch.setattr(os, name, refuse_held(getattr(os, name)))
+    for name in ("symlink", "link"):
+        monkeypatch.setattr(os, name, no_links)
+    monkeypatch.setattr(os, "open", no_folders)
+    monkeypatch.setattr(shutil, "_use_fd_functions", False)  # how it tells Windows, where folders have no handles
+    for name in ("fork", "sysconf", "mkfifo"):
+        monkeypatch.delattr(os, name)
+    monkeypatch.setattr(multiprocessing, "get_all_start_methods", lambda: ["spawn"])
+
+
+class DrivePath(PureWindowsPath):
+    """A path of Windows, such as C:\\ComfyUI\\output, that stands for one of this system."""
+
+    @property
+    def here(self) -> Path:
+        return Path(str(self).removeprefix("C:").replace("\\", "/"))
+
+    def resolve(self) -> "DrivePath":
+        return DrivePath(ntpath.normpath(str(self)))
+
+    def glob(self, pattern: str) -> list["DrivePath"]:
+        return [DrivePath(f"C:{found}") for found in self.here.glob(pattern)]
+
+    def is_dir(self) -> bool:
+        return self.here.is_dir()

@@ -23,8 +23,7 @@ PAGE = (PACK / "docs" / "api.md").read_text(encoding="utf-8")
 def networks(server):
     models = server.base / "models" / "diffusion_models"
     write_network(models / "extend.safetensors", random_network())
-    if not (models / "magi_base").exists():
-        write_magi("base", models / "magi_base")
+    write_magi("base", models / "magi_base")
 
 
 def one_by_one(graph: Graph, positive: str, **more) -> str:
