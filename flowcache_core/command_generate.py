@@ -1,7 +1,6 @@
 """What `python -m flowcache_core generate` does: alone, or as one of several processes that torchrun starts."""
 
 import argparse
-import hashlib
 import json
 import os
 from collections.abc import Iterator, Sequence
@@ -21,6 +20,7 @@ from .demo.clips import FPS
 from .demo.model import weights_name
 from .demo.train_network import FRAMES_PER_CHUNK
 from .demo.vae import LATENT_MEAN, LATENT_STD, Memory, load_vae
+from .digest import digest_of
 from .engine.loop import Chunk
 from .errors import UserError, first_line
 from .generation import Result, generate
@@ -120,7 +120,7 @@ def _generate(options: argparse.Namespace, team: Any, demo: bool) -> None:
             options.negative, options.chunks, steps, lag, guidance, options.seed, width, height, str(dtype), state,
         ]  # fmt: skip
         determining += [] if video is None else [video, options.strength]
-        run = _digest_of(determining)
+        run = digest_of(determining)
         folder = RunFolder(options.resume, run, int(options.resume_gb * 2**30), first, chunk_frames, name)
     recent = 0 if usual.anew is None else usual.anew.frames
     earlier = folder.load(recent, None if state is None else state.latents) if folder else None
@@ -312,23 +312,4 @@ def _digest(backbone: Any) -> str:
     some = [
         (name, w.flatten()[:: max(1, w.numel() // 8)][:8].float()) for name, w in backbone.network.named_parameters()
     ]
-    return _digest_of(some)[:8]
-
-
-def _digest_of(parts: Any) -> str:
-    """32 hexadecimal digits that stand for numbers, words and tensors."""
-    found = hashlib.sha256()
-
-    def add(part: Any) -> None:
-        if isinstance(part, Tensor):
-            found.update(repr((part.shape, part.dtype)).encode())
-            found.update(part.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
-        elif isinstance(part, (list, tuple)):
-            found.update(b"[")
-            for inside in part:
-                add(inside)
-        else:
-            found.update(repr(part).encode())
-
-    add(parts)
-    return found.hexdigest()[:32]
+    return digest_of(some)[:8]

@@ -6,7 +6,6 @@ Source: LongLive (arXiv 2509.22622), pipeline/interactive_causal_inference.py, `
 wan/modules/causal_model.py: frames of the sink are written only as long as the video is no longer than the window.
 """
 
-import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -14,6 +13,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from ..digest import digest_of
 from ..history.compression import sink_tokens
 from ..history.plan import MemoryPlan
 from ..settings import Settings
@@ -77,7 +77,7 @@ class AnewHistory:
         branch; notes them."""
         known, name = self._known
         if len(known) != len(texts) or any(a is not b for a, b in zip(known, texts, strict=True)):
-            name = texts_name(texts)
+            name = digest_of(list(texts))
             self._known = list(texts), name
         changed, self.shown = self.shown != name, name
         return changed and self.done > 0
@@ -86,20 +86,14 @@ class AnewHistory:
     def frames(self) -> tuple[int, ...]:
         """Numbers of the frames that are run then: all of a video that the window still holds, else the newest, to
         which the sink is left as it is. Fewer where their latents are not there."""
-        count = self.done if self.done <= self.most else self.most - self.sink
         held = 0 if self.latents is None else self.latents.shape[2]
-        return tuple(range(self.done - min(count, held), self.done))
+        return tuple(range(self.done - min(self._wanted, held), self.done))
+
+    @property
+    def _wanted(self) -> int:
+        return self.done if self.done <= self.most else self.most - self.sink
 
     @property
     def missing(self) -> bool:
         """Whether their latents are not all there."""
-        return len(self.frames) < (self.done if self.done <= self.most else self.most - self.sink)
-
-
-def texts_name(texts: Sequence[Tensor]) -> str:
-    """32 hexadecimal digits that stand for texts' embeddings."""
-    found = hashlib.sha256()
-    for text in texts:
-        found.update(repr((tuple(text.shape), text.dtype)).encode())
-        found.update(text.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
-    return found.hexdigest()[:32]
+        return len(self.frames) < self._wanted

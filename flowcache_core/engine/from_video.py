@@ -60,7 +60,6 @@ class FromVideo:
 
     def schedule(self, whole: ChunkSchedule) -> ChunkSchedule:
         """Gives the schedule of the steps that are left."""
-
         steps, first = self._left(whole.steps), whole.first_steps and self._left(whole.first_steps)
         return replace(whole, steps=steps, lag=min(whole.lag, steps), first_steps=first, skipped=self.skipped)
 

@@ -564,7 +564,7 @@ class History:
             parts = [torch.cat([part[:, :, :lead], front, new], dim=2) for part, front, new in joined]
         keys, values, tokens = parts[0], parts[1], parts[2].to(self.device)
         if self.positions.relative:
-            keys = self.positions.turn_back(keys.to(self.device, self.dtype), tokens)
+            keys = self._unplaced(keys, tokens)
         self._write(layer, self.plan.end_tokens, keys, values, tokens)
         if len(saved.queries) and self.plan.asking:
             queries = saved.queries[layer]

@@ -15,9 +15,7 @@ from .calibration import Calibration, Measured
 from .placement import neighbours, place_steps
 
 COUNTS = (5, 6, 7, 8, 9, 12, 15, 20, 30)  # recomputed steps of a chunk
-FINALISTS = (
-    2  # lists of each length that are measured; what is best on the few clips of the search may not be elsewhere
-)
+FINALISTS = 2  # lists of each length that are measured: the best on the search's few clips may not be elsewhere
 # Likeness that twice the work buys, dB: the demo model's on MAGI-1's schedule, teacher-forced, from 8 steps to 12.
 DOUBLED = 11.0
 
@@ -75,9 +73,9 @@ def work(chosen: Steps, schedule: ChunkSchedule, alone: float) -> float:
     """
     lag = schedule.lag or schedule.steps
     company = max(1, -(-schedule.steps // lag))
-    together = [sum(other % lag == phase for other in chosen) for phase in {step % lag for step in chosen}]
     if company == 1:
         return float(len(chosen))
+    together = [sum(other % lag == phase for other in chosen) for phase in {step % lag for step in chosen}]
     call = (alone - 1.0) * company / (company - 1)  # of a call, where a step in full company costs 1 with its share
     step = 1.0 - call / company
     return sum(call + step * size for size in together)

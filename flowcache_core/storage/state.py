@@ -26,7 +26,7 @@ FLOATS = ("keys", "values", "queries")  # of them
 COMPUTED = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 MOST_BRANCHES = 64
 LONGEST_PROMPTS = 2**20  # characters
-SHOWN = re.compile("([0-9a-f]{32})?")  # of texts, `engine.anew.texts_name`
+SHOWN = re.compile("([0-9a-f]{32})?")  # of texts, `digest.digest_of`
 LARGEST = 2**31  # frames; token numbers are 32 bits
 
 

@@ -219,12 +219,12 @@ class SamplerCall:
             plain=one_sum, led=self.led,
         )  # fmt: skip
         first_levels = sampler.first_levels if self.schedule.first_steps else None
-        sampling = Sampling(self.levels, self._start, self._fresh, SOLVERS[sampler.solver], first_levels)
+        self.sampling = Sampling(self.levels, self._start, self._fresh, SOLVERS[sampler.solver], first_levels)
         before = self.cut.given_frames or sampler.frames_before() % sampler.chunk_frames
         lead = before if seeing == "causal" else 0
         anew, state = FAMILIES[host.family_of(self.guider.model_patcher)].anew, sampler.state
         run = RunSettings(
-            guidance.backbone, guidance, self.schedule, settings, sampling, seeing, self.shape,
+            guidance.backbone, guidance, self.schedule, settings, self.sampling, seeing, self.shape,
             host.branches_of(self.guider), host.compute_dtype(self.model), self.noise.device,
             texts=self.captions.texts,
             text_tokens=text_tokens(self.guider),
@@ -334,9 +334,7 @@ class SamplerCall:
             noise, source = chunk_noise(self.seed, chunk, self.shape).to(self.noise), self.sampler.source
             if source is None:
                 return noise * self.levels[0]
-            begins = self.schedule.first_steps is not None and chunk == self.schedule.prefix
-            levels = self.sampler.first_levels if begins else None
-            return source.start(chunk, noise, (levels or self.levels)[0])
+            return source.start(chunk, noise, self.sampling.levels(chunk, self.schedule)[0])
         first = self.cut.given_frames + (chunk - self.schedule.prefix) * self.sampler.chunk_frames
         frames = slice(first, first + self.sampler.chunk_frames)
         noise = self.noise[:, :, frames]

@@ -3,17 +3,12 @@
 import pytest
 import torch
 
-from flowcache_core.engine.guidance import classifier_free
 from flowcache_core.errors import UserError
-from flowcache_core.models.wan import WanBackbone
-from flowcache_core.schedule import ChunkSchedule
-from flowcache_core.settings import Compression, HistorySettings, Settings
-from flowcache_core.solvers import noise_levels
-from tests.helpers import golden_weights
-from tests.helpers.golden_runs import frames_of, relative_error
-from tests.helpers.history_windows import FRAMES, make
+from flowcache_core.settings import Compression, HistorySettings
+from tests.helpers.golden_runs import relative_error
+from tests.helpers.history_windows import make
 from tests.helpers.place import golden
-from tests.helpers.runs import build, video
+from tests.helpers.runs import video
 
 GOLDEN = golden("longlive")
 SEEN = [tuple(map(int, name.split(".")[1:])) for name in GOLDEN if name.startswith("seen.")]
@@ -82,14 +77,7 @@ def test_frames_that_are_seen(frames_seen, sink, frames):
 
 
 def test_where_chunks_overlap_what_the_window_leaves_beside_one_chunk_is_kept():
-    engine = build(
-        WanBackbone(golden_weights.network()),
-        ChunkSchedule(6, 4, 2),
-        classifier_free(golden_weights.text("cond")),
-        noise_levels.linear(4, 5.0),
-        start=lambda chunk: frames_of(f"noise.{chunk}", FRAMES),
-        settings=Settings(history=window(8, 1)),
-    )
+    engine = make(6, window(8, 1), lag=2)
     video(engine)
     engine.save()
     (history,) = engine.forward.histories.values()

@@ -5,18 +5,13 @@ from dataclasses import replace
 import pytest
 import torch
 
-from flowcache_core.engine.guidance import classifier_free
 from flowcache_core.errors import UserError
 from flowcache_core.history.rolling_sink import walked
-from flowcache_core.models.wan import WanBackbone
-from flowcache_core.schedule import ChunkSchedule
-from flowcache_core.settings import Compression, HistorySettings, Settings, bounded_history
-from flowcache_core.solvers import noise_levels
-from tests.helpers import golden_weights
-from tests.helpers.golden_runs import frames_of, relative_error
+from flowcache_core.settings import Compression, HistorySettings, bounded_history
+from tests.helpers.golden_runs import relative_error
 from tests.helpers.history_windows import FRAMES, make
 from tests.helpers.place import golden
-from tests.helpers.runs import build, video
+from tests.helpers.runs import video
 
 GOLDEN = golden("rolling_sink")
 RUNS = {"rolling_sink": (10, 12), "rolling_sink_short": (9, 9)}  # chunks, and frames of the window
@@ -77,14 +72,7 @@ def test_it_goes_on_from_a_state_of_a_whole_history():
 
 
 def test_where_chunks_overlap_the_newest_finished_one_is_shown():
-    engine = build(
-        WanBackbone(golden_weights.network()),
-        ChunkSchedule(8, 4, 2),
-        classifier_free(golden_weights.text("cond")),
-        noise_levels.linear(4, 5.0),
-        start=lambda chunk: frames_of(f"noise.{chunk}", FRAMES),
-        settings=Settings(history=rolling(9)),
-    )
+    engine = make(8, rolling(9), lag=2)
     video(engine)
     engine.save()
     (history,) = engine.forward.histories.values()

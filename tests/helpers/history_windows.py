@@ -15,13 +15,20 @@ FRAMES = 3  # of a chunk
 
 
 def make(
-    chunks: int, history: HistorySettings, frames: int = FRAMES, steps: int = 4, loaded=None, done: int = 0
+    chunks: int,
+    history: HistorySettings,
+    frames: int = FRAMES,
+    steps: int = 4,
+    loaded=None,
+    done: int = 0,
+    lag: int = 4,
 ) -> Engine:
-    """A run of so many chunks, one at a time, with the noise of the golden ones; with a saved history, after `done`."""
+    """A run of so many chunks with the noise of the golden ones, one at a time unless the lag is below the steps; with
+    a saved history, after `done`."""
     noise = frames_of("noise", (done + chunks) * frames).split(frames, dim=2)
     return build(
         WanBackbone(golden_weights.network()),
-        ChunkSchedule(chunks, steps, steps, prefix=done),
+        ChunkSchedule(chunks, steps, min(lag, steps), prefix=done),
         classifier_free(golden_weights.text("cond")),
         noise_levels.linear(steps, 5.0),
         start=lambda chunk: noise[chunk],
