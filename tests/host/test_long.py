@@ -328,7 +328,7 @@ def was_kept(server, node: str = "", settings: dict | None = None) -> bool:
         model = graph.add(node, model=model, **settings), 0
     extended = extend(graph, model=model, resume=(resume, 0), seed=66, guidance=3.0, steps=1, lag=1)
     graph.add("FlowCacheReport", report=(extended, 2))
-    server.post("/free", {"free_memory": True})
+    server.free()
     outcome = server.run(graph)
     assert outcome.error is None, outcome.error["exception_message"]
     return "interrupted run" in str(outcome.outputs)

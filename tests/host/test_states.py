@@ -39,7 +39,7 @@ def test_a_video_goes_on_from_a_file_with_the_same_bits(server, lag):
     expected = sample(server, whole, extend(whole, model=model, seed=81, lag=lag, state=(begun, 1)))
     name, told = saved(server, f"videos/{lag}", lag=lag)
     assert "64 x 64 pixels, 4 latent frames, 2 a chunk" in told and "WanModel 96x3" in told and name in f"videos/{told}"
-    server.post("/free", {"free_memory": True, "unload_models": True})
+    server.free()
     graph = Graph()
     state = graph.add("FlowCacheLoadState", state_name=name)
     node = extend(graph, model=flowcache(graph, preset="high", history_budget=1), seed=81, lag=lag, state=(state, 0))
@@ -58,7 +58,7 @@ def test_a_loaded_state_is_shown_and_another_model_refuses_it(server):
     graph = Graph()
     state = graph.add("FlowCacheLoadState", state_name=name)
     graph.add("SaveLatent", samples=(extend(graph, state=(state, 0), seed=82), 0), filename_prefix="s")
-    server.post("/free", {"free_memory": True})  # it has been read, and would not be again
+    server.free()  # it has been read, and would not be again
     texts = [text for node, text in server.run(graph).texts if node == state]
     assert any("64 x 64 pixels, 4 latent frames" in text for text in texts)
 

@@ -107,6 +107,15 @@ class Server:
         except urllib.error.HTTPError as error:
             raise Refused(error.read().decode()) from None
 
+    def free(self) -> None:
+        """Has ComfyUI drop its models and what nodes returned, before the next prompt is begun.
+
+        It does so between two prompts, so a prompt of its own sees to it that there is one before the next.
+        """
+        self.post("/free", {"free_memory": True, "unload_models": True})
+        value = {"class_type": "PrimitiveInt", "inputs": {"value": 1}}
+        self.run({"value": value, "shown": {"class_type": "PreviewAny", "inputs": {"source": ["value", 0]}}})
+
     def run(self, prompt: dict, timeout: float = 300, on_event=lambda kind, data: None, **more) -> Outcome:
         """Posts a prompt, and `more` beside it, and follows it on the websocket to its end."""
         client = uuid.uuid4().hex
