@@ -122,8 +122,10 @@ def _generate(options: argparse.Namespace, team: Any, demo: bool) -> None:
         determining += [] if video is None else [video, options.strength]
         run = digest_of(determining)
         folder = RunFolder(options.resume, run, int(options.resume_gb * 2**30), first, chunk_frames, name)
-    recent = 0 if usual.anew is None else usual.anew.frames
-    earlier = folder.load(recent, None if state is None else state.latents) if folder else None
+    recent = 0 if usual.anew is None else usual.anew.newest(settings.history, chunk_frames)
+    begun = 0 if usual.anew is None else usual.anew.first
+    beginning = None if state is None else state.begins_with(begun)
+    earlier = folder.load(recent, None if state is None else state.latents, begun, beginning) if folder else None
     if folder and team:
         there = parallel.everyone.objects(None if earlier is None else earlier.chunks)  # type: ignore[union-attr]
         if len(set(there)) > 1:

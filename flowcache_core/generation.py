@@ -14,7 +14,7 @@ from typing import NamedTuple, Protocol
 import torch
 from torch import Tensor
 
-from .engine.anew import Before
+from .engine.anew import held
 from .engine.build import IN_ORDER, RunSettings, Seeing, build_engine, given_chunks
 from .engine.from_video import STRENGTH, from_video
 from .engine.guidance import classifier_free
@@ -175,6 +175,8 @@ def generate(
         raise UserError(f"The latent size is {list(size)}, expected a height and a width of at least 1.")
     first_steps = None if done or first_levels is None else len(first_levels) - 1
     schedule = ChunkSchedule(chunks, steps, lag, prefix=done, first_steps=first_steps)
+    if way == "causal":
+        settings = held(usual.anew, settings, chunk_frames, schedule.max_active)
     source = from_video(video, strength, shape, frames, schedule)
     if source is not None:
         if pictures:
@@ -208,7 +210,7 @@ def generate(
         steer=shown.steered,
         label=describe(settings),
         anew=usual.anew,
-        before=None if state is None or usual.anew is None else Before.of(usual.anew, state.latents, state.shown),
+        before=None if state is None else state.before(usual.anew),
     )  # fmt: skip
     if steer is not None and (way != "causal" or parallel is not None):
         raise UserError("A run is steered where chunks follow one another, in one process; leave 'steer' out.")
@@ -222,7 +224,7 @@ def generate(
         engine.give(chunk, latent.to(device, dtype))
     if end is not None:
         engine.give(Given.END, end.to(device, dtype))
-    return output.result(engine, end, chunk_frames, model, 0 if state is None else state.dropped)
+    return output.result(engine, end, chunk_frames, model, state)
 
 
 class Shown:
@@ -288,8 +290,10 @@ class Output:
             self.keep.settle(self.engine)
         self.on_progress(told)
 
-    def result(self, engine: Engine, end: Tensor | None, chunk_frames: int, model: str, dropped: int) -> Result:
-        """Runs the engine to its end."""
+    def result(
+        self, engine: Engine, end: Tensor | None, chunk_frames: int, model: str, state: State | None = None
+    ) -> Result:
+        """Runs the engine to its end; it goes on from a state, if it does from any."""
         self.engine = engine
         for chunk in engine.run():
             if self.keep is not None:
@@ -300,9 +304,9 @@ class Output:
         histories = engine.save() if end is None else {}
         if self.keep is not None:
             self.keep.settle(engine)
-        return Result(
-            whole, make_state(whole, histories, chunk_frames, model, dropped, engine.report.shown), engine.report
-        )
+        dropped, beginning = (0, None) if state is None else (state.dropped, state.beginning)
+        made = make_state(whole, histories, chunk_frames, model, dropped, engine.report.shown, beginning)
+        return Result(whole, made, engine.report)
 
     def _take(self, chunk: Chunk, latent: Pending[Tensor]) -> None:
         self.latents.append(latent.on_cpu())

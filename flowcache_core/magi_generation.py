@@ -119,4 +119,4 @@ def generate_magi(
         engine = parallel.engine(engine, cancelled)
     if state is not None:
         output.latents.append(state.latents)
-    return output.result(engine, None, CHUNK_FRAMES, model, 0 if state is None else state.dropped)
+    return output.result(engine, None, CHUNK_FRAMES, model, state)

@@ -59,13 +59,14 @@ class Report:
         for branch in branches:
             self.decisions.setdefault(branch, {}).setdefault(chunk, []).append(recomputed)
 
-    def reran(self, chunk: int, branches: int, missing: bool) -> None:
-        """Notes that the history was computed anew before a chunk began; `missing`: not all of it could be."""
-        self.reruns += branches
+    def reran(self, chunk: int, always: bool, missing: bool) -> None:
+        """Notes that the history was computed anew before a chunk began; `always`: as before every one of its family,
+        `missing`: not all of it could be."""
         self.rerun_for.append(chunk)
-        what = "the history was computed anew for the prompt of chunk"
-        chunks = ", ".join(map(str, self.rerun_for))
-        self.note(f"{what} {chunks}" + (", as far as its latents were there" if missing else ""), what)
+        what = "the history was computed anew "
+        chunks = "before every chunk" if always else f"for the prompt of chunk {', '.join(map(str, self.rerun_for))}"
+        if missing or not always:
+            self.note(f"{what}{chunks}" + (", as far as its latents were there" if missing else ""), what)
 
     def note(self, line: str, topic: str) -> None:
         """Adds a line to the notes, in place of an earlier one that begins with the same topic."""

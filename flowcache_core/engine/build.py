@@ -19,7 +19,7 @@ from ..report import Report
 from ..reuse.policies import Policy, aligned
 from ..schedule import ChunkSchedule, Given
 from ..settings import Settings
-from .anew import Anew, AnewHistory, Before
+from .anew import Anew, AnewHistory, Before, held
 from .causal import CausalForward
 from .counted import counted
 from .forward import Forward
@@ -33,8 +33,8 @@ from .rolling import RollingForward, rolling_bytes
 
 Seeing = Literal["causal", "joint", "rolling", "pictures"]  # how chunks see each other
 NOT_ANEW = (
-    "where the prompt changes, the history is not computed anew, as this family does it: that takes one chunk after "
-    "the other, with the lag at the steps"
+    "the history is not computed anew, as this family does it: that takes one chunk after the other, with the lag at "
+    "the steps"
 )
 IN_ORDER: tuple[Seeing, ...] = ("causal", "pictures")  # those in which chunks follow one another
 
@@ -63,7 +63,7 @@ class RunSettings:
         scenes: what chunks that see pictures are shown.
         on_progress, cancelled, steer: as for `Engine`.
         label: of the settings, for the report.
-        anew: what of a history is computed anew where the prompt changes, or None; for "causal".
+        anew: what of a history is computed anew, or None; for "causal".
         before: what the run goes on from, where that is computed anew.
     """
 
@@ -101,6 +101,8 @@ def build_engine(run: RunSettings, make: Callable[..., CausalForward] = CausalFo
     Args:
         make: of a causal run's forward.
     """
+    if run.seeing == "causal":
+        run = replace(run, settings=held(run.anew, run.settings, run.shape[2], run.schedule.max_active))
     settings, schedule, report = run.settings, run.schedule, Report(run.schedule, run.label)
     policy = settings.reuse.policy(schedule)
     report.notes += idle_notes(settings.reuse, schedule)
@@ -150,7 +152,7 @@ def causal_forward(
     anew = None
     if run.anew is not None and run.schedule.max_active == 1:
         done = run.lead + run.schedule.prefix * run.shape[2] if run.loaded is not None else 0
-        anew = AnewHistory(run.anew, plan, run.settings, run.before, done)
+        anew, report.stores = AnewHistory(run.anew, plan, run.settings, run.before, done), not run.anew.always
     elif run.anew is not None:
         report.notes.append(NOT_ANEW)
     return make(
@@ -205,7 +207,7 @@ def plan_run(run: RunSettings, policy: Policy) -> MemoryPlan:
         at_once=run.guidance.at_once and not by_chunk(run.backbone),
         texts=run.texts,
         last_frames=run.last_frames,
-        rerun=0 if run.anew is None else run.anew.frames,
+        rerun=0 if run.anew is None else run.anew.together(run.shape[2]),
     )
 
 

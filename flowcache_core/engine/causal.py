@@ -129,14 +129,17 @@ class CausalForward:
             self.anew.show(self.guidance.texts_of(chunk))
 
     def _compute_anew(self, anew: AnewHistory, step: Step) -> None:
-        """Runs finished frames once more before a chunk begins, where it is shown other texts than they were."""
+        """Runs finished frames once more before a chunk begins, where their family has it so."""
         chunk = step.place.chunk
         assert isinstance(chunk, int)
-        if anew.show(self.guidance.texts_of(chunk)) and anew.latents is not None:
-            frames = anew.frames
-            latent = anew.latents[:, :, -len(frames) :].to(step.x)
-            _, branches = self._run([Step(latent, 0.0, Place(Rerun(chunk, frames), None, step.place.tick))])
-            self.report.reran(chunk, len(branches), anew.missing)
+        if anew.show(self.guidance.texts_of(chunk)) and anew.parts:
+            always = anew.rule.always
+            told = max(chunk - 1, self.report.schedule.prefix) if always else chunk
+            for part in anew.parts:
+                place = Place(Rerun(told, part.frames), None, step.place.tick)
+                _, branches = self._run([Step(part.latents.to(step.x), 0.0, place)])
+                self.report.reruns += len(branches)
+            self.report.reran(chunk, always, anew.missing)
         self.report.shown = anew.shown
 
     def finish(self, chunk: int, latent: Tensor) -> None:

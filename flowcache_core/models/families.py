@@ -28,11 +28,19 @@ class CausVidRenoise(Renoise):
         super().__init__(noise_levels.nearest_trained(sigmas), noise)
 
 
-SolverName = Literal["euler", "renoise", "causvid", "unipc", "skyreels unipc"]
+class KreaRenoise(Renoise):
+    """Krea Realtime's: the level of its last step, which the network is told as 0, is the least it was trained on."""
+
+    def __init__(self, sigmas: Sequence[float], noise: Noise):
+        super().__init__(noise_levels.nearest_trained(sigmas, 5.0), noise)
+
+
+SolverName = Literal["euler", "renoise", "causvid", "krea", "unipc", "skyreels unipc"]
 SOLVERS: dict[str, SolverFactory] = {
     "euler": Euler,
     "renoise": Renoise,
     "causvid": CausVidRenoise,
+    "krea": KreaRenoise,
     "unipc": UniPC,
     "skyreels unipc": SkyReelsUniPC,  # with its upstream's slip: see `multistep`
 }
@@ -58,7 +66,7 @@ class Family:
         backbone: makes what runs a network of the family, from the network, frames a second and attention.
         published: the family's own settings for a preset, from its name and the network's width, or None.
         published_cut: how the paper's presets cut a history to its budget.
-        anew: what of a history is computed anew where the prompt changes, or None.
+        anew: what of a history is computed anew, or None.
     """
 
     steps: int
@@ -138,6 +146,10 @@ FAMILIES: dict[str, Family] = {
     "longlive": Family(
         4, 4, 3, always("renoise"), evenly(5.0), 1.0, (832, 480), 5.0,
         "LongLive, configs/longlive_inference.yaml and longlive_interactive_inference.yaml", anew=Anew(12),
+    ),
+    "krea": Family(
+        5, 5, 3, always("krea"), noise_levels.krea, 1.0, (832, 480), 5.0,
+        "Krea Realtime, release_server.py (GenerateParams, keep_first_frame)", anew=Anew(3, always=True, first=1),
     ),
     "skyreels": Family(
         50, 5, 5, always("skyreels unipc"), noise_levels.skyreels, 6.0, (960, 544), 8.0,

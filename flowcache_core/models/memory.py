@@ -2,6 +2,7 @@
 
 from math import ceil
 
+from ..engine.anew import held
 from ..engine.rolling import rolling_bytes
 from ..errors import UserError
 from ..history.plan import MemoryPlan, plan_memory, window_bytes
@@ -29,6 +30,7 @@ def plan_wan(
         UserError: a lag that does not fit, a size or length of nothing.
     """
     schedule = _wan_schedule(family, frames, lag)
+    settings = held(family.anew, settings, family.chunk_frames, schedule.max_active)
     return plan_memory(
         config.sizes,
         schedule,
@@ -37,7 +39,7 @@ def plan_wan(
         grid=_grid(config, size),
         chunk_frames=family.chunk_frames,
         branches=_branches(family),
-        rerun=0 if family.anew is None else family.anew.frames,
+        rerun=0 if family.anew is None else family.anew.together(family.chunk_frames),
     )
 
 

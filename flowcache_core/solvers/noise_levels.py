@@ -6,6 +6,7 @@ A network of the Wan layout is told time-step 1000 x sigma.
 from collections.abc import Sequence
 
 TRAINED_LEVELS = 1000
+NEARLY_CLEAN = 1e-9  # stands for a level of 0 that is a step of its own
 WHOLE = 1e-6  # of a step: so far from a whole number is one
 
 CAUSVID_3_STEPS = (1.0, 0.757, 0.522, 0.0)  # configs/wan_causal_dmd.yaml, neither even nor shifted
@@ -42,6 +43,17 @@ def nearest_trained(sigmas: Sequence[float], shift: float = 8.0) -> list[float]:
     """
     trained = linear(TRAINED_LEVELS, shift)[:-1]
     return [min(trained, key=lambda level: abs(level - sigma)) if sigma else 0.0 for sigma in sigmas]
+
+
+def krea(steps: int = 5, shift: float = 5.0) -> list[float]:
+    """Gives Krea Realtime's levels: evenly spaced thousandths down to 0, then shifted. The last of them is a step as
+    well: its network is told 0 there, while its solver takes the least level of training (`nearest_trained`).
+
+    Source: v2v.py, get_denoising_schedule; release_server.py, generate_block_internal.
+    """
+    spaces = max(1, steps - 1)
+    even = [TRAINED_LEVELS * (spaces - step) // spaces / TRAINED_LEVELS for step in range(steps)]
+    return [*(shifted(level, shift) or NEARLY_CLEAN for level in even), 0.0]
 
 
 def remaining(levels: Sequence[float], strength: float) -> list[float]:

@@ -69,11 +69,15 @@ class RunFolder:
         self.begun: bool = False  # a history is there that can be added to
         self.full: bool = False  # this run alone is larger than the limit: no more chunks are kept
 
-    def load(self, recent: int = 0, before: Tensor | None = None) -> State | None:
+    def load(
+        self, recent: int = 0, before: Tensor | None = None, first: int = 0, beginning: Tensor | None = None
+    ) -> State | None:
         """Reads the history after the newest finished chunk, with that chunk's latent alone; None to start anew.
 
         Args:
             recent: where more is needed: so many of the newest frames, or a few more.
+            first: where those are needed: so many frames that the video began with, at most a chunk's.
+            beginning: those frames, where they are not of this run.
             before: latents that stand before the first generated chunk, [B, C, T, H, W], of which some may be of them.
 
         Raises:
@@ -99,10 +103,12 @@ class RunFolder:
             os.utime(newest)
         self._shape, self.begun = last.latents.shape, True
         state = last._replace(histories=_joined(parts))
-        return self._with_latents(state, recent, before) if recent else state
+        return self._with_latents(state, recent, before, first, beginning) if recent else state
 
-    def _with_latents(self, state: State, frames: int, before: Tensor | None) -> State:
-        """The state with its newest frames' latents, as far as they are there."""
+    def _with_latents(
+        self, state: State, frames: int, before: Tensor | None, first: int, beginning: Tensor | None
+    ) -> State:
+        """The state with its newest frames' latents and those of its beginning, as far as they are there."""
         needed = -(-frames // self.chunk_frames)
         chunks = range(max(self.first, state.chunks - needed), state.chunks - 1)
         parts = [*(self.latent(chunk) for chunk in chunks), state.latents]
@@ -110,7 +116,13 @@ class RunFolder:
         if missing > 0 and before is not None:
             parts.insert(0, before[:, :, -missing:].to(state.latents))
         latents = torch.cat(parts, dim=2)
-        return state._replace(latents=latents, dropped=state.frames - latents.shape[2])
+        dropped = state.frames - latents.shape[2]
+        if not first or dropped < first:
+            beginning = None
+        elif beginning is None:
+            beginning = self.latent(self.first)
+        beginning = None if beginning is None else beginning[:, :, :first].to(latents)
+        return state._replace(latents=latents, dropped=dropped, beginning=beginning)
 
     def outdated(self) -> bool:
         """Says whether runs of this model are there that an earlier version of FlowCache kept."""

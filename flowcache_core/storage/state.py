@@ -16,6 +16,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from ..engine.anew import Anew, Before
 from ..errors import UserError
 from ..history.snapshot import Snapshot
 from .files import check_header, checksum, parse_json, write_whole
@@ -40,6 +41,8 @@ class State(NamedTuple):
     dropped: frames before `latents` that were let go.
     prompts: what its chunks show, as Prompts over Time, where a run that could be steered knew it.
     shown: stands for the texts that the history was computed for, of a family that computes it anew for others.
+    beginning: frames that the video began with, of a family that computes its history from them, where `latents` are
+        without them.
     """
 
     latents: Tensor
@@ -50,6 +53,7 @@ class State(NamedTuple):
     dropped: int = 0
     prompts: str = ""
     shown: str = ""
+    beginning: Tensor | None = None
 
     def __str__(self) -> str:
         """Gives one line: ComfyUI writes a failed node's inputs into its history, and keeps them there."""
@@ -63,6 +67,14 @@ class State(NamedTuple):
     @property
     def chunks(self) -> int:
         return self.frames // self.chunk_frames
+
+    def begins_with(self, frames: int) -> Tensor | None:
+        """The frames that the video began with, so many, where they are there."""
+        return self.latents[:, :, :frames] if self.dropped == 0 else self.beginning
+
+    def before(self, rule: Anew | None) -> Before | None:
+        """What a run that goes on from it needs of its frames, where its family computes a history anew."""
+        return None if rule is None else Before.of(rule, self.latents, self.shown, self.begins_with(rule.first))
 
     @property
     def by_branch(self) -> dict[Hashable, Snapshot]:
@@ -90,10 +102,15 @@ def make_state(
     model: str = "",
     dropped: int = 0,
     shown: str = "",
+    beginning: Tensor | None = None,
 ) -> State:
-    """Makes a state of latents [B, C, T, H, W] and what `Engine.save` gave; `dropped` frames came before them."""
+    """Makes a state of latents [B, C, T, H, W] and what `Engine.save` gave; `dropped` frames came before them, of which
+    `beginning` is kept."""
     branches = tuple(str(name) for name in histories)
-    return State(latents.to("cpu"), tuple(histories.values()), branches, chunk_frames, model, dropped, shown=shown)
+    latents, beginning = latents.to("cpu"), beginning.to("cpu") if beginning is not None and dropped else None
+    return State(
+        latents, tuple(histories.values()), branches, chunk_frames, model, dropped, shown=shown, beginning=beginning
+    )
 
 
 def save_state(state: State, path: Path | str, **more: str) -> None:
@@ -111,6 +128,8 @@ def save_state(state: State, path: Path | str, **more: str) -> None:
             f"in this weight type; load the file again, or choose another weight type."
         )
     tensors = {"latents": state.latents.contiguous()}
+    if state.beginning is not None:
+        tensors["beginning"] = state.beginning.contiguous()
     for number, history in enumerate(state.histories):
         for name, tensor in history._asdict().items():
             tensors[f"history.{number}.{name}"] = tensor.contiguous()
@@ -145,13 +164,23 @@ def load_state(path: Path | str) -> State:
             if len(info["branches"]) > MOST_BRANCHES:
                 raise ValueError(f"{len(info['branches'])} branches")
             names = ["latents", *(f"history.{at}.{part}" for at in range(len(info["branches"])) for part in PARTS)]
+            names += [name for name in file.keys() if name == "beginning"]
             tensors = {name: file.get_tensor(name) for name in names}
         if "checksum" in metadata and metadata["checksum"] != checksum(tensors):  # states of 0.1.0 have none
             raise ValueError("its checksum is another")
+        beginning = tensors.pop("beginning", None)
         latents, *parts = tensors.values()
         histories = tuple(Snapshot(*parts[at : at + len(PARTS)]) for at in range(0, len(parts), len(PARTS)))
         more = {name: info[name] for name in ("dropped", "prompts", "shown") if name in info}
-        state = State(latents, histories, tuple(info["branches"]), info["chunk_frames"], info["model"], **more)
+        state = State(
+            latents,
+            histories,
+            tuple(info["branches"]),
+            info["chunk_frames"],
+            info["model"],
+            beginning=beginning,
+            **more,
+        )
         fault = _fault(state)
     except UserError:
         raise
@@ -162,6 +191,13 @@ def load_state(path: Path | str) -> State:
     if fault:
         raise UserError(f"'{name}' is a damaged state: {fault}; save it again.")
     return state
+
+
+def _begins(beginning: Tensor, latents: Tensor, dropped: int) -> bool:
+    """Whether these may be frames before latents of which so many were let go."""
+    if beginning.ndim != 5 or (*beginning.shape[:2], *beginning.shape[3:]) != (*latents.shape[:2], *latents.shape[3:]):
+        return False
+    return 0 < beginning.shape[2] <= dropped
 
 
 def _fault(state: State) -> str | None:
@@ -179,8 +215,13 @@ def _fault(state: State) -> str | None:
         return "names that are no text"
     if latents.ndim != 5 or 0 in latents.shape:
         return f"latents of shape {tuple(latents.shape)} for {frames} frames a chunk"
+    begun = [("beginning", state.beginning)] if state.beginning is not None else []
+    for _, beginning in begun:
+        if not _begins(beginning, latents, state.dropped):
+            return f"a beginning of shape {tuple(beginning.shape)}"
     for what, tensor in [
         ("latents", latents),
+        *begun,
         *((part, getattr(one, part)) for one in state.histories for part in FLOATS),
     ]:
         if tensor.dtype not in COMPUTED:

@@ -239,8 +239,10 @@ def carry_out(
         return written_anew(model, asked, layout, *held)
     again, folder = HELD.let_go(kept.name), kept.folder
     anew = FAMILIES[host.family_of(model)].anew
-    recent = 0 if anew is None else anew.frames
-    earlier = None if folder is None else folder.load(recent, layout.before)
+    recent = 0 if anew is None else anew.newest(patch.settings.history, chunk_frames)
+    begun = 0 if anew is None else anew.first
+    beginning = layout.before if asked.state is None else asked.state.begins_with(begun)
+    earlier = None if folder is None else folder.load(recent, layout.before, begun, beginning)
     kept_prompts = (folder.prompts() or "") if folder is not None and earlier is not None else ""
     side = SideStream(model.load_device, patch.settings.overlap)
     outlet = new_outlet(model, asked, layout, side)
@@ -249,7 +251,7 @@ def carry_out(
     untouched = Report(layout.schedule, patch.label, notes=list(asked.notes))
     finished = FinishedChunks(
         folder, outlet, keep, asked.node_id, untouched, prefix, layout.inside, goes_on, side, asked.notes,
-        recent=max(1, recent),
+        recent=max(1, recent), first_frames=begun, beginning=None if beginning is None else beginning[:, :, :begun],
     )  # fmt: skip
     live: LiveRun | None = None
     running: AbstractContextManager = nullcontext()
@@ -286,7 +288,7 @@ def carry_out(
     latents = torch.cat([*finished.latents, *([] if layout.after is None else [layout.after])], dim=2)
     frames = layout.frames - (asked.chunks - finished.count) * chunk_frames
     dropped, report = frames - latents.shape[2], finished.report
-    state = make_state(latents, finished.histories, chunk_frames, name, dropped, report.shown)
+    state = make_state(latents, finished.histories, chunk_frames, name, dropped, report.shown, finished.beginning)
     state = state._replace(prompts=report.prompts)
     if live is not None and finished.folder is not None and finished.count < asked.chunks:
         RUNS.to_go_on(live.prompt.node_id)

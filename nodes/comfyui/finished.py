@@ -47,6 +47,8 @@ class FinishedChunks(RunListener):
         count: chunks that were taken, with those of an interrupted run.
         live: takes captions while the run goes on, or None.
         recent: frames of latents that are held in any case, for who goes on from the run.
+        first_frames: frames at the video's beginning that are held in any case.
+        beginning: those, as far as they are there.
     """
 
     folder: RunFolder | None
@@ -64,6 +66,8 @@ class FinishedChunks(RunListener):
     count: int = 0
     live: LiveRun | None = None
     recent: int = 1
+    first_frames: int = 0
+    beginning: Tensor | None = None
 
     def __post_init__(self):
         self.begun = time.perf_counter()
@@ -185,6 +189,8 @@ class FinishedChunks(RunListener):
 
     def _take(self, latent: Tensor) -> list[Tensor]:
         """Takes a latent; gives the frames [T, H, W, 3] of chunks that were decoded."""
+        if self.first_frames and self.beginning is None:
+            self.beginning = latent[:, :, : self.first_frames].clone()
         self.latents.append(latent)
         while not self.keep and sum(part.shape[2] for part in self.latents[1:]) >= self.recent:
             del self.latents[0]

@@ -26,6 +26,7 @@ from torch import Tensor
 
 from ...flowcache_core.checkpoints import MAGI_FAMILIES, load
 from ...flowcache_core.checkpoints.gguf_files import ENDING, read_gguf
+from ...flowcache_core.engine.anew import held
 from ...flowcache_core.engine.build import Seeing
 from ...flowcache_core.engine.rolling import rolling_bytes
 from ...flowcache_core.errors import UserError
@@ -317,6 +318,7 @@ def planned_bytes(
     model = guider.model_patcher.model
     backbone = WanBackbone(model.diffusion_model)
     anew = FAMILIES[family_of(guider.model_patcher)].anew
+    settings = held(anew, settings, chunk[2], schedule.max_active)
     sizes, branches, together = planned_share(backbone.sizes, branches_of(guider), guider.model_options)
     plan = plan_memory(
         replace(sizes, text_tokens=text_tokens(guider)),
@@ -330,7 +332,7 @@ def planned_bytes(
         itemsize=compute_dtype(model).itemsize,
         at_once=at_once and together,
         given=(lead, 0),
-        rerun=0 if anew is None else anew.frames,
+        rerun=0 if anew is None else anew.together(chunk[2]),
     )
     if seeing == "causal":
         return plan.device_bytes

@@ -8,7 +8,6 @@ import torch
 from comfy.patcher_extension import WrappersMP, add_wrapper_with_key
 from torch import Tensor
 
-from ...flowcache_core.engine.anew import Before
 from ...flowcache_core.engine.build import IN_ORDER, RunSettings, Seeing, build_engine, given_chunks
 from ...flowcache_core.engine.from_video import FromVideo
 from ...flowcache_core.engine.loop import Engine, Progress, Sampling
@@ -237,7 +236,7 @@ class SamplerCall:
             grain=None if prefix is None else partial(self._grain, prefix),
             scenes=self._scenes() if seeing == "pictures" else None,
             anew=anew,
-            before=None if anew is None or state is None else Before.of(anew, state.latents, state.shown),
+            before=None if state is None else state.before(anew),
             on_progress=lambda told: self._progress(told, engine),
             steer=lambda ahead: sampler.listener.steer(ahead, self._steering(engine)),
         )  # fmt: skip

@@ -130,7 +130,14 @@ def branches_of(name: str) -> int:
     return 2 if "guidance" in name else 1
 
 
+# What four processes run beside the pipeline's: each way of guiding, keeping and seeing once more, for other heads.
+BY_FOUR = ["demo", "rolling", "longlive guidance", "guidance and budget", "int8", "magi", "magi budget"]
 PIPED = ["demo", "skyreels", "guidance and budget", "relative", "longlive", "magi", "magi budget"]
+
+
+def by_heads(size: int) -> list[str]:
+    """Runs that so many processes divide by attention heads."""
+    return list(RUNS) if size == 2 else BY_FOUR
 
 
 @dataclass
@@ -154,7 +161,7 @@ def of_run(name: str, parallel: Parallel, **options) -> Found:
 
 def every_run(team: Team, folder: Path) -> None:
     found = {}
-    for scheme, names in (("ulysses", list(RUNS)), ("pipeline", PIPED)):
+    for scheme, names in (("ulysses", by_heads(team.size)), ("pipeline", PIPED)):
         for name in names:
             found[scheme, name] = of_run(name, Parallel(team, scheme, branches_of(name)))
     found["silent", "demo"] = of_run("demo", Parallel(team), wrap=_silent)
