@@ -119,7 +119,7 @@ def test_info_tells_the_memory_of_a_video(network, capsys):
     assert "9 frames (0.6 s), 1 chunks" in capsys.readouterr().out
 
 
-@pytest.mark.parametrize("family", ["skyreels", "causal", "causvid", "rolling", "longlive"])
+@pytest.mark.parametrize("family", ["skyreels", "causal", "causvid", "rolling", "longlive", "krea"])
 def test_info_tells_the_settings_that_the_docs_do(family, tmp_path, capsys):
     table = (ROOT / "docs" / "models.md").read_text(encoding="utf-8").partition("## Settings")[2]
     line = next(line for line in table.splitlines() if line.startswith(f"| {family}"))

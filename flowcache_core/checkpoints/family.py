@@ -22,6 +22,7 @@ FAMILIES = {
     "skyreels": "SkyReels-V2 diffusion forcing",
     "rolling": "Rolling Forcing",
     "longlive": "LongLive",
+    "krea": "Krea Realtime",
     "wan": "plain Wan 2.1, which was not trained to go chunk by chunk",
     "longvie": "LongVie 2: Wan 2.1 image to video with its control layers",
     "magi": "MAGI-1, base",
@@ -29,7 +30,7 @@ FAMILIES = {
     "demo": "the model that ships",
 }
 MAGI_FAMILIES = ("magi", "magi distilled")
-CAUSAL_FAMILIES = ("causal", "causvid", "rolling", "longlive", "demo")  # read by ComfyUI as causal AR
+CAUSAL_FAMILIES = ("causal", "causvid", "rolling", "longlive", "krea", "demo")  # read by ComfyUI as causal AR
 CAUSAL_CLASSES = ("CausalWanModel", "CausalWanTransformer3DModel")  # upstreams' own; FastVideo's
 STAMP = "flowcache"  # metadata key, beside ComfyUI's own "config"
 
@@ -135,8 +136,8 @@ def _told_family(path: Path, file: WeightFile, config: WanConfig | None, setting
         return "causal", ()
     if file.wrapper.startswith("generator") or kind in CAUSAL_CLASSES:
         return "causal", (
-            f"{path.name} may be causal, causvid, rolling or longlive, taken as causal: choose the family for CausVid, "
-            "Rolling Forcing or LongLive.",
+            f"{path.name} may be causal, causvid, rolling, longlive or krea, taken as causal: choose the family for "
+            "CausVid, Rolling Forcing, LongLive or Krea Realtime.",
         )
     choices = "; ".join(f"{name} ({FAMILIES[name]})" for name in wan_families())
     return "wan", (

@@ -43,6 +43,11 @@ def marked_half(path: Path, header: Header, config: dict) -> None:
     write_safetensors(path, half | {"model_type.SkyReels-V2-DF-14B-720P": ("F32", [1])})
 
 
+def wrapped(path: Path, header: Header, config: dict) -> None:
+    """As a wrapper's state is saved (Krea Realtime; its network is one with SkyReels-V2 14B's)."""
+    write_safetensors(path, {f"model.{name}": part for name, part in header.items()})
+
+
 def alone(path: Path, header: Header, config: dict) -> None:
     write_safetensors(path, header)
 
@@ -104,6 +109,7 @@ FILES = {
     "longlive_base.pt": ("wan_1_3b", trained, "causal", WAN, True),
     "rewardforcing.pt": ("wan_1_3b", trained, "causal", WAN, True),
     "longlive_1.3b.safetensors": ("wan_1_3b", converted("longlive"), "longlive", WAN, False),
+    "krea-realtime-video-14b.safetensors": ("skyreels_14b", wrapped, "wan", SKYREELS_14B, True),
     "model.pt": ("wan_1_3b", causvid, "causal", WAN, True),  # CausVid's
     "causvid.pt": ("wan_1_3b", causvid, "causal", WAN, True),  # as the docs have it saved
     "magi1_4.5b_distill.safetensors": ("magi_4_5b", converted("magi distilled"), "magi distilled", MAGI_4_5B, False),

@@ -23,11 +23,10 @@ def files(server):
     write_network(server.base / "models" / "diffusion_models" / "longlive.safetensors", random_network(2), SMALL)
 
 
-def extend(graph: Graph, text: str, chunks: int, guidance: float = 1.0, **inputs) -> str:
-    model = graph.add(
-        "FlowCacheLoadARVideoModel", model_name="longlive.safetensors", family="longlive", weight_type="fp32"
-    )
-    patched = graph.add("FlowCache", model=(model, 0), preset="off", history_budget=0, window_frames=12, sink_frames=3)
+def extend(graph: Graph, text: str, chunks: int, guidance: float = 1.0, family: str = "longlive", **inputs) -> str:
+    model = graph.add("FlowCacheLoadARVideoModel", model_name="longlive.safetensors", family=family, weight_type="fp32")
+    window = {"window_frames": 12, "sink_frames": 3} if family == "longlive" else {}
+    patched = graph.add("FlowCache", model=(model, 0), preset="off", history_budget=0, **window)
     prompts = graph.add("FlowCachePromptsOverTime", text=text)
     against = graph.add("FlowCacheDemoPrompt", caption="")
     usual = {"width": 64, "height": 64, "steps": 4, "lag": -1, "frames_per_chunk": 0}

@@ -26,8 +26,9 @@ FRAMES = {  # latent frames of an image, and of 2 chunks; of 6 where a history i
     "reward_forcing": 6 * 3,
     "rolling_forcing": 6 * 3,
     "longlive_prompts": 6 * 3,
+    "krea_realtime": 6 * 3,
 }
-LONGER = ("skyreels_long_video", "reward_forcing", "rolling_forcing", "longlive_prompts")
+LONGER = ("skyreels_long_video", "reward_forcing", "rolling_forcing", "longlive_prompts", "krea_realtime")
 
 
 def small(name: str, **inputs) -> dict:

@@ -33,6 +33,8 @@ def write_published(base: Path) -> None:
     for name in ("self_forcing_dmd.pt", "rolling_forcing_dmd.pt", "causvid.pt", "rewardforcing.pt"):
         weights = {f"model.{key}": weight for key, weight in random_network(5, NETWORK).items()}
         torch.save({"generator_ema": weights}, networks / name)
+    weights = {f"model.{key}": weight for key, weight in random_network(8, NETWORK).items()}
+    save_file(weights, networks / "krea-realtime-video-14b.safetensors")
     write_longvie(networks)
     image_encoders = base / "models" / "clip_vision"
     image_encoders.mkdir(exist_ok=True)

@@ -22,6 +22,7 @@ GRAPHS: dict[str, Path] = {
         "causal_forcing_framewise": "on Causal-Forcing 1.3B frame by frame",
         "causal_forcing_native": "on Causal-Forcing 1.3B with the native sampler",
         "causvid_text_to_video": "on CausVid 1.3B text to video",
+        "krea_realtime": "on Krea Realtime 14B text to video",
         "longlive_prompts": "on LongLive 1.3B with changing prompts",
         "longvie_controlled": "on LongVie 2 14B led by depth and tracks",
         "magi_24b_text_to_video": "on MAGI-1 24B text to video",
