@@ -175,8 +175,6 @@ def generate(
         raise UserError(f"The latent size is {list(size)}, expected a height and a width of at least 1.")
     first_steps = None if done or first_levels is None else len(first_levels) - 1
     schedule = ChunkSchedule(chunks, steps, lag, prefix=done, first_steps=first_steps)
-    if way == "causal":
-        settings = held(usual.anew, settings, chunk_frames, schedule.max_active)
     source = from_video(video, strength, shape, frames, schedule)
     if source is not None:
         if pictures:
@@ -195,6 +193,7 @@ def generate(
         return (chunk_noise(seed, chunk, shape, step) if noise is None else noise(chunk, step)).to(texts[0])
 
     sampling = Sampling(levels, start, fresh, solver or SOLVERS[usual.solver(steps)], first_levels)
+    kept = held(usual.anew, settings, chunk_frames, schedule.max_active) if way == "causal" else settings
     output = Output(device, dtype, settings, given, on_progress, on_chunk, keep)
     run = RunSettings(
         backbone, guidance, schedule, settings, sampling, way, shape, len(guidance.texts), dtype, device,
@@ -208,7 +207,7 @@ def generate(
         scenes=scenes,
         cancelled=cancelled,
         steer=shown.steered,
-        label=describe(settings),
+        label=describe(settings, kept.history),
         anew=usual.anew,
         before=None if state is None else state.before(usual.anew),
     )  # fmt: skip

@@ -32,8 +32,9 @@ FIRST_CLIPS = 256  # in the pool when training begins
 CLIP_FRAMES = 99  # latent ones of a stored clip
 SINGLE = 0.25  # share of clips with one shape: two are harder, and held-out captions have one in 40 %
 # Share of the training's steps up to which clips are so many and so long, in chunks. What shapes a caption asks for is
-# learned where a video begins, on many short clips; the long ones at the end make a long history nothing new.
-STAGES = ((0.5, 20, 2), (0.8, 8, 5), (0.9, 5, 12), (1.0, 3, 32))
+# learned where a video begins, on many clips of one chunk: a later chunk sees it in the history. The long clips at the
+# end make a long history nothing new.
+STAGES = ((0.72, 40, 1), (0.86, 20, 2), (0.96, 8, 5), (1.0, 5, 12))
 SHIFT = 3.0
 # A run's history is the network's own work, not a drawn clip. So that its faults do not add up, clean chunks carry some
 # noise (up to so much of a noise level), or are what the network made of them in one step from a level between these.
@@ -82,7 +83,7 @@ class ClipPool:
         """Windows [B, 16, frames, 8, 8], captions [B, 8, 64] and which windows begin a video [B]."""
         clips = self.rng.integers(self.filled, size=batch)
         starts = self.rng.integers(self.frames - frames + 1, size=batch)
-        begins = torch.from_numpy(self.rng.random(batch) < 0.7)
+        begins = torch.from_numpy(self.rng.random(batch) < (0.7 if frames > FRAMES_PER_CHUNK else 1.0))
         latents = torch.stack(
             [self.latents[c, 0, :, s : s + frames] for c, s in zip(clips, starts, strict=True)]
         ).float()
@@ -185,7 +186,7 @@ class Trainer:
         attend = full_attention(table, block_causal_mask(chunks, FRAMES_PER_CHUNK * rows * columns))
         with torch.autocast("cpu", dtype=torch.bfloat16, enabled=self.half):
             context = self.backbone.context(text)
-            if self.rng.random() < SELF_FORCED:
+            if chunks > 1 and self.rng.random() < SELF_FORCED:
                 remembered = self.own_history(clean, context, attend)
             else:
                 strength = HISTORY_NOISE * torch.rand(batch, 1, chunks, 1, 1).repeat_interleave(FRAMES_PER_CHUNK, dim=2)

@@ -84,8 +84,8 @@ def recomputing(count: int, steps: int, lag: int) -> Spread:
     return measured_steps(listed, steps, lag) if listed else Spread(count / steps, least=1)
 
 
-def describe(settings: Settings) -> str:
-    """Writes a line for a report: the preset's name and how much history is kept."""
+def describe(settings: Settings, history: HistorySettings | None = None) -> str:
+    """Writes a line for a report: the preset's name and how much history is kept, of a family that has its own that."""
     plain = replace(settings, history=OFF.history, overlap=OFF.overlap)
     names = [name for name, known in PRESETS.items() if known == plain]
-    return f"FlowCache {names[0] if names else 'custom'}, {settings.history.size_words}"
+    return f"FlowCache {names[0] if names else 'custom'}, {(history or settings.history).size_words}"

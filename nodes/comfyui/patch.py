@@ -64,6 +64,10 @@ class Patch:
     notes: Sequence[str] = ()
     reports: OrderedDict[str, Report] = field(default_factory=OrderedDict)
 
+    def told(self, kept: Settings) -> str:
+        """The label, of a run that keeps another history, as some families have their own."""
+        return self.label.replace(self.settings.history.size_words, kept.history.size_words)
+
     def remember(self, samples: Tensor, report: Report) -> None:
         self.reports[fingerprint(samples)] = report
         while len(self.reports) > 8:

@@ -8,6 +8,7 @@ import torch
 from comfy.patcher_extension import WrappersMP, add_wrapper_with_key
 from torch import Tensor
 
+from ...flowcache_core.engine.anew import held
 from ...flowcache_core.engine.build import IN_ORDER, RunSettings, Seeing, build_engine, given_chunks
 from ...flowcache_core.engine.from_video import FromVideo
 from ...flowcache_core.engine.loop import Engine, Progress, Sampling
@@ -96,7 +97,7 @@ class ARSampler(host.ChunkSampler):
 
     def _run(self, call: "SamplerCall", patch: host.Patch | None, notes: list[str]) -> Tensor:
         engine = call.engine(patch.settings if patch else OFF)
-        engine.report.settings = patch.label if patch else "FlowCache off"
+        engine.report.settings = patch.told(call.held(patch.settings)) if patch else "FlowCache off"
         short = short_note(call.cut.last_frames, self.chunk_frames)
         engine.report.notes += [*host.notes_of(call.options), *notes, *call.split_notes(engine), *short]
         engine.report.notes += [] if self.source is None else [self.source.note(call.levels)]
@@ -197,10 +198,17 @@ class SamplerCall:
         self.model = guider.inner_model
         self.shape = (*noise.shape[:2], sampler.chunk_frames, *noise.shape[3:])
         self.cut, self.led = cut, led
+        self.anew = FAMILIES[host.family_of(guider.model_patcher)].anew
         self.schedule = sampler.schedule(cut.chunks, len(levels) - 1)
         self.captions = ChunkCaptions(guider.conds)
         self.begun = self._inside(cut.given)  # before the chunks, in the network's space
         self.samples = [] if self.begun is None else [self.begun]  # finished frames that are returned
+
+    def held(self, settings: Settings) -> Settings:
+        """What the run keeps of its history."""
+        if self.sampler.seeing != "causal":
+            return settings
+        return held(self.anew, settings, self.sampler.chunk_frames, self.schedule.max_active)
 
     def engine(self, settings: Settings) -> Engine:
         """Makes the run; frames that are given have been run when it returns."""
@@ -221,7 +229,7 @@ class SamplerCall:
         self.sampling = Sampling(self.levels, self._start, self._fresh, SOLVERS[sampler.solver], first_levels)
         before = self.cut.given_frames or sampler.frames_before() % sampler.chunk_frames
         lead = before if seeing == "causal" else 0
-        anew, state = FAMILIES[host.family_of(self.guider.model_patcher)].anew, sampler.state
+        state = sampler.state
         run = RunSettings(
             guidance.backbone, guidance, self.schedule, settings, self.sampling, seeing, self.shape,
             host.branches_of(self.guider), host.compute_dtype(self.model), self.noise.device,
@@ -235,8 +243,8 @@ class SamplerCall:
             loaded=state.by_branch if state else None,
             grain=None if prefix is None else partial(self._grain, prefix),
             scenes=self._scenes() if seeing == "pictures" else None,
-            anew=anew,
-            before=None if state is None else state.before(anew),
+            anew=self.anew,
+            before=None if state is None else state.before(self.anew),
             on_progress=lambda told: self._progress(told, engine),
             steer=lambda ahead: sampler.listener.steer(ahead, self._steering(engine)),
         )  # fmt: skip

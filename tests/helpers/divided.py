@@ -90,6 +90,7 @@ RUNS: dict[str, Callable[..., Result]] = {
     "skyreels": wan("skyreels", steps=6, lag=2),
     "longlive": wan("longlive", WINDOW),
     "longlive guidance": wan("longlive", WINDOW, guidance_scale=2.0),
+    "krea": wan("krea", steps=3, chunks=4),
     "wan": wan("wan", chunks=2),
     "joint": wan("skyreels", steps=4, lag=1, seeing="joint", chunks=3),
     "guidance": wan("demo", guidance_scale=2.0),
@@ -132,7 +133,7 @@ def branches_of(name: str) -> int:
 
 # What four processes run beside the pipeline's: each way of guiding, keeping and seeing once more, for other heads.
 BY_FOUR = ["demo", "rolling", "longlive guidance", "guidance and budget", "int8", "magi", "magi budget"]
-PIPED = ["demo", "skyreels", "guidance and budget", "relative", "longlive", "magi", "magi budget"]
+PIPED = ["demo", "skyreels", "guidance and budget", "relative", "longlive", "krea", "magi", "magi budget"]
 
 
 def by_heads(size: int) -> list[str]:

@@ -29,9 +29,9 @@ def extend(graph: Graph, text: str, chunks: int, guidance: float = 1.0, family: 
     patched = graph.add("FlowCache", model=(model, 0), preset="off", history_budget=0, **window)
     prompts = graph.add("FlowCachePromptsOverTime", text=text)
     against = graph.add("FlowCacheDemoPrompt", caption="")
-    usual = {"width": 64, "height": 64, "steps": 4, "lag": -1, "frames_per_chunk": 0}
+    usual = {"seed": 4, "width": 64, "height": 64, "steps": 4, "lag": -1, "frames_per_chunk": 0}
     return graph.add(
-        "FlowCacheAutoregressiveExtend", model=(patched, 0), positive=(prompts, 0), negative=(against, 0), seed=4,
+        "FlowCacheAutoregressiveExtend", model=(patched, 0), positive=(prompts, 0), negative=(against, 0),
         chunks=chunks, guidance=guidance, **usual | inputs,
     )  # fmt: skip
 
