@@ -3,7 +3,7 @@
 PYTHON ?= python3
 VENV ?= .venv
 PACKAGES = torch==2.13.0 "numpy>=1.26,<3" "pillow>=11" "safetensors>=0.5,<1" "av>=14"
-TOOLS = "pytest>=8,<10" "pytest-xdist>=3.8,<4" "matplotlib>=3.9,<4" "scikit-image>=0.24,<1" \
+TOOLS = "pytest>=8,<10" "pytest-xdist>=3.6,<4" "matplotlib>=3.9,<4" "scikit-image>=0.24,<1" \
 	"imageio-ffmpeg>=0.6,<1" "stlpips_pytorch==0.0.2" "gguf>=0.13,<1" "ray>=2.40,<3"
 PEERS = diffusers==0.42.1 cache-dit==1.5.3 transformers accelerate
 LINTERS = "ruff>=0.15,<1" "mypy>=1.19,<3" "comfy-cli>=1.23,<2"
@@ -37,7 +37,7 @@ calibrate: $(VENV)/ready
 	$(VENV)/bin/python -m flowcache_core.lab.search
 
 test: $(VENV)/tools
-	$(VENV)/bin/python -m pytest --durations 20 --numprocesses auto --maxprocesses 4 --dist loadfile --no-loadscope-reorder
+	$(VENV)/bin/python -m pytest --durations 20 --numprocesses auto --maxprocesses 4 --dist loadfile
 
 lint: $(VENV)/lint
 	$(VENV)/bin/ruff check .
