@@ -50,8 +50,9 @@ def test_who_asks_for_nothing_is_told_nothing():
 def test_the_presets_reuse_on_every_family_of_many_steps(name):
     usual = FAMILIES[name]
     schedule = ChunkSchedule(8, usual.steps, usual.lag)
-    for preset in PRESETS.values():
-        assert (not idle_notes(preset.reuse, schedule)) == (usual.steps > 6 or preset == OFF)
+    for title, preset in PRESETS.items():
+        one = (name, title) == ("krea", "fast")  # of its 5 steps
+        assert (not idle_notes(preset.reuse, schedule)) == (usual.steps > 6 or preset == OFF or one)
 
 
 def test_the_report_says_it():
