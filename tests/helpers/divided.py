@@ -90,7 +90,6 @@ RUNS: dict[str, Callable[..., Result]] = {
     "skyreels": wan("skyreels", steps=6, lag=2),
     "longlive": wan("longlive", WINDOW),
     "longlive guidance": wan("longlive", WINDOW, guidance_scale=2.0),
-    "krea": wan("krea", steps=3, chunks=4),
     "wan": wan("wan", chunks=2),
     "joint": wan("skyreels", steps=4, lag=1, seeing="joint", chunks=3),
     "guidance": wan("demo", guidance_scale=2.0),
@@ -131,14 +130,7 @@ def branches_of(name: str) -> int:
     return 2 if "guidance" in name else 1
 
 
-# What four processes run beside the pipeline's: each way of guiding, keeping and seeing once more, for other heads.
-BY_FOUR = ["demo", "rolling", "longlive guidance", "guidance and budget", "int8", "magi", "magi budget"]
-PIPED = ["demo", "skyreels", "guidance and budget", "relative", "longlive", "krea", "magi", "magi budget"]
-
-
-def by_heads(size: int) -> list[str]:
-    """Runs that so many processes divide by attention heads."""
-    return list(RUNS) if size == 2 else BY_FOUR
+PIPED = ["demo", "skyreels", "guidance and budget", "relative", "longlive", "magi", "magi budget"]
 
 
 @dataclass
@@ -162,7 +154,7 @@ def of_run(name: str, parallel: Parallel, **options) -> Found:
 
 def every_run(team: Team, folder: Path) -> None:
     found = {}
-    for scheme, names in (("ulysses", by_heads(team.size)), ("pipeline", PIPED)):
+    for scheme, names in (("ulysses", list(RUNS)), ("pipeline", PIPED)):
         for name in names:
             found[scheme, name] = of_run(name, Parallel(team, scheme, branches_of(name)))
     found["silent", "demo"] = of_run("demo", Parallel(team), wrap=_silent)

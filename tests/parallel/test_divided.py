@@ -8,7 +8,7 @@ from flowcache_core.parallel.heads import HeadScheme, head_scheme
 from flowcache_core.parallel.layout import planned_part
 from flowcache_core.parallel.ranks import shares
 from flowcache_core.parallel.ulysses import layer_numbers
-from tests.helpers.divided import CONFIG, PIPED, RUNS, branches_of, by_heads, divided, every_run, network
+from tests.helpers.divided import CONFIG, PIPED, RUNS, branches_of, divided, every_run, network
 
 NEAR = 1e-6  # a product of fewer rows may sum in another order
 FRAME, PATCH, FRAMES = 15, 16, 2  # tokens of a frame, numbers of a patch, frames of a chunk
@@ -27,15 +27,10 @@ def found(request, tmp_path_factory):
 
 
 CASES = [
-    (size, scheme, name)
-    for size in (2, 4)
-    for scheme, names in (
-        ("ulysses", by_heads(size)),
-        ("pipeline", PIPED),
-        ("sharded", ("demo", "magi")),
-        ("late", ("demo",)),
-    )
-    for name in names
+    *(("ulysses", name) for name in RUNS),
+    *(("pipeline", name) for name in PIPED),
+    *(("sharded", name) for name in ("demo", "magi")),
+    ("late", "demo"),
 ]
 
 
@@ -43,7 +38,7 @@ def away(found: Tensor, expected: Tensor) -> float:
     return ((found - expected).norm() / expected.norm()).item()
 
 
-@pytest.mark.parametrize(("found", "scheme", "name"), CASES, indirect=["found"])
+@pytest.mark.parametrize(("scheme", "name"), CASES)
 def test_processes_make_the_video_of_one(alone, found, scheme, name):
     expected, parts = alone[name].latents, [one[scheme, name] for one in found]
     assert all(torch.equal(part.latents, parts[0].latents) for part in parts)
