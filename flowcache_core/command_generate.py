@@ -21,6 +21,7 @@ from .demo.model import weights_name
 from .demo.train_network import FRAMES_PER_CHUNK
 from .demo.vae import LATENT_MEAN, LATENT_STD, Memory, load_vae
 from .digest import digest_of
+from .engine.anew import latents_needed
 from .engine.loop import Chunk
 from .errors import UserError, first_line
 from .generation import Result, generate
@@ -122,8 +123,7 @@ def _generate(options: argparse.Namespace, team: Any, demo: bool) -> None:
         determining += [] if video is None else [video, options.strength]
         run = digest_of(determining)
         folder = RunFolder(options.resume, run, int(options.resume_gb * 2**30), first, chunk_frames, name)
-    recent = 0 if usual.anew is None else usual.anew.newest(settings.history, chunk_frames)
-    begun = 0 if usual.anew is None else usual.anew.first
+    recent, begun = latents_needed(usual.anew, settings.history, chunk_frames)
     beginning = None if state is None else state.begins_with(begun)
     earlier = folder.load(recent, None if state is None else state.latents, begun, beginning) if folder else None
     if folder and team:

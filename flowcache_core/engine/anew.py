@@ -38,13 +38,19 @@ class Anew:
     always: bool = False
     first: int = 0
 
-    def together(self, chunk_frames: int) -> int:
-        """Counts the frames that are run together at most."""
-        return chunk_frames if self.always else self.frames
-
     def newest(self, history: HistorySettings, chunk_frames: int) -> int:
         """Counts the newest frames whose latents are needed."""
         return (history.kept_frames(chunk_frames) or self.frames) if self.always else self.frames
+
+
+def run_together(rule: Anew | None, chunk_frames: int) -> int:
+    """Counts the finished frames that are run once more together at most, of a family with this rule."""
+    return 0 if rule is None else chunk_frames if rule.always else rule.frames
+
+
+def latents_needed(rule: Anew | None, history: HistorySettings, chunk_frames: int) -> tuple[int, int]:
+    """Counts the newest frames whose latents a run that goes on needs, and those of the video's beginning."""
+    return (0, 0) if rule is None else (rule.newest(history, chunk_frames), rule.first)
 
 
 def held(rule: Anew | None, settings: Settings, chunk_frames: int, max_active: int = 1) -> Settings:
@@ -74,13 +80,8 @@ class Before(NamedTuple):
     """
 
     latents: Tensor
-    shown: str = ""
-    first: Tensor | None = None
-
-    @classmethod
-    def of(cls, rule: Anew, latents: Tensor, shown: str, first: Tensor | None) -> "Before":
-        """Keeps what a rule may ask for of all finished frames that are there."""
-        return cls(latents if rule.always else latents[:, :, -rule.frames :], shown, first)
+    shown: str
+    first: Tensor | None
 
 
 class Part(NamedTuple):

@@ -19,7 +19,7 @@ from ..report import Report
 from ..reuse.policies import Policy, aligned
 from ..schedule import ChunkSchedule, Given
 from ..settings import Settings
-from .anew import Anew, AnewHistory, Before, held
+from .anew import Anew, AnewHistory, Before, held, run_together
 from .causal import CausalForward
 from .counted import counted
 from .forward import Forward
@@ -207,7 +207,7 @@ def plan_run(run: RunSettings, policy: Policy) -> MemoryPlan:
         at_once=run.guidance.at_once and not by_chunk(run.backbone),
         texts=run.texts,
         last_frames=run.last_frames,
-        rerun=0 if run.anew is None else run.anew.together(run.shape[2]),
+        rerun=run_together(run.anew, run.shape[2]),
     )
 
 

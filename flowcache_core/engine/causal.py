@@ -132,10 +132,11 @@ class CausalForward:
         """Runs finished frames once more before a chunk begins, where their family has it so."""
         chunk = step.place.chunk
         assert isinstance(chunk, int)
-        if anew.show(self.guidance.texts_of(chunk)) and anew.parts:
+        parts = anew.parts if anew.show(self.guidance.texts_of(chunk)) else []
+        if parts:
             always = anew.rule.always
             told = max(chunk - 1, self.report.schedule.prefix) if always else chunk
-            for part in anew.parts:
+            for part in parts:
                 place = Place(Rerun(told, part.frames), None, step.place.tick)
                 _, branches = self._run([Step(part.latents.to(step.x), 0.0, place)])
                 self.report.reruns += len(branches)

@@ -2,7 +2,7 @@
 
 from math import ceil
 
-from ..engine.anew import held
+from ..engine.anew import held, run_together
 from ..engine.rolling import rolling_bytes
 from ..errors import UserError
 from ..history.plan import MemoryPlan, plan_memory, window_bytes
@@ -39,7 +39,7 @@ def plan_wan(
         grid=_grid(config, size),
         chunk_frames=family.chunk_frames,
         branches=_branches(family),
-        rerun=0 if family.anew is None else family.anew.together(family.chunk_frames),
+        rerun=run_together(family.anew, family.chunk_frames),
     )
 
 

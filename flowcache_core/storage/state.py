@@ -74,7 +74,7 @@ class State(NamedTuple):
 
     def before(self, rule: Anew | None) -> Before | None:
         """What a run that goes on from it needs of its frames, where its family computes a history anew."""
-        return None if rule is None else Before.of(rule, self.latents, self.shown, self.begins_with(rule.first))
+        return None if rule is None else Before(self.latents, self.shown, self.begins_with(rule.first))
 
     @property
     def by_branch(self) -> dict[Hashable, Snapshot]:
@@ -164,7 +164,7 @@ def load_state(path: Path | str) -> State:
             if len(info["branches"]) > MOST_BRANCHES:
                 raise ValueError(f"{len(info['branches'])} branches")
             names = ["latents", *(f"history.{at}.{part}" for at in range(len(info["branches"])) for part in PARTS)]
-            names += [name for name in file.keys() if name == "beginning"]
+            names += ["beginning"] if "beginning" in file.keys() else []
             tensors = {name: file.get_tensor(name) for name in names}
         if "checksum" in metadata and metadata["checksum"] != checksum(tensors):  # states of 0.1.0 have none
             raise ValueError("its checksum is another")
@@ -215,13 +215,12 @@ def _fault(state: State) -> str | None:
         return "names that are no text"
     if latents.ndim != 5 or 0 in latents.shape:
         return f"latents of shape {tuple(latents.shape)} for {frames} frames a chunk"
-    begun = [("beginning", state.beginning)] if state.beginning is not None else []
-    for _, beginning in begun:
-        if not _begins(beginning, latents, state.dropped):
-            return f"a beginning of shape {tuple(beginning.shape)}"
+    beginning = state.beginning
+    if beginning is not None and not _begins(beginning, latents, state.dropped):
+        return f"a beginning of shape {tuple(beginning.shape)}"
     for what, tensor in [
         ("latents", latents),
-        *begun,
+        *([] if beginning is None else [("beginning", beginning)]),
         *((part, getattr(one, part)) for one in state.histories for part in FLOATS),
     ]:
         if tensor.dtype not in COMPUTED:

@@ -14,6 +14,7 @@ import torch
 from comfy.model_management import throw_exception_if_processing_interrupted
 from torch import Tensor
 
+from ...flowcache_core.engine.anew import latents_needed
 from ...flowcache_core.engine.build import IN_ORDER, Seeing
 from ...flowcache_core.engine.from_video import STRENGTH, FromVideo, from_video
 from ...flowcache_core.errors import UserError
@@ -239,8 +240,7 @@ def carry_out(
         return written_anew(model, asked, layout, *held)
     again, folder = HELD.let_go(kept.name), kept.folder
     anew = FAMILIES[host.family_of(model)].anew
-    recent = 0 if anew is None else anew.newest(patch.settings.history, chunk_frames)
-    begun = 0 if anew is None else anew.first
+    recent, begun = latents_needed(anew, patch.settings.history, chunk_frames)
     beginning = layout.before if asked.state is None else asked.state.begins_with(begun)
     earlier = None if folder is None else folder.load(recent, layout.before, begun, beginning)
     kept_prompts = (folder.prompts() or "") if folder is not None and earlier is not None else ""

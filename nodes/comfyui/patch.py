@@ -26,7 +26,7 @@ from torch import Tensor
 
 from ...flowcache_core.checkpoints import MAGI_FAMILIES, load
 from ...flowcache_core.checkpoints.gguf_files import ENDING, read_gguf
-from ...flowcache_core.engine.anew import held
+from ...flowcache_core.engine.anew import held, run_together
 from ...flowcache_core.engine.build import Seeing
 from ...flowcache_core.engine.rolling import rolling_bytes
 from ...flowcache_core.errors import UserError
@@ -336,7 +336,7 @@ def planned_bytes(
         itemsize=compute_dtype(model).itemsize,
         at_once=at_once and together,
         given=(lead, 0),
-        rerun=0 if anew is None else anew.together(chunk[2]),
+        rerun=run_together(anew, chunk[2]),
     )
     if seeing == "causal":
         return plan.device_bytes

@@ -5,21 +5,20 @@ import torch
 from torch import Tensor
 
 from flowcache_core.engine.anew import Anew
-from flowcache_core.engine.guidance import classifier_free
 from flowcache_core.engine.loop import Engine
 from flowcache_core.generation import Result, generate
 from flowcache_core.models.wan import WanBackbone
 from flowcache_core.schedule import ChunkSchedule
 from flowcache_core.settings import Compression, HistorySettings, Settings
 from flowcache_core.solvers import noise_levels
-from flowcache_core.solvers.one_step import Renoise
 from flowcache_core.storage.keeping import KeptChunks
 from flowcache_core.storage.run_folder import RunFolder
 from flowcache_core.storage.state import State, load_state, save_state
 from tests.helpers import golden_weights
 from tests.helpers.golden_runs import frames_of, relative_error
+from tests.helpers.history_windows import golden_run
 from tests.helpers.place import golden
-from tests.helpers.runs import build, video
+from tests.helpers.runs import video
 
 GOLDEN = golden("longlive")
 FRAMES = 3  # of a chunk
@@ -40,19 +39,8 @@ RUNS = {
 
 
 def make(shown: list[str], history: HistorySettings, anew: Anew | None, lag: int = 4) -> Engine:
-    chunks, texts = len(shown), {name: golden_weights.text(name) for name in NAMES}
-    noise = frames_of("noise", chunks * FRAMES).split(FRAMES, dim=2)
-    return build(
-        WanBackbone(golden_weights.network()),
-        ChunkSchedule(chunks, 4, lag),
-        classifier_free(lambda chunk: texts[shown[chunk]]),
-        noise_levels.linear(4, 5.0),
-        start=lambda chunk: noise[chunk],
-        settings=Settings(history=history),
-        noise=lambda chunk, step: frames_of(f"renoise.{chunk}.{step}", FRAMES),
-        solver=Renoise,
-        anew=anew,
-    )
+    schedule = ChunkSchedule(len(shown), 4, lag)
+    return golden_run(schedule, noise_levels.linear(4, 5.0), Settings(history=history), shown, anew=anew)
 
 
 @pytest.mark.parametrize("name", RUNS)

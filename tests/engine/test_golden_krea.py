@@ -4,7 +4,6 @@ import pytest
 import torch
 
 from flowcache_core.engine.anew import Anew
-from flowcache_core.engine.guidance import classifier_free
 from flowcache_core.engine.loop import Engine
 from flowcache_core.generation import Result, generate
 from flowcache_core.models.families import FAMILIES, KreaRenoise
@@ -18,8 +17,9 @@ from flowcache_core.storage.run_folder import RunFolder
 from flowcache_core.storage.state import State, load_state, save_state
 from tests.helpers import golden_weights
 from tests.helpers.golden_runs import frames_of, relative_error
+from tests.helpers.history_windows import golden_run
 from tests.helpers.place import golden
-from tests.helpers.runs import build, video
+from tests.helpers.runs import video
 
 GOLDEN = golden("krea")
 FRAMES = 3  # of a chunk
@@ -35,19 +35,8 @@ RUNS = {
 def make(
     shown: list[str], steps: int, settings: Settings = OFF, anew: Anew | None = KREA, solver=KreaRenoise
 ) -> Engine:
-    chunks, texts = len(shown), {name: golden_weights.text(name) for name in ("cond", "other")}
-    noise = frames_of("noise", chunks * FRAMES).split(FRAMES, dim=2)
-    return build(
-        WanBackbone(golden_weights.network()),
-        ChunkSchedule(chunks, steps, steps),
-        classifier_free(lambda chunk: texts[shown[chunk]]),
-        noise_levels.krea(steps),
-        start=lambda chunk: noise[chunk],
-        settings=settings,
-        noise=lambda chunk, step: frames_of(f"renoise.{chunk}.{step}", FRAMES),
-        solver=solver,
-        anew=anew,
-    )
+    schedule = ChunkSchedule(len(shown), steps, steps)
+    return golden_run(schedule, noise_levels.krea(steps), settings, shown, solver=solver, anew=anew)
 
 
 @pytest.mark.parametrize("name", RUNS)

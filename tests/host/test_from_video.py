@@ -9,7 +9,7 @@ from tests.helpers.host.graph import Graph, fails, random_network, sample, write
 from tests.helpers.host.magi_models import write_network as write_magi
 from tests.host import test_magi as magi
 from tests.host.test_extend import extend, flowcache
-from tests.host.test_long import earlier, stop_after
+from tests.host.test_long import interrupt, resumed
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -103,15 +103,11 @@ def test_an_interrupted_run_goes_on_and_one_of_another_strength_does_not_take_it
     resume = {"resume": ("FlowCacheResume", {"limit_gb": 1.0})}
     plain = sample(server, *graph_of(0.5))
     graph, node = graph_of(0.5, **resume)
-    stop_after(server, 3, lambda: server.post("/interrupt", {}))
-    assert server.run(graph).interrupted
+    interrupt(server, graph)
     other = sample(server, *graph_of(0.3, **resume))
     assert torch.equal(other, sample(server, *graph_of(0.3)))
-    save = graph.add("SaveLatent", samples=(node, 0), filename_prefix="s")
-    outcome = server.run(graph)
-    assert outcome.error is None, outcome.error["exception_message"]
-    resumed = load_file(server.saved(outcome, save)[0])["latent_tensor"]
-    assert 3 <= earlier(outcome, graph) < 12 and torch.equal(resumed, plain)
+    found, there = resumed(server, graph, node)
+    assert 3 <= there < 12 and torch.equal(found, plain)
 
 
 def test_magi(server):

@@ -2,7 +2,6 @@
 
 import pytest
 import torch
-from safetensors.torch import load_file
 
 from flowcache_core import generate
 from flowcache_core.demo.captions import embed_caption
@@ -11,7 +10,7 @@ from flowcache_core.settings import OFF
 from tests.helpers.host.graph import SMALL, Graph, random_network, sample
 from tests.host import test_longlive
 from tests.host.test_families import normalised
-from tests.host.test_long import earlier, stop_after
+from tests.host.test_long import interrupt, resumed
 from tests.host.test_longlive import files as files  # the same network
 from tests.host.test_longlive import report_of
 
@@ -64,12 +63,8 @@ def test_an_interrupted_run_goes_on_to_the_same_bits(server, keep):
     stream = graph.add("FlowCacheStreamVideo", vae=(vae, 0), filename_prefix="krea/r", fps=8.0, keep_latents=keep)
     node = extend(graph, TEXT, 12, resume=(resume, 0), stream=(stream, 0), steps=40, lag=40, seed=5 + keep)
     graph.add("FlowCacheReport", report=(node, 2))
-    stop_after(server, 3, lambda: server.post("/interrupt", {}))
-    assert server.run(graph).interrupted
-    save = graph.add("SaveLatent", samples=(node, 0), filename_prefix="s")
-    outcome = server.run(graph)
-    assert outcome.error is None, outcome.error["exception_message"]
-    assert 3 <= earlier(outcome, graph) < 12
-    found = load_file(server.saved(outcome, save)[0])["latent_tensor"]
+    interrupt(server, graph)
+    found, there = resumed(server, graph, node)
+    assert 3 <= there < 12
     assert found.shape[2] == (36 if keep else 3)
     assert torch.equal(found, whole(server, 12, steps=40, lag=40, seed=5 + keep)[:, :, -found.shape[2] :])

@@ -257,11 +257,24 @@ def earlier(outcome, graph: Graph) -> int:
     return int(line.split()[0])
 
 
+def interrupt(server, graph: Graph) -> None:
+    """Begins a run that is kept, and interrupts it when three of its chunks are on disk."""
+    stop_after(server, 3, lambda: server.post("/interrupt", {}))
+    assert server.run(graph).interrupted
+
+
+def resumed(server, graph: Graph, node: str) -> tuple[torch.Tensor, int]:
+    """Begins an interrupted run again; gives the latent that it makes, and how many chunks were there."""
+    save = graph.add("SaveLatent", samples=(node, 0), filename_prefix="s")
+    outcome = server.run(graph)
+    assert outcome.error is None, outcome.error["exception_message"]
+    return load_file(server.saved(outcome, save)[0])["latent_tensor"], earlier(outcome, graph)
+
+
 def test_interrupted_run_goes_on_to_the_same_bits(server):
     graph = Graph()
     node = resumable(graph, chunks=12, seed=60, steps=40, lag=40)
-    stop_after(server, 3, lambda: server.post("/interrupt", {}))
-    assert server.run(graph).interrupted
+    interrupt(server, graph)
     video = max((server.base / "output" / "long").glob("*.mp4"), key=lambda file: file.stat().st_mtime)
     assert len(frames_of(video)) >= 3 * 8 - 3 - 4  # the interrupted file plays
     save = graph.add("SaveLatent", samples=(node, 0), filename_prefix="s")

@@ -2,7 +2,6 @@
 
 import pytest
 import torch
-from safetensors.torch import load_file
 
 from flowcache_core import generate
 from flowcache_core.demo.captions import embed_caption
@@ -11,7 +10,7 @@ from flowcache_core.models.wan import WanNetwork
 from flowcache_core.settings import Compression, HistorySettings, Settings
 from tests.helpers.host.graph import SMALL, Graph, random_network, sample, write_network
 from tests.host.test_families import normalised
-from tests.host.test_long import earlier, fill, stop_after
+from tests.host.test_long import fill, interrupt, resumed
 
 SHOWN = "0-1: a red circle\n2-4: a blue square\n5-: a white triangle"
 CAPTIONS = ["a red circle"] * 2 + ["a blue square"] * 3 + ["a white triangle"] * 2
@@ -93,11 +92,7 @@ def test_an_interrupted_run_goes_on_to_the_same_bits(server):
     resume = graph.add("FlowCacheResume", limit_gb=1.0)
     node = extend(graph, text, 12, resume=(resume, 0), steps=40, lag=40)
     graph.add("FlowCacheReport", report=(node, 2))
-    stop_after(server, 3, lambda: server.post("/interrupt", {}))
-    assert server.run(graph).interrupted
-    save = graph.add("SaveLatent", samples=(node, 0), filename_prefix="s")
-    outcome = server.run(graph)
-    assert outcome.error is None, outcome.error["exception_message"]
-    assert 3 <= earlier(outcome, graph) < 12
-    found = load_file(server.saved(outcome, save)[0])["latent_tensor"]
+    interrupt(server, graph)
+    found, there = resumed(server, graph, node)
+    assert 3 <= there < 12
     assert torch.equal(found, whole(server, text, 12, steps=40, lag=40))

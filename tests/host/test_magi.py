@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 
 from flowcache_core.models.families import family_preset
 from flowcache_core.models.magi.forward import PUBLISHED_FLOWCACHE, MagiSampling, magi_engine, magi_schedule
@@ -22,7 +22,7 @@ from tests.helpers.host.magi_models import CONFIGS, network_of, tokens, vae_alon
 from tests.helpers.host.videos import check_video
 from tests.helpers.host.videos import frames_of as frames_in
 from tests.helpers.magi_weights import normal
-from tests.host.test_long import earlier, stop_after
+from tests.host.test_long import interrupt, resumed
 from tests.host.test_workflows import prompt_of, saved
 
 FAMILY = {"base": "magi", "distilled": "magi distilled", "fp8": "auto"}
@@ -338,16 +338,11 @@ def test_an_interrupted_run_goes_on(server, name):
 
     plain = sample(server, *graph_of())
     graph, node = graph_of(resume=("FlowCacheResume", {"limit_gb": 1.0}))
-    stop_after(server, 3, lambda: server.post("/interrupt", {}))
-    assert server.run(graph).interrupted
-    save = graph.add("SaveLatent", samples=(node, 0), filename_prefix="s")
-    outcome = server.run(graph)
-    assert outcome.error is None, outcome.error["exception_message"]
-    ready = earlier(outcome, graph)
-    resumed = load_file(server.saved(outcome, save)[0])["latent_tensor"]
-    assert 3 <= ready < 8 and resumed.shape == plain.shape == (1, 16, 8 * FRAMES, 4, 6)
-    assert torch.equal(resumed[:, :, : ready * FRAMES], plain[:, :, : ready * FRAMES])
-    begun, expected = (latent[:, :, ready * FRAMES :] for latent in (resumed, plain))
+    interrupt(server, graph)
+    found, ready = resumed(server, graph, node)
+    assert 3 <= ready < 8 and found.shape == plain.shape == (1, 16, 8 * FRAMES, 4, 6)
+    assert torch.equal(found[:, :, : ready * FRAMES], plain[:, :, : ready * FRAMES])
+    begun, expected = (latent[:, :, ready * FRAMES :] for latent in (found, plain))
     assert torch.isfinite(begun).all()
     assert error(begun, expected) < 0.3  # begun anew, with the same noise; with another it is 1.1
 
