@@ -6,7 +6,7 @@ result = generate(demo.load_network(), demo.embed_caption("a red circle"), chunk
 longer = generate(demo.load_network(), demo.embed_caption("a blue square"), chunks=8, state=result.state)
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from functools import partial
 from math import prod
 from typing import NamedTuple, Protocol
@@ -18,14 +18,14 @@ from .engine.anew import held
 from .engine.build import IN_ORDER, RunSettings, Seeing, build_engine, given_chunks
 from .engine.from_video import STRENGTH, from_video
 from .engine.guidance import classifier_free
-from .engine.loop import Boundary, Chunk, Engine, Progress, Sampling
+from .engine.loop import Boundary, Chunk, Engine, Progress, Sampling, beginning_with
 from .engine.pictures import Scenes
 from .errors import UserError
 from .history.streams import Pending, SideStream
 from .models.families import SOLVERS, Family, family
 from .models.presets import DEFAULT_PRESET, PRESETS, describe
 from .report import Report
-from .schedule import ChunkSchedule, Given
+from .schedule import ChunkSchedule, Given, Shot
 from .settings import Settings
 from .solvers.one_step import SolverFactory, chunk_noise
 from .storage.keeping import KeptChunks
@@ -91,6 +91,7 @@ def generate(
     end: Tensor | None = None,
     video: Tensor | None = None,
     strength: float = STRENGTH,
+    shots: Collection[int] = (),
     model: str = "",
     on_progress: Callable[[Progress], None] = lambda progress: None,
     on_chunk: Callable[[Chunk], None] = lambda chunk: None,
@@ -129,6 +130,7 @@ def generate(
             `engine.from_video.FromVideo`: each from the frames at its own place in the whole video, those that are
             given before it included.
         strength: above 0 to 1: the share of its steps that a chunk takes from there; 1 is the run without the video.
+        shots: numbers of chunks that begin a new shot, of a family that makes videos of several ("longlive 2").
         model: a name for the weights, kept in the state, so that another model does not go on from it.
         on_progress: called after every tick.
         on_chunk: called with each finished chunk, oldest first; on a CUDA device a tick later, where
@@ -164,6 +166,12 @@ def generate(
     given = _given(state, prefix, (batch, backbone.channels, chunk_frames, *latent_size), model, pictures)
     frames = 0 if given is None else given.shape[2] if state is None else state.frames
     done, lead = divmod(frames, chunk_frames) if way in IN_ORDER else (0, 0)
+    inside = None  # given frames that the first new chunk begins with
+    if given is not None and state is None and lead and way == "causal" and usual.image_inside:
+        given, inside = given.tensor_split([done * chunk_frames], dim=2)
+        frames, lead, prefix = done * chunk_frames, 0, given
+    if shots and usual.shots is None:
+        raise UserError(f"Models of the family '{family_name}' make no shots; leave 'shots' out.")
     if pictures:
         _check_pictures(scenes, lead, chunk_frames, end, parallel)
     known = next((one for one in (given, end, video) if one is not None), None)
@@ -193,6 +201,7 @@ def generate(
         return (chunk_noise(seed, chunk, shape, step) if noise is None else noise(chunk, step)).to(texts[0])
 
     sampling = Sampling(levels, start, fresh, solver or SOLVERS[usual.solver(steps)], first_levels)
+    sampling = beginning_with(sampling, done, inside)
     kept = held(usual.anew, settings, chunk_frames, schedule.max_active) if way == "causal" else settings
     output = Output(device, dtype, settings, given, on_progress, on_chunk, keep)
     run = RunSettings(
@@ -210,6 +219,9 @@ def generate(
         label=describe(settings, kept.history),
         anew=usual.anew,
         before=None if state is None else state.before(usual.anew),
+        shots=usual.shots,
+        new_shot=lambda chunk: chunk in shots,
+        shot=Shot() if state is None else state.shot,
     )  # fmt: skip
     if steer is not None and (way != "causal" or parallel is not None):
         raise UserError("A run is steered where chunks follow one another, in one process; leave 'steer' out.")
@@ -304,7 +316,9 @@ class Output:
         if self.keep is not None:
             self.keep.settle(engine)
         dropped, beginning = (0, None) if state is None else (state.dropped, state.beginning)
-        made = make_state(whole, histories, chunk_frames, model, dropped, engine.report.shown, beginning)
+        made = make_state(
+            whole, histories, chunk_frames, model, dropped, engine.report.shown, beginning, engine.report.shot
+        )
         return Result(whole, made, engine.report)
 
     def _take(self, chunk: Chunk, latent: Pending[Tensor]) -> None:

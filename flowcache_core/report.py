@@ -3,7 +3,7 @@
 from collections.abc import Hashable, Sequence
 from dataclasses import dataclass, field
 
-from .schedule import ChunkSchedule
+from .schedule import ChunkSchedule, Shot
 
 
 @dataclass
@@ -31,6 +31,7 @@ class Report:
         shown: stands for the texts that the history was computed for, of a family that computes it anew for others.
         reruns: forwards of that, in all branches; they count as clean passes.
         rerun_for: chunks before which the history was computed anew.
+        shot: that the newest chunk is in, of a family that makes videos of several.
     """
 
     schedule: ChunkSchedule
@@ -53,6 +54,7 @@ class Report:
     shown: str = ""
     reruns: int = 0
     rerun_for: list[int] = field(default_factory=list)
+    shot: Shot = Shot()
 
     def record(self, chunk: int, branches: Sequence[Hashable], recomputed: bool) -> None:
         """Notes what was decided for a chunk's step."""
@@ -67,6 +69,11 @@ class Report:
         chunks = "before every chunk" if always else f"for the prompt of chunk {', '.join(map(str, self.rerun_for))}"
         if missing or not always:
             self.note(f"{what}{chunks}" + (", as far as its latents were there" if missing else ""), what)
+
+    def began_shots(self, chunks: Sequence[int]) -> None:
+        """Notes which chunks have begun a new shot."""
+        topic = "a new shot begins with chunk "
+        self.note(topic + ", ".join(map(str, chunks)) if chunks else "", topic)
 
     def note(self, line: str, topic: str) -> None:
         """Adds a line to the notes, in place of an earlier one that begins with the same topic."""

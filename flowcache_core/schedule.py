@@ -3,6 +3,7 @@
 from collections.abc import Iterator
 from dataclasses import dataclass
 from enum import Enum
+from typing import NamedTuple
 
 from .errors import UserError
 
@@ -38,6 +39,39 @@ class Rerun(int):
 
     def __hash__(self) -> int:
         return hash(self.frames)
+
+
+class Shot(NamedTuple):
+    """The shot that a video is in, which a run that goes on from it needs.
+
+    Attributes:
+        begins: number of its first frame, as frames are numbered; -1 in the first one.
+        moved: frames by which its own are numbered higher than they are counted.
+    """
+
+    begins: int = -1
+    moved: int = 0
+
+
+class InShot(int):
+    """A chunk of a video with several shots, after the first. It stands where its number would.
+
+    Args:
+        chunk: that number.
+        begins: number of its shot's first frame, as frames are numbered.
+        moved: frames by which its own are numbered higher than they are counted, so that shots lie apart in time.
+    """
+
+    begins: int
+    moved: int
+
+    def __new__(cls, chunk: int, begins: int, moved: int):
+        made = super().__new__(cls, chunk)
+        made.begins, made.moved = begins, moved
+        return made
+
+    def __getnewargs__(self):
+        return int(self), self.begins, self.moved
 
 
 @dataclass(frozen=True)

@@ -17,7 +17,7 @@ from ..history.room import check_room, placed
 from ..history.snapshot import Snapshot
 from ..report import Report
 from ..reuse.policies import Policy, aligned
-from ..schedule import ChunkSchedule, Given
+from ..schedule import ChunkSchedule, Given, Shot
 from ..settings import Settings
 from .anew import Anew, AnewHistory, Before, held, run_together
 from .causal import CausalForward
@@ -30,12 +30,14 @@ from .layers import by_chunk
 from .loop import Boundary, Engine, Progress, Sampling, check_cancelled
 from .pictures import NO_HISTORY, PicturesForward, Scenes
 from .rolling import RollingForward, rolling_bytes
+from .shots import ShotRule, Shots
 
 Seeing = Literal["causal", "joint", "rolling", "pictures"]  # how chunks see each other
 NOT_ANEW = (
     "the history is not computed anew, as this family does it: that takes one chunk after the other, with the lag at "
     "the steps"
 )
+NO_SHOTS = "no shot begins in this run: that takes one chunk after the other, with the lag at the steps"
 IN_ORDER: tuple[Seeing, ...] = ("causal", "pictures")  # those in which chunks follow one another
 
 
@@ -65,6 +67,9 @@ class RunSettings:
         label: of the settings, for the report.
         anew: what of a history is computed anew, or None; for "causal".
         before: what the run goes on from, where that is computed anew.
+        shots: how the family makes shots, or None; for "causal".
+        new_shot: says whether a chunk begins a new shot.
+        shot: that the run goes on in.
     """
 
     backbone: Any
@@ -93,6 +98,9 @@ class RunSettings:
     label: str = ""
     anew: Anew | None = None
     before: Before | None = None
+    shots: ShotRule | None = None
+    new_shot: Callable[[int], bool] = lambda chunk: False
+    shot: Shot = Shot()
 
 
 def build_engine(run: RunSettings, make: Callable[..., CausalForward] = CausalForward) -> Engine:
@@ -155,6 +163,11 @@ def causal_forward(
         anew, report.stores = AnewHistory(run.anew, plan, run.settings, run.before, done), not run.anew.always
     elif run.anew is not None:
         report.notes.append(NOT_ANEW)
+    shots = None
+    if run.shots is not None and run.schedule.max_active == 1:
+        shots, report.shot = Shots(run.shots, run.new_shot, plan, run.shot), run.shot
+    elif run.shots is not None:
+        report.notes.append(NO_SHOTS)
     return make(
         run.backbone,
         run.guidance,
@@ -167,6 +180,7 @@ def causal_forward(
         loaded=run.loaded,
         order=run.settings.between.order_for(policy, run.schedule.steps),
         anew=anew,
+        shots=shots,
         **_shared(run, report),
     )
 

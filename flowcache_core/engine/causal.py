@@ -2,6 +2,7 @@
 
 import time
 from collections.abc import Callable, Collection, Hashable, Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -24,7 +25,8 @@ from .anew import AnewHistory
 from .contexts import Contexts, texts_kept
 from .forward import Step, Velocity
 from .guidance import Again, Guidance, Texts
-from .layers import Group, by_chunk, row_levels, run_layers
+from .layers import Group, by_chunk, levels_of, run_layers
+from .shots import Shots
 from .sites import Sites
 
 
@@ -62,6 +64,7 @@ class CausalForward:
         order: of the forecast of residuals, where those are held.
         check: called before every group of every layer; may raise to end the run.
         anew: which finished frames are run once more when; for a run of one chunk after the other.
+        shots: of the video, of a family that makes them; for such a run as well.
     """
 
     def __init__(
@@ -80,10 +83,11 @@ class CausalForward:
         order: int = 0,
         check: Callable[[], None] = lambda: None,
         anew: AnewHistory | None = None,
+        shots: Shots | None = None,
     ):
         self.backbone, self.guidance, self.attention = backbone, guidance, attention
         self.plan, self.settings, self.report, self.check = plan, settings, report, check
-        self.dtype, self.device, self.anew = dtype, device, anew
+        self.dtype, self.device, self.anew, self.shots = dtype, device, anew, shots
         self.keeps_slots = by_chunk(backbone) or not (aligned and guidance.at_once and settings.clean_pass)
         # Where layers have no scratch in common for want of order, a cut comes when it would come with one.
         self.cuts_early = by_chunk(backbone) and aligned and settings.clean_pass and plan.max_active > 1
@@ -109,17 +113,28 @@ class CausalForward:
 
     def signals(self, steps: Sequence[Step]) -> list[Tensor]:
         """What a policy watches for change, for each step."""
-        return [self.backbone.reuse_signal(step.x.to(self.dtype), row_levels(step.sigma, step.x)) for step in steps]
+        return [self.backbone.reuse_signal(step.x.to(self.dtype), levels_of(step)) for step in steps]
 
     def velocities(self, steps: Sequence[Step]) -> list[Velocity]:
         """Runs the network for a tick's steps and the clean passes that wait, oldest chunk first."""
         if self.anew is not None and steps[0].place.step == 0:
             self._compute_anew(self.anew, steps[0])
+        if self.shots is not None:
+            steps = self._in_shots(self.shots, steps)
         passes, self.waiting = self.waiting, []
         values, branches = self._run([*passes, *steps])
         return [
             Velocity(value, branches, step.recompute) for value, step in zip(values[len(passes) :], steps, strict=True)
         ]
+
+    def _in_shots(self, shots: Shots, steps: Sequence[Step]) -> list[Step]:
+        """Steps of the one active chunk, which stands in its shot."""
+        chunk = steps[0].place.chunk
+        if steps[0].place.step == 0 and isinstance(chunk, int):
+            shots.start(chunk)
+            self.report.shot = shots.shot
+            self.report.began_shots(shots.chunks)
+        return [step._replace(place=replace(step.place, chunk=shots.place(step.place.chunk))) for step in steps]
 
     def give(self, chunk: int | Given, latent: Tensor, condition: float) -> None:
         """Runs given frames [B, C, T, H, W], shown at a noise level, and stores their keys and values."""
@@ -154,7 +169,8 @@ class CausalForward:
         if not self.settings.clean_pass:
             self.commit([chunk])
             return
-        self.waiting.append(Step(latent, 0.0, Place(chunk, None, 0)))
+        placed = chunk if self.shots is None else self.shots.place(chunk)
+        self.waiting.append(Step(latent, 0.0, Place(placed, None, 0)))
         if self.settings.history.bounded or self.plan.max_active == 1:
             self.settle()
 
@@ -176,7 +192,7 @@ class CausalForward:
     def begin_delta(self, full: bool) -> Callable[[], SnapshotDelta]:
         """Begins to copy what the clean history has grown by."""
         self.settle()
-        return begin_delta(self.histories, full, self.report.shown)
+        return begin_delta(self.histories, full, self.report.shown, self.report.shot)
 
     @property
     def movable(self) -> Collection[Movable]:
@@ -280,7 +296,7 @@ class CausalForward:
         """The head alone, over held residuals."""
         assert step.place.step is not None
         held = [self.held[step.place.chunk, name].at(step.place.step) for name in branches]
-        return site.backbone.head(step.x, row_levels(step.sigma, step.x), joined(held))
+        return site.backbone.head(step.x, levels_of(step), joined(held))
 
     def _asking(self, steps: Sequence[Step]) -> int | Given | None:
         """The chunk whose queries are kept for the next cut: never one that is finished, and of the older ones the
@@ -315,4 +331,7 @@ class CausalForward:
 
     def _history(self, site: CausalSite) -> History:
         settings = self.settings.history
-        return History(self.plan, site.positions, settings, self.dtype, self.keeps_slots, site.stream)
+        made = History(self.plan, site.positions, settings, self.dtype, self.keeps_slots, site.stream)
+        if self.shots is not None:
+            made.shot = self.shots.shot.begins
+        return made

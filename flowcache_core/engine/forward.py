@@ -19,12 +19,14 @@ class Step(NamedTuple):
         sigma: its noise level.
         place: chunk and step.
         recompute: run the network; otherwise the forward answers from what it holds itself.
+        given: frames at its beginning that are given, and shown without noise.
     """
 
     x: Tensor
     sigma: float
     place: Place
     recompute: bool = True
+    given: int = 0
 
 
 class Velocity(NamedTuple):

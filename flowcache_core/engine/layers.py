@@ -74,7 +74,7 @@ def groups_of(backbone: Backbone, steps: Sequence[Step], texts: Sequence, togeth
         for first in range(0, len(alike), size):
             chosen, shown = zip(*alike[first : first + size], strict=True)
             x = joined([step.x for step in chosen], dim=2)
-            levels = row_levels(chosen[0].sigma, x) if len(chosen) == 1 else frame_levels(chosen)
+            levels = levels_of(chosen[0]._replace(x=x)) if len(chosen) == 1 else frame_levels(chosen)
             groups.append(Group(chosen, x, levels, backbone.conditioning(x, levels, shown), backbone.embed(x)))
     return groups
 
@@ -150,6 +150,11 @@ def row_levels(sigma: float, x: Tensor) -> Tensor:
     return torch.full((x.shape[0],), sigma, dtype=torch.float32, device=x.device)
 
 
+def levels_of(step: Step) -> Tensor:
+    """Noise levels of a step, [rows], or [rows, frames] where some of its frames are given."""
+    return frame_levels([step]) if step.given else row_levels(step.sigma, step.x)
+
+
 def tokens_of(backbone: Backbone, x: Tensor) -> int:
     """Tokens of a latent, all rows counted."""
     rows, columns = backbone.grid(*x.shape[-2:])
@@ -158,4 +163,8 @@ def tokens_of(backbone: Backbone, x: Tensor) -> int:
 
 def frame_levels(steps: Sequence[Step]) -> Tensor:
     """Noise levels [rows, frames] of latents that lie behind one another."""
-    return torch.cat([row_levels(step.sigma, step.x)[:, None].expand(-1, step.x.shape[2]) for step in steps], dim=1)
+    parts: list[Tensor] = []
+    for step in steps:
+        levels = row_levels(step.sigma, step.x)[:, None]
+        parts += [torch.zeros_like(levels).expand(-1, step.given), levels.expand(-1, step.x.shape[2] - step.given)]
+    return torch.cat(parts, dim=1)

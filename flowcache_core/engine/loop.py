@@ -3,7 +3,7 @@
 import time
 from collections.abc import Callable, Hashable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 import torch
@@ -79,7 +79,8 @@ class Sampling:
         solver: makes a chunk's solver.
         first_sigmas: noise levels of the first generated chunk where it takes more steps.
         held: what is forecast, see `ActiveChunk`.
-        pinned: puts frames that are given inside a chunk into its latent, before every step.
+        pinned: puts frames that are given inside a chunk into its latent, before every step and in the end.
+        given: counts those of a chunk that it begins with, which are shown without noise.
         recompute_last_tick: nothing is reused in the run's last tick.
     """
 
@@ -90,11 +91,27 @@ class Sampling:
     first_sigmas: Sequence[float] | None = None
     held: Held = "velocity"
     pinned: Callable[[int, Tensor], Tensor] = lambda chunk, latent: latent
+    given: Callable[[int], int] = lambda chunk: 0
     recompute_last_tick: bool = False
 
     def levels(self, chunk: int, schedule: ChunkSchedule) -> Sequence[float]:
         """Noise levels of a chunk."""
         return self.first_sigmas or self.sigmas if chunk == schedule.prefix else self.sigmas
+
+
+def beginning_with(sampling: Sampling, first: int, given: Tensor | None) -> Sampling:
+    """The same, whose first chunk begins with given frames [B, C, T, H, W].
+
+    Source: LongLive 2.0, pipeline/causal_diffusion_inference.py (`clamp_i2v_first_chunk`).
+    """
+    if given is None:
+        return sampling
+    count = given.shape[2]
+
+    def pinned(chunk: int, latent: Tensor) -> Tensor:
+        return torch.cat([given.to(latent), latent[:, :, count:]], dim=2) if chunk == first else latent
+
+    return replace(sampling, pinned=pinned, given=lambda chunk: count if chunk == first else 0)
 
 
 class Engine:
@@ -209,7 +226,10 @@ class Engine:
             reset_peak(device)
         for chunk in self.active:
             chunk.latent = self.sampling.pinned(chunk.index, chunk.latent)
-        steps = [Step(chunk.latent, chunk.sigma, place) for chunk, place in zip(self.active, places, strict=True)]
+        steps = [
+            Step(chunk.latent, chunk.sigma, place, given=self.sampling.given(chunk.index))
+            for chunk, place in zip(self.active, places, strict=True)
+        ]
         steps = [step._replace(recompute=again) for step, again in zip(steps, self.decide(steps), strict=True)]
         asked = [step for step in steps if step.recompute or self.forward.holds_residual]
         answers = iter(self.forward.velocities(asked) if asked else [])
@@ -222,8 +242,9 @@ class Engine:
         self.advanced, finished = self.active, [chunk for chunk in self.active if chunk.finished]
         self.active = [chunk for chunk in self.active if not chunk.finished]
         for chunk in finished:
+            chunk.latent = self.sampling.pinned(chunk.index, chunk.latent)
             if chunk.clean:
-                self.forward.finish(chunk.index, self.sampling.pinned(chunk.index, chunk.latent))
+                self.forward.finish(chunk.index, chunk.latent)
             self.report.chunks_done += 1
         self.report.history.append((tick, self.forward.history_bytes[0]))
         self.report.device_bytes_peak = max(self.report.device_bytes_peak, peak_bytes(device))

@@ -28,7 +28,7 @@ import torch
 from torch import Tensor
 
 from ..errors import UserError
-from ..schedule import Given, Rerun
+from ..schedule import Given, InShot, Rerun, Shot
 from ..settings import HistorySettings
 from .compression import asking_queries, blended_sink, evict, sink_tokens
 from .offload import TOO_LITTLE, OffloadableBuffer, attempts, runs_out_of_memory
@@ -98,6 +98,7 @@ class History:
         self.slots: list[Chunk] = []  # chunks behind the clean tokens, oldest first
         self.follows = 0  # the frame of the video that follows the clean tokens, where positions are relative
         self.storing: list[Chunk] = []  # those of them that become clean with the forward that goes on
+        self.shot = -1  # number of the first frame of the shot that the newest chunk is in; -1 in the first shot
         self.saved = 0  # tokens at the front that are loaded or that `begin_delta` gave out; 0 once one is dropped
         # Where it is a dictionary: keys and values of what is attended to, by layer, on the CPU, turned by their place
         # in the video.
@@ -154,6 +155,8 @@ class History:
         for chunk in new:
             if isinstance(chunk, Rerun):
                 self.clean, self.saved = self._before(chunk), 0
+            elif isinstance(chunk, InShot):
+                self.shot = chunk.begins
         self.slots = [*self.slots, *new] if self.keeps_slots else numbered
         for chunk in chunks:
             after = self._frames_done() if chunk is Given.END else self.plan.numbers_of(chunk)[-1] + 1
@@ -376,8 +379,17 @@ class History:
         if queries is None and self.queries is not None and self.asked:
             queries = self.queries[layer]
         return evict(
-            self.settings.compression, seen, parts, queries, self._keep, plan.frame_tokens, plan.chunk_tokens, layer
+            self.settings.compression, seen, parts, queries, self._keep, plan.frame_tokens, plan.chunk_tokens, layer,
+            self._stays(parts[2]),
         )  # fmt: skip
+
+    def _stays(self, tokens: Tensor) -> Tensor | None:
+        """Which tokens [B, heads, N] are of the frames that a shot began with, as many as the sink has."""
+        sink = min(self.settings.compression.sink or 0, self.plan.chunk_frames)
+        if self.shot < 0 or not sink:
+            return None
+        frames = self.positions.frames(tokens)
+        return (frames >= self.shot) & (frames < self.shot + sink)
 
     @property
     def _keep(self) -> int:
@@ -606,19 +618,22 @@ def _stacked(spans: Sequence[Span], stream: SideStream) -> Tensor:
     return whole
 
 
-def begin_delta(histories: Mapping[Hashable, History], full: bool, shown: str = "") -> Callable[[], SnapshotDelta]:
+def begin_delta(
+    histories: Mapping[Hashable, History], full: bool, shown: str = "", shot: Shot = Shot()
+) -> Callable[[], SnapshotDelta]:
     """Begins to copy what the clean histories of all branches have grown by since the last call to the CPU; what it
     gives waits for the copies.
 
     Args:
         full: all of them, whatever was loaded or given out before.
         shown: stands for the texts that they were computed for.
+        shot: that the newest chunk is in.
     """
     full = full or not all(history.saved for history in histories.values())
     copies = {name: history.begin_save(0 if full else history.saved) for name, history in histories.items()}
     for history in histories.values():
         history.saved = history.clean
-    return lambda: SnapshotDelta({name: copy() for name, copy in copies.items()}, full, shown)
+    return lambda: SnapshotDelta({name: copy() for name, copy in copies.items()}, full, shown, shot)
 
 
 def moved_note(histories: Collection[History]) -> str:

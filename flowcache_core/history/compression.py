@@ -154,6 +154,7 @@ def choose(
     frame_tokens: int,
     chunk_tokens: int,
     seed: int = 0,
+    stays: Tensor | None = None,
 ) -> Choice:
     """Chooses the clean tokens that stay.
 
@@ -164,6 +165,7 @@ def choose(
         keep: how many tokens stay, a whole number of frames and less than N.
         frame_tokens, chunk_tokens: tokens of a frame and of a chunk.
         seed: of the "random" rule.
+        stays: bool [B, key heads, N], tokens of whole frames that the "window" rule keeps before newer ones.
 
     Raises:
         UserError: more chunks are protected than stay.
@@ -183,6 +185,9 @@ def choose(
     middle, kept = keys[:, :, sink : count - tail], free // unit
     if settings.rule == "window":
         all_units = middle.shape[2] // unit
+        if stays is not None:
+            older = all_units * stays[:, :, sink : count - tail : unit]
+            return Choice(sink, tail, unit, best_units(older + torch.arange(all_units, device=keys.device), kept))
         newest = torch.arange(all_units - kept, all_units, device=keys.device).expand(batch, heads, kept)
         return Choice(sink, tail, unit, newest)
     if settings.rule == "random":
@@ -229,6 +234,7 @@ def evict(
     frame_tokens: int,
     chunk_tokens: int,
     layer: int,
+    stays: Tensor | None = None,
 ) -> list[Tensor]:
     """Chooses `keep` tokens of one layer and gathers what is stored of them.
 
@@ -238,9 +244,10 @@ def evict(
         parts: [B, heads, N] or [B, heads, N, D], what is stored of the same tokens.
         queries: [B, query heads, Q, D] of the chunk that asks, or None.
         layer: its number.
+        stays: as for `choose`.
 
     Returns:
         New tensors with the `keep` tokens but those of the sink, for each part.
     """
-    choice = choose(compression, queries, keys, keep, frame_tokens, chunk_tokens, seed=layer)
+    choice = choose(compression, queries, keys, keep, frame_tokens, chunk_tokens, seed=layer, stays=stays)
     return [choice.after_sink(part) for part in parts]

@@ -9,7 +9,7 @@ from typing import Literal
 
 from ..errors import UserError
 from ..reuse.policies import Policy, aligned
-from ..schedule import ChunkSchedule, Given, Rerun
+from ..schedule import ChunkSchedule, Given, InShot, Rerun
 from ..settings import Settings
 from .compression import asking_queries
 from .quantised import Packing, packing_of
@@ -163,7 +163,7 @@ class MemoryPlan:
             return 0
         if chunk is Given.END:
             return self.lead + self.chunk_frames * (self.total_chunks - 1) + self.last_frames
-        return self.lead + self.chunk_frames * chunk
+        return self.lead + self.chunk_frames * chunk + (chunk.moved if isinstance(chunk, InShot) else 0)
 
     def numbers_of(self, chunk: int | Given) -> tuple[int, ...]:
         """Numbers in the video of a chunk's frames."""

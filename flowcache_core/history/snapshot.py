@@ -5,6 +5,8 @@ from typing import NamedTuple
 
 from torch import Tensor
 
+from ..schedule import Shot
+
 
 class Snapshot(NamedTuple):
     """The clean part of one branch's history, on the CPU.
@@ -28,8 +30,10 @@ class SnapshotDelta(NamedTuple):
         histories: of each branch, its new tokens; or all of them.
         full: all, because older ones were dropped since, or nothing was looked at before.
         shown: stands for the texts that they were computed for, where that is known.
+        shot: that the newest chunk is in.
     """
 
     histories: dict[Hashable, Snapshot]
     full: bool
     shown: str = ""
+    shot: Shot = Shot()

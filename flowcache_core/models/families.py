@@ -9,6 +9,7 @@ from torch import nn
 
 from ..engine.anew import Anew
 from ..engine.build import Seeing
+from ..engine.shots import ShotRule
 from ..errors import UserError
 from ..settings import HELD, MAGI_PAPER_CUT, SKYREELS_PAPER_CUT, Compression, Drift, HistorySettings, Reuse, Settings
 from ..solvers import noise_levels
@@ -18,7 +19,7 @@ from .longvie import CHUNK_FRAMES as LONGVIE_FRAMES
 from .longvie import LongVieBackbone
 from .presets import PAPER_PRESETS, PRESETS
 from .skyreels import POLYNOMIAL_1_3B, POLYNOMIAL_14B, SkyReelsBackbone
-from .wan import Attention, WanBackbone
+from .wan import Attention, WanBackbone, WholeStepsBackbone
 
 
 class CausVidRenoise(Renoise):
@@ -67,6 +68,8 @@ class Family:
         published: the family's own settings for a preset, from its name and the network's width, or None.
         published_cut: how the paper's presets cut a history to its budget.
         anew: what of a history is computed anew, or None.
+        shots: how videos of several shots are made, or None.
+        image_inside: given frames that fill no chunk are what the first one begins with; else they stand before it.
     """
 
     steps: int
@@ -88,6 +91,8 @@ class Family:
     published: Callable[[str, int], Settings | None] = lambda preset, dim: None
     published_cut: Compression = MAGI_PAPER_CUT
     anew: Anew | None = None
+    shots: ShotRule | None = None
+    image_inside: bool = False
 
     def shifted_levels(self, steps: int, shift: float) -> list[float]:
         """Gives noise levels with another shift than the family's: shifts multiply."""
@@ -150,6 +155,12 @@ FAMILIES: dict[str, Family] = {
     "krea": Family(
         5, 5, 3, always("krea"), noise_levels.krea, 1.0, (832, 480), 5.0,
         "Krea Realtime, release_server.py (GenerateParams, keep_first_frame)", anew=Anew(3, always=True, first=1),
+    ),
+    "longlive 2": Family(
+        4, 4, 8, always("unipc"), partial(noise_levels.skyreels, shift=5.0), 1.0, (1280, 704), 5.0,
+        "LongLive 2.0, configs/inference.yaml, inference_i2v.yaml, pipeline/causal_diffusion_inference.py", fps=24,
+        backbone=lambda network, fps, attention: WholeStepsBackbone(network, attention),
+        shots=ShotRule(8), image_inside=True,
     ),
     "skyreels": Family(
         50, 5, 5, always("skyreels unipc"), noise_levels.skyreels, 6.0, (960, 544), 8.0,

@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .wan import Attention, WanBackbone
+from .wan import Attention, WholeStepsBackbone
 
 # Fitted by others: from the relative change of the modulation to that of the output, highest power first.
 POLYNOMIAL_1_3B = (-5.21862437e4, 9.23041404e3, -5.28275948e2, 13.6987616, -4.99875664e-2)
@@ -21,7 +21,7 @@ POLYNOMIAL_14B = (-3.03318725e5, 4.90537029e4, -2.65530556e3, 58.7365115, -0.315
 FRAME_RATE = ("fps_embedding", "fps_projection")  # layers of SkyReels-V2 1.3B
 
 
-class SkyReelsBackbone(WanBackbone):
+class SkyReelsBackbone(WholeStepsBackbone):
     """Runs chunks through a SkyReels-V2 network.
 
     Args:
@@ -38,10 +38,6 @@ class SkyReelsBackbone(WanBackbone):
     def reuse_signal(self, x: Tensor, sigma: Tensor) -> Tensor:
         """Gives what FlowCache watches here: the blocks' modulation, [B, T or 1, 6, dim]. The latent plays no part."""
         return self._time(sigma, x.dtype)[1]
-
-    def timestep(self, sigma: Tensor) -> Tensor:
-        """Cuts to whole numbers, as upstream hands them over."""
-        return super().timestep(sigma).floor()
 
     def _time(self, sigma: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
         embedding, modulation = super()._time(sigma, dtype)

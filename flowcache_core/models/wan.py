@@ -445,6 +445,15 @@ class WanBackbone(Compiled):
         return joined_heads(branches)
 
 
+class WholeStepsBackbone(WanBackbone):
+    """Runs chunks through a network that is told time-steps cut to whole numbers, as Wan's own scheduler for UniPC
+    hands them over (wan/utils/fm_solvers_unipc.py, `set_timesteps`)."""
+
+    def timestep(self, sigma: Tensor) -> Tensor:
+        """Time-steps of noise levels, of the same shape."""
+        return super().timestep(sigma).floor()
+
+
 def unpatched(patches: Tensor, grid: tuple[int, int], patch: tuple[int, int]) -> Tensor:
     """Makes latents [B, C, T, H, W] of patches [B, T, rows * columns, patch height * patch width * C]."""
     x = patches.unflatten(2, grid).unflatten(-1, (*patch, -1))

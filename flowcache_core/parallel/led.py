@@ -184,7 +184,10 @@ class LedForward(CausalForward):
         """What the whole clean history has grown by."""
         self.settle()
         return _whole_delta(
-            self.crew, self.parallel, full, partial(begin_delta, self.histories, full, self.report.shown)
+            self.crew,
+            self.parallel,
+            full,
+            partial(begin_delta, self.histories, full, self.report.shown, self.report.shot),
         )
 
 

@@ -199,7 +199,9 @@ class RunFolder:
         self._check_link()
         latent = chunk.latent.to("cpu").contiguous()
         dropped = self.lead + chunk.number * self.chunk_frames
-        state = make_state(latent, delta.histories, self.chunk_frames, self.model, dropped, delta.shown)
+        state = make_state(
+            latent, delta.histories, self.chunk_frames, self.model, dropped, delta.shown, shot=delta.shot
+        )
         # What a whole history replaces stays until that is written.
         needed = (2 + len(before)) * latent.nbytes + sum(part.nbytes for clean in state.histories for part in clean)
         needed += sum(file.st_size for file in _files(self.path))
@@ -255,7 +257,7 @@ class RunFolder:
             return False
         for clean in added.histories:
             a_frame, rest = divmod(clean.tokens.shape[3], frames)
-            first = a_frame * (self.lead + last.chunks * self.chunk_frames)
+            first = a_frame * (self.lead + last.chunks * self.chunk_frames + added.shot.moved)
             expected = torch.arange(first, first + a_frame * frames, dtype=torch.int32)
             if rest or not torch.equal(clean.tokens, expected.expand_as(clean.tokens)):
                 return False

@@ -19,6 +19,7 @@ from torch import Tensor
 from ..engine.anew import Anew, Before
 from ..errors import UserError
 from ..history.snapshot import Snapshot
+from ..schedule import Shot
 from .files import check_header, checksum, parse_json, write_whole
 
 FORMAT = "flowcache-state-1"
@@ -28,6 +29,7 @@ COMPUTED = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 MOST_BRANCHES = 64
 LONGEST_PROMPTS = 2**20  # characters
 SHOWN = re.compile("([0-9a-f]{32})?")  # of texts, `digest.digest_of`
+NUMBERS = ("branches", "chunk_frames", "model", "dropped", "prompts", "shown", "shot")  # what is no tensor
 LARGEST = 2**31  # frames; token numbers are 32 bits
 
 
@@ -43,6 +45,7 @@ class State(NamedTuple):
     shown: stands for the texts that the history was computed for, of a family that computes it anew for others.
     beginning: frames that the video began with, of a family that computes its history from them, where `latents` are
         without them.
+    shot: that the newest chunk is in, of a family that makes videos of several.
     """
 
     latents: Tensor
@@ -54,6 +57,7 @@ class State(NamedTuple):
     prompts: str = ""
     shown: str = ""
     beginning: Tensor | None = None
+    shot: Shot = Shot()
 
     def __str__(self) -> str:
         """Gives one line: ComfyUI writes a failed node's inputs into its history, and keeps them there."""
@@ -103,14 +107,16 @@ def make_state(
     dropped: int = 0,
     shown: str = "",
     beginning: Tensor | None = None,
+    shot: Shot = Shot(),
 ) -> State:
     """Makes a state of latents [B, C, T, H, W] and what `Engine.save` gave; `dropped` frames came before them, of which
     `beginning` is kept."""
     branches = tuple(str(name) for name in histories)
     latents, beginning = latents.to("cpu"), beginning.to("cpu") if beginning is not None and dropped else None
     return State(
-        latents, tuple(histories.values()), branches, chunk_frames, model, dropped, shown=shown, beginning=beginning
-    )
+        latents, tuple(histories.values()), branches, chunk_frames, model, dropped, shown=shown, beginning=beginning,
+        shot=shot,
+    )  # fmt: skip
 
 
 def save_state(state: State, path: Path | str, **more: str) -> None:
@@ -133,7 +139,7 @@ def save_state(state: State, path: Path | str, **more: str) -> None:
     for number, history in enumerate(state.histories):
         for name, tensor in history._asdict().items():
             tensors[f"history.{number}.{name}"] = tensor.contiguous()
-    info = {name: getattr(state, name) for name in ("branches", "chunk_frames", "model", "dropped", "prompts", "shown")}
+    info = {name: getattr(state, name) for name in NUMBERS}
     metadata = {"format": FORMAT, "state": json.dumps(info), "checksum": checksum(tensors), **more}
     write_whole(path, lambda partial: save_file(tensors, partial, metadata=metadata))
 
@@ -172,6 +178,7 @@ def load_state(path: Path | str) -> State:
         latents, *parts = tensors.values()
         histories = tuple(Snapshot(*parts[at : at + len(PARTS)]) for at in range(0, len(parts), len(PARTS)))
         more = {name: info[name] for name in ("dropped", "prompts", "shown") if name in info}
+        more |= {"shot": Shot(*info["shot"])} if "shot" in info else {}
         state = State(
             latents,
             histories,
@@ -211,6 +218,8 @@ def _fault(state: State) -> str | None:
         return "prompts that are no text"
     if not isinstance(state.shown, str) or not SHOWN.fullmatch(state.shown):
         return "texts that have no name"
+    if not all(isinstance(at, int) and least <= at <= LARGEST for at, least in zip(state.shot, Shot(), strict=True)):
+        return f"a shot of {state.shot!r:.40}"
     if not isinstance(state.model, str) or not all(isinstance(branch, str) for branch in state.branches):
         return "names that are no text"
     if latents.ndim != 5 or 0 in latents.shape:
@@ -233,7 +242,7 @@ def _fault(state: State) -> str | None:
             return f"keys {tuple(keys.shape)} and values {tuple(history.values.shape)}"
         if history.tokens.shape != keys.shape[:4] or history.tokens.dtype != torch.int32:
             return f"token numbers {tuple(history.tokens.shape)} of type {history.tokens.dtype}"
-        most = state.frames * latents.shape[3] * latents.shape[4]
+        most = (state.frames + state.shot.moved) * latents.shape[3] * latents.shape[4]
         if history.tokens.numel() and not (0 <= history.tokens.min() and history.tokens.max() < most):
             return f"token numbers that are not below {most}"
         if not all((part[..., 1:] > part[..., :-1]).all() for part in history.tokens):

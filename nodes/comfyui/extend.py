@@ -265,6 +265,7 @@ def carry_out(
     try:
         if earlier is not None:
             finished.histories, untouched.shown = earlier.by_branch, earlier.shown
+            untouched.shot = earlier.shot
         finished.begin(layout.parts(layout.before), range(prefix, earlier.chunks if earlier else prefix))
         if finished.count < asked.chunks:
             with running:
@@ -288,7 +289,9 @@ def carry_out(
     latents = torch.cat([*finished.latents, *([] if layout.after is None else [layout.after])], dim=2)
     frames = layout.frames - (asked.chunks - finished.count) * chunk_frames
     dropped, report = frames - latents.shape[2], finished.report
-    state = make_state(latents, finished.histories, chunk_frames, name, dropped, report.shown, finished.beginning)
+    state = make_state(
+        latents, finished.histories, chunk_frames, name, dropped, report.shown, finished.beginning, report.shot
+    )
     state = state._replace(prompts=report.prompts)
     if live is not None and finished.folder is not None and finished.count < asked.chunks:
         RUNS.to_go_on(live.prompt.node_id)
