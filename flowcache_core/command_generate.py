@@ -19,7 +19,7 @@ from .demo import decode, embed_caption, load_network
 from .demo.clips import FPS
 from .demo.model import weights_name
 from .demo.train_network import FRAMES_PER_CHUNK
-from .demo.vae import LATENT_MEAN, LATENT_STD, Memory, load_vae
+from .demo.vae import Memory, load_vae
 from .digest import digest_of
 from .engine.anew import latents_needed
 from .engine.loop import Chunk
@@ -31,6 +31,7 @@ from .media.progress_bar import Bar
 from .media.video import FORMATS, enlarged, frames_of, save_video
 from .media.video_stream import VideoStream
 from .models.families import family
+from .models.latent_spaces import statistics_of
 from .models.magi.sampling import CHUNK_FRAMES
 from .models.magi.vae import LATENT_SCALE
 from .models.memory import latent_size
@@ -98,7 +99,7 @@ def _generate(options: argparse.Namespace, team: Any, demo: bool) -> None:
     if lag is None and (demo or options.steps is not None):
         lag = max(1, round(steps * usual.lag / usual.steps))
     guidance = options.guidance if options.guidance is not None else 1.0 if demo else usual.guidance
-    width, height = latent_size((options.width or usual.size[0], options.height or usual.size[1]))
+    width, height = latent_size((options.width or usual.size[0], options.height or usual.size[1]), backbone.channels)
     magi = options.family in MAGI
     chunk_frames = CHUNK_FRAMES if magi else FRAMES_PER_CHUNK if demo else usual.chunk_frames
     parallel = None
@@ -114,7 +115,7 @@ def _generate(options: argparse.Namespace, team: Any, demo: bool) -> None:
 
     first = 0 if state is None else state.chunks
     writes, folder, keep = team is None or parallel.first, None, None  # type: ignore[union-attr]
-    video = None if options.video is None else read_latent(options.video, magi)
+    video = None if options.video is None else read_latent(options.video, magi, backbone.channels)
     if options.resume:
         determining: list[Any] = [
             name, repr(replace(settings, overlap=True, history=replace(settings.history, memory="auto"))), texts, masks,
@@ -200,13 +201,13 @@ def _write(options, demo: bool, magi: bool, latents: Tensor, state: State, resul
 
 def write_latent(path: Path, latents: Tensor, magi: bool) -> None:
     """Writes latents [B, C, T, H, W] of a network as ComfyUI's Load Latent reads them, in the VAE's own scale."""
-    mean, deviation = _normalisation()
+    mean, deviation = statistics_of(latents.shape[1])
     raw = latents.float() / LATENT_SCALE if magi else latents.float() * deviation + mean
     tensors = {"latent_tensor": raw.contiguous(), "latent_format_version_0": torch.tensor([])}
     write_whole(path, lambda partial: save_file(tensors, partial))
 
 
-def read_latent(path: Path, magi: bool) -> Tensor:
+def read_latent(path: Path, magi: bool, channels: int) -> Tensor:
     """Reads latents [B, C, T, H, W] as a network takes them, that ComfyUI's Save Latent or `write_latent` wrote.
 
     Raises:
@@ -216,19 +217,12 @@ def read_latent(path: Path, magi: bool) -> Tensor:
         raw = load_file(path).get("latent_tensor")
     except (OSError, SafetensorError) as error:
         raise UserError(f"Cannot read {path} ({first_line(error)}); give what Save Latent or --out wrote.") from error
-    channels = len(LATENT_MEAN)
     if raw is None or raw.ndim != 5 or raw.shape[1] != channels:
         raise UserError(
             f"{path.name} has no tensor 'latent_tensor' [B, {channels}, T, H, W]; write it with Save Latent."
         )
-    mean, deviation = _normalisation()
+    mean, deviation = statistics_of(channels)
     return raw.float() * LATENT_SCALE if magi else (raw.float() - mean) / deviation
-
-
-def _normalisation() -> tuple[Tensor, Tensor]:
-    """Mean and deviation of the VAE's latents, by channel."""
-    mean, deviation = (torch.tensor(numbers).view(-1, 1, 1, 1) for numbers in (LATENT_MEAN, LATENT_STD))
-    return mean, deviation
 
 
 class _Stream:

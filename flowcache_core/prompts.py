@@ -7,6 +7,9 @@
 Chunks count from 0 at the beginning of the video. Chunks between two segments blend from one to the other. The first
 segment also holds for chunks before it, the last one for all that follow.
 
+A segment that begins with "The scene transitions." begins a new shot, of models that make videos of several: its first
+chunk shows all of it, the others what is behind that. Source: LongLive 2.0, utils/dataset.py (`scene_cut_prefix`).
+
 Signs count in the forms of other keyboards too. Between double quotes, and behind a backslash, a bar or a star is part
 of the prompt, as is a star that no number follows.
 """
@@ -29,6 +32,7 @@ BARS, STARS, QUOTES = "|｜", "*＊", {'"': '"', "“": "”"}
 TEXT = {sign: chr(0xE000 + number) for number, sign in enumerate("|｜*＊")}  # stand for signs that are text, meanwhile
 FOREVER = 2**31  # as the last chunk of a span: it holds to the end
 DIGITS = 9  # of a chunk's number, at most
+CUT = "The scene transitions. "
 MOST_CAPTIONS = 1000  # each is encoded, and its embedding kept: 8 MB of Wan's
 
 
@@ -100,12 +104,23 @@ def parse(text: str) -> list[Span]:
         raise UserError("There are no prompts; write one line a segment, for example '0-4: a red circle'.")
     if (count := len(captions(segments))) > MOST_CAPTIONS:
         raise UserError(f"There are {count} different captions, expected at most {MOST_CAPTIONS}; write fewer.")
+    segments = [part for segment in segments for part in _shot(segment)]
     spans = [segments[0]]
     for before, after in pairwise(segments):
         spans += [*_blend(before, after), after]
     spans[0] = replace(spans[0], first=0)
     spans[-1] = replace(spans[-1], last=FOREVER)
     return spans
+
+
+def begins_shot(weights: Mapping[str, float]) -> bool:
+    """Whether captions, by their share, begin a new shot."""
+    return len(weights) == 1 and next(iter(weights)).startswith(CUT)
+
+
+def after_cut(caption: str) -> str:
+    """What the other chunks of a shot show."""
+    return caption.removeprefix(CUT).strip() or caption
 
 
 def captions(spans: list[Span]) -> list[str]:
@@ -225,6 +240,15 @@ def _check_order(segments: list[Span], where: str) -> None:
         raise UserError(
             f"{where} begins at chunk {after.first}, but the one before it holds up to chunk {before.last}."
         )
+
+
+def _shot(segment: Span) -> list[Span]:
+    """A segment, or its first chunk and the others where that begins a shot."""
+    if segment.first == segment.last or not begins_shot(segment.weights):
+        return [segment]
+    (caption,) = segment.weights
+    rest = Span(segment.first + 1, segment.last, {after_cut(caption): 1.0})
+    return [replace(segment, last=segment.first), rest]
 
 
 def _blend(before: Span, after: Span) -> list[Span]:

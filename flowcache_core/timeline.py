@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from .errors import UserError
-from .prompts import BARS, BRACES, MOST_CAPTIONS, STARS, parse
+from .prompts import BARS, BRACES, MOST_CAPTIONS, STARS, after_cut, begins_shot, parse
 
 LONGEST = 2**16  # bytes of a caption
 LONGEST_TEXT = 2**20  # bytes of all of a run
@@ -81,7 +81,7 @@ class Timeline:
         return next((one for one in reversed(self.shown) if one.first <= chunk), self.shown[0]).weights
 
     def changed(self, chunk: int, caption: str, over: int = 0) -> "Timeline":
-        """The same up to a chunk, and from there another caption.
+        """The same up to a chunk, and from there another caption. One that begins a new shot is not blended.
 
         Args:
             over: chunks over which the change is blended; it holds alone from the one after them on.
@@ -95,9 +95,11 @@ class Timeline:
         base = (before[-1] if before else self.shown[0]).weights
         if before and base == wanted:
             return Timeline(tuple(before))
-        over = 0 if base == wanted else min(over, MOST_BLENDED)
+        cut = begins_shot(wanted)
+        over = 0 if base == wanted or cut else min(over, MOST_BLENDED)
         steps = [_blended(base, caption, (step + 1) / (over + 1)) for step in range(over)]
         new = [Shown.of(chunk + step, weights) for step, weights in enumerate([*steps, wanted])]
+        new += [Shown.of(chunk + 1, {after_cut(caption): 1.0})] if cut else []
         made = Timeline((*before, *new))
         count = len({known for one in made.shown for known in one.weights})
         if count > MOST_CAPTIONS or len(made.text().encode()) > LONGEST_TEXT:

@@ -10,7 +10,7 @@ from ..flowcache_core.errors import UserError
 from ..flowcache_core.models import families
 from .comfyui import magi as host_magi
 from .comfyui import patch as host
-from .comfyui.checks import rounded_notes
+from .comfyui.checks import latent_stride, rounded_notes
 from .comfyui.extend import Extended, Extension, Sampling, extend
 from .comfyui.levels import chosen_levels, fixed_levels
 from .comfyui.outputs import is_taken
@@ -86,7 +86,7 @@ class AutoregressiveExtend(io.ComfyNode):
         ]
         if video is not None and video.get("noise_mask") is not None:
             notes.append("the noise mask of the video has no effect: all of it is sampled at one strength")
-        notes += rounded_notes(8, 0, width=width, height=height)
+        notes += rounded_notes(latent_stride(model), 0, width=width, height=height)
         model, missing = host.with_family(model, family, cls.hidden)
         notes += missing
         prefix, end, video = (None if latent is None else latent["samples"] for latent in (prefix, end, video))

@@ -4,7 +4,7 @@ from comfy_api.latest import io
 
 from ..flowcache_core.models.families import family
 from .comfyui import patch as host
-from .comfyui.checks import rounded_notes
+from .comfyui.checks import latent_stride, rounded_notes
 from .comfyui.extend import Extension, Sampling
 from .comfyui.levels import chosen_levels
 from .comfyui.widgets import LARGEST_SEED, advanced, schema
@@ -57,6 +57,6 @@ class ExtendInWindows(io.ComfyNode):
             0,
             (width, height),
             node_id=cls.hidden.unique_id,
-            notes=[*levels.notes, *rounded_notes(8, 0, width=width, height=height)],
+            notes=[*levels.notes, *rounded_notes(latent_stride(model), 0, width=width, height=height)],
         )
         return io.NodeOutput(extend_in_windows(model, vae, asked, how, start, frames, window, overlap))

@@ -2,6 +2,7 @@
 
 from comfy_api.latest import io
 
+from ..flowcache_core.models.latent_spaces import pixel_size
 from ..flowcache_core.storage.state import State, save_state
 from .comfyui.states import FOLDER, described
 from .comfyui.stream import OutputFile
@@ -22,8 +23,7 @@ class SaveState(io.ComfyNode):
 
     @classmethod
     def execute(cls, state: State, filename_prefix: str) -> io.NodeOutput:
-        height, width = state.latents.shape[3:]
-        file = OutputFile.new(f"{FOLDER}/{filename_prefix}", 8 * width, 8 * height, ".safetensors")
+        file = OutputFile.new(f"{FOLDER}/{filename_prefix}", pixel_size(state.latents.shape), ".safetensors")
         try:
             save_state(state, file.path)
         finally:

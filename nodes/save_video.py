@@ -43,7 +43,7 @@ class SaveVideo(io.ComfyNode):
         cls, images: torch.Tensor, report, filename_prefix: str, fps: float, codec: Codec, quality: Quality, audio
     ) -> io.NodeOutput:
         how, sound = Encoding(codec, quality), sound_of(audio)
-        file = OutputFile.new(filename_prefix, images.shape[2], images.shape[1], how.ending)
+        file = OutputFile.new(filename_prefix, (images.shape[2], images.shape[1]), how.ending)
         stream = new_stream(file, fps, workflow_metadata(cls.hidden), how)
         try:
             for part in images[..., :3].split(AT_ONCE):

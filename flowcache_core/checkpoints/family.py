@@ -10,6 +10,7 @@ from typing import cast
 from torch import Tensor
 
 from ..errors import UserError, one_line
+from ..models.latent_spaces import is_deep
 from ..models.longvie import LongVieConfig
 from ..models.wan import WanConfig
 from ..storage.files import parse_json
@@ -23,6 +24,7 @@ FAMILIES = {
     "rolling": "Rolling Forcing",
     "longlive": "LongLive",
     "krea": "Krea Realtime",
+    "longlive 2": "LongLive 2.0 5B",
     "wan": "plain Wan 2.1, which was not trained to go chunk by chunk",
     "longvie": "LongVie 2: Wan 2.1 image to video with its control layers",
     "magi": "MAGI-1, base",
@@ -35,9 +37,19 @@ CAUSAL_CLASSES = ("CausalWanModel", "CausalWanTransformer3DModel")  # upstreams'
 STAMP = "flowcache"  # metadata key, beside ComfyUI's own "config"
 
 
+DEEP_FAMILIES = ("longlive 2", "wan")  # with the 48 channels of Wan 2.2's 5B
+
+
 def wan_families() -> list[str]:
-    """Lists the families that share the Wan 2.1 text-to-video layout, but for the one that ships."""
+    """Lists the families of the Wan text-to-video layout, but for the one that ships."""
     return [name for name in FAMILIES if name not in (*MAGI_FAMILIES, "demo", "longvie")]
+
+
+def possible_families(config: WanConfig) -> list[str]:
+    """Lists those that share a layout to the last tensor."""
+    if is_deep(config.out_dim):
+        return list(DEEP_FAMILIES)
+    return [name for name in wan_families() if name == "wan" or name not in DEEP_FAMILIES]
 
 
 def transformer_settings(path: Path, file: WeightFile, tensors: dict[str, Tensor]) -> tuple[dict, tuple[str, ...]]:
@@ -93,7 +105,7 @@ def family_of(
     elif config.fps:
         possible = ["skyreels"]
     else:
-        possible = ["demo"] if found == "demo" else wan_families()
+        possible = ["demo"] if found == "demo" else possible_families(config)
     family = found if asked == "auto" else asked
     if family not in possible:
         kind = "MAGI-1's names" if config is None else "an fps embedding" if config.fps else "the Wan 2.1 layout"
@@ -132,6 +144,8 @@ def _told_family(path: Path, file: WeightFile, config: WanConfig | None, setting
     kind = settings.get("_class_name")
     if config.fps or marked or "inject_sample_info" in settings or kind == "SkyReelsV2Transformer3DModel":
         return "skyreels", ()
+    if is_deep(config.out_dim) and (file.wrapper.startswith("generator") or kind in CAUSAL_CLASSES):
+        return "longlive 2", ()
     if settings.get("causal_ar"):
         return "causal", ()
     if file.wrapper.startswith("generator") or kind in CAUSAL_CLASSES:
@@ -139,7 +153,7 @@ def _told_family(path: Path, file: WeightFile, config: WanConfig | None, setting
             f"{path.name} may be causal, causvid, rolling, longlive or krea, taken as causal: choose the family for "
             "CausVid, Rolling Forcing, LongLive or Krea Realtime.",
         )
-    choices = "; ".join(f"{name} ({FAMILIES[name]})" for name in wan_families())
+    choices = "; ".join(f"{name} ({FAMILIES[name]})" for name in possible_families(config))
     return "wan", (
         f"{path.name} has the Wan 2.1 layout and no stamp, taken as plain Wan 2.1: choose its family: {choices}.",
     )

@@ -5,7 +5,7 @@ is coded alone, as an image, and nothing looks ahead, so a video can be decoded 
 generated. A causal convolution then needs the last two frames of the chunk before; `Memory` holds them.
 
 Two latent spaces are in play. The file speaks *raw* latents, as Wan's does: `encode` and `decode`. A diffusion network
-sees *normalised* ones, (raw - LATENT_MEAN) / LATENT_STD: `encode_normalised` and `decode_normalised`.
+sees *normalised* ones, (raw - mean) / std: `encode_normalised` and `decode_normalised`.
 """
 
 from pathlib import Path
@@ -15,18 +15,14 @@ import torch.nn.functional as F
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
+from ..models.latent_spaces import WAN_21_MEAN, WAN_21_STD
+
 SHIPPED = Path(__file__).with_name("vae.safetensors")
 LATENT_CHANNELS = 16
 WIDENING = (1, 2, 4, 4)  # channels of each resolution, in units of the width
 SHRINKS_TIME = (False, True, True)  # of the three halvings of height and width, those that halve the frames as well
 BLOCKS = 2  # residual blocks a resolution in the encoder; the decoder has one more
 REACH = 2  # frames a causal convolution of kernel 3 looks back
-
-# Wan 2.1's fixed statistics of raw latents, one a channel.
-LATENT_MEAN = (-0.7571, -0.7089, -0.9113, 0.1075, -0.1745, 0.9653, -0.1517, 1.5508,
-               0.4134, -0.0715, 0.5517, -0.3632, -0.1922, -0.9497, 0.2503, -0.2921)  # fmt: skip
-LATENT_STD = (2.8184, 1.4541, 2.3275, 2.6558, 1.2196, 1.7708, 2.6052, 2.0743,
-              3.2687, 2.1526, 2.8652, 1.5579, 1.6382, 1.1253, 2.8251, 1.9160)  # fmt: skip
 
 
 class Memory(dict):
@@ -214,8 +210,8 @@ class WanVAE(nn.Module):
         self.conv1 = CausalConv3d(2 * LATENT_CHANNELS, 2 * LATENT_CHANNELS, 1)  # mean and log variance
         self.conv2 = CausalConv3d(LATENT_CHANNELS, LATENT_CHANNELS, 1)
         self.decoder = Decoder(width)
-        self.register_buffer("mean", torch.tensor(LATENT_MEAN).view(-1, 1, 1, 1), persistent=False)
-        self.register_buffer("std", torch.tensor(LATENT_STD).view(-1, 1, 1, 1), persistent=False)
+        self.register_buffer("mean", torch.tensor(WAN_21_MEAN).view(-1, 1, 1, 1), persistent=False)
+        self.register_buffer("std", torch.tensor(WAN_21_STD).view(-1, 1, 1, 1), persistent=False)
 
     def encode(self, video: Tensor) -> Tensor:
         """Pixels [B, 3, 1 + 4k, 8h, 8w] in [-1, 1] to raw latents [B, 16, 1 + k, h, w]: the distribution's mean.

@@ -10,8 +10,6 @@ from dataclasses import dataclass
 from ..history.plan import MemoryPlan
 from ..schedule import Given, InShot, Shot
 
-CUT = "The scene transitions. "  # a prompt that begins so begins a shot; upstream's `scene_cut_prefix`
-
 
 @dataclass(frozen=True)
 class ShotRule:

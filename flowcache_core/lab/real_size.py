@@ -74,8 +74,8 @@ class Model:
     @property
     def shape(self) -> tuple[int, int, int, int, int]:
         """Of a chunk's latent, [1, C, T, H, W]."""
-        width, height = latent_size(self.size)
-        channels = self.config.channels if isinstance(self.config, MagiConfig) else self.config.in_dim
+        channels = self.config.channels if isinstance(self.config, MagiConfig) else self.config.out_dim
+        width, height = latent_size(self.size, channels)
         return 1, channels, self.chunk_frames, height, width
 
     def chunks(self, minutes: float = 1.0) -> int:

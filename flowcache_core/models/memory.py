@@ -9,10 +9,9 @@ from ..history.plan import MemoryPlan, plan_memory, window_bytes
 from ..schedule import ChunkSchedule
 from ..settings import Settings
 from .families import Family
+from .latent_spaces import stride_of
 from .longvie import HISTORY_FRAMES
 from .wan import FRAME_STRIDE, WanConfig
-
-VAE_STRIDE = 8  # pixels of a latent pixel, across and down
 
 
 def plan_wan(
@@ -92,7 +91,7 @@ def _wan_chunks(family: Family, frames: int) -> int:
 
 def _grid(config: WanConfig, size: tuple[int, int]) -> tuple[int, int]:
     """Rows and columns of tokens of a frame."""
-    width, height = latent_size(size)
+    width, height = latent_size(size, config.out_dim)
     _, patch_height, patch_width = config.patch_size
     return ceil(height / patch_height), ceil(width / patch_width)
 
@@ -101,13 +100,16 @@ def _branches(family: Family) -> int:
     return 1 if family.guidance == 1.0 else 2
 
 
-def latent_size(size: tuple[int, int]) -> tuple[int, int]:
+def latent_size(size: tuple[int, int], channels: int = 16) -> tuple[int, int]:
     """Gives width and height of the latent of a video of so many pixels.
+
+    Args:
+        channels: of the latent.
 
     Raises:
         UserError: a size of nothing.
     """
-    width, height = size
-    if min(size) < VAE_STRIDE:
-        raise UserError(f"The video is {width} x {height} pixels, expected at least {VAE_STRIDE} x {VAE_STRIDE}.")
-    return width // VAE_STRIDE, height // VAE_STRIDE
+    (width, height), stride = size, stride_of(channels)
+    if min(size) < stride:
+        raise UserError(f"The video is {width} x {height} pixels, expected at least {stride} x {stride}.")
+    return width // stride, height // stride

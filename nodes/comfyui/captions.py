@@ -7,11 +7,12 @@ from torch import Tensor
 
 from ...flowcache_core.demo.captions import embed_caption
 from ...flowcache_core.errors import UserError
-from ...flowcache_core.prompts import FOREVER, Blend, Span
+from ...flowcache_core.prompts import FOREVER, Blend, Span, begins_shot
 from ...flowcache_core.prompts import captions as captions_of
 
 CHUNKS = "flowcache_chunks"  # of a condition: first and last chunk that it holds for
 BLEND = "flowcache_blend"  # of a condition: a `Blend` of what its chunks are shown
+SHOT = "flowcache_shot"  # of a condition: its first chunk begins a new shot
 WHOLE = ("area", "mask", "control", "concat_latent_image")  # of a condition: they are made for a whole video at once
 
 Conditions = dict[str, list[dict]]  # the host's: for each side of guidance a list, each with "uuid" and what it says
@@ -68,6 +69,10 @@ class ChunkCaptions:
         kept = [one for one in [*before, ended] if one[CHUNKS][1] >= oldest]
         new = condition | {CHUNKS: (chunk, FOREVER), "uuid": last["uuid"]}
         self.conditions = self.conditions | {"positive": [*kept, new]}
+
+    def begins_shot(self, chunk: int) -> bool:
+        """Whether a new shot begins with a chunk."""
+        return any(SHOT in one and one[CHUNKS][0] == chunk for one in self.conditions["positive"] or [])
 
     def text(self, chunk: int, uuid) -> Tensor:
         """Gives the embedding [B, tokens, width] of a branch of a chunk; a blend is mixed anew at every call."""
@@ -127,7 +132,7 @@ def span_conditions(span: Span, known: Mapping[str, tuple[Tensor, dict]]) -> lis
     conditions = []
     for first, last, weights in span.nearest:
         embedding, said = known[max(weights, key=weights.__getitem__)]
-        more = said | {CHUNKS: (first, last)}
+        more = said | {CHUNKS: (first, last)} | ({SHOT: True} if begins_shot(weights) else {})
         if len(shown) > 1:
             more[BLEND] = Blend(span, shown, embedding)
         conditions.append((embedding, more))

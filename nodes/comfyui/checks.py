@@ -7,6 +7,7 @@ from comfy.patcher_extension import WrappersMP
 from torch import Tensor
 
 from ...flowcache_core.errors import UserError
+from ...flowcache_core.models.latent_spaces import stride_of
 from ...flowcache_core.models.longvie import leads
 from ...flowcache_core.models.wan import FRAME_STRIDE
 
@@ -156,9 +157,15 @@ def rounded_notes(stride: int, rest: int, **told: int) -> list[str]:
 
 
 def check_size(shape: Sequence[int]) -> None:
-    """Raises UserError for a latent's shape [..., height, width] that holds no picture."""
+    """Raises UserError for a latent's shape [B, C, T, height, width] that holds no picture."""
     if 0 in shape[-2:]:
-        raise UserError("The video is less than 8 pixels wide or high; set a larger width and height.")
+        least = stride_of(shape[1])
+        raise UserError(f"The video is less than {least} pixels wide or high; set a larger width and height.")
+
+
+def latent_stride(model) -> int:
+    """Pixels of a latent pixel of the host's model, across and down."""
+    return stride_of(model.get_model_object("latent_format").latent_channels)
 
 
 def check_finite(latent: Tensor, what: str) -> None:

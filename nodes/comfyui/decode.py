@@ -4,6 +4,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable
 
 import comfy.ldm.wan.vae
+import comfy.ldm.wan.vae2_2
 import comfy.model_management
 import torch
 from torch import Tensor
@@ -45,7 +46,9 @@ def stream_decoder(vae, make_room: Callable[[], bool] = lambda: False) -> "Strea
         return MagiDecoder(vae)
     if TAEHV is not None and isinstance(module, TAEHV):
         return SmallDecoder(vae)
-    return WanDecoder(vae, make_room) if isinstance(module, comfy.ldm.wan.vae.WanVAE) else OverlapDecoder(vae)
+    if isinstance(module, comfy.ldm.wan.vae.WanVAE):
+        return WanDecoder(vae, make_room)
+    return DeepDecoder(vae, make_room) if isinstance(module, comfy.ldm.wan.vae2_2.WanVAE) else OverlapDecoder(vae)
 
 
 class StreamDecoder(ABC):
@@ -137,13 +140,23 @@ class WanDecoder(TileDecoder):
     """
 
     def __init__(self, vae, make_room: Callable[[], bool] = lambda: False):
-        module = comfy.ldm.wan.vae
-        pairs = hasattr(module, "count_cache_layers")
-        super().__init__(vae, 1, 2 if pairs else 1)
-        count = module.count_cache_layers if pairs else module.count_conv3d
+        tile, count = self.stream_sizes(vae.first_stage_model.decoder)
+        super().__init__(vae, 1, tile)
         self.make_room = make_room
         self.places: list[Place] = []  # of the tiles in space; none while the picture is decoded whole
-        self.caches: list[list] = [[None] * count(vae.first_stage_model.decoder)]  # of each tile
+        self.caches: list[list] = [[None] * count]  # of each tile
+
+    def stream_sizes(self, decoder) -> tuple[int, int]:
+        """Latent frames of a tile after the first, and how many of the network's layers keep something."""
+        module = comfy.ldm.wan.vae
+        if hasattr(module, "count_cache_layers"):
+            return 2, module.count_cache_layers(decoder)
+        return 1, module.count_conv3d(decoder)
+
+    def pixels(self, network, tile: Tensor, cache: list) -> list[Tensor]:
+        """Frames [1, 3, T, H, W] of a tile, in one part or several; the layers' memory is changed in place."""
+        made = network.decoder(network.conv2(tile), feat_cache=cache, feat_idx=[0])
+        return made if isinstance(made, list) else [made]
 
     def decode(self, tiles: list[Tensor], side: SideStream) -> Pending[Tensor]:
         found: list[Tensor] = []
@@ -180,8 +193,7 @@ class WanDecoder(TileDecoder):
         ready = [_ready(self.vae, tile) for tile in tiles]
         cache = [_brought_back(kept, self.vae.device) for kept in cache]
         for tile in ready:
-            made = network.decoder(network.conv2(tile), feat_cache=cache, feat_idx=[0])
-            frames += made if isinstance(made, list) else [made]
+            frames += self.pixels(network, tile, cache)
         return torch.cat(frames, dim=2), [side.to_cpu(kept) if isinstance(kept, Tensor) else kept for kept in cache]
 
     def _cut_smaller(self, latent: Tensor) -> bool:
@@ -195,6 +207,18 @@ class WanDecoder(TileDecoder):
         self.caches = [[_part(kept, half, place) for kept in cache] for half, place, cache in halves]
         self.places = [half for half, _, _ in halves]
         return True
+
+
+class DeepDecoder(WanDecoder):
+    """The host's Wan 2.2 VAE of 48 channels, which decodes one frame after the other."""
+
+    def stream_sizes(self, decoder) -> tuple[int, int]:
+        return 1, comfy.ldm.wan.vae2_2.count_conv3d(decoder)
+
+    def pixels(self, network, tile: Tensor, cache: list) -> list[Tensor]:
+        first = all(kept is None for kept in cache)
+        made = network.decoder(network.conv2(tile), feat_cache=cache, feat_idx=[0], first_chunk=first)
+        return [comfy.ldm.wan.vae2_2.unpatchify(made, patch_size=2)]
 
 
 def _halves(place: Place) -> list[Place]:

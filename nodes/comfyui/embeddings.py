@@ -27,7 +27,7 @@ def save_embedding(conditioning: list, prefix: str) -> tuple[OutputFile, str]:
         tensors["mask"] = (
             more["attention_mask"].detach().cpu().to(torch.int32).reshape(embedding.shape[:2]).contiguous()
         )
-    file = OutputFile.new(f"{FOLDER}/{prefix}", 1, 1, ".safetensors")
+    file = OutputFile.new(f"{FOLDER}/{prefix}", (1, 1), ".safetensors")
     try:
         write_whole(file.path, lambda partial: save_file(tensors, partial))
     finally:

@@ -20,6 +20,7 @@ from ...flowcache_core.engine.from_video import STRENGTH, FromVideo, from_video
 from ...flowcache_core.errors import UserError
 from ...flowcache_core.history.streams import SideStream
 from ...flowcache_core.models.families import FAMILIES
+from ...flowcache_core.models.latent_spaces import stride_of
 from ...flowcache_core.report import Report
 from ...flowcache_core.schedule import ChunkSchedule
 from ...flowcache_core.storage import partial_videos
@@ -188,7 +189,9 @@ def extend(model: comfy.model_patcher.ModelPatcher, asked: Extension, how: Sampl
         chunk_frames, how.lag, how.solver, how.seeing, how.first_levels, asked.prefix, asked.end, how.condition, state
     )
     schedule = sampler.schedule(asked.chunks, len(how.levels) - 1)
-    source = started_from(model, asked, shape, sampler.frames_before(), schedule)
+    lead = sampler.frames_before() % chunk_frames
+    inside = lead if sampler.begins_inside(host.family_of(model)) else 0
+    source = started_from(model, asked, shape, sampler.frames_before() - inside, schedule)
     if source is not None:
         if apart:
             raise UserError("LongVie 2 is led by its control videos and starts from noise; disconnect 'video'.")
@@ -201,7 +204,8 @@ def extend(model: comfy.model_patcher.ModelPatcher, asked: Extension, how: Sampl
         shape,
         state.latents if state is not None else before,
         schedule,
-        sampler.frames_before() + asked.chunks * chunk_frames + (0 if after is None else after.shape[2]),
+        sampler.frames_before() - inside + asked.chunks * chunk_frames + (0 if after is None else after.shape[2]),
+        inside=inside,
         after=after,
         apart=apart,
     )
@@ -214,8 +218,7 @@ def extend(model: comfy.model_patcher.ModelPatcher, asked: Extension, how: Sampl
         ticks = sampler.schedule(sampler.chunks, len(how.levels) - 1).ticks
         run_guider(model, asked, sampler, how.levels, shape, ticks, how.scale)
 
-    lead = sampler.frames_before() % chunk_frames
-    kept = kept_run(model, name, asked, shape, sampler.chunks_before(), chunk_frames, lead, how)
+    kept = kept_run(model, name, asked, shape, sampler.chunks_before(), chunk_frames, lead - inside, how)
     return carry_out(model, name, asked, layout, kept, sample)
 
 
@@ -379,13 +382,14 @@ def latents_held(layout: Layout, stream: StreamSettings | None) -> int:
 def chunk_shape(model: comfy.model_patcher.ModelPatcher, asked: Extension, chunk_frames: int) -> list[int]:
     """Of a chunk's latent, [B, C, T, H, W], by the frames that are given; they are checked."""
     channels = model.get_model_object("latent_format").latent_channels
-    shape = [1, channels, chunk_frames, asked.size[1] // 8, asked.size[0] // 8]
+    stride = stride_of(channels)
+    shape = [1, channels, chunk_frames, asked.size[1] // stride, asked.size[0] // stride]
     sizes = []
     for given in (asked.prefix, asked.end, asked.video, None if asked.state is None else asked.state.latents):
         if given is not None:
             check_latent(given, channels)
             shape = [*given.shape[:2], chunk_frames, *given.shape[3:]]
-            sizes.append((8 * given.shape[4], 8 * given.shape[3]))
+            sizes.append((stride * given.shape[4], stride * given.shape[3]))
     check_size(shape)
     if len(set(sizes)) > 1:
         raise UserError(f"The given frames are of sizes {sizes} (width, height); bring them to one size.")

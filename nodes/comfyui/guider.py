@@ -18,6 +18,7 @@ from ...flowcache_core.engine.guidance import Again, Network
 from ...flowcache_core.errors import UserError
 from ...flowcache_core.history.positions import RotaryProduct
 from ...flowcache_core.models.families import family
+from ...flowcache_core.models.latent_spaces import pixel_size
 from ...flowcache_core.models.longvie import leads
 from ...flowcache_core.models.skyreels import share_frame_rate
 from ...flowcache_core.schedule import ChunkSchedule, Given
@@ -145,10 +146,14 @@ def start_image(options: dict, latent: Tensor) -> Tensor | None:
     given = options.get("ar_config", {}).get("initial_latent")
     if given is not None and (given.ndim != 5 or given.shape[3:] != latent.shape[3:]):
         raise UserError(
-            f"The start image of ARVideoI2V is {8 * given.shape[-1]}x{8 * given.shape[-2]}, the video "
-            f"{8 * latent.shape[4]}x{8 * latent.shape[3]}; sample the latent that ARVideoI2V gives."
+            f"The start image of ARVideoI2V is {_size(given)}, the video {_size(latent)}; sample the latent that "
+            "ARVideoI2V gives."
         )
     return given
+
+
+def _size(latent: Tensor) -> str:
+    return "{}x{}".format(*pixel_size(latent.shape)) if latent.ndim == 5 else f"of shape {tuple(latent.shape)}"
 
 
 def compute_dtype(model) -> torch.dtype:

@@ -17,7 +17,7 @@ from torch import isfinite
 
 from ...flowcache_core.engine.loop import Boundary
 from ...flowcache_core.errors import UserError, first_line, one_line, shortened
-from ...flowcache_core.prompts import Span
+from ...flowcache_core.prompts import Span, begins_shot
 from ...flowcache_core.report import Report
 from ...flowcache_core.timeline import Timeline
 from .captions import encoded, span_conditions
@@ -63,7 +63,8 @@ class LiveRun:
         self._box: Change | None = None
         self._ahead = first  # the first chunk that has not begun
         self._stops = False
-        self._shown: Mapping[str, float] = {prompt.caption: 1.0}
+        begun = {prompt.caption: 1.0}
+        self._shown: Mapping[str, float] = {} if begins_shot(begun) else begun
         self._known = {prompt.caption: (prompt.embedding, prompt.said)}  # `encoded` of the captions that are shown
         self._untried = False  # a change that no chunk has shown yet
         self._changes, self._seconds = 0, 0.0

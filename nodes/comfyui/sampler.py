@@ -11,12 +11,12 @@ from torch import Tensor
 from ...flowcache_core.engine.anew import held
 from ...flowcache_core.engine.build import IN_ORDER, RunSettings, Seeing, build_engine, given_chunks
 from ...flowcache_core.engine.from_video import FromVideo
-from ...flowcache_core.engine.loop import Engine, Progress, Sampling
+from ...flowcache_core.engine.loop import Engine, Progress, Sampling, beginning_with
 from ...flowcache_core.engine.pictures import Scenes
 from ...flowcache_core.errors import UserError
 from ...flowcache_core.models.families import FAMILIES, SOLVERS
 from ...flowcache_core.models.longvie import leads
-from ...flowcache_core.schedule import ChunkSchedule, Given
+from ...flowcache_core.schedule import ChunkSchedule, Given, Shot
 from ...flowcache_core.settings import OFF, Off, Settings
 from ...flowcache_core.solvers.one_step import chunk_noise
 from ...flowcache_core.storage.state import State
@@ -87,9 +87,9 @@ class ARSampler(host.ChunkSampler):
         patch = host.patch_of(options)
         add_wrapper_with_key(WrappersMP.DIFFUSION_MODEL, host.KEY, host.diffusion_model, options, is_model_options=True)
         seed = extra_args.get("seed") or 0
-        cut = self.cut(noise, options)
-        self._check_end(levels, cut.chunks)
         family, branches = host.family_of(guider.model_patcher), host.branches_of(guider)
+        cut = self.cut(noise, options, family)
+        self._check_end(levels, cut.chunks)
         frame_rate = options.get("transformer_options", {}).get(FPS, 24)
         with gpus.led(guider, options, family, branches, self.listener.settle, frame_rate) as led:
             call = SamplerCall(self, guider, options, levels, seed, noise, latent_image, callback, cut, led)
@@ -134,17 +134,23 @@ class ARSampler(host.ChunkSampler):
         """Works out what a run takes of the device's memory; None for a joint window, a forward like the host's."""
         if self.seeing in ("joint", "pictures"):
             return None
-        cut = self.cut(noise, guider.model_options)
+        cut = self.cut(noise, guider.model_options, host.family_of(guider.model_patcher))
         schedule = self.schedule(cut.chunks, len(sigmas) - 1)
         shape = (*noise.shape[:2], self.chunk_frames, *noise.shape[3:])
         return host.planned_bytes(guider, schedule, shape, settings, self.seeing, lead=cut.given_frames)
 
-    def cut(self, noise: Tensor, model_options: dict) -> "Cut":
+    def cut(self, noise: Tensor, model_options: dict, family: str) -> "Cut":
         """Says what a noise [B, C, T, H, W] becomes."""
+        inside = self.begins_inside(family)
         if self.chunks:
-            return Cut(self.chunks)
+            return Cut(self.chunks, inside=inside)
         given = start_image(model_options.get("transformer_options", {}), noise)
-        return Cut(*cut_into_chunks(noise, self.chunk_frames, 0 if given is None else given.shape[2]), given)
+        before = 0 if given is None or inside else given.shape[2]
+        return Cut(*cut_into_chunks(noise, self.chunk_frames, before), given, inside)
+
+    def begins_inside(self, family: str) -> bool:
+        """Whether given frames that fill no chunk are what the first new one begins with; else they stand before it."""
+        return FAMILIES[family].image_inside and self.seeing == "causal"
 
     def chunks_before(self) -> int:
         """Counts the whole chunks that a causal run has behind it when it starts."""
@@ -164,16 +170,19 @@ class Cut:
     Attributes:
         chunks: that are generated.
         last_frames: of the last one where it is shorter than the others, else 0.
-        given: the start image of ARVideoI2V before them, [B, C, T, H, W] in the host's space, or None.
+        given: the start image of ARVideoI2V, [B, C, T, H, W] in the host's space, or None.
+        inside: frames that are given and fill no chunk are what the first one begins with.
     """
 
     chunks: int
     last_frames: int = 0
     given: Tensor | None = None
+    inside: bool = False
 
     @property
     def given_frames(self) -> int:
-        return 0 if self.given is None else self.given.shape[2]
+        """Those of the start image that stand before the chunks."""
+        return 0 if self.given is None or self.inside else self.given.shape[2]
 
 
 class SamplerCall:
@@ -198,23 +207,26 @@ class SamplerCall:
         self.model = guider.inner_model
         self.shape = (*noise.shape[:2], sampler.chunk_frames, *noise.shape[3:])
         self.cut, self.led = cut, led
-        self.anew = FAMILIES[host.family_of(guider.model_patcher)].anew
+        self.family = FAMILIES[host.family_of(guider.model_patcher)]
         self.schedule = sampler.schedule(cut.chunks, len(levels) - 1)
         self.captions = ChunkCaptions(guider.conds)
-        self.begun = self._inside(cut.given)  # before the chunks, in the network's space
+        self.begun = None if cut.inside else self._inside(cut.given)  # before the chunks, in the network's space
         self.samples = [] if self.begun is None else [self.begun]  # finished frames that are returned
 
     def held(self, settings: Settings) -> Settings:
         """What the run keeps of its history."""
         if self.sampler.seeing != "causal":
             return settings
-        return held(self.anew, settings, self.sampler.chunk_frames, self.schedule.max_active)
+        return held(self.family.anew, settings, self.sampler.chunk_frames, self.schedule.max_active)
 
     def engine(self, settings: Settings) -> Engine:
         """Makes the run; frames that are given have been run when it returns."""
         sampler, seeing, options = self.sampler, self.sampler.seeing, self.options["transformer_options"]
         prefix, end = self._inside(sampler.prefix) if self.begun is None else self.begun, self._inside(sampler.end)
-        asked = settings
+        asked, begins = settings, None
+        if self.cut.inside and sampler.state is None:
+            given = self._inside(sampler.prefix if self.cut.given is None else self.cut.given)
+            prefix, begins = self._split(given)
         self._check_seeing(prefix, end)
         if seeing not in IN_ORDER:
             settings = OFF
@@ -226,9 +238,10 @@ class SamplerCall:
             plain=one_sum, led=self.led,
         )  # fmt: skip
         first_levels = sampler.first_levels if self.schedule.first_steps else None
-        self.sampling = Sampling(self.levels, self._start, self._fresh, SOLVERS[sampler.solver], first_levels)
+        sampling = Sampling(self.levels, self._start, self._fresh, SOLVERS[sampler.solver], first_levels)
+        self.sampling = beginning_with(sampling, self.schedule.prefix, begins)
         before = self.cut.given_frames or sampler.frames_before() % sampler.chunk_frames
-        lead = before if seeing == "causal" else 0
+        lead = before if seeing == "causal" and not self.cut.inside else 0
         state = sampler.state
         run = RunSettings(
             guidance.backbone, guidance, self.schedule, settings, self.sampling, seeing, self.shape,
@@ -243,8 +256,11 @@ class SamplerCall:
             loaded=state.by_branch if state else None,
             grain=None if prefix is None else partial(self._grain, prefix),
             scenes=self._scenes() if seeing == "pictures" else None,
-            anew=self.anew,
-            before=None if state is None else state.before(self.anew),
+            anew=self.family.anew,
+            before=None if state is None else state.before(self.family.anew),
+            shots=self.family.shots,
+            new_shot=lambda chunk: self.captions.begins_shot(chunk),
+            shot=Shot() if state is None else state.shot,
             on_progress=lambda told: self._progress(told, engine),
             steer=lambda ahead: sampler.listener.steer(ahead, self._steering(engine)),
         )  # fmt: skip
@@ -317,6 +333,14 @@ class SamplerCall:
         if given is None:
             return None
         return self.model.process_latent_in(given.to(self.noise)).expand(self.noise.shape[0], -1, -1, -1, -1)
+
+    def _split(self, given: Tensor | None) -> tuple[Tensor | None, Tensor | None]:
+        """Given frames that fill chunks, and those that the first new one begins with; None for no such ones."""
+        if given is None:
+            return None, None
+        whole = given.shape[2] // self.sampler.chunk_frames * self.sampler.chunk_frames
+        before, begins = given.tensor_split([whole], dim=2)
+        return (before if before.shape[2] else None), (begins if begins.shape[2] else None)
 
     def _noised(self, chunk: int | Given, latent: Tensor) -> Tensor:
         """Given frames of a causal run, with as much noise as they are shown at; a window draws its own at every

@@ -4,6 +4,7 @@ from pathlib import Path
 
 import folder_paths
 
+from ...flowcache_core.models.latent_spaces import pixel_size
 from ...flowcache_core.report import megabytes
 from ...flowcache_core.storage.state import State
 
@@ -19,9 +20,9 @@ def register_folder() -> None:
 
 def described(state: State) -> str:
     """Says what a state is of, in lines that fit a node's width."""
-    height, width = state.latents.shape[3:]
+    width, height = pixel_size(state.latents.shape)
     tensors = [state.latents, *(part for history in state.histories for part in history)]
     return (
-        f"{state.model or 'unknown model'}\n{8 * width} x {8 * height} pixels, {state.frames} latent frames, "
+        f"{state.model or 'unknown model'}\n{width} x {height} pixels, {state.frames} latent frames, "
         f"{state.chunk_frames} a chunk\n{megabytes(sum(tensor.nbytes for tensor in tensors))}"
     )

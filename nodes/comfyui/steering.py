@@ -9,7 +9,7 @@ from torch import Tensor
 
 from ...flowcache_core.report import Report
 from ...flowcache_core.schedule import ChunkSchedule
-from .captions import BLEND, CHUNKS, ChunkCaptions
+from .captions import BLEND, CHUNKS, SHOT, ChunkCaptions
 from .patch import MEMORY
 
 
@@ -52,4 +52,4 @@ class Steering:
         comfy.model_management.load_models_gpu([self.guider.model_patcher], memory_required=room)
 
 
-OWN = (CHUNKS, BLEND)  # of a condition: what belongs to its chunks
+OWN = (CHUNKS, BLEND, SHOT)  # of a condition: what belongs to its chunks

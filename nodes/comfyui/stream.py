@@ -27,6 +27,7 @@ from ...flowcache_core.media.picture_stream import PictureStream
 from ...flowcache_core.media.pictures import filmstrip
 from ...flowcache_core.media.video import frames_of
 from ...flowcache_core.media.video_stream import VideoStream
+from ...flowcache_core.models.latent_spaces import pixel_size
 from ...flowcache_core.report import Report
 from ...flowcache_core.storage.files import clean_name
 from .decode import stream_decoder
@@ -68,10 +69,11 @@ class OutputFile:
     subfolder: str
 
     @classmethod
-    def new(cls, prefix: str, width: int, height: int, ending: str = ".mp4") -> "OutputFile":
+    def new(cls, prefix: str, size: tuple[int, int], ending: str = ".mp4") -> "OutputFile":
         """The next free number behind a prefix. The file is there from now on, so that no other run or server takes it.
 
         Args:
+            size: width and height in pixels, which a prefix may name.
             ending: of a file; none for a folder.
 
         Raises:
@@ -81,7 +83,7 @@ class OutputFile:
         prefix = clean_name(prefix, UNNAMED)
         root = folder_paths.get_output_directory()
         try:
-            _, name, counter, subfolder, _ = folder_paths.get_save_image_path(prefix, root, width, height)
+            _, name, counter, subfolder, _ = folder_paths.get_save_image_path(prefix, root, *size)
             while True:
                 file = cls(f"{name}_{counter:05}_{ending}", subfolder)
                 with suppress(FileExistsError):
@@ -301,7 +303,7 @@ class VideoOutlet(Outlet):
         self.settings = settings
         self._shown = 0  # frames of the unfinished file that its node plays
         self._shown_at = float("-inf")
-        self.file = OutputFile.new(settings.prefix, 8 * shape[4], 8 * shape[3], settings.how.ending)
+        self.file = OutputFile.new(settings.prefix, pixel_size(shape), settings.how.ending)
         self.stream = new_stream(self.file, settings.fps, metadata, settings.how)
 
     def finish(self, report: Report) -> OutputFile:

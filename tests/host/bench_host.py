@@ -20,9 +20,9 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # a script has onl
 import torch  # noqa: E402
 from safetensors.torch import load_file  # noqa: E402
 
-from flowcache_core.demo.vae import LATENT_MEAN, LATENT_STD  # noqa: E402
 from flowcache_core.lab.likeness import decibels, pixels  # noqa: E402
 from flowcache_core.lab.report_file import add_to_report  # noqa: E402
+from flowcache_core.models.latent_spaces import WAN_21_MEAN, WAN_21_STD  # noqa: E402
 from tests.helpers.host.comfy_server import HOST, Outcome, Server  # noqa: E402
 from tests.helpers.host.graph import Graph, native  # noqa: E402
 
@@ -91,7 +91,7 @@ def run(server: Server, way: Way, chunks: int, steps: int, seed: int) -> tuple[f
         raise Failed(outcome.error["exception_message"].strip())
     (file,) = server.saved(outcome, save)
     raw = load_file(file)["latent_tensor"]
-    mean, std = (torch.tensor(values).view(-1, 1, 1, 1) for values in (LATENT_MEAN, LATENT_STD))
+    mean, std = (torch.tensor(values).view(-1, 1, 1, 1) for values in (WAN_21_MEAN, WAN_21_STD))
     return begun[save] - begun[sampler], (raw - mean) / std
 
 

@@ -65,9 +65,9 @@ def alone(
 
 def normalised(latent: torch.Tensor) -> torch.Tensor:
     """The host's latents as the network sees them."""
-    from flowcache_core.demo.vae import LATENT_MEAN, LATENT_STD
+    from flowcache_core.models.latent_spaces import WAN_21_MEAN, WAN_21_STD
 
-    mean, deviation = (torch.tensor(values).view(1, -1, 1, 1, 1) for values in (LATENT_MEAN, LATENT_STD))
+    mean, deviation = (torch.tensor(values).view(1, -1, 1, 1, 1) for values in (WAN_21_MEAN, WAN_21_STD))
     return (latent - mean) / deviation
 
 

@@ -9,7 +9,8 @@ from safetensors.torch import load_file
 
 from flowcache_core import generate
 from flowcache_core.demo.captions import embed_caption
-from flowcache_core.demo.vae import LATENT_MEAN, LATENT_STD, load_vae
+from flowcache_core.demo.vae import load_vae
+from flowcache_core.models.latent_spaces import WAN_21_MEAN, WAN_21_STD
 from flowcache_core.models.longvie import Clips, LongVieBackbone, LongVieNetwork
 from flowcache_core.settings import OFF, Settings, Spread
 from tests.helpers.host.graph import Graph, fails, sample
@@ -85,7 +86,7 @@ def alone(chunks: int = 2, settings: Settings = OFF) -> torch.Tensor:
 
 def normalised(batch: torch.Tensor) -> torch.Tensor:
     """A batch of chunks in the host's space as one latent in the network's."""
-    mean, deviation = (torch.tensor(values).view(1, -1, 1, 1, 1) for values in (LATENT_MEAN, LATENT_STD))
+    mean, deviation = (torch.tensor(values).view(1, -1, 1, 1, 1) for values in (WAN_21_MEAN, WAN_21_STD))
     return (torch.cat(batch.split(1), dim=2) - mean) / deviation
 
 
