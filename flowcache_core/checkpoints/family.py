@@ -144,9 +144,10 @@ def _told_family(path: Path, file: WeightFile, config: WanConfig | None, setting
     kind = settings.get("_class_name")
     if config.fps or marked or "inject_sample_info" in settings or kind == "SkyReelsV2Transformer3DModel":
         return "skyreels", ()
-    if is_deep(config.out_dim) and (file.wrapper.startswith("generator") or kind in CAUSAL_CLASSES):
+    causal = settings.get("causal_ar")
+    if is_deep(config.out_dim) and (causal or file.wrapper.startswith("generator") or kind in CAUSAL_CLASSES):
         return "longlive 2", ()
-    if settings.get("causal_ar"):
+    if causal:
         return "causal", ()
     if file.wrapper.startswith("generator") or kind in CAUSAL_CLASSES:
         return "causal", (

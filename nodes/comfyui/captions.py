@@ -7,7 +7,7 @@ from torch import Tensor
 
 from ...flowcache_core.demo.captions import embed_caption
 from ...flowcache_core.errors import UserError
-from ...flowcache_core.prompts import FOREVER, Blend, Span, begins_shot
+from ...flowcache_core.prompts import FOREVER, Blend, Span, after_cut, begins_shot
 from ...flowcache_core.prompts import captions as captions_of
 
 CHUNKS = "flowcache_chunks"  # of a condition: first and last chunk that it holds for
@@ -115,9 +115,10 @@ class ChunkCaptions:
 
 
 def encoded(clip, caption: str) -> tuple[Tensor, dict]:
-    """A caption's embedding [1, tokens, width] and what the encoder says beside it; the demo's without an encoder."""
+    """A caption's embedding [1, tokens, width] and what its encoder says beside it; without one the demo's, which
+    knows no words of a cut."""
     if clip is None:
-        return embed_caption(caption), {}
+        return embed_caption(after_cut(caption)), {}
     ((embedding, more),) = clip.encode_from_tokens_scheduled(clip.tokenize(caption))
     return embedding, more
 

@@ -18,6 +18,7 @@ from torch import Tensor
 from ...flowcache_core import checkpoints
 from ...flowcache_core.checkpoints.conversion import untold
 from ...flowcache_core.demo.preview import RGB_BIAS, RGB_FACTORS
+from ...flowcache_core.models.latent_spaces import is_deep, stride_of
 from ...flowcache_core.models.longvie import CONTROL, LongVieConfig, fit_control_layers
 from ...flowcache_core.models.skyreels import add_frame_rate
 from ...flowcache_core.models.wan import WanConfig
@@ -90,7 +91,9 @@ def _load_wan_by_hand(weights: dict[str, Tensor], config: WanConfig, dtype: torc
     sizes = asdict(config)
     del sizes["fps"]  # `add_frame_rate` does what it says
     kind = {"image_model": "wan2.1", "model_type": "t2v"}
-    model_config = comfy.supported_models.WAN21_T2V(kind | sizes | {"window_size": (-1, -1), "qk_norm": True})
+    models = comfy.supported_models
+    known = models.WAN22_T2V if is_deep(config.out_dim) else models.WAN21_T2V
+    model_config = known(kind | sizes | {"window_size": (-1, -1), "qk_norm": True})
     supported = list(model_config.supported_inference_dtypes)
     count = comfy.utils.calculate_parameters(weights)
     stored = comfy.utils.weight_dtype(weights)
@@ -102,21 +105,24 @@ def _load_wan_by_hand(weights: dict[str, Tensor], config: WanConfig, dtype: torc
     return comfy.model_patcher.ModelPatcher(model, load_device=device, offload_device=offload)
 
 
-def video_vae(module: torch.nn.Module) -> comfy.sd.VAE:
+def video_vae(module: torch.nn.Module, channels: int = 16) -> comfy.sd.VAE:
     """The host's VAE object around a module with Wan's `encode` and `decode`, for any width and on any host.
 
     Args:
-        module: encode [B, 3, T, H, W] in [-1, 1] to raw latents [B, 16, 1 + (T - 1) / 4, H / 8, W / 8], and decode.
+        module: encode [B, 3, T, H, W] in [-1, 1] to raw latents [B, C, 1 + (T - 1) / 4, H / 8, W / 8], and decode;
+            to a 16th of height and width where C is 48.
+        channels: of its latents.
     """
     vae = empty_vae()
     vae.first_stage_model = module.eval()
-    vae.latent_dim, vae.latent_channels, vae.output_channels = 3, 16, 3
-    vae.upscale_ratio = (lambda frames: max(0, 4 * frames - 3), 8, 8)
-    vae.upscale_index_formula = (4, 8, 8)
-    vae.downscale_ratio = (lambda frames: max(0, (frames + 3) // 4), 8, 8)
-    vae.downscale_index_formula = (4, 8, 8)
+    vae.latent_dim, vae.latent_channels, vae.output_channels = 3, channels, 3
+    stride = stride_of(channels)
+    vae.upscale_ratio = (lambda frames: max(0, 4 * frames - 3), stride, stride)
+    vae.upscale_index_formula = (4, stride, stride)
+    vae.downscale_ratio = (lambda frames: max(0, (frames + 3) // 4), stride, stride)
+    vae.downscale_index_formula = (4, stride, stride)
     # Bytes that a decode or encode takes, after the stock entry for the Wan 2.1 VAE (whose width is 96).
-    vae.memory_used_decode = lambda shape, dtype: 7000 * shape[3] * shape[4] * 64 * dtype.itemsize
+    vae.memory_used_decode = lambda shape, dtype: 7000 * shape[3] * shape[4] * stride**2 * dtype.itemsize
     vae.memory_used_encode = lambda shape, dtype: 6000 * shape[3] * shape[4] * dtype.itemsize
     management = comfy.model_management
     vae.working_dtypes = [torch.float32]

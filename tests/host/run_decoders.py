@@ -15,6 +15,7 @@ from in_host import of_pack
 sys.path.append(str(Path(__file__).resolve().parents[1] / "helpers"))
 
 import comfy.ldm.wan.vae  # isort: skip
+import comfy.ldm.wan.vae2_2  # isort: skip
 import torch
 from late_device import pretend_streams
 
@@ -28,6 +29,12 @@ def stock() -> torch.nn.Module:
     """The host's own Wan VAE, small and random."""
     torch.manual_seed(0)
     return comfy.ldm.wan.vae.WanVAE(dim=8, z_dim=16, temperal_downsample=[False, True, True])
+
+
+def deep() -> torch.nn.Module:
+    """The host's own Wan 2.2 VAE of 48 channels, small and random."""
+    torch.manual_seed(0)
+    return comfy.ldm.wan.vae2_2.WanVAE(dim=8, dec_dim=8, z_dim=48, temperal_downsample=[False, True, True])
 
 
 @cache
@@ -89,7 +96,7 @@ def cramped(vae, latent: torch.Tensor, most: int, rooms: int) -> dict:
         return made[-1]
 
     parts: list = []
-    decoder = host_decode.WanDecoder(vae, make_room)
+    decoder = host_decode.stream_decoder(vae, make_room)
     with torch.inference_mode():
         whole = vae.decode(latent)[0]
         network.decoder.forward = forward
@@ -112,29 +119,39 @@ def cramped(vae, latent: torch.Tensor, most: int, rooms: int) -> dict:
 
 def main() -> None:
     demo = host_models.video_vae(core_vae.load_vae())
-    wan = host_models.video_vae(stock())
-    for name, weight in wan.first_stage_model.named_parameters():  # the host's layers leave theirs as memory had it
-        if name.endswith("bias"):
-            torch.nn.init.zeros_(weight)
-        elif not name.endswith("gamma"):
-            torch.nn.init.normal_(weight, std=weight[0].numel() ** -0.5)
+    wan, deeper = host_models.video_vae(stock()), host_models.video_vae(deep(), 48)
+    for vae in (wan, deeper):
+        for name, weight in vae.first_stage_model.named_parameters():  # the host's layers leave theirs as memory had it
+            if name.endswith("bias"):
+                torch.nn.init.zeros_(weight)
+            elif not name.endswith("gamma"):
+                torch.nn.init.normal_(weight, std=weight[0].numel() ** -0.5)
     latent = torch.randn(1, 16, 10, 4, 4, generator=torch.Generator().manual_seed(1))
+    small_latent = torch.randn(1, 48, 10, 2, 2, generator=torch.Generator().manual_seed(1))
     results = {}
     for chunk in (1, 2, 3):
         results[f"demo {chunk}"] = compare(host_decode.stream_decoder(demo), demo, latent, chunk)
         results[f"wan {chunk}"] = compare(host_decode.stream_decoder(wan), wan, latent, chunk)
+        results[f"deep {chunk}"] = compare(host_decode.stream_decoder(deeper), deeper, small_latent, chunk)
         results[f"overlap {chunk}"] = compare(host_decode.OverlapDecoder(demo), demo, latent, chunk)
     wide = torch.randn(1, 16, 4, 4, 64, generator=torch.Generator().manual_seed(2))
     results["cramped"] = cramped(wan, wide, most=4 * 24, rooms=2)
+    deep_wide = torch.randn(1, 48, 4, 4, 64, generator=torch.Generator().manual_seed(2))
+    results["deep cramped"] = cramped(deeper, deep_wide, most=4 * 24, rooms=2)
     if host_decode.TAEHV is not None:
         tae = host_models.video_vae(small())
         tae.process_output = lambda image: image
         for chunk in (1, 2, 3):
             results[f"small {chunk}"] = compare(host_decode.stream_decoder(tae), tae, latent, chunk)
     device = pretend_streams(streams, setattr)
-    for name, vae in {"demo": demo, "wan": wan, **({} if host_decode.TAEHV is None else {"small": tae})}.items():
-        results[f"{name} beside"] = beside(vae, latent, device)
-    results["classes"] = [type(host_decode.stream_decoder(vae)).__name__ for vae in (demo, wan)]
+    for name, vae in {
+        "demo": demo,
+        "wan": wan,
+        "deep": deeper,
+        **({} if host_decode.TAEHV is None else {"small": tae}),
+    }.items():
+        results[f"{name} beside"] = beside(vae, small_latent if name == "deep" else latent, device)
+    results["classes"] = [type(host_decode.stream_decoder(vae)).__name__ for vae in (demo, wan, deeper)]
     print("RESULT " + json.dumps(results))
 
 

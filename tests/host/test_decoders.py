@@ -13,7 +13,7 @@ def found(request, tmp_path_factory) -> dict:
 
 
 @pytest.mark.parametrize("chunk", [1, 2, 3])
-@pytest.mark.parametrize("vae", ["demo", "wan"])
+@pytest.mark.parametrize("vae", ["demo", "wan", "deep"])
 def test_carried_on_decoding_is_decoding_the_whole(found, vae, chunk):
     result = found[f"{vae} {chunk}"]
     assert result["shapes"][0] == result["shapes"][1] == [37, 32, 32, 3]
@@ -36,7 +36,7 @@ def test_small_decoders_are_carried_on_too(found, chunk):
     assert result["spread"] > 0.01 and result["largest"] < 1e-4 * result["spread"]
 
 
-@pytest.mark.parametrize("vae", ["demo", "wan", "small"])
+@pytest.mark.parametrize("vae", ["demo", "wan", "deep", "small"])
 def test_beside_a_run_nothing_waits_for_a_decode(found, vae):
     """Neither the host nor the network's stream, until the frames are read; and they are the same to the bit."""
     if f"{vae} beside" not in found:
@@ -46,8 +46,9 @@ def test_beside_a_run_nothing_waits_for_a_decode(found, vae):
     assert result["equal"]
 
 
-def test_a_decode_that_runs_out_makes_room_and_goes_on_in_tiles(found):
-    result = found["cramped"]
+@pytest.mark.parametrize("name", ["cramped", "deep cramped"])
+def test_a_decode_that_runs_out_makes_room_and_goes_on_in_tiles(found, name):
+    result = found[name]
     assert result["rooms"] == [True, True, False, False] and result["tiles"] == 4
     assert result["shapes"][0] == result["shapes"][1]
     assert result["before"] < 1e-4  # what was decoded before stays as it is
@@ -55,4 +56,4 @@ def test_a_decode_that_runs_out_makes_room_and_goes_on_in_tiles(found):
 
 
 def test_each_vae_has_its_decoder(found):
-    assert found["classes"] == ["DemoDecoder", "WanDecoder"]
+    assert found["classes"] == ["DemoDecoder", "WanDecoder", "DeepDecoder"]
