@@ -218,6 +218,7 @@ def parser() -> argparse.ArgumentParser:
     option(
         "--text", type=Path, nargs="+", metavar="EMBEDDING", help="instead of captions: files of Save Text Embedding"
     )
+    option("--shots", type=int, nargs="+", default=[], metavar="CHUNK", help="that begin a new shot (LongLive 2.0)")
     option("--negative-text", type=Path, metavar="EMBEDDING", help="the same of what to keep away from, with guidance")
     option("--width", type=int, help="in pixels, but for the demo model (default: the family's)")
     option("--height", type=int, help="likewise")

@@ -122,6 +122,7 @@ def _generate(options: argparse.Namespace, team: Any, demo: bool) -> None:
             options.negative, options.chunks, steps, lag, guidance, options.seed, width, height, str(dtype), state,
         ]  # fmt: skip
         determining += [] if video is None else [video, options.strength]
+        determining += [sorted(options.shots)] if options.shots else []
         run = digest_of(determining)
         folder = RunFolder(options.resume, run, int(options.resume_gb * 2**30), first, chunk_frames, name)
     recent, begun = latents_needed(usual.anew, settings.history, chunk_frames)
@@ -161,7 +162,7 @@ def _generate(options: argparse.Namespace, team: Any, demo: bool) -> None:
         negative = _negative(options, device, dtype) if guidance != 1.0 else None
         result = generate(
             backbone, shares[done:], left, family_name=options.family, lag=lag, frames_per_chunk=chunk_frames,
-            guidance_scale=guidance, negative=negative, **told,
+            guidance_scale=guidance, negative=negative, shots=options.shots, **told,
         )  # fmt: skip
     if not writes:
         return

@@ -42,7 +42,7 @@ def loaders(graph: dict) -> list[dict]:
 
 
 def test_the_page_links_files_where_it_can():
-    assert len(LINKS) == 12
+    assert len(LINKS) == 14
     for name, url in LINKS.items():
         parts = urllib.parse.urlsplit(url)
         assert parts.netloc in HOSTS and parts.path.endswith("/" + name) and name.endswith(ENDINGS)
@@ -87,6 +87,7 @@ GOLDEN = {  # row: file of golden tensors, runs of upstream's in it
     "Reward Forcing": ("longlive", ["reward_forcing", "reward_forcing_half", "reward_forcing_12"]),
     "Rolling Forcing": ("rolling_forcing", ["rolling_forcing"]),
     "LongLive": ("longlive", ["longlive", "longlive_switch"]),
+    "LongLive 2.0 5B": ("longlive2", ["longlive2", "shots", "image", "published"]),
     "Krea Realtime 14B": ("krea", ["krea", "krea_switch"]),
     "MAGI-1 4.5B": ("magi_runs", ["base", "distill", "image", "video"]),
     "MAGI-1 24B": ("magi_runs", ["gated"]),

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from flowcache_core.errors import UserError
-from flowcache_core.prompts import Blend, captions, mix, parse
+from flowcache_core.prompts import Blend, begins_shot, captions, mix, parse
 
 
 def shown(text: str, chunk: int) -> dict[str, float]:
@@ -138,3 +138,17 @@ def test_what_cannot_be_read_is_said_in_one_line(text, words):
     with pytest.raises(UserError, match=words) as caught:
         parse(text)
     assert "\n" not in str(caught.value)
+
+
+def test_a_segment_that_begins_a_shot_tells_its_first_chunk_alone():
+    spans = parse("0-2: a fox\n3-5: The scene transitions. a den\n8: The scene transitions. a hill\n9-: a hill")
+    shown = {chunk: dict(span.weights) for span in spans for chunk in range(span.first, min(span.last, 12) + 1)}
+    assert shown[2] == {"a fox": 1.0} and shown[4] == shown[5] == {"a den": 1.0} and shown[12] == {"a hill": 1.0}
+    begun = [chunk for chunk, weights in shown.items() if begins_shot(weights)]
+    assert begun == [3, 8] and shown[3] == {"The scene transitions. a den": 1.0}
+    assert parse("0-: The scene transitions.")[0].last > 12  # nothing is behind it
+
+
+@pytest.mark.parametrize("text", ["the scene transitions. a den", "a den. The scene transitions. a fox", "a | b"])
+def test_only_these_words_at_the_beginning_are_a_cut(text):
+    assert not begins_shot(parse(f"0: {text}")[0].weights)

@@ -65,3 +65,14 @@ def test_only_a_record_is_read():
     for text in ("0-1: a\n4-: b", "# a\n0: b"):
         with pytest.raises(UserError):
             Timeline.read(text)
+
+
+def test_a_caption_that_begins_a_shot_tells_its_first_chunk_alone_and_is_not_blended():
+    line = Timeline.begin("a").changed(4, "The scene transitions. b", over=3)
+    assert line.text() == "0-3: a\n4: The scene transitions. b\n5-: b"
+    assert Timeline.read(line.text()) == line
+    for chunk in range(8):
+        assert read(line.text(), chunk) == list(line.at(chunk).items())
+    assert read(line.until(5).text(), 6) == [("b", 1.0)]  # as it would have gone on
+    again = line.changed(9, "The scene transitions. b")
+    assert again.text().splitlines()[2:] == ["5-8: b", "9: The scene transitions. b", "10-: b"]

@@ -15,6 +15,7 @@ from flowcache_core.models.wan import WanConfig
 from tests.helpers.headers import Header, stored, write_safetensors, write_shards, write_torch
 from tests.helpers.paths import ROOT
 
+WAN_5B = WanConfig(dim=3072, ffn_dim=14336, num_heads=24, num_layers=30, in_dim=48, out_dim=48)
 WAN = WanConfig(dim=1536, ffn_dim=8960, num_heads=12, num_layers=30)
 SKYREELS = WanConfig(dim=1536, ffn_dim=8960, num_heads=12, num_layers=30, fps=True)
 SKYREELS_14B = WanConfig(dim=5120, ffn_dim=13824, num_heads=40, num_layers=40)
@@ -30,6 +31,11 @@ def trained(path: Path, header: Header, config: dict) -> None:
 def causvid(path: Path, header: Header, config: dict) -> None:
     """As causvid/train_distillation.py saves."""
     write_torch(path, header, {"generator": "model.", "critic": "model."})
+
+
+def whole(path: Path, header: Header, config: dict) -> None:
+    """As utils/inference_utils.py of LongLive 2.0 reads it into its wrapper; in bfloat16 by its name."""
+    write_torch(path, {name: ("BF16", shape) for name, (_, shape) in header.items()}, {"generator": "model."})
 
 
 def for_comfyui(path: Path, header: Header, config: dict) -> None:
@@ -110,6 +116,7 @@ FILES = {
     "rewardforcing.pt": ("wan_1_3b", trained, "causal", WAN, True),
     "longlive_1.3b.safetensors": ("wan_1_3b", converted("longlive"), "longlive", WAN, False),
     "krea-realtime-video-14b.safetensors": ("skyreels_14b", wrapped, "wan", SKYREELS_14B, True),
+    "model_bf16.pt": ("wan_5b", whole, "longlive 2", WAN_5B, False),
     "model.pt": ("wan_1_3b", causvid, "causal", WAN, True),  # CausVid's
     "causvid.pt": ("wan_1_3b", causvid, "causal", WAN, True),  # as the docs have it saved
     "magi1_4.5b_distill.safetensors": ("magi_4_5b", converted("magi distilled"), "magi distilled", MAGI_4_5B, False),

@@ -27,8 +27,16 @@ FRAMES = {  # latent frames of an image, and of 2 chunks; of 6 where a history i
     "rolling_forcing": 6 * 3,
     "longlive_prompts": 6 * 3,
     "krea_realtime": 6 * 3,
+    "longlive_2_shots": 6 * 8,
 }
-LONGER = ("skyreels_long_video", "reward_forcing", "rolling_forcing", "longlive_prompts", "krea_realtime")
+LONGER = (
+    "skyreels_long_video",
+    "reward_forcing",
+    "rolling_forcing",
+    "longlive_prompts",
+    "krea_realtime",
+    "longlive_2_shots",
+)
 
 
 def small(name: str, **inputs) -> dict:
@@ -42,7 +50,10 @@ def small(name: str, **inputs) -> dict:
             caption = next(captions) if node["inputs"]["text"] else ""
             prompt[key] = {"class_type": "FlowCacheDemoPrompt", "inputs": {"caption": caption}}
         elif node["class_type"] == "FlowCachePromptsOverTime":
-            node["inputs"] = {"text": f"0-1: {CAPTIONS[0]}\n2-4: {CAPTIONS[1]}\n5-: {CAPTIONS[2]}"}
+            cut = "The scene transitions. " if name == "longlive_2_shots" else ""
+            node["inputs"] = {"text": f"0-1: {CAPTIONS[0]}\n2-4: {cut}{CAPTIONS[1]}\n5-: {cut}{CAPTIONS[2]}"}
+        elif node["class_type"] == "VAELoader" and "2.2" in node["inputs"]["vae_name"]:
+            prompt[key] = {"class_type": "TestDeepVAE", "inputs": {}}
         elif node["class_type"] == "CLIPVisionLoader":
             prompt[key] = {"class_type": "TestImageEncoder", "inputs": {}}
         elif node["class_type"] == "ImageScale":
@@ -76,7 +87,8 @@ def test_runs_to_a_video(server, name):
     size, unit = told.removeprefix("history: ").split(" planned")[0].split()
     assert f"planned {size} {unit}" in text and float(size) > 0
     assert "6 steps, lag 5" in text if name.startswith("skyreels") else "0% of steps reused" in text
-    assert ("computed anew for the prompt of chunk 2, 5" in text) == name.startswith("longlive")
+    assert ("computed anew for the prompt of chunk 2, 5" in text) == (name == "longlive_prompts")
+    assert ("a new shot begins with chunk 2, 5" in text) == (name == "longlive_2_shots")
 
 
 def test_two_chunks_led_by_videos(server):

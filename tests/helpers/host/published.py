@@ -19,6 +19,7 @@ from tests.helpers.host.magi_models import VAE, network_of, tokens, vae_alone
 
 # One head of 128: without metadata a network's head count follows from its width.
 NETWORK = WanConfig(dim=128, ffn_dim=128, num_heads=1, num_layers=2, text_dim=64)
+DEEP = replace(NETWORK, in_dim=48, out_dim=48)
 SKYREELS = "Wan2_1-SkyReels-V2-DF-1_3B-540P_fp32.safetensors"
 SKYREELS_14B = "Wan2_1-SkyReels-V2-DF-14B-720P_fp16.safetensors"
 
@@ -35,6 +36,9 @@ def write_published(base: Path) -> None:
         torch.save({"generator_ema": weights}, networks / name)
     weights = {f"model.{key}": weight for key, weight in random_network(8, NETWORK).items()}
     save_file(weights, networks / "krea-realtime-video-14b.safetensors")
+    weights = {f"model.{key}": weight for key, weight in random_network(9, DEEP).items()}
+    torch.save({"generator": weights}, networks / "model_bf16.pt")
+    (base / "models" / "vae" / "wan2.2_vae.safetensors").touch()  # listed, never read: the real one has 1.4 GB
     write_longvie(networks)
     image_encoders = base / "models" / "clip_vision"
     image_encoders.mkdir(exist_ok=True)

@@ -24,6 +24,7 @@ GRAPHS: dict[str, Path] = {
         "causvid_text_to_video": "on CausVid 1.3B text to video",
         "krea_realtime": "on Krea Realtime 14B text to video",
         "longlive_prompts": "on LongLive 1.3B with changing prompts",
+        "longlive_2_shots": "on LongLive 2.0 5B with several shots",
         "longvie_controlled": "on LongVie 2 14B led by depth and tracks",
         "magi_24b_text_to_video": "on MAGI-1 24B text to video",
         "magi_continue_three_prompts": "on MAGI-1 4.5B continue three prompts",

@@ -6,8 +6,9 @@ import os
 import sys
 import time
 from collections import Counter
-from functools import wraps
+from functools import partial, wraps
 
+import comfy.ldm.wan.vae2_2
 import comfy.samplers
 import comfy.sd
 import comfy.supported_models_base
@@ -234,6 +235,30 @@ class ImageEncoder:
         return Seen(image.cpu())
 
 
+class DeepVAE:
+    """The host's Wan 2.2 VAE of 48 channels, small and random."""
+
+    INPUT_TYPES = classmethod(lambda cls: {"required": {}})
+    RETURN_TYPES = ("VAE",)
+    FUNCTION = "make"
+    CATEGORY = "test"
+
+    def make(self):
+        module = comfy.ldm.wan.vae2_2
+        whole = module.WanVAE
+        small = partial(whole, dim=8, dec_dim=8, z_dim=48, temperal_downsample=[False, True, True])
+        random = torch.Generator().manual_seed(0)
+        weights = {
+            name: torch.randn(weight.shape, generator=random) * weight[0].numel() ** -0.5
+            for name, weight in small().state_dict().items()
+        }
+        module.WanVAE = lambda **sizes: small()  # the host builds the whole one, whatever the file holds
+        try:
+            return (comfy.sd.VAE(sd=weights),)
+        finally:
+            module.WanVAE = whole
+
+
 class LiveObjects:
     """Counts what is alive in the server, by type, and the bytes of its tensors."""
 
@@ -279,6 +304,7 @@ NODE_CLASS_MAPPINGS = {
     "TestGuiderCalls": GuiderCalls,
     "TestHardTimes": HardTimes,
     "TestImageEncoder": ImageEncoder,
+    "TestDeepVAE": DeepVAE,
     "TestLiveObjects": LiveObjects,
     "TestWrongObject": WrongObject,
 }
