@@ -134,7 +134,7 @@ def build_engine(run: RunSettings, make: Callable[..., CausalForward] = CausalFo
             run.backbone, run.guidance, report, run.shape[2], tables=_tables(run), **_shared(run, report)
         )
     elif run.seeing == "pictures":
-        report.notes += [] if settings.history.budget is None else [NO_HISTORY]
+        report.notes += [NO_HISTORY] if settings.history.bounded else []
         check_room(_window_bytes(run, 1), run.device)
         pictures = PicturesForward(
             run.backbone, run.guidance, report, schedule, run.scenes, run.dtype,
