@@ -13,8 +13,9 @@ from flowcache_core.errors import UserError
 from flowcache_core.history.positions import rotate
 from flowcache_core.models import helios
 from flowcache_core.models.helios import COARSENESS, HeliosBackbone, HeliosConfig, Parts, Places, table
+from flowcache_core.models.presets import PRESETS
 from flowcache_core.models.rotary import Rotary
-from flowcache_core.schedule import Place
+from flowcache_core.schedule import ChunkSchedule, Place
 from flowcache_core.solvers.multistep import UniPC
 from tests.helpers import golden_weights
 from tests.helpers.golden_runs import relative_error
@@ -162,3 +163,17 @@ def test_the_work_that_the_study_counts():
     assert round(100 * (1 - (2 * sum(beside) + once) / (2 * sum(whole)))) == 28  # 2 steps a stage
     assert round(100 * (1 - (20 * sum(beside) + once) / (20 * sum(whole)))) == 32  # 20
     assert round(100 * (1 - (50 * beside[-1] + once) / (50 * whole[-1]))) == 19  # 50, without stages
+
+
+def test_the_parameters_that_the_study_counts():
+    with torch.device("meta"):
+        network = HeliosConfig(DIM, FFN, num_heads=40, num_layers=40).network()
+    patches = [getattr(network, f"patch_{part}") for part in COARSENESS]
+    assert round(sum(each.numel() for each in network.parameters()) / 1e9, 1) == 14.3
+    assert round(sum(each.numel() for patch in patches for each in patch.parameters()) / 1e6) == 24
+
+
+def test_the_steps_that_the_study_counts():
+    schedule = ChunkSchedule(2, 50, 50)
+    policies = [PRESETS[name].reuse.policy(schedule) for name in ("high", "balanced", "fast")]
+    assert [len(policy.recomputed(50)) for policy in policies] == [16, 9, 6]
