@@ -23,10 +23,10 @@ from ..storage.files import check_writable, write_whole
 from . import gpu_checks, gpu_speed
 from .gpu_page import page
 from .process import machine
-from .real_size import MODELS, Model
+from .real_size import Model, model_of
 from .stock import time_stock
 
-SELF_FORCING, SKYREELS, MAGI = MODELS[0], MODELS[1], MODELS[4]
+SELF_FORCING, SKYREELS, MAGI = map(model_of, ("causal", "skyreels", "magi"))
 STOCK_FORWARDS = 9  # of ComfyUI, that are timed
 TINY = WanConfig(dim=48, ffn_dim=64, num_heads=2, num_layers=2, text_dim=16)
 TINY_MAGI = replace(

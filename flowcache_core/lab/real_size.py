@@ -34,11 +34,12 @@ from ..models.memory import latent_size
 from ..models.presets import preset
 from ..models.wan import FRAME_STRIDE, TEXT_TOKENS, WanConfig, WanNetwork
 from ..schedule import ChunkSchedule, Place
-from ..settings import OFF, Settings
+from ..settings import OFF, Compression, Settings
 from .meter import Meter, Work, attention_kernel, in_layers
 
 META = torch.device("meta")
 WAN_1_3B = WanConfig(dim=1536, ffn_dim=8960, num_heads=12, num_layers=30)
+WAN_5B = WanConfig(dim=3072, ffn_dim=14336, num_heads=24, num_layers=30, in_dim=48, out_dim=48)
 WAN_14B = WanConfig(dim=5120, ffn_dim=13824, num_heads=40, num_layers=40)
 
 
@@ -51,6 +52,7 @@ class Model:
         config: of its network.
         size: width and height in pixels.
         budget: clean chunks, where there is a budget.
+        cut: how a history is cut to it, or None for what a preset does.
     """
 
     name: str
@@ -58,6 +60,7 @@ class Model:
     config: WanConfig | MagiConfig
     size: tuple[int, int]
     budget: int
+    cut: Compression | None = None
 
     @property
     def family(self) -> Family:
@@ -90,7 +93,8 @@ class Model:
 
     def settings(self, preset_name: str, bounded: bool) -> Settings:
         """Gives a preset with or without the model's budget; "plain" recomputes every step."""
-        named = preset("off" if preset_name == "plain" else preset_name, self.budget if bounded else None)
+        budget = self.budget if bounded else None
+        named = preset("off" if preset_name == "plain" else preset_name, budget, self.cut)
         return named if bounded else replace(named, history=OFF.history)
 
     def recomputes_all(self, settings: Settings) -> bool:
@@ -189,6 +193,9 @@ def _weight_bytes(network: nn.Module, itemsize: int) -> int:
 
 MODELS = (
     Model("Self-Forcing 1.3B", "causal", WAN_1_3B, (832, 480), 3),
+    Model("LongLive 1.3B", "longlive", WAN_1_3B, (832, 480), 3, Compression("window", sink=3)),
+    Model("LongLive 2.0 5B", "longlive 2", WAN_5B, (1280, 704), 3, Compression("window", sink=8)),
+    Model("Krea Realtime 14B", "krea", WAN_14B, (832, 480), 1),  # computed anew instead of the clean pass: as much work
     Model("SkyReels-V2 1.3B", "skyreels", replace(WAN_1_3B, fps=True), (960, 544), 2),
     Model("SkyReels-V2 14B", "skyreels", WAN_14B, (960, 544), 1),
     Model("SkyReels-V2 14B", "skyreels", WAN_14B, (1280, 720), 1),
@@ -196,6 +203,11 @@ MODELS = (
     Model("MAGI-1 4.5B", "magi", MAGI_4_5B, (1280, 720), 5),
     Model("MAGI-1 24B", "magi", MAGI_24B, (1280, 720), 5),
 )
+
+
+def model_of(family_name: str) -> Model:
+    """Gives the first model of a family."""
+    return next(model for model in MODELS if model.family_name == family_name)
 
 
 @dataclass(frozen=True)
@@ -369,11 +381,11 @@ def _passes(engine: Engine) -> list[int]:
 def _cuts_apart(meter: Meter) -> Iterator[None]:
     """Inside, what histories do to cut themselves is counted as a part of its own, "cut"."""
 
-    def evict(compression, keys, parts, queries, keep, frame_tokens, chunk_tokens, layer) -> list[Tensor]:
+    def evict(compression, keys, parts, queries, keep, frame_tokens, chunk_tokens, layer, stays) -> list[Tensor]:
         """All layers, and all runs with the same budget, cut alike."""
         shapes = [None if part is None else (part.shape, part.stride(), part.dtype) for part in (keys, queries, *parts)]
         key = ("evict", compression, *shapes, keep, frame_tokens, chunk_tokens)
-        work = partial(evict_all, compression, keys, parts, queries, keep, frame_tokens, chunk_tokens, layer)
+        work = partial(evict_all, compression, keys, parts, queries, keep, frame_tokens, chunk_tokens, layer, stays)
         return list(meter.once(key, work))
 
     evict_all = cache.evict

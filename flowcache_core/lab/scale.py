@@ -24,7 +24,7 @@ from ..models.wan import FRAME_STRIDE, WanConfig
 from ..settings import HistoryType, Settings
 from ..storage.files import write_whole
 from .meter import Work
-from .real_size import MODELS, Model, Steady, attention_work, count_steady, seen_chunks
+from .real_size import MODELS, Model, Steady, attention_work, count_steady, model_of, seen_chunks
 from .roofline import BESIDE, CONSUMER, H100, LINK, RTX_4090, Card, seconds
 from .scale_page import page
 from .stock import count_stock
@@ -114,9 +114,9 @@ class Counted:
 
 
 HELD = (  # what a test holds the counts of
-    Case(MODELS[0], "plain", True),
-    Case(MODELS[1], "balanced", True),
-    Case(MODELS[4], "balanced", False),
+    Case(model_of("causal"), "plain", True),
+    Case(model_of("skyreels"), "balanced", True),
+    Case(model_of("magi"), "balanced", False),
 )
 
 
@@ -258,7 +258,7 @@ def fits(whole: Counted, bounded: Counted, card: Card) -> tuple[Fit | None, floa
 
 
 def _with_budget(model: Model, budget: int | None) -> Model:
-    return Model(model.name, model.family_name, model.config, model.size, budget or model.budget)
+    return replace(model, budget=budget or model.budget)
 
 
 def _weights(model: Model) -> list[tuple[str, int]]:

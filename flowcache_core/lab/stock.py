@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 
 import torch
 
+from ..checkpoints import CAUSAL_FAMILIES
 from ..models.wan import WanConfig
 from .meter import Work, in_layers
 from .real_size import TEXT_TOKENS, Model
@@ -87,9 +88,11 @@ def _case(model: Model) -> dict:
             "ffn_dim": config.ffn_dim,
             "num_heads": config.num_heads,
             "text_dim": config.text_dim,
+            "in_dim": config.in_dim,
+            "out_dim": config.out_dim,
         },
         "shape": [2 if model.family.guidance != 1.0 else 1, *model.shape[1:]],
-        "causal": model.family_name == "causal",
+        "causal": model.family_name in CAUSAL_FAMILIES,
         "past": model.budget,
         "text_tokens": TEXT_TOKENS,
     }

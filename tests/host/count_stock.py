@@ -21,6 +21,7 @@ comfy.cli_args.args.cpu = True  # nothing is computed, and there may be no GPU
 import comfy.ldm.wan.ar_model as causal  # noqa: E402
 import comfy.ldm.wan.model as plain  # noqa: E402
 import comfy.ldm.wan.vae as vae  # noqa: E402
+import comfy.ldm.wan.vae2_2 as deep_vae  # noqa: E402
 import torch  # noqa: E402
 from stock_forward import forward_of  # noqa: E402
 
@@ -57,10 +58,13 @@ def count(case: dict, layers: int) -> list:
 
 @torch.inference_mode()
 def count_decode(shape: list[int]) -> list:
+    deep, sizes = shape[1] == 48, {"temperal_downsample": [False, True, True]}
     with torch.device("meta"):
-        network = vae.WanVAE(dim=96, z_dim=16, temperal_downsample=[False, True, True]).to(torch.bfloat16)
-    pairs = hasattr(vae, "count_cache_layers")
-    cache = [None] * (vae.count_cache_layers if pairs else vae.count_conv3d)(network.decoder)
+        made = deep_vae.WanVAE(dim=160, z_dim=48, **sizes) if deep else vae.WanVAE(dim=96, z_dim=16, **sizes)
+        network = made.to(torch.bfloat16)
+    pairs = hasattr(vae, "count_cache_layers") and not deep
+    keeping = deep_vae.count_conv3d if deep else vae.count_cache_layers if pairs else vae.count_conv3d
+    cache = [None] * keeping(network.decoder)
     meter, latent = Meter(), torch.empty(1, *shape[1:], **WHERE)
 
     def attention(*pixels):  # [B, C, H, W] each, as on a device with fused attention
@@ -72,7 +76,8 @@ def count_decode(shape: list[int]) -> list:
             module.optimized_attention = attention
 
     def decode(frames: int) -> None:
-        network.decoder(network.conv2(latent[:, :, :frames]), feat_cache=cache, feat_idx=[0])
+        first = {"first_chunk": cache[0] is None} if deep else {}
+        network.decoder(network.conv2(latent[:, :, :frames]), feat_cache=cache, feat_idx=[0], **first)
 
     at_once = 2 if pairs else 1
     for _ in range(3):  # until every layer keeps frames of before
