@@ -215,7 +215,8 @@ CATEGORY = "[...document.querySelectorAll('[role=dialog] [role=button] span')].f
 OPEN_CARD = f"""(() => {{
   const card = document.querySelector(%s);
   if (!card) {CATEGORY}?.click();
-  card?.scrollIntoView();
+  const shown = [...document.querySelectorAll('[data-testid^="template-workflow-"]')];  // more come when scrolled to
+  (card ?? shown.at(-1))?.scrollIntoView();
   const picture = card?.querySelector('img');
   if (!picture?.complete || !picture.naturalWidth) return false;
   window.cardWidth = picture.naturalWidth;
@@ -290,7 +291,9 @@ REACHED = """new Promise((done) => {
 SAVED = """(() => {
   const of = (type) => app.graph.nodes.filter((node) => node.type === type).sort((a, b) => a.id - b.id);
   const nodes = of('SaveVideo').length ? of('SaveVideo') : of('FlowCacheStreamVideo');
-  return nodes.flatMap((node) => app.nodeOutputs[node.id].images);
+  // Plain ones: newer pages hand out objects whose fields are not listed.
+  const plain = ({ filename, subfolder, type }) => ({ filename, subfolder, type });
+  return nodes.flatMap((node) => app.nodeOutputs[node.id].images.map(plain));
 })()"""
 
 BOUNDS = """(() => {
