@@ -105,7 +105,8 @@ def generate(
     device and type.
 
     Args:
-        backbone: runs a network by layers: `models.wan.WanBackbone` or another of its kind.
+        backbone: runs a network by layers: `models.wan.WanBackbone` or another of its kind, or two networks:
+            `models.experts.ExpertsBackbone`.
         text: what the video shows; of several embeddings, the last one holds for all chunks that are left.
         family_name: whose recommended numbers hold where one is left out, a key of `models.families.FAMILIES`.
         steps, lag: of the schedule, see `schedule.ChunkSchedule`.
@@ -192,7 +193,7 @@ def generate(
     def fresh(chunk: int, step: int) -> Tensor:
         return (chunk_noise(seed, chunk, shape, step) if noise is None else noise(chunk, step)).to(texts[0])
 
-    sampling = Sampling(levels, start, fresh, solver or SOLVERS[usual.solver(steps)], first_levels)
+    sampling = Sampling(levels, start, fresh, solver or _usual_solver(backbone, usual, steps), first_levels)
     kept = held(usual.anew, settings, chunk_frames, schedule.max_active) if way == "causal" else settings
     output = Output(device, dtype, settings, given, on_progress, on_chunk, keep)
     run = RunSettings(
@@ -321,6 +322,11 @@ def schedule_numbers(usual: Family, steps: int | None, lag: int | None) -> tuple
     """Steps and lag, as recommended where they are not told; another number of steps keeps the share of the lag."""
     steps = usual.steps if steps is None else steps
     return steps, max(1, round(steps * usual.lag / usual.steps)) if lag is None else lag
+
+
+def _usual_solver(backbone, usual: Family, steps: int) -> SolverFactory:
+    """The family's, for the noise level at which a backbone of two networks changes them."""
+    return SOLVERS[usual.solver(steps)] if usual.boundary is None else getattr(backbone, "solver", SOLVERS["experts"])
 
 
 def _checked_texts(text: Text, name: str, backbone) -> list[Tensor]:

@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ..errors import UserError
 from ..history.cache import Attention
 from ..history.plan import MemoryPlan, plan_memory, window_bytes
 from ..history.positions import RotaryTables
@@ -26,7 +27,7 @@ from .forward import Forward
 from .guidance import Guidance
 from .idle import idle_notes, uncut_notes
 from .joint import JointForward
-from .layers import by_chunk
+from .layers import by_chunk, has_stacks
 from .loop import Boundary, Engine, Progress, Sampling, check_cancelled
 from .pictures import NO_HISTORY, PicturesForward, Scenes
 from .rolling import RollingForward, rolling_bytes
@@ -36,6 +37,7 @@ NOT_ANEW = (
     "the history is not computed anew, as this family does it: that takes one chunk after the other, with the lag at "
     "the steps"
 )
+TWO = "This family runs two networks, one after the other"
 IN_ORDER: tuple[Seeing, ...] = ("causal", "pictures")  # those in which chunks follow one another
 
 
@@ -100,7 +102,11 @@ def build_engine(run: RunSettings, make: Callable[..., CausalForward] = CausalFo
 
     Args:
         make: of a causal run's forward.
+
+    Raises:
+        UserError: there is less memory than the run takes; or two networks are run otherwise than they can be.
     """
+    _check_networks(run)
     if run.seeing == "causal":
         run = replace(run, settings=held(run.anew, run.settings, run.shape[2], run.schedule.max_active))
     settings, schedule, report = run.settings, run.schedule, Report(run.schedule, run.label)
@@ -138,6 +144,18 @@ def build_engine(run: RunSettings, make: Callable[..., CausalForward] = CausalFo
     return Engine(forward, schedule, policy, settings.between, sampling, run.on_progress, run.cancelled, run.steer)
 
 
+def _check_networks(run: RunSettings) -> None:
+    """That there are two of a family of two, and that they are run as they were trained."""
+    two, schedule = has_stacks(run.backbone), run.schedule
+    if getattr(run.sampling.solver, "boundary", None) is not None and not two:
+        raise UserError(f"{TWO}, and one is given; give the high-noise and the low-noise network.")
+    if two and (run.seeing != "causal" or schedule.max_active > 1):
+        raise UserError(
+            f"{TWO}, so its chunks follow one another over a history; set attention to causal and lag to "
+            f"{schedule.steps}, the number of steps."
+        )
+
+
 def causal_forward(
     run: RunSettings, policy: Policy, report: Report, make: Callable[..., CausalForward] = CausalForward
 ) -> CausalForward:
@@ -150,9 +168,11 @@ def causal_forward(
     at_once = plan.kind == "shared" or run.settings.history.compression.at_once
     report.notes += uncut_notes(run.settings, run.schedule, run.shape[2], joint=False, at_once=at_once)
     anew = None
+    if has_stacks(run.backbone):
+        report.stores = len(run.backbone.stacks(0.0, clean=True))
     if run.anew is not None and run.schedule.max_active == 1:
         done = run.lead + run.schedule.prefix * run.shape[2] if run.loaded is not None else 0
-        anew, report.stores = AnewHistory(run.anew, plan, run.settings, run.before, done), not run.anew.always
+        anew, report.stores = AnewHistory(run.anew, plan, run.settings, run.before, done), int(not run.anew.always)
     elif run.anew is not None:
         report.notes.append(NOT_ANEW)
     return make(
