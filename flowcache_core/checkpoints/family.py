@@ -23,6 +23,7 @@ FAMILIES = {
     "rolling": "Rolling Forcing",
     "longlive": "LongLive",
     "krea": "Krea Realtime",
+    "experts": "FastVideo's Self-Forcing of Wan 2.2 A14B, one of its two networks",
     "wan": "plain Wan 2.1, which was not trained to go chunk by chunk",
     "longvie": "LongVie 2: Wan 2.1 image to video with its control layers",
     "magi": "MAGI-1, base",
@@ -30,7 +31,8 @@ FAMILIES = {
     "demo": "the model that ships",
 }
 MAGI_FAMILIES = ("magi", "magi distilled")
-CAUSAL_FAMILIES = ("causal", "causvid", "rolling", "longlive", "krea", "demo")  # read by ComfyUI as causal AR
+# Read by ComfyUI as causal AR.
+CAUSAL_FAMILIES = ("causal", "causvid", "rolling", "longlive", "krea", "experts", "demo")
 CAUSAL_CLASSES = ("CausalWanModel", "CausalWanTransformer3DModel")  # upstreams' own; FastVideo's
 STAMP = "flowcache"  # metadata key, beside ComfyUI's own "config"
 
