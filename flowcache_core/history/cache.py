@@ -470,6 +470,10 @@ class History:
         if self.on_device or self.settings.memory == "system":
             count = len(self.layers) // self.plan.network.stacks
             first = layer - layer % count
+            if layer == first:  # another network's layers may have been run last
+                for other in (*self.layers[:first], *self.layers[first + count :]):
+                    other.keys.forget()
+                    other.values.forget()
             before, after = (self.layers[first + (layer - first + way) % count] for way in (-1, 1))
             after.keys.fetch(self.clean, before.keys)
             after.values.fetch(self.clean, before.values)

@@ -10,6 +10,8 @@ from torch import Tensor
 from flowcache_core.engine.layers import Stack
 from flowcache_core.errors import UserError
 from flowcache_core.generation import Change, Result, generate
+from flowcache_core.history import streams
+from flowcache_core.history.cache import History
 from flowcache_core.models.experts import BOUNDARY, ExpertsBackbone, expert_levels
 from flowcache_core.models.families import FAMILIES
 from flowcache_core.models.presets import PRESETS
@@ -21,6 +23,7 @@ from flowcache_core.storage.state import load_state, save_state
 from tests.helpers import golden_weights
 from tests.helpers.golden_runs import frames_of, relative_error
 from tests.helpers.golden_weights import SMALL
+from tests.helpers.late_device import pretend_streams
 from tests.helpers.place import golden
 
 GOLDEN = golden("experts")
@@ -144,6 +147,34 @@ def test_in_system_memory(name):
     away = replace(HISTORIES[name].history, memory="system")
     found = run(5, settings=Settings(history=away)).latents
     assert torch.equal(found, run(5, settings=HISTORIES[name]).latents)
+
+
+def test_what_comes_back_ahead_is_of_one_network_and_takes_two_layers_room(monkeypatch):
+    away = Settings(history=HistorySettings(memory="system"))
+    expected = run(3, settings=replace(away, overlap=False)).latents
+    pretend_streams(streams, monkeypatch.setattr)
+    fetch, ahead = History._fetch_after, []
+
+    def fetched(history: History, layer: int) -> None:
+        fetch(history, layer)
+        ahead.append((layer, {at for at, one in enumerate(history.layers) if one.keys._ahead_tokens}))
+
+    monkeypatch.setattr(History, "_fetch_after", fetched)
+    assert torch.equal(run(3, settings=away).latents, expected)
+    layers = SMALL.num_layers
+    for layer, there in ahead:
+        assert there <= {layer, layer // layers * layers + (layer + 1) % layers}
+
+
+def test_a_history_in_8_bits_is_near():
+    near = Settings(history=HistorySettings(type="int8"))
+    assert 0 < relative_error(run(4, settings=near).latents, GOLDEN["experts.final"]) < 0.02
+
+
+def test_half_a_video_is_the_low_noise_experts():
+    video = frames_of("video", 1 + 2 * FRAMES)
+    report = run(2, video=video, strength=0.5).report
+    assert [len(steps) for steps in report.decisions["cond"].values()] == [4, 4] and report.clean_passes == 2 * 3
 
 
 def test_both_experts_ask_before_a_cut():
