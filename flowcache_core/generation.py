@@ -18,6 +18,7 @@ from .engine.anew import held
 from .engine.build import IN_ORDER, RunSettings, Seeing, build_engine, given_chunks
 from .engine.from_video import STRENGTH, from_video
 from .engine.guidance import classifier_free
+from .engine.layers import has_stacks
 from .engine.loop import Boundary, Chunk, Engine, Progress, Sampling
 from .engine.pictures import Scenes
 from .errors import UserError
@@ -149,6 +150,10 @@ def generate(
         raise UserError(f"steps is {steps}, expected at least 1.")
     scale = usual.guidance if guidance_scale is None else guidance_scale
     chunk_frames = usual.chunk_frames if frames_per_chunk is None else frames_per_chunk
+    if usual.boundary is not None and not has_stacks(backbone):
+        raise UserError(
+            f"The family '{family_name}' runs two networks, and one is given; give models.experts.ExpertsBackbone."
+        )
     if chunk_frames < 1:
         raise UserError(f"frames_per_chunk is {chunk_frames}, expected at least 1.")
     if seed < 0:
@@ -325,8 +330,8 @@ def schedule_numbers(usual: Family, steps: int | None, lag: int | None) -> tuple
 
 
 def _usual_solver(backbone, usual: Family, steps: int) -> SolverFactory:
-    """The family's, for the noise level at which a backbone of two networks changes them."""
-    return SOLVERS[usual.solver(steps)] if usual.boundary is None else getattr(backbone, "solver", SOLVERS["experts"])
+    """The family's; two networks bring one along, for the noise level at which they change."""
+    return backbone.solver if has_stacks(backbone) else SOLVERS[usual.solver(steps)]
 
 
 def _checked_texts(text: Text, name: str, backbone) -> list[Tensor]:

@@ -37,7 +37,6 @@ NOT_ANEW = (
     "the history is not computed anew, as this family does it: that takes one chunk after the other, with the lag at "
     "the steps"
 )
-TWO = "This family runs two networks, one after the other"
 IN_ORDER: tuple[Seeing, ...] = ("causal", "pictures")  # those in which chunks follow one another
 
 
@@ -145,14 +144,11 @@ def build_engine(run: RunSettings, make: Callable[..., CausalForward] = CausalFo
 
 
 def _check_networks(run: RunSettings) -> None:
-    """That there are two of a family of two, and that they are run as they were trained."""
-    two, schedule = has_stacks(run.backbone), run.schedule
-    if getattr(run.sampling.solver, "boundary", None) is not None and not two:
-        raise UserError(f"{TWO}, and one is given; give the high-noise and the low-noise network.")
-    if two and (run.seeing != "causal" or schedule.max_active > 1):
+    """That two networks are run as they were trained."""
+    if has_stacks(run.backbone) and (run.seeing != "causal" or run.schedule.max_active > 1):
         raise UserError(
-            f"{TWO}, so its chunks follow one another over a history; set attention to causal and lag to "
-            f"{schedule.steps}, the number of steps."
+            "This family runs two networks, so its chunks follow one another over a history; set attention to causal "
+            f"and lag to {run.schedule.steps}, the number of steps."
         )
 
 

@@ -96,7 +96,7 @@ class ExpertsBackbone:
 
     Attributes:
         network: the modules of both.
-        solver: the family's, for this boundary.
+        solver: what the family is sampled with, for this boundary.
     """
 
     def __init__(self, high: WanBackbone, low: WanBackbone, boundary: float = BOUNDARY):

@@ -14,7 +14,7 @@ from ..settings import HELD, MAGI_PAPER_CUT, SKYREELS_PAPER_CUT, Compression, Dr
 from ..solvers import noise_levels
 from ..solvers.multistep import SkyReelsUniPC, UniPC
 from ..solvers.one_step import Euler, Noise, Renoise, SolverFactory
-from .experts import BOUNDARY, SHIFT, ExpertsSolver, expert_levels
+from .experts import BOUNDARY, SHIFT, expert_levels
 from .longvie import CHUNK_FRAMES as LONGVIE_FRAMES
 from .longvie import LongVieBackbone
 from .presets import PAPER_PRESETS, PRESETS
@@ -36,13 +36,12 @@ class KreaRenoise(Renoise):
         super().__init__(noise_levels.nearest_trained(sigmas, 5.0), noise)
 
 
-SolverName = Literal["euler", "renoise", "causvid", "krea", "experts", "unipc", "skyreels unipc"]
+SolverName = Literal["euler", "renoise", "causvid", "krea", "unipc", "skyreels unipc"]
 SOLVERS: dict[str, SolverFactory] = {
     "euler": Euler,
     "renoise": Renoise,
     "causvid": CausVidRenoise,
     "krea": KreaRenoise,
-    "experts": ExpertsSolver(),
     "unipc": UniPC,
     "skyreels unipc": SkyReelsUniPC,  # with its upstream's slip: see `multistep`
 }
@@ -69,7 +68,8 @@ class Family:
         published: the family's own settings for a preset, from its name and the network's width, or None.
         published_cut: how the paper's presets cut a history to its budget.
         anew: what of a history is computed anew, or None.
-        boundary: the lowest noise level of the first of its two networks; None where it is one network.
+        boundary: the lowest noise level of the first of its two networks, which bring their solver along; None where
+            it is one network.
     """
 
     steps: int
@@ -156,7 +156,7 @@ FAMILIES: dict[str, Family] = {
         "Krea Realtime, release_server.py (GenerateParams, keep_first_frame)", anew=Anew(3, always=True, first=1),
     ),
     "experts": Family(
-        8, 8, 3, always("experts"), expert_levels, 1.0, (832, 480), SHIFT,
+        8, 8, 3, always("renoise"), expert_levels, 1.0, (832, 480), SHIFT,
         "FastVideo, SelfForcingWan2_2_T2V480PConfig and basic_self_forcing_causal_wan2_2_i2v.py", boundary=BOUNDARY,
     ),
     "skyreels": Family(

@@ -242,7 +242,7 @@ def test_what_cannot_be_run_is_refused():
         run(2, lag=4)
     with pytest.raises(UserError, match="set attention to causal"):
         run(2, seeing="joint")
-    with pytest.raises(UserError, match="two networks, one after the other, and one is given"):
+    with pytest.raises(UserError, match="two networks, and one is given"):
         run(2, WanBackbone(golden_weights.network()))
     with pytest.raises(ValueError, match="expected the same"):
         ExpertsBackbone(*(WanBackbone(golden_weights.network(one)) for one in (SMALL, replace(SMALL, num_layers=2))))
