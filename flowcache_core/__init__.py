@@ -7,7 +7,7 @@ from importlib import import_module
 
 _MODULES = {
     "calibration": ("calibrate",),
-    "checkpoints": ("load_backbone",),
+    "checkpoints": ("load_backbone", "load_experts"),
     "errors": ("UserError",),
     "generation": ("Change", "Result", "generate"),
     "media.pictures": ("report_picture",),

@@ -201,6 +201,9 @@ def parser() -> argparse.ArgumentParser:
     option("--guidance", type=float, help="classifier-free guidance; 1 is off (default: the family's)")
     option("--negative", default="", metavar="CAPTION", help="what to keep away from, with guidance")
     option("--state", type=Path, metavar="FILE", help="go on from this state of an earlier run")
+    option(
+        "--prefix", type=Path, metavar="LATENTS", help="go on from these, an image or a video, of Save Latent or --out"
+    )
     option("--video", type=Path, metavar="LATENTS", help="start from this video's latents, of Save Latent or --out")
     option(
         "--strength",
@@ -214,6 +217,12 @@ def parser() -> argparse.ArgumentParser:
     sizes = range(1, 17)
     option("--enlarge", type=int, default=4, choices=sizes, metavar="TIMES", help="pixel size (default: %(default)s)")
     option("--network", type=Path, metavar="FILE", help="the network; of the family demo one is there")
+    option(
+        "--network-low",
+        type=Path,
+        metavar="FILE",
+        help="of the family experts: the network for low noise levels, where --network is no folder of both",
+    )
     option("--family", default="demo", help=f"demo, auto or {', '.join(checkpoints.FAMILIES)} (default: %(default)s)")
     option(
         "--text", type=Path, nargs="+", metavar="EMBEDDING", help="instead of captions: files of Save Text Embedding"

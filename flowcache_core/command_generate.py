@@ -14,7 +14,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from .checkpoints.backbone import Loaded, load_backbone
+from .checkpoints.backbone import Loaded, load_backbone, load_experts
 from .demo import decode, embed_caption, load_network
 from .demo.clips import FPS
 from .demo.model import weights_name
@@ -53,6 +53,10 @@ def run_generate(options: argparse.Namespace) -> None:
     for path in (options.out, options.save_state, options.report, options.stream):
         if path is not None:
             check_writable(path)
+    if options.prefix and options.state:
+        raise UserError("Both --prefix and --state are given, expected at most one: a state holds its frames already.")
+    if options.network_low and options.family != "experts":
+        raise UserError("--network-low is of the family experts alone, which runs two networks: give --family experts.")
     if options.chunks < 1:
         raise UserError(f"chunks is {options.chunks}, expected at least 1.")
     demo = options.family == "demo"
@@ -113,7 +117,12 @@ def _generate(options: argparse.Namespace, team: Any, demo: bool) -> None:
             print(f"{team.size} processes, {options.scheme}, on {device.type}", flush=True)
     backbone.network.to(device)
 
+    prefix = None if options.prefix is None else read_latent(options.prefix, magi, backbone.channels).to(device, dtype)
     first = 0 if state is None else state.chunks
+    first, lead = (first, 0) if prefix is None else divmod(prefix.shape[2], chunk_frames)
+    there_before = prefix if state is None else state.latents
+    if prefix is not None and (magi or usual.image_inside):  # what fills no chunk, the first new one begins with
+        there_before, lead = prefix[:, :, : first * chunk_frames], 0
     writes, folder, keep = team is None or parallel.first, None, None  # type: ignore[union-attr]
     video = None if options.video is None else read_latent(options.video, magi, backbone.channels)
     if options.resume:
@@ -123,11 +132,13 @@ def _generate(options: argparse.Namespace, team: Any, demo: bool) -> None:
         ]  # fmt: skip
         determining += [] if video is None else [video, options.strength]
         determining += [sorted(options.shots)] if options.shots else []
+        determining += [] if prefix is None else ["prefix", prefix]
         run = digest_of(determining)
-        folder = RunFolder(options.resume, run, int(options.resume_gb * 2**30), first, chunk_frames, name)
+        folder = RunFolder(options.resume, run, int(options.resume_gb * 2**30), first, chunk_frames, name, lead)
     recent, begun = latents_needed(usual.anew, settings.history, chunk_frames)
-    beginning = None if state is None else state.begins_with(begun)
-    earlier = folder.load(recent, None if state is None else state.latents, begun, beginning) if folder else None
+    beginning = None if prefix is None else prefix[:, :, :begun]
+    beginning = beginning if state is None else state.begins_with(begun)
+    earlier = folder.load(recent, there_before, begun, beginning) if folder else None
     if folder and team:
         there = parallel.everyone.objects(None if earlier is None else earlier.chunks)  # type: ignore[union-attr]
         if len(set(there)) > 1:
@@ -136,7 +147,7 @@ def _generate(options: argparse.Namespace, team: Any, demo: bool) -> None:
     elif folder:
         keep = KeptChunks(folder)
     done = earlier.chunks - first if earlier else 0
-    before = [] if state is None else [state.latents]
+    before = [] if there_before is None else [there_before]
     before += [folder.latent(chunk) for chunk in range(first, first + done)] if folder else []
     if done and writes:
         print(f"{done} of {options.chunks} chunks were there from an interrupted run", flush=True)
@@ -145,6 +156,7 @@ def _generate(options: argparse.Namespace, team: Any, demo: bool) -> None:
     shares = [texts[chunk * len(texts) // options.chunks] for chunk in range(options.chunks)]
     told: dict[str, Any] = {
         "settings": settings, "seed": options.seed, "state": earlier or state, "model": name, "keep": keep,
+        "prefix": None if earlier else prefix,
         "video": video, "strength": options.strength,
         "parallel": parallel, "cancelled": team.stop if team else lambda: False,
         "latent_size": (height, width) if not demo else DEMO_SIZE, "steps": steps,
@@ -171,13 +183,16 @@ def _generate(options: argparse.Namespace, team: Any, demo: bool) -> None:
     dropped = 0 if state is None else state.dropped
     newest = earlier if result is None else result.state
     assert newest is not None
-    latents = torch.cat([*before, *([] if result is None else [_new_part(result, earlier or state)])], dim=2)
+    given = there_before if earlier is None else earlier.latents
+    latents = torch.cat(
+        [*(one.cpu() for one in before), *([] if result is None else [_new_part(result, given)])], dim=2
+    )
     _write(options, demo, magi, latents, newest._replace(latents=latents, dropped=dropped), result)
 
 
-def _new_part(result: Result, given: State | None) -> Tensor:
+def _new_part(result: Result, given: Tensor | None) -> Tensor:
     """Latents of a result behind those that it was given."""
-    return result.latents[:, :, 0 if given is None else given.latents.shape[2] :]
+    return result.latents[:, :, 0 if given is None else given.shape[2] :]
 
 
 def _write(options, demo: bool, magi: bool, latents: Tensor, state: State, result: Result | None) -> None:
@@ -265,7 +280,12 @@ def _loaded(options: argparse.Namespace, team: Any) -> Loaded:
         raise UserError(f"The family '{options.family}' has no network here; give its file with --network.")
     dtype = None if options.dtype == "as it is" else getattr(torch, options.dtype)
     # On the processor, where it stays mapped from disk, until each process has taken its part.
-    found = load_backbone(options.network, options.family, dtype=dtype)
+    if options.family == "experts":
+        if team is not None:
+            raise UserError("The family experts runs two networks, which go in one process; run it without torchrun.")
+        found = load_experts(options.network, options.network_low, dtype=dtype)
+    else:
+        found = load_backbone(options.network, options.family, dtype=dtype)
     options.family = found.family
     for warning in found.info.warnings:
         if team is None or team.rank == 0:
@@ -309,4 +329,4 @@ def _digest(backbone: Any) -> str:
     some = [
         (name, w.flatten()[:: max(1, w.numel() // 8)][:8].float()) for name, w in backbone.network.named_parameters()
     ]
-    return digest_of(some)[:8]
+    return digest_of([*some, backbone.boundary] if hasattr(backbone, "boundary") else some)[:8]

@@ -18,6 +18,7 @@ from .engine.anew import held
 from .engine.build import IN_ORDER, RunSettings, Seeing, build_engine, given_chunks
 from .engine.from_video import STRENGTH, from_video
 from .engine.guidance import classifier_free
+from .engine.layers import has_stacks
 from .engine.loop import Boundary, Chunk, Engine, Progress, Sampling, beginning_with
 from .engine.pictures import Scenes
 from .errors import UserError
@@ -106,7 +107,8 @@ def generate(
     device and type.
 
     Args:
-        backbone: runs a network by layers: `models.wan.WanBackbone` or another of its kind.
+        backbone: runs a network by layers: `models.wan.WanBackbone` or another of its kind, or two networks:
+            `models.experts.ExpertsBackbone`.
         text: what the video shows; of several embeddings, the last one holds for all chunks that are left.
         family_name: whose recommended numbers hold where one is left out, a key of `models.families.FAMILIES`.
         steps, lag: of the schedule, see `schedule.ChunkSchedule`.
@@ -150,6 +152,10 @@ def generate(
         raise UserError(f"steps is {steps}, expected at least 1.")
     scale = usual.guidance if guidance_scale is None else guidance_scale
     chunk_frames = usual.chunk_frames if frames_per_chunk is None else frames_per_chunk
+    if usual.boundary is not None and not has_stacks(backbone):
+        raise UserError(
+            f"The family '{family_name}' runs two networks, and one is given; give models.experts.ExpertsBackbone."
+        )
     if chunk_frames < 1:
         raise UserError(f"frames_per_chunk is {chunk_frames}, expected at least 1.")
     if seed < 0:
@@ -200,7 +206,7 @@ def generate(
     def fresh(chunk: int, step: int) -> Tensor:
         return (chunk_noise(seed, chunk, shape, step) if noise is None else noise(chunk, step)).to(texts[0])
 
-    sampling = Sampling(levels, start, fresh, solver or SOLVERS[usual.solver(steps)], first_levels)
+    sampling = Sampling(levels, start, fresh, solver or _usual_solver(backbone, usual, steps), first_levels)
     sampling = beginning_with(sampling, done, inside)
     kept = held(usual.anew, settings, chunk_frames, schedule.max_active) if way == "causal" else settings
     output = Output(device, dtype, settings, given, on_progress, on_chunk, keep)
@@ -335,6 +341,11 @@ def schedule_numbers(usual: Family, steps: int | None, lag: int | None) -> tuple
     """Steps and lag, as recommended where they are not told; another number of steps keeps the share of the lag."""
     steps = usual.steps if steps is None else steps
     return steps, max(1, round(steps * usual.lag / usual.steps)) if lag is None else lag
+
+
+def _usual_solver(backbone, usual: Family, steps: int) -> SolverFactory:
+    """The family's; two networks bring one along, for the noise level at which they change."""
+    return backbone.solver if has_stacks(backbone) else SOLVERS[usual.solver(steps)]
 
 
 def _checked_texts(text: Text, name: str, backbone) -> list[Tensor]:

@@ -27,7 +27,7 @@ class Report:
         chunks_done: chunks finished.
         notes: lines on what was out of the ordinary.
         prompts: what the video's chunks show, as Prompts over Time, where the run could be steered.
-        stores: whether a plain run takes a clean pass a chunk, to store keys and values.
+        stores: clean passes that a plain run takes a chunk, to store keys and values.
         shown: stands for the texts that the history was computed for, of a family that computes it anew for others.
         reruns: forwards of that, in all branches; they count as clean passes.
         rerun_for: chunks before which the history was computed anew.
@@ -50,7 +50,7 @@ class Report:
     chunks_done: int = 0
     notes: list[str] = field(default_factory=list)
     prompts: str = ""
-    stores: bool = True
+    stores: int = 1
     shown: str = ""
     reruns: int = 0
     rerun_for: list[int] = field(default_factory=list)
@@ -93,8 +93,8 @@ class Report:
 
     @property
     def forwards_total(self) -> int:
-        """Forwards that a plain run of the same steps takes: every step, a clean pass a chunk where it stores any, and
-        those that compute the history anew."""
+        """Forwards that a plain run of the same steps takes: every step, clean passes that store its chunks, and those
+        that compute the history anew."""
         stored = self.stores * sum(len(chunks) for chunks in self.decisions.values())
         return len(self._steps) + stored + self.reruns
 

@@ -50,3 +50,24 @@ def test_a_video_of_several_shots_in_two_runs(tmp_path, capsys):
     assert not torch.equal(generate("one.latent", 5), whole)
     mean, deviation = statistics_of(48)
     assert abs(((whole - mean) / deviation).std().item() - 1) < 0.5  # in the scale of Wan 2.2's VAE
+
+
+def test_a_start_image_is_what_the_first_chunk_begins_with(tmp_path, capsys):
+    network = stamped(tmp_path / "longlive2.safetensors", "longlive 2")
+    width = load_file(network)["text_embedding.0.weight"].shape[1]
+    save_file({"embedding": normal("text.cond", (1, 8, width))}, tmp_path / "cond.st")
+    image = normal("image", (1, 48, 1, 4, 4))
+    save_file({"latent_tensor": image}, tmp_path / "image.latent")
+    fixed = "--family auto --width 64 --height 64 --window 32 --sink 8 --preset off --dtype float32 --text".split()
+
+    def generate(out: str, chunks: int, *more: str) -> torch.Tensor:
+        words = ["generate", "--network", str(network), "--chunks", str(chunks), "--out", str(tmp_path / out)]
+        assert main([*words, *fixed, str(tmp_path / "cond.st"), *more]) == 0, capsys.readouterr().err
+        return load_file(tmp_path / out)["latent_tensor"]
+
+    begun = ["--prefix", str(tmp_path / "image.latent")]
+    found = generate("a.latent", 3, *begun)
+    assert found.shape == (1, 48, 24, 4, 4) and torch.allclose(found[:, :, :1], image, atol=1e-5)
+    kept = [*begun, "--resume", str(tmp_path / "runs")]
+    for _ in range(2):  # the second one finds all chunks there
+        assert torch.equal(generate("b.latent", 3, *kept), found)

@@ -4,6 +4,7 @@ loaded = load_backbone("self_forcing_dmd.pt", "causal", dtype=torch.bfloat16, de
 text = embedding.to(loaded.device, loaded.dtype)  # of the model's text encoder
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -13,18 +14,22 @@ from torch import Tensor
 
 from ..errors import UserError, first_line
 from ..models import families
+from ..models.experts import BOUNDARY, ExpertsBackbone
 from ..models.families import Family
 from ..models.fit import fit
 from ..models.magi.config import magi_usual
 from ..models.magi.network import MagiBackbone, load_network
 from ..models.magi.text import SpecialTokens
 from ..models.wan import WanBackbone, WanConfig, WanNetwork
+from ..storage.files import parse_json
 from .magi_files import TOKENS_FILE, find_tokens
 from .reading import CheckpointInfo, load
 from .sizes import QUANTIZATION
 
 WAN_TYPES = (torch.float32, torch.bfloat16, torch.float16)
 MAGI_TYPES = (torch.float32, torch.bfloat16)  # as the nodes run it
+SECOND = "transformer_2"  # the folder of a pipeline's second network
+PIPELINE = "model_index.json"  # what a pipeline's folder says of itself
 MAGI_BLOCKS = "videodit_blocks.layers."
 
 
@@ -41,7 +46,7 @@ class Loaded:
         special_tokens: MAGI-1's, for `models.magi.text.caption_text`; None if there are none.
     """
 
-    backbone: WanBackbone | MagiBackbone
+    backbone: WanBackbone | MagiBackbone | ExpertsBackbone
     info: CheckpointInfo
     usual: Family
     dtype: torch.dtype
@@ -104,6 +109,68 @@ def load_backbone(
     backbone = MagiBackbone(load_network(moved, config.distilled, precision))
     usual = replace(usual, steps=steps, lag=steps // 4, size=size)
     return Loaded(backbone, info, usual, precision, place, tokens)
+
+
+def load_experts(
+    high: str | Path,
+    low: str | Path | None = None,
+    *,
+    boundary: float | None = None,
+    dtype: torch.dtype | None = None,
+    device: torch.device | str | None = None,
+    check_finite: bool = False,
+) -> Loaded:
+    """Loads the two networks of the family "experts" and makes what runs them.
+
+    Args:
+        high: the network for high noise levels, as for `load_backbone`; or the folder of a pipeline with both.
+        low: the network for the others; None takes the second one of that folder.
+        boundary: the lowest noise level of the first; None takes what the pipeline's folder says, else the family's.
+        dtype, device, check_finite: as for `load_backbone`.
+
+    Raises:
+        UserError: as for `load_backbone`; or a second network is missing, or of other sizes or another type.
+    """
+    paths = [Path(high), Path(low)] if low is not None else [Path(high) / "transformer", Path(high) / SECOND]
+    if low is None and not paths[1].exists():
+        raise UserError(
+            f"{Path(high).name} is one of two networks: give the other one too, or the folder that has both, as "
+            f"transformer and {SECOND}."
+        )
+    first, second = (
+        load_backbone(path, "experts", dtype=dtype, device=device, check_finite=check_finite) for path in paths
+    )
+    one, other = first.backbone, second.backbone
+    if not (
+        isinstance(one, WanBackbone) and isinstance(other, WanBackbone) and first.info.config == second.info.config
+    ):
+        raise UserError(
+            f"{paths[0].name} and {paths[1].name} are networks of other sizes ({first.info.config}, "
+            f"{second.info.config}), expected two of the same: give the two that belong together."
+        )
+    if first.dtype != second.dtype:
+        raise UserError(
+            f"{paths[0].name} is in {first.dtype}, {paths[1].name} in {second.dtype}: choose one type for both."
+        )
+    level = boundary if boundary is not None else _told_boundary(paths)
+    usual = first.usual if level is None else replace(first.usual, boundary=level)
+    warnings = dict.fromkeys((*first.info.warnings, *second.info.warnings))
+    info = replace(first.info, bytes=first.info.bytes + second.info.bytes, warnings=tuple(warnings))
+    backbone = ExpertsBackbone(one, other, usual.boundary or BOUNDARY)
+    return replace(first, backbone=backbone, info=info, usual=usual)
+
+
+def _told_boundary(paths: Sequence[Path]) -> float | None:
+    """What the folder of a pipeline, which the networks lie in, says of where they change."""
+    for path in paths:
+        for folder in (path, path.parent, path.parent.parent):
+            if (file := folder / PIPELINE).is_file():
+                try:
+                    told = parse_json(file.read_text(encoding="utf-8")).get("boundary_ratio")
+                except (OSError, ValueError, AttributeError) as error:
+                    raise UserError(f"Cannot read {file} ({first_line(error)}); download it again.") from error
+                return float(told) if isinstance(told, (int, float)) and 0 < told < 1 else None
+    return None
 
 
 def _usable(device: torch.device | str | None) -> torch.device:

@@ -25,6 +25,7 @@ FAMILIES = {
     "longlive": "LongLive",
     "krea": "Krea Realtime",
     "longlive 2": "LongLive 2.0 5B",
+    "experts": "FastVideo's Self-Forcing of Wan 2.2 A14B, one of its two networks",
     "wan": "plain Wan 2.1, which was not trained to go chunk by chunk",
     "longvie": "LongVie 2: Wan 2.1 image to video with its control layers",
     "magi": "MAGI-1, base",
@@ -32,7 +33,8 @@ FAMILIES = {
     "demo": "the model that ships",
 }
 MAGI_FAMILIES = ("magi", "magi distilled")
-CAUSAL_FAMILIES = ("causal", "causvid", "rolling", "longlive", "krea", "demo")  # read by ComfyUI as causal AR
+# Read by ComfyUI as causal AR.
+CAUSAL_FAMILIES = ("causal", "causvid", "rolling", "longlive", "krea", "experts", "demo")
 CAUSAL_CLASSES = ("CausalWanModel", "CausalWanTransformer3DModel")  # upstreams' own; FastVideo's
 STAMP = "flowcache"  # metadata key, beside ComfyUI's own "config"
 
@@ -40,16 +42,19 @@ STAMP = "flowcache"  # metadata key, beside ComfyUI's own "config"
 DEEP_FAMILIES = ("longlive 2", "wan")  # with the 48 channels of Wan 2.2's 5B
 
 
+OF_TWO_NETWORKS = ("experts",)  # which the command line and Python run; ComfyUI's nodes do not yet
+
+
 def wan_families() -> list[str]:
-    """Lists the families of the Wan text-to-video layout, but for the one that ships."""
-    return [name for name in FAMILIES if name not in (*MAGI_FAMILIES, "demo", "longvie")]
+    """Lists the families of the Wan text-to-video layout that are one network, but for the one that ships."""
+    return [name for name in FAMILIES if name not in (*MAGI_FAMILIES, *OF_TWO_NETWORKS, "demo", "longvie")]
 
 
 def possible_families(config: WanConfig) -> list[str]:
     """Lists those that share a layout to the last tensor."""
     if is_deep(config.out_dim):
         return list(DEEP_FAMILIES)
-    return [name for name in wan_families() if name == "wan" or name not in DEEP_FAMILIES]
+    return [name for name in (*wan_families(), *OF_TWO_NETWORKS) if name == "wan" or name not in DEEP_FAMILIES]
 
 
 def transformer_settings(path: Path, file: WeightFile, tensors: dict[str, Tensor]) -> tuple[dict, tuple[str, ...]]:

@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ..errors import UserError
 from ..history.cache import Attention
 from ..history.plan import MemoryPlan, plan_memory, window_bytes
 from ..history.positions import RotaryTables
@@ -26,7 +27,7 @@ from .forward import Forward
 from .guidance import Guidance
 from .idle import idle_notes, uncut_notes
 from .joint import JointForward
-from .layers import by_chunk
+from .layers import by_chunk, has_stacks
 from .loop import Boundary, Engine, Progress, Sampling, check_cancelled
 from .pictures import NO_HISTORY, PicturesForward, Scenes
 from .rolling import RollingForward, rolling_bytes
@@ -108,7 +109,11 @@ def build_engine(run: RunSettings, make: Callable[..., CausalForward] = CausalFo
 
     Args:
         make: of a causal run's forward.
+
+    Raises:
+        UserError: there is less memory than the run takes; or two networks are run otherwise than they can be.
     """
+    _check_networks(run)
     if run.seeing == "causal":
         run = replace(run, settings=held(run.anew, run.settings, run.shape[2], run.schedule.max_active))
     settings, schedule, report = run.settings, run.schedule, Report(run.schedule, run.label)
@@ -146,6 +151,15 @@ def build_engine(run: RunSettings, make: Callable[..., CausalForward] = CausalFo
     return Engine(forward, schedule, policy, settings.between, sampling, run.on_progress, run.cancelled, run.steer)
 
 
+def _check_networks(run: RunSettings) -> None:
+    """That two networks are run as they were trained."""
+    if has_stacks(run.backbone) and (run.seeing != "causal" or run.schedule.max_active > 1):
+        raise UserError(
+            "This family runs two networks, so its chunks follow one another over a history; set attention to causal "
+            f"and lag to {run.schedule.steps}, the number of steps."
+        )
+
+
 def causal_forward(
     run: RunSettings, policy: Policy, report: Report, make: Callable[..., CausalForward] = CausalForward
 ) -> CausalForward:
@@ -158,9 +172,11 @@ def causal_forward(
     at_once = plan.kind == "shared" or run.settings.history.compression.at_once
     report.notes += uncut_notes(run.settings, run.schedule, run.shape[2], joint=False, at_once=at_once)
     anew = None
+    if has_stacks(run.backbone):
+        report.stores = len(run.backbone.stacks(0.0, clean=True))
     if run.anew is not None and run.schedule.max_active == 1:
         done = run.lead + run.schedule.prefix * run.shape[2] if run.loaded is not None else 0
-        anew, report.stores = AnewHistory(run.anew, plan, run.settings, run.before, done), not run.anew.always
+        anew, report.stores = AnewHistory(run.anew, plan, run.settings, run.before, done), int(not run.anew.always)
     elif run.anew is not None:
         report.notes.append(NOT_ANEW)
     shots = None

@@ -25,7 +25,7 @@ from .anew import AnewHistory
 from .contexts import Contexts, texts_kept
 from .forward import Step, Velocity
 from .guidance import Again, Guidance, Texts
-from .layers import Group, by_chunk, levels_of, run_layers
+from .layers import Group, by_chunk, levels_of, run_layers, stacks_of
 from .shots import Shots
 from .sites import Sites
 
@@ -108,8 +108,9 @@ class CausalForward:
         return {name: history for site in self.sites for name, history in list(site.histories.items())}
 
     def mix(self, step: Step, oldest: bool) -> Hashable:
-        """Names the sum of branches that a step's velocity will be."""
-        return self.guidance.mix(step)
+        """Names the sum of branches that a step's velocity will be, and of which of several networks."""
+        first = stacks_of(self.backbone, step)[0].first
+        return (self.guidance.mix(step), first) if first else self.guidance.mix(step)
 
     def signals(self, steps: Sequence[Step]) -> list[Tensor]:
         """What a policy watches for change, for each step."""
@@ -207,9 +208,11 @@ class CausalForward:
 
     def _run(self, steps: Sequence[Step]) -> tuple[list[Tensor], tuple[Hashable, ...]]:
         """Guided velocities of steps, and the branches that they are sums of."""
-        stored = [step.place.chunk for step in steps if step.place.is_clean_pass]
+        passes = [step for step in steps if step.place.is_clean_pass]
+        stored = [step.place.chunk for step in passes]
         values, branches = self.guidance.velocities(steps, self.network)
-        self.report.clean_passes += len(stored) * sum(not isinstance(name, Again) for name in branches)
+        forwards = sum(len(stacks_of(self.backbone, step)) for step in passes)
+        self.report.clean_passes += forwards * sum(not isinstance(name, Again) for name in branches)
         self.commit(stored)
         return values, branches
 
@@ -262,25 +265,26 @@ class CausalForward:
             ]
             return joined_heads(answers)
 
-        together = self.plan.together if site.backbone.patches is None else 1
-        groups = run_layers(
-            site.backbone, steps, contexts, together, list(dict.fromkeys(histories)), attend, stored,
-            site.histories.values(), self.check,
-        )  # fmt: skip
-        return [velocity for group in groups for velocity in self._headed(site, group, branches)]
+        for network, first in stacks_of(site.backbone, steps[0]):
+            together = self.plan.together if network.patches is None else 1
+            groups = run_layers(
+                network, steps, contexts, together, list(dict.fromkeys(histories)), attend, stored,
+                site.histories.values(), self.check, first,
+            )  # fmt: skip
+        return [velocity for group in groups for velocity in self._headed(site, network, group, branches)]
 
-    def _headed(self, site: CausalSite, group: Group, branches: Sequence[Hashable]) -> Sequence[Tensor]:
-        """Velocities of a group's chunks, from what its blocks gave."""
+    def _headed(self, site: CausalSite, network: Any, group: Group, branches: Sequence[Hashable]) -> Sequence[Tensor]:
+        """Velocities of a group's chunks, from what a network's blocks gave."""
         count, every = len(group.steps), site.histories.values()
         for attempt in attempts(every):
             with attempt:
-                residual = site.backbone.residual(group.x, group.hidden)
+                residual = network.residual(group.x, group.hidden)
         if self.holds_residual:
             for step, part in zip(group.steps, residual.chunk(count, dim=1), strict=True):
-                self._hold(step.place, branches, part)
+                self._hold(step.place, self._held_names(step, branches), part)
         for attempt in attempts(every):
             with attempt:
-                velocities = site.backbone.head(group.x, group.levels, residual).chunk(count, dim=2)
+                velocities = network.head(group.x, group.levels, residual).chunk(count, dim=2)
         return velocities
 
     def _hold(self, place: Place, branches: Sequence[Hashable], residual: Tensor) -> None:
@@ -288,15 +292,22 @@ class CausalForward:
             for name, part in zip(branches, residual.chunk(len(branches)), strict=True):
                 self.held.setdefault((place.chunk, name), Forecast(self.order)).add(place.step, part)
 
+    def _held_names(self, step: Step, branches: Sequence[Hashable]) -> Sequence[Hashable]:
+        """What the residuals of a step's branches are held under; those of several networks are held apart."""
+        first = stacks_of(self.backbone, step)[0].first
+        return [(name, first) for name in branches] if first else branches
+
     def _unheld(self, step: Step, branches: Sequence[Hashable]) -> bool:
         """Whether a step that may be reused is of a branch that was not there before."""
-        return any((step.place.chunk, name) not in self.held for name in branches)
+        return any((step.place.chunk, name) not in self.held for name in self._held_names(step, branches))
 
     def _reused(self, site: CausalSite, step: Step, branches: Sequence[Hashable]) -> Tensor:
         """The head alone, over held residuals."""
         assert step.place.step is not None
-        held = [self.held[step.place.chunk, name].at(step.place.step) for name in branches]
-        return site.backbone.head(step.x, levels_of(step), joined(held))
+        names = self._held_names(step, branches)
+        held = [self.held[step.place.chunk, name].at(step.place.step) for name in names]
+        ((network, _),) = stacks_of(site.backbone, step)
+        return network.head(step.x, levels_of(step), joined(held))
 
     def _asking(self, steps: Sequence[Step]) -> int | Given | None:
         """The chunk whose queries are kept for the next cut: never one that is finished, and of the older ones the

@@ -8,7 +8,7 @@ do so one by one, so that what a block needs inside is that of one chunk.
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 from itertools import groupby
-from typing import Protocol
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
@@ -37,6 +37,31 @@ class Backbone(Protocol):
     def head(self, x: Tensor, sigma: Tensor, residual: Tensor) -> Tensor: ...
 
     def grid(self, height: int, width: int) -> tuple[int, int]: ...
+
+
+class Stack(NamedTuple):
+    """A network that a forward goes through.
+
+    Attributes:
+        backbone: runs it.
+        first: number of its first layer among those of the history.
+    """
+
+    backbone: Any
+    first: int
+
+
+def stacks_of(backbone: Any, step: Step) -> list[Stack]:
+    """The networks that a step goes through: one, or of a backbone of several the one for its noise level; a clean pass
+    goes through all of them, one after the other."""
+    if not has_stacks(backbone):
+        return [Stack(backbone, 0)]
+    return backbone.stacks(step.sigma, step.place.is_clean_pass)
+
+
+def has_stacks(backbone: object) -> bool:
+    """Whether a backbone has several networks; then one chunk is run after the other, over a history."""
+    return hasattr(backbone, "stacks")
 
 
 AttendChunk = Callable[[int, Step, Tensor, Tensor, Tensor], Tensor]  # layer, step, q, k, v -> q's shape
@@ -89,6 +114,7 @@ def run_layers(
     stored: Sequence[int | Given] = (),
     movable: Collection[Movable] | None = None,
     check: Callable[[], None] = lambda: None,
+    first: int = 0,
 ) -> list[Group]:
     """Runs all layers over steps; in each of them, oldest chunk first.
 
@@ -100,6 +126,7 @@ def run_layers(
         stored: chunks that become clean with this.
         movable: histories that may move to system memory where the device runs out of its own; None for the same.
         check: called before every group of every layer; may raise to end the run.
+        first: number of the network's first layer among those of the histories, by which `attend` is told.
 
     Returns:
         The groups, with the last layer's hidden tokens.
@@ -121,13 +148,13 @@ def run_layers(
         for history in histories:
             for attempt in attempts(movable):
                 with attempt:
-                    history.open_layer(layer)
+                    history.open_layer(first + layer)
         for group in together_now:
             check()
 
             def attended(q: Tensor, k: Tensor, v: Tensor, layer: int = layer, group: Group = group) -> Tensor:
                 chunks = zip(*(part.chunk(len(group.steps), dim=2) for part in (q, k, v)), strict=True)
-                answers = [attend(layer, step, *qkv) for step, qkv in zip(group.steps, chunks, strict=True)]
+                answers = [attend(first + layer, step, *qkv) for step, qkv in zip(group.steps, chunks, strict=True)]
                 return joined_heads(answers, dim=2)
 
             for attempt in attempts(movable):
@@ -136,7 +163,7 @@ def run_layers(
         for history in histories:
             for attempt in attempts(movable):
                 with attempt:
-                    history.close_layer(layer)
+                    history.close_layer(first + layer)
     return groups
 
 

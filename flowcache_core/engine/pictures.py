@@ -74,7 +74,7 @@ class PicturesForward(WindowForward):
         if scenes is None:
             raise UserError("Nothing says which pictures the chunks are made from; give scenes.")
         self.scenes, self.dtype = scenes, dtype
-        report.stores = False
+        report.stores = 0
         self.before: Tensor | None = None
         self.scene: Scene | None = None
 

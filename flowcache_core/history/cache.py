@@ -480,7 +480,13 @@ class History:
         if not self.stream.overlaps or not self.layers[layer].keys.moved:
             return
         if self.on_device or self.settings.memory == "system":
-            before, after = self.layers[layer - 1], self.layers[(layer + 1) % len(self.layers)]
+            count = len(self.layers) // self.plan.network.stacks
+            first = layer - layer % count
+            if layer == first:  # another network's layers may have been run last
+                for other in (*self.layers[:first], *self.layers[first + count :]):
+                    other.keys.forget()
+                    other.values.forget()
+            before, after = (self.layers[first + (layer - first + way) % count] for way in (-1, 1))
             after.keys.fetch(self.clean, before.keys)
             after.values.fetch(self.clean, before.values)
 

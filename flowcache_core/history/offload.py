@@ -97,7 +97,7 @@ class OffloadableBuffer:
         """Lists what `write` does: each part that changes and what comes there, already beside it."""
         parts = self._parts(first, first + values.shape[2])
         if first < self._ahead_tokens:
-            self._forget()
+            self.forget()
         news = values.split([part.shape[2] for part in parts], dim=2)
         return [(part, new.to(part.device)) for part, new in zip(parts, news, strict=True)]
 
@@ -107,7 +107,7 @@ class OffloadableBuffer:
         Takes no memory of the device: all tokens leave it, as one copy without a temporary one; then those that stay
         come back. Should they find no room, for others use the device too, they stay in system memory.
         """
-        self._forget()
+        self.forget()
         if not self.here.shape[2]:
             return
         everything = self.here.to(SYSTEM)
@@ -138,7 +138,7 @@ class OffloadableBuffer:
         if self._ahead_tokens or not pieces:
             return
         room = before._ahead.on_device()
-        before._forget()
+        before.forget()
         if [part.shape for part in room] != [piece.shape for piece in pieces]:
             room = []
             if runs_out_of_memory(lambda: room.extend(torch.empty_like(each, device=self.device) for each in pieces)):
@@ -152,7 +152,8 @@ class OffloadableBuffer:
         self._ahead = self.side.run(bring, room)
         self._ahead_tokens = sum(piece.shape[2] for piece in pieces)
 
-    def _forget(self) -> None:
+    def forget(self) -> None:
+        """Lets go of what was brought back ahead, and of its room."""
         self._ahead, self._ahead_tokens = Pending([]), 0
 
     def _parts(self, first: int, last: int, ahead: bool = False) -> list[Tensor]:

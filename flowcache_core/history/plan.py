@@ -27,6 +27,7 @@ class NetworkSizes:
         inside: numbers that a token needs inside a block, where it needs most.
         text_width: numbers that a token of text needs in all layers.
         text_tokens: of a text.
+        stacks: networks that the layers are of, as many of each; a step runs those of one.
     """
 
     layers: int
@@ -37,6 +38,7 @@ class NetworkSizes:
     inside: int
     text_width: int = 0
     text_tokens: int = 0
+    stacks: int = 1
 
 
 @dataclass(frozen=True)

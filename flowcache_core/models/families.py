@@ -15,6 +15,7 @@ from ..settings import HELD, MAGI_PAPER_CUT, SKYREELS_PAPER_CUT, Compression, Dr
 from ..solvers import noise_levels
 from ..solvers.multistep import SkyReelsUniPC, UniPC
 from ..solvers.one_step import Euler, Noise, Renoise, SolverFactory
+from .experts import BOUNDARY, SHIFT, expert_levels
 from .longvie import CHUNK_FRAMES as LONGVIE_FRAMES
 from .longvie import LongVieBackbone
 from .presets import PAPER_PRESETS, PRESETS
@@ -70,6 +71,8 @@ class Family:
         anew: what of a history is computed anew, or None.
         shots: how videos of several shots are made, or None.
         image_inside: given frames that fill no chunk are what the first one begins with; else they stand before it.
+        boundary: the lowest noise level of the first of its two networks, which bring their solver along; None where
+            it is one network.
     """
 
     steps: int
@@ -93,6 +96,7 @@ class Family:
     anew: Anew | None = None
     shots: ShotRule | None = None
     image_inside: bool = False
+    boundary: float | None = None
 
     def shifted_levels(self, steps: int, shift: float) -> list[float]:
         """Gives noise levels with another shift than the family's: shifts multiply."""
@@ -161,6 +165,10 @@ FAMILIES: dict[str, Family] = {
         "LongLive 2.0, configs/inference.yaml, inference_i2v.yaml, pipeline/causal_diffusion_inference.py", fps=24,
         backbone=lambda network, fps, attention: WholeStepsBackbone(network, attention),
         shots=ShotRule(8), image_inside=True,
+    ),
+    "experts": Family(
+        8, 8, 3, always("renoise"), expert_levels, 1.0, (832, 480), SHIFT,
+        "FastVideo, SelfForcingWan2_2_T2V480PConfig and basic_self_forcing_causal_wan2_2_i2v.py", boundary=BOUNDARY,
     ),
     "skyreels": Family(
         50, 5, 5, always("skyreels unipc"), noise_levels.skyreels, 6.0, (960, 544), 8.0,

@@ -8,6 +8,7 @@ from ..errors import UserError
 from ..history.plan import MemoryPlan, plan_memory, window_bytes
 from ..schedule import ChunkSchedule
 from ..settings import Settings
+from .experts import experts_sizes
 from .families import Family
 from .latent_spaces import stride_of
 from .longvie import HISTORY_FRAMES
@@ -31,7 +32,7 @@ def plan_wan(
     schedule = _wan_schedule(family, frames, lag)
     settings = held(family.anew, settings, family.chunk_frames, schedule.max_active)
     return plan_memory(
-        config.sizes,
+        config.sizes if family.boundary is None else experts_sizes(config.sizes),
         schedule,
         settings,
         settings.reuse.policy(schedule),

@@ -17,9 +17,9 @@ SMALL_FPS = WanConfig(dim=96, ffn_dim=128, num_heads=3, num_layers=3, text_dim=2
 TEXT_TOKENS = 8
 
 
-def value(name: str, shape: tuple[int, ...]) -> Tensor:
-    """The weight of a parameter, float32, by its Wan 2.1 name."""
-    drawn = normal(name, shape)
+def value(name: str, shape: tuple[int, ...], seed: int = 0) -> Tensor:
+    """The weight of a parameter, float32, by its Wan 2.1 name; another seed gives another network."""
+    drawn = normal(name, shape, seed)
     if "norm_q" in name or "norm_k" in name:
         return 1.6 + 0.3 * drawn  # a gain well above 1: sharp attention
     if name.endswith("norm3.weight"):
@@ -41,16 +41,16 @@ def value(name: str, shape: tuple[int, ...]) -> Tensor:
     return 1.2 * drawn / drawn[0].numel() ** 0.5
 
 
-def fill(module: nn.Module) -> None:
+def fill(module: nn.Module, seed: int = 0) -> None:
     """Overwrites all parameters of a network with Wan 2.1's names."""
     with torch.no_grad():
         for name, parameter in module.named_parameters():
-            parameter.copy_(value(name, tuple(parameter.shape)))
+            parameter.copy_(value(name, tuple(parameter.shape), seed))
 
 
-def network(config: WanConfig = SMALL) -> WanNetwork:
+def network(config: WanConfig = SMALL, seed: int = 0) -> WanNetwork:
     made = WanNetwork(config).to(DEVICE)
-    fill(made)
+    fill(made, seed)
     return made.eval().requires_grad_(False)
 
 

@@ -9,6 +9,7 @@ import torch
 from safetensors.torch import save_file
 
 from flowcache_core import generate
+from flowcache_core.checkpoints import STAMP
 from flowcache_core.demo.captions import embed_caption
 from flowcache_core.models.families import FAMILIES, SOLVERS, family_preset
 from flowcache_core.models.wan import WanConfig, WanNetwork
@@ -334,3 +335,17 @@ def test_a_family_that_the_network_cannot_be(server):
     patched = graph.add("FlowCache", model=(loaded, 0), preset="high", history_budget=0, family="causal")
     graph.add("PreviewAny", source=(patched, 0))
     assert "set to causal, and the model is skyreels by its file" in fails(server, graph, patched)
+
+
+def test_one_of_two_networks_is_refused(server):
+    """Alone it would run, and show noise."""
+    path = server.base / "models" / "diffusion_models" / "high_noise.safetensors"
+    save_file(random_network(1), path, {STAMP: json.dumps({"family": "experts"}), "config": UNTOLD})
+    graph = Graph()
+    model = graph.add("FlowCacheLoadARVideoModel", model_name=path.name, family="auto", weight_type="default")
+    words = [graph.add("FlowCacheDemoPrompt", caption=caption) for caption in ("a red circle", "")]
+    node = graph.add(
+        "FlowCacheAutoregressiveExtend", model=(model, 0), positive=(words[0], 0), negative=(words[1], 0), seed=1,
+        chunks=1, steps=0, guidance=0.0, frames_per_chunk=0, lag=-1, width=64, height=64,
+    )  # fmt: skip
+    assert "one of the two networks" in fails(server, graph, node)
