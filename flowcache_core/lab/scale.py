@@ -234,12 +234,16 @@ def fits(whole: Counted, bounded: Counted, card: Card) -> tuple[Fit | None, floa
     """
     model, preset = whole.case.model, whole.case.preset
     looks_back = isinstance(model.config, MagiConfig)  # keeps what its chunks look back on, whatever the length
+    anew = model.family.anew
+    any_length = looks_back or (anew is not None and anew.always)  # keeps as much, whatever the length
     run = whole if looks_back else bounded
     beside = run.steady.held + run.steady.activations + BESIDE * 2**30
     least = float("inf")
     for memory in ("auto", "system"):
         for weights, size in _weights(model):
-            for budget in [None] if looks_back else range(model.budget, 0, -1):
+            for budget in (
+                [None] if looks_back else range(model.budget, 0 if model.cut is None else model.budget - 1, -1)
+            ):
                 named = Case(_with_budget(model, budget), preset, budget is not None).settings
                 settings = replace(named, history=replace(named.history, memory=memory))
                 used = (size + beside + planned_history(model, settings, model.chunks())) / 2**30
@@ -250,7 +254,7 @@ def fits(whole: Counted, bounded: Counted, card: Card) -> tuple[Fit | None, floa
                     room = card.memory * 2**30 - size - beside
                     fit = Fit(
                         model, card, weights, preset, budget, HISTORY_TYPE, place, used,
-                        seconds_whole=None if looks_back else _seconds_whole(model, preset, room),
+                        seconds_whole=None if any_length else _seconds_whole(model, preset, room),
                         seconds=time,
                     )  # fmt: skip
                     return fit, least

@@ -300,8 +300,8 @@ def _fits(report: dict) -> str:
         "not fit; of these, the largest budget up to the one above. Each runs a video of any length. *Whole history "
         "up to* is the length of a video that fits beside the same weights without a budget, stored as computed, in 8 "
         "and in 4 bits; with a budget that is so much smaller, too. MAGI-1 keeps what its "
-        f"chunks look back on, so it needs no budget. {BESIDE:.0f} GiB is set aside for CUDA and the desktop.\n\n"
-        + markdown(names, cells)
+        "chunks look back on and Krea Realtime its 3 frames, so they need no budget. LongLive has the windows that it "
+        f"is published with. {BESIDE:.0f} GiB is set aside for CUDA and the desktop.\n\n" + markdown(names, cells)
     )
 
 
