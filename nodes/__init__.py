@@ -29,6 +29,7 @@ from .save_embedding import SaveEmbedding
 from .save_state import SaveState
 from .save_video import SaveVideo
 from .stream_video import StreamVideo
+from .two_experts import TwoExperts
 
 
 class FlowCacheExtension(ComfyExtension):
@@ -42,6 +43,7 @@ class FlowCacheExtension(ComfyExtension):
             PromptsOverTime,
             LivePromptNode,
             LongVieControl,
+            TwoExperts,
             FlowCache,
             FlowCacheOverGPUs,
             Calibrate,

@@ -17,6 +17,7 @@ from ...flowcache_core.engine.forward import Step
 from ...flowcache_core.engine.guidance import Again, Network
 from ...flowcache_core.errors import UserError
 from ...flowcache_core.history.positions import RotaryProduct
+from ...flowcache_core.models.experts import ExpertsBackbone
 from ...flowcache_core.models.families import family
 from ...flowcache_core.models.latent_spaces import pixel_size
 from ...flowcache_core.models.longvie import leads
@@ -31,6 +32,8 @@ from .model_patches import OVERRIDE, ModelPatches, scales, unheeded
 RUN = "flowcache_run"  # key of the guidance in transformer_options, while its run goes on
 FPS = "flowcache_fps"  # frames a second that SkyReels-V2 is told, in transformer_options
 FAMILY = "flowcache_family"  # the family that our loader found, in transformer_options
+LOW = "flowcache_low_noise"  # key of a second network among a model's additional ones
+BOUNDARY = "flowcache_boundary"  # the lowest noise level of the first, in transformer_options
 WARNINGS = "flowcache_warnings"  # its lines on the file, there too: on a family that was guessed, on the rest
 
 DEVICE = "multigpu_thread_device"  # the host's key of a call's device, where it divides the branches among several
@@ -178,6 +181,12 @@ def wan_backbone(network: torch.nn.Module, options: dict, attention) -> Any:
     return backbone
 
 
+def low_network(model) -> torch.nn.Module | None:
+    """The network for low noise levels that a model takes along, if it does."""
+    found = model.get_additional_models_with_key(LOW)
+    return found[0].model.diffusion_model if found else None
+
+
 class GuiderGuidance:
     """Puts a forward's steps to the guider, and answers for the network when the guider calls it.
 
@@ -287,10 +296,13 @@ class GuiderGuidance:
             self._seen |= dict.fromkeys(names)
             self._called += names
         x = x[:, : backbone.channels]  # an image that the host has put behind it is the scene's here
-        backbone.patches = ModelPatches.of(network, options, (x.shape[3], x.shape[4]), self.stores and first)
-        if leads(network) and backbone.patches is not None and backbone.patches.on_blocks:
+        patched = backbone.high if isinstance(backbone, ExpertsBackbone) else backbone
+        patched.patches = ModelPatches.of(network, options, (x.shape[3], x.shape[4]), self.stores and first)
+        if leads(network) and patched.patches is not None and patched.patches.on_blocks:
             raise UserError("LongVie 2 takes no patches of its blocks by other nodes; remove that node.")
-        if self.led is not None and backbone.patches is not None:
+        if patched is not backbone and patched.patches is not None:
+            raise UserError("Two networks take no patches of their blocks or attention by other nodes; remove those.")
+        if self.led is not None and patched.patches is not None:
             refuse(["patches of its blocks or its attention"])
         rows = x.shape[0] // len(names)
 
@@ -304,11 +316,22 @@ class GuiderGuidance:
 
     def _backbone(self, network: torch.nn.Module) -> Any:
         whole = wan_backbone(network, self.options, self.attention)
+        low = low_network(self.guider.model_patcher)
+        if low is not None and self.led is not None:
+            raise UserError("FlowCache over GPUs does not divide two networks; bypass that node.")
+        if low is not None:
+            other = wan_backbone(low, self.options, self.attention)
+            return ExpertsBackbone(whole, other, self.options[BOUNDARY])
         return whole if self.led is None else self.led.backbone(whole)
 
     def _backbone_of(self, network: torch.nn.Module, options: dict) -> Any:
         """The backbone that runs a call: of the device that its branches are on, or the run's own, over the network
         that hooks may have put in place of its own."""
+        if isinstance(self.backbone, ExpertsBackbone):
+            if DEVICE in options:
+                raise UserError("Two networks are not divided among GPUs; remove the node that divides guidance.")
+            self.backbone.high.network = network
+            return self.backbone
         if DEVICE not in options:
             self.backbone.network = network
             return self.backbone

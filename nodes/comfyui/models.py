@@ -18,7 +18,6 @@ from torch import Tensor
 from ...flowcache_core import checkpoints
 from ...flowcache_core.checkpoints.conversion import untold
 from ...flowcache_core.demo.preview import RGB_BIAS, RGB_FACTORS
-from ...flowcache_core.errors import UserError
 from ...flowcache_core.models.latent_spaces import is_deep, stride_of
 from ...flowcache_core.models.longvie import CONTROL, LongVieConfig, fit_control_layers
 from ...flowcache_core.models.skyreels import add_frame_rate
@@ -50,11 +49,6 @@ def load_model(
     for warning in info.warnings:
         logging.warning("FlowCache: %s", warning)
         on_warning(warning)
-    if info.family in checkpoints.OF_TWO_NETWORKS:
-        raise UserError(
-            "The file is one of the two networks of Wan 2.2 A14B, and these nodes run one: use the command line, "
-            "`python -m flowcache_core generate` with --network and --network-low."
-        )
     if info.family in checkpoints.MAGI_FAMILIES:
         model = magi_model(path, info, weights, dtype, disable_dynamic)
     else:

@@ -31,6 +31,7 @@ from ...flowcache_core.engine.build import Seeing
 from ...flowcache_core.engine.rolling import rolling_bytes
 from ...flowcache_core.errors import UserError
 from ...flowcache_core.history.plan import plan_memory
+from ...flowcache_core.models.experts import experts_sizes
 from ...flowcache_core.models.families import FAMILIES
 from ...flowcache_core.models.skyreels import FRAME_RATE, add_frame_rate
 from ...flowcache_core.models.wan import WanBackbone
@@ -42,7 +43,7 @@ from ...flowcache_core.storage import calibrations
 from .captions import at_once
 from .checks import adapt_others, check_finite
 from .gpus import division_of, planned_share
-from .guider import FAMILY, RUN, WARNINGS, compute_dtype, text_tokens
+from .guider import BOUNDARY, FAMILY, RUN, WARNINGS, compute_dtype, low_network, text_tokens
 from .levels import check_flow, time_step_note
 from .loaders import loaded_file
 from .native import NativeRun
@@ -176,9 +177,10 @@ def _frame_rate_weights(model: comfy.model_patcher.ModelPatcher, hidden) -> dict
 
 def model_name(model: comfy.model_patcher.ModelPatcher) -> str:
     """Tells networks of other sizes apart, for states; two files of one size pass as the same."""
-    network = model.model.diffusion_model
+    network, low = model.model.diffusion_model, low_network(model)
+    told = "" if low is None else f", two experts at {model.model_options['transformer_options'][BOUNDARY]:g}"
     kind = type(network).__name__.replace("Causal", "")
-    return f"{kind} {network.dim}x{len(network.blocks)} heads {network.num_heads}"
+    return f"{kind} {network.dim}x{len(network.blocks)} heads {network.num_heads}{told}"
 
 
 def file_of(model: comfy.model_patcher.ModelPatcher) -> Path:
@@ -237,6 +239,8 @@ def _outer_sample(executor, noise, latent_image, sampler, sigmas, *args, **kwarg
             "as if it were not patched. Use Autoregressive Extend, AR Sampler (FlowCache) or SamplerARVideo."
         )
         return executor(noise, latent_image, sampler, sigmas, *args, **kwargs)
+    if low_network(guider.model_patcher) is not None:
+        raise UserError("SamplerARVideo runs one network; take Autoregressive Extend or AR Sampler (FlowCache).")
     sampling = guider.model_patcher.get_model_object("model_sampling")
     check_flow(sampling)
     notes = [*adapt_others(guider.model_options), *time_step_note(sampling)]
@@ -323,7 +327,9 @@ def planned_bytes(
     backbone = WanBackbone(model.diffusion_model)
     anew = FAMILIES[family_of(guider.model_patcher)].anew
     settings = held(anew, settings, chunk[2], schedule.max_active)
-    sizes, branches, together = planned_share(backbone.sizes, branches_of(guider), guider.model_options)
+    one = backbone.sizes
+    whole = one if low_network(guider.model_patcher) is None else experts_sizes(one)
+    sizes, branches, together = planned_share(whole, branches_of(guider), guider.model_options)
     plan = plan_memory(
         replace(sizes, text_tokens=text_tokens(guider)),
         schedule,

@@ -9,7 +9,7 @@ from ...flowcache_core.settings import Settings
 from . import patch as host
 from .checks import COMPILED
 from .gpus import GPUS
-from .guider import FAMILY, FPS, WARNINGS
+from .guider import FAMILY, FPS, LOW, WARNINGS, low_network
 from .longvie import LED
 
 PLACES = (  # of the host's patcher, where nodes hang what changes a run
@@ -42,16 +42,18 @@ def root() -> Path:
 
 def weights_of(model) -> list:
     """A few numbers of each weight, patches (LoRA) on them, and how FlowCache and the loader set the model up."""
-    network = model.model.diffusion_model
+    networks = [one for one in (model.model.diffusion_model, low_network(model)) if one is not None]
     weights = [
         (name, tuple(weight.shape), str(weight.dtype), weight.detach().flatten()[:: max(1, weight.numel() // 8)][:8])
+        for network in networks
         for name, weight in network.named_parameters()
         if not weight.is_meta
     ]
     options = model.model_options.get("transformer_options", {})
     patch = host.patch_of(model.model_options)
     settings, dtype = patch and _deciding(patch.settings), str(host.compute_dtype(model.model))
-    return [weights, dict(model.patches), [options.get(FAMILY), options.get(FPS), settings, dtype]]
+    patches = [dict(one.patches) for one in (model, *model.get_additional_models_with_key(LOW))]
+    return [weights, *patches, [options.get(FAMILY), options.get(FPS), settings, dtype]]
 
 
 def _deciding(settings: Settings) -> Settings:

@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass, field
 from functools import partial
+from typing import Any
 
 import comfy.model_patcher
 import torch
@@ -11,6 +12,7 @@ from torch import Tensor
 from ...flowcache_core.engine.anew import held
 from ...flowcache_core.engine.build import IN_ORDER, RunSettings, Seeing, build_engine, given_chunks
 from ...flowcache_core.engine.from_video import FromVideo
+from ...flowcache_core.engine.layers import has_stacks
 from ...flowcache_core.engine.loop import Engine, Progress, Sampling, beginning_with
 from ...flowcache_core.engine.pictures import Scenes
 from ...flowcache_core.errors import UserError
@@ -18,12 +20,13 @@ from ...flowcache_core.models.families import FAMILIES, SOLVERS
 from ...flowcache_core.models.longvie import leads
 from ...flowcache_core.schedule import ChunkSchedule, Given, Shot
 from ...flowcache_core.settings import OFF, Off, Settings
-from ...flowcache_core.solvers.one_step import chunk_noise
+from ...flowcache_core.solvers.one_step import SolverFactory, chunk_noise
 from ...flowcache_core.storage.state import State
 from . import gpus
 from . import patch as host
 from .captions import ChunkCaptions
 from .checks import adapt_others, check_finite, cut_into_chunks, short_note
+from .experts import check_experts
 from .guider import FPS, RUN, GuiderGuidance, is_plain_sum, start_image, text_tokens
 from .levels import check_flow, time_step_note
 from .listener import RunListener
@@ -76,6 +79,7 @@ class ARSampler(host.ChunkSampler):
         self, guider, sigmas, extra_args, callback, noise, latent_image=None, denoise_mask=None, disable_pbar=False
     ) -> Tensor:
         """Called by the host with a [B, C, T, H, W] noise; returns the sampled latent of that shape."""
+        check_experts(guider.model_patcher)
         if denoise_mask is not None:
             raise UserError(
                 "A noise mask was given; FlowCache extends videos instead: give the frames to keep as a prefix."
@@ -238,7 +242,7 @@ class SamplerCall:
             plain=one_sum, led=self.led,
         )  # fmt: skip
         first_levels = sampler.first_levels if self.schedule.first_steps else None
-        sampling = Sampling(self.levels, self._start, self._fresh, SOLVERS[sampler.solver], first_levels)
+        sampling = Sampling(self.levels, self._start, self._fresh, self._solver(guidance.backbone), first_levels)
         self.sampling = beginning_with(sampling, self.schedule.prefix, begins)
         before = self.cut.given_frames or sampler.frames_before() % sampler.chunk_frames
         lead = before if seeing == "causal" and not self.cut.inside else 0
@@ -294,6 +298,10 @@ class SamplerCall:
         if end is not None:
             engine.give(Given.END, end)
         return engine
+
+    def _solver(self, backbone: Any) -> SolverFactory:
+        """What takes the steps; two networks bring theirs along."""
+        return backbone.solver if has_stacks(backbone) else SOLVERS[self.sampler.solver]
 
     def _scenes(self) -> Scenes:
         """What chunks are shown, from what LongVie Control has put on the model."""

@@ -348,5 +348,4 @@ def test_one_of_two_networks_is_refused(server):
         "FlowCacheAutoregressiveExtend", model=(model, 0), positive=(words[0], 0), negative=(words[1], 0), seed=1,
         chunks=1, steps=0, guidance=0.0, frames_per_chunk=0, lag=-1, width=64, height=64,
     )  # fmt: skip
-    graph.add("SaveLatent", samples=(node, 0), filename_prefix="s")
-    assert "one of the two networks" in fails(server, graph, model)
+    assert "one of the two networks" in fails(server, graph, node)
