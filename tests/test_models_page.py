@@ -88,6 +88,7 @@ GOLDEN = {  # row: file of golden tensors, runs of upstream's in it
     "Rolling Forcing": ("rolling_forcing", ["rolling_forcing"]),
     "LongLive": ("longlive", ["longlive", "longlive_switch"]),
     "LongLive 2.0 5B": ("longlive2", ["longlive2", "shots", "image", "published"]),
+    "Self-Forcing of Wan 2.2 A14B": ("experts", ["experts"]),
     "Krea Realtime 14B": ("krea", ["krea", "krea_switch"]),
     "MAGI-1 4.5B": ("magi_runs", ["base", "distill", "image", "video"]),
     "MAGI-1 24B": ("magi_runs", ["gated"]),

@@ -117,6 +117,8 @@ FILES = {
     "longlive_1.3b.safetensors": ("wan_1_3b", converted("longlive"), "longlive", WAN, False),
     "krea-realtime-video-14b.safetensors": ("skyreels_14b", wrapped, "wan", SKYREELS_14B, True),
     "model_bf16.pt": ("wan_5b", whole, "longlive 2", WAN_5B, False),
+    "sfwan2.2_a14b_high_noise.safetensors": ("skyreels_14b", converted("experts"), "experts", SKYREELS_14B, False),
+    "sfwan2.2_a14b_low_noise.safetensors": ("skyreels_14b", converted("experts"), "experts", SKYREELS_14B, False),
     "model.pt": ("wan_1_3b", causvid, "causal", WAN, True),  # CausVid's
     "causvid.pt": ("wan_1_3b", causvid, "causal", WAN, True),  # as the docs have it saved
     "magi1_4.5b_distill.safetensors": ("magi_4_5b", converted("magi distilled"), "magi distilled", MAGI_4_5B, False),

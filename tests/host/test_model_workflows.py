@@ -28,6 +28,7 @@ FRAMES = {  # latent frames of an image, and of 2 chunks; of 6 where a history i
     "longlive_prompts": 6 * 3,
     "krea_realtime": 6 * 3,
     "longlive_2_shots": 6 * 8,
+    "experts_image_to_video": 1 + 2 * 3,
 }
 LONGER = (
     "skyreels_long_video",

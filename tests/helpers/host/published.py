@@ -36,6 +36,9 @@ def write_published(base: Path) -> None:
         torch.save({"generator_ema": weights}, networks / name)
     weights = {f"model.{key}": weight for key, weight in random_network(8, NETWORK).items()}
     save_file(weights, networks / "krea-realtime-video-14b.safetensors")
+    for seed, level in ((10, "high"), (11, "low")):
+        stamp = {STAMP: json.dumps({"family": "experts"})}
+        save_file(random_network(seed, NETWORK), networks / f"sfwan2.2_a14b_{level}_noise.safetensors", stamp)
     weights = {f"model.{key}": weight for key, weight in random_network(9, DEEP).items()}
     torch.save({"generator": weights}, networks / "model_bf16.pt")
     (base / "models" / "vae" / "wan2.2_vae.safetensors").touch()  # listed, never read: the real one has 1.4 GB

@@ -33,6 +33,7 @@ GRAPHS: dict[str, Path] = {
         "reward_forcing": "on Reward Forcing 1.3B long video",
         "rolling_forcing": "on Rolling Forcing 1.3B long video",
         "self_forcing_text_to_video": "on Self-Forcing 1.3B text to video",
+        "experts_image_to_video": "on Self-Forcing Wan 2.2 A14B with two experts",
         "skyreels_14b_text_to_video": "on SkyReels-V2 14B text to video",
         "skyreels_extend": "on SkyReels-V2 1.3B extend a video",
         "skyreels_image_to_video": "on SkyReels-V2 1.3B image to video",
