@@ -39,7 +39,7 @@ def generate(files: list[Path], out: str, chunks: int, *more: str, both: bool = 
     words = ["generate", "--network", str(files[0]), "--chunks", str(chunks), "--out", str(folder / out), *FIXED]
     words += ["--text", str(folder / "text.st"), *(["--network-low", str(files[1])] if both else []), *more]
     assert main(words) == 0
-    return read_latent(folder / out, magi=False)
+    return read_latent(folder / out, False, 16)
 
 
 def test_begins_with_a_picture_and_goes_on_from_a_state(files, capsys):
@@ -47,7 +47,7 @@ def test_begins_with_a_picture_and_goes_on_from_a_state(files, capsys):
     image, state = str(folder / "image.latent"), str(folder / "state.safetensors")
     whole = generate(files, "whole.latent", 4, "--prefix", image)
     assert "forwards: 42 of 40" in capsys.readouterr().out  # the picture's own come on top
-    assert whole.shape[2] == 13 and torch.allclose(whole[:, :, :1], read_latent(Path(image), magi=False), atol=1e-6)
+    assert whole.shape[2] == 13 and torch.allclose(whole[:, :, :1], read_latent(Path(image), False, 16), atol=1e-6)
     generate(files, "begun.latent", 1, "--prefix", image, "--save-state", state)
     assert torch.equal(generate(files, "after.latent", 3, "--state", state), whole)
     other = generate(files[::-1], "other.latent", 4, "--prefix", image)

@@ -79,8 +79,8 @@ class Sampling:
         solver: makes a chunk's solver.
         first_sigmas: noise levels of the first generated chunk where it takes more steps.
         held: what is forecast, see `ActiveChunk`.
-        pinned: puts frames that are given inside a chunk into its latent, before every step and in the end.
-        given: counts those of a chunk that it begins with, which are shown without noise.
+        pinned: puts frames that are given inside a chunk into its latent, before every step and where it is stored.
+        given: counts those of a chunk that it begins with, which are shown without noise and handed out with it.
         recompute_last_tick: nothing is reused in the run's last tick.
     """
 
@@ -242,9 +242,11 @@ class Engine:
         self.advanced, finished = self.active, [chunk for chunk in self.active if chunk.finished]
         self.active = [chunk for chunk in self.active if not chunk.finished]
         for chunk in finished:
-            chunk.latent = self.sampling.pinned(chunk.index, chunk.latent)
+            whole = self.sampling.pinned(chunk.index, chunk.latent)
+            if self.sampling.given(chunk.index):
+                chunk.latent = whole  # what is handed out begins with them
             if chunk.clean:
-                self.forward.finish(chunk.index, chunk.latent)
+                self.forward.finish(chunk.index, whole)
             self.report.chunks_done += 1
         self.report.history.append((tick, self.forward.history_bytes[0]))
         self.report.device_bytes_peak = max(self.report.device_bytes_peak, peak_bytes(device))
