@@ -23,7 +23,7 @@ from .engine.loop import Boundary, Chunk, Engine, Progress, Sampling, beginning_
 from .engine.pictures import Scenes
 from .errors import UserError
 from .history.streams import Pending, SideStream
-from .models.families import SOLVERS, Family, family
+from .models.families import Family, family, solver_of
 from .models.presets import DEFAULT_PRESET, PRESETS, describe
 from .report import Report
 from .schedule import ChunkSchedule, Given, Shot
@@ -206,7 +206,7 @@ def generate(
     def fresh(chunk: int, step: int) -> Tensor:
         return (chunk_noise(seed, chunk, shape, step) if noise is None else noise(chunk, step)).to(texts[0])
 
-    sampling = Sampling(levels, start, fresh, solver or _usual_solver(backbone, usual, steps), first_levels)
+    sampling = Sampling(levels, start, fresh, solver or solver_of(backbone, usual.solver(steps)), first_levels)
     sampling = beginning_with(sampling, done, inside)
     kept = held(usual.anew, settings, chunk_frames, schedule.max_active) if way == "causal" else settings
     output = Output(device, dtype, settings, given, on_progress, on_chunk, keep)
@@ -341,11 +341,6 @@ def schedule_numbers(usual: Family, steps: int | None, lag: int | None) -> tuple
     """Steps and lag, as recommended where they are not told; another number of steps keeps the share of the lag."""
     steps = usual.steps if steps is None else steps
     return steps, max(1, round(steps * usual.lag / usual.steps)) if lag is None else lag
-
-
-def _usual_solver(backbone, usual: Family, steps: int) -> SolverFactory:
-    """The family's; two networks bring one along, for the noise level at which they change."""
-    return backbone.solver if has_stacks(backbone) else SOLVERS[usual.solver(steps)]
 
 
 def _checked_texts(text: Text, name: str, backbone) -> list[Tensor]:

@@ -36,13 +36,9 @@ MAGI_FAMILIES = ("magi", "magi distilled")
 # Read by ComfyUI as causal AR.
 CAUSAL_FAMILIES = ("causal", "causvid", "rolling", "longlive", "krea", "experts", "demo")
 CAUSAL_CLASSES = ("CausalWanModel", "CausalWanTransformer3DModel")  # upstreams' own; FastVideo's
-STAMP = "flowcache"  # metadata key, beside ComfyUI's own "config"
-
-
 DEEP_FAMILIES = ("longlive 2", "wan")  # with the 48 channels of Wan 2.2's 5B
-
-
-OF_TWO_NETWORKS = ("experts",)  # which the command line and Python run; ComfyUI's nodes do not yet
+OF_TWO_NETWORKS = ("experts",)  # of which a file holds one
+STAMP = "flowcache"  # metadata key, beside ComfyUI's own "config"
 
 
 def wan_families() -> list[str]:

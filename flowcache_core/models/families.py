@@ -3,12 +3,13 @@
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import Literal
+from typing import Any, Literal
 
 from torch import nn
 
 from ..engine.anew import Anew
 from ..engine.build import Seeing
+from ..engine.layers import has_stacks
 from ..engine.shots import ShotRule
 from ..errors import UserError
 from ..settings import HELD, MAGI_PAPER_CUT, SKYREELS_PAPER_CUT, Compression, Drift, HistorySettings, Reuse, Settings
@@ -190,6 +191,11 @@ FAMILIES: dict[str, Family] = {
         fps=24,
     )),
 }  # fmt: skip
+
+
+def solver_of(backbone: Any, name: str) -> SolverFactory:
+    """Gives a solver by its name; two networks bring theirs along, for the noise level at which they change."""
+    return backbone.solver if has_stacks(backbone) else SOLVERS[name]
 
 
 def family(name: str) -> Family:

@@ -6,7 +6,7 @@ from ...flowcache_core.checkpoints import OF_TWO_NETWORKS
 from ...flowcache_core.errors import UserError
 from ...flowcache_core.models.longvie import leads
 from .checks import check_network
-from .guider import BOUNDARY, FAMILY, LOW
+from .guider import BOUNDARY, FAMILY, LOW, low_network
 
 (EXPERTS,) = OF_TWO_NETWORKS
 
@@ -46,7 +46,7 @@ def two_experts(
 def check_experts(model: comfy.model_patcher.ModelPatcher) -> None:
     """Raises UserError where a model is one of two networks, and the other one is not there."""
     family = model.model_options.get("transformer_options", {}).get(FAMILY)
-    if family in OF_TWO_NETWORKS and not model.get_additional_models_with_key(LOW):
+    if family in OF_TWO_NETWORKS and low_network(model) is None:
         raise UserError(
             "The model is one of the two networks of Wan 2.2 A14B; load the other one too, and connect both to Two "
             "Experts (FlowCache)."

@@ -20,7 +20,7 @@ from ...flowcache_core.engine.from_video import STRENGTH, FromVideo, from_video
 from ...flowcache_core.errors import UserError
 from ...flowcache_core.history.streams import SideStream
 from ...flowcache_core.models.families import FAMILIES
-from ...flowcache_core.models.latent_spaces import stride_of
+from ...flowcache_core.models.latent_spaces import pixel_size, stride_of
 from ...flowcache_core.report import Report
 from ...flowcache_core.schedule import ChunkSchedule
 from ...flowcache_core.storage import partial_videos
@@ -389,7 +389,7 @@ def chunk_shape(model: comfy.model_patcher.ModelPatcher, asked: Extension, chunk
         if given is not None:
             check_latent(given, channels)
             shape = [*given.shape[:2], chunk_frames, *given.shape[3:]]
-            sizes.append((stride * given.shape[4], stride * given.shape[3]))
+            sizes.append(pixel_size(given.shape))
     check_size(shape)
     if len(set(sizes)) > 1:
         raise UserError(f"The given frames are of sizes {sizes} (width, height); bring them to one size.")

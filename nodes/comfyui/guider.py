@@ -317,9 +317,9 @@ class GuiderGuidance:
     def _backbone(self, network: torch.nn.Module) -> Any:
         whole = wan_backbone(network, self.options, self.attention)
         low = low_network(self.guider.model_patcher)
-        if low is not None and self.led is not None:
-            raise UserError("FlowCache over GPUs does not divide two networks; bypass that node.")
         if low is not None:
+            if self.led is not None:
+                raise UserError("FlowCache over GPUs does not divide two networks; bypass that node.")
             other = wan_backbone(low, self.options, self.attention)
             return ExpertsBackbone(whole, other, self.options[BOUNDARY])
         return whole if self.led is None else self.led.backbone(whole)

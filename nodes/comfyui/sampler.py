@@ -2,7 +2,6 @@
 
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Any
 
 import comfy.model_patcher
 import torch
@@ -12,15 +11,14 @@ from torch import Tensor
 from ...flowcache_core.engine.anew import held
 from ...flowcache_core.engine.build import IN_ORDER, RunSettings, Seeing, build_engine, given_chunks
 from ...flowcache_core.engine.from_video import FromVideo
-from ...flowcache_core.engine.layers import has_stacks
 from ...flowcache_core.engine.loop import Engine, Progress, Sampling, beginning_with
 from ...flowcache_core.engine.pictures import Scenes
 from ...flowcache_core.errors import UserError
-from ...flowcache_core.models.families import FAMILIES, SOLVERS
+from ...flowcache_core.models.families import FAMILIES, solver_of
 from ...flowcache_core.models.longvie import leads
 from ...flowcache_core.schedule import ChunkSchedule, Given, Shot
 from ...flowcache_core.settings import OFF, Off, Settings
-from ...flowcache_core.solvers.one_step import SolverFactory, chunk_noise
+from ...flowcache_core.solvers.one_step import chunk_noise
 from ...flowcache_core.storage.state import State
 from . import gpus
 from . import patch as host
@@ -229,8 +227,7 @@ class SamplerCall:
         prefix, end = self._inside(sampler.prefix) if self.begun is None else self.begun, self._inside(sampler.end)
         asked, begins = settings, None
         if self.cut.inside and sampler.state is None:
-            given = self._inside(sampler.prefix if self.cut.given is None else self.cut.given)
-            prefix, begins = self._split(given)
+            prefix, begins = self._split(prefix if self.cut.given is None else self._inside(self.cut.given))
         self._check_seeing(prefix, end)
         if seeing not in IN_ORDER:
             settings = OFF
@@ -242,7 +239,9 @@ class SamplerCall:
             plain=one_sum, led=self.led,
         )  # fmt: skip
         first_levels = sampler.first_levels if self.schedule.first_steps else None
-        sampling = Sampling(self.levels, self._start, self._fresh, self._solver(guidance.backbone), first_levels)
+        sampling = Sampling(
+            self.levels, self._start, self._fresh, solver_of(guidance.backbone, sampler.solver), first_levels
+        )
         self.sampling = beginning_with(sampling, self.schedule.prefix, begins)
         before = self.cut.given_frames or sampler.frames_before() % sampler.chunk_frames
         lead = before if seeing == "causal" and not self.cut.inside else 0
@@ -263,7 +262,7 @@ class SamplerCall:
             anew=self.family.anew,
             before=None if state is None else state.before(self.family.anew),
             shots=self.family.shots,
-            new_shot=lambda chunk: self.captions.begins_shot(chunk),
+            new_shot=self.captions.begins_shot,
             shot=Shot() if state is None else state.shot,
             on_progress=lambda told: self._progress(told, engine),
             steer=lambda ahead: sampler.listener.steer(ahead, self._steering(engine)),
@@ -298,10 +297,6 @@ class SamplerCall:
         if end is not None:
             engine.give(Given.END, end)
         return engine
-
-    def _solver(self, backbone: Any) -> SolverFactory:
-        """What takes the steps; two networks bring theirs along."""
-        return backbone.solver if has_stacks(backbone) else SOLVERS[self.sampler.solver]
 
     def _scenes(self) -> Scenes:
         """What chunks are shown, from what LongVie Control has put on the model."""
