@@ -141,7 +141,8 @@ def _page(title: str, subtitle: str, rows: int) -> tuple[Figure, Sequence[Axes]]
     figure = Figure((8, 6.4 if rows == 1 else 8), dpi=DOTS, layout="constrained")
     every = list(figure.subplots(rows, 1, squeeze=False)[:, 0])
     every[0].set_title(f"{title}\n", loc="left", fontsize=14)
-    every[0].text(0, 1.03, subtitle, transform=every[0].transAxes, fontsize=9, color=FAINT)
+    above = {"xycoords": "axes fraction", "xytext": (0, 9), "textcoords": "offset points"}
+    every[0].annotate(subtitle, (0, 1), fontsize=9, color=FAINT, **above)
     for axes in every:
         axes.tick_params(colors=FAINT, labelsize=9, length=0)
         axes.set_axisbelow(True)
@@ -171,6 +172,7 @@ def scale_chart(report: dict) -> Figure:
         f"Least time by the roofline on an {card}, mean over a minute. Not measured.",
         1,
     )
+    figure.set_figheight(1.5 + 0.26 * len(rows))
     names = ("matrix products", "attention", "elementwise and copies", "cutting the history")
     shares = [_shares(row, card) for row in rows]
     for number, (name, colour) in enumerate(zip(names, (COLOURS[1], COLOURS[6], COLOURS[5], COLOURS[2]), strict=True)):
@@ -188,10 +190,12 @@ def scale_chart(report: dict) -> Figure:
 
 
 def _lightest(report: dict, plain: dict) -> dict:
-    """The same model at `balanced` with a budget, or plain with one where the preset changes nothing."""
+    """The same model at `balanced` with a budget, or plain with one where the preset changes nothing; without one where
+    it keeps no history."""
     same = [row for row in report["rows"] if (row["model"], row["size"]) == (plain["model"], plain["size"])]
     bounded = {row["preset"]: row for row in same if row["budget"] is not None}
-    return bounded.get("balanced", bounded["plain"])
+    shown = bounded or {row["preset"]: row for row in same}
+    return shown.get("balanced", shown["plain"])
 
 
 def _shares(row: dict, card: str) -> list[float]:
@@ -202,6 +206,8 @@ def _shares(row: dict, card: str) -> list[float]:
 
 
 def _label(row: dict) -> str:
+    """What a row shows, below a plain one that names the model."""
     width, height = row["size"]
     how = row["preset"] + ("" if row["budget"] is None else f", budget {row['budget']}")
-    return f"{row['model']} {width}x{height}\n{how}"
+    first = (row["preset"], row["budget"]) == ("plain", None)
+    return f"{row['model']}, {width}x{height}: plain" if first else how

@@ -2,7 +2,8 @@
 
 No run is gone through whole. In the middle of a run every chunk costs the same, but for the history that it sees: the
 real forward is driven through the ticks of one lag, in which one chunk begins and one becomes clean, with one layer and
-with two, for layers are alike. What each forward of a run sees of the past follows from the schedule alone.
+with two of each kind, for layers of a kind are alike. What each forward of a run sees of the past follows from the
+schedule alone.
 """
 
 from collections import Counter
@@ -20,11 +21,15 @@ from ..engine.build import RunSettings, build_engine
 from ..engine.causal import CausalForward
 from ..engine.forward import Step, Velocity
 from ..engine.guidance import classifier_free
+from ..engine.layers import has_stacks
 from ..engine.loop import Engine, Sampling
+from ..engine.pictures import Scene
 from ..history import cache
 from ..history.cache import Attention, History
 from ..history.positions import RotaryProduct
-from ..models.families import SOLVERS, Family, family
+from ..models.experts import ExpertsBackbone
+from ..models.families import Family, family, solver_of
+from ..models.longvie import HISTORY_FRAMES, STREAMS, LongVieConfig
 from ..models.magi.config import MAGI_4_5B, MAGI_24B, MagiConfig, magi_usual
 from ..models.magi.forward import magi_engine, magi_schedule
 from ..models.magi.network import MagiBackbone, MagiNetwork, MagiText, grouped_attention
@@ -32,12 +37,13 @@ from ..models.magi.sampling import CHUNK_FRAMES
 from ..models.magi.text import null_text
 from ..models.memory import latent_size
 from ..models.presets import preset
-from ..models.wan import FRAME_STRIDE, TEXT_TOKENS, WanConfig, WanNetwork
+from ..models.wan import FRAME_STRIDE, TEXT_TOKENS, WanBackbone, WanConfig
 from ..schedule import ChunkSchedule, Place
 from ..settings import OFF, Compression, Settings
-from .meter import Meter, Work, attention_kernel, in_layers
+from .meter import Meter, Work, attention_kernel
 
 META = torch.device("meta")
+IMAGE_TOKENS = 257  # of the image encoder
 WAN_1_3B = WanConfig(dim=1536, ffn_dim=8960, num_heads=12, num_layers=30)
 WAN_5B = WanConfig(dim=3072, ffn_dim=14336, num_heads=24, num_layers=30, in_dim=48, out_dim=48)
 WAN_14B = WanConfig(dim=5120, ffn_dim=13824, num_heads=40, num_layers=40)
@@ -51,7 +57,7 @@ class Model:
         family_name: a key of `models.families.FAMILIES`.
         config: of its network.
         size: width and height in pixels.
-        budget: clean chunks, where there is a budget.
+        budget: clean chunks, where there is a budget; 0 of a model that keeps no history.
         cut: how a history is cut to it, or None for what a preset does.
     """
 
@@ -71,8 +77,24 @@ class Model:
         return self.config.layers if isinstance(self.config, MagiConfig) else self.config.num_layers
 
     @property
+    def led(self) -> int:
+        """How many of the layers have control blocks beside them: those are layers of another kind."""
+        return self.config.control_layers if isinstance(self.config, LongVieConfig) else 0
+
+    @property
+    def networks(self) -> int:
+        """How many networks of these sizes it is made of; a step runs one, a clean pass all of them."""
+        return 1 if self.family.boundary is None else 2
+
+    @property
     def chunk_frames(self) -> int:
         return CHUNK_FRAMES if isinstance(self.config, MagiConfig) else self.family.chunk_frames
+
+    @property
+    def pictures(self) -> int:
+        """Frames of a chunk; one that keeps no history is a video of its own, of which the first latent frame is one
+        picture."""
+        return FRAME_STRIDE * self.chunk_frames - (0 if self.budget else FRAME_STRIDE - 1)
 
     @property
     def shape(self) -> tuple[int, int, int, int, int]:
@@ -83,7 +105,7 @@ class Model:
 
     def chunks(self, minutes: float = 1.0) -> int:
         """Counts the chunks of a video of so many minutes, the last one whole."""
-        return -int(-60 * minutes * self.family.fps // (FRAME_STRIDE * self.chunk_frames))
+        return -int(-60 * minutes * self.family.fps // self.pictures)
 
     def schedule(self, chunks: int) -> ChunkSchedule:
         """Makes the schedule of a run of so many chunks."""
@@ -102,30 +124,44 @@ class Model:
         schedule = self.schedule(self.chunks())
         return settings.reuse.policy(schedule).recomputed(schedule.steps) == frozenset(range(schedule.steps))
 
-    def network(self, layers: int, device: torch.device = META) -> nn.Module:
-        """Makes the network with so many layers and torch's own random weights, which are none on "meta"."""
+    def network(self, layers: int, device: torch.device = META, led: int = 0) -> nn.Module:
+        """Makes the network, or all networks, with so many layers and torch's own random weights, which are none on
+        "meta".
+
+        Args:
+            led: how many of the layers have control blocks beside them.
+        """
         with device:
             network: nn.Module
             if isinstance(self.config, MagiConfig):
                 network = MagiNetwork(replace(self.config, layers=layers), torch.bfloat16, device)
             else:
-                network = WanNetwork(replace(self.config, num_layers=layers)).to(torch.bfloat16)
-                network.patch_embedding.float()  # as in ComfyUI
+                several = [_wan_network(self.config, layers, led) for _ in range(self.networks)]
+                network = nn.ModuleList(several) if len(several) > 1 else several[0]
         return network.requires_grad_(False).eval()
 
     def weight_bytes(self, itemsize: int = 2) -> int:
         """Adds up the weights' bytes, those of the blocks' matrices at so many bytes a number."""
-        one, two = (_weight_bytes(self.network(layers), itemsize) for layers in (1, 2))
-        return one + (self.layers - 1) * (two - one)
+
+        def size(layers: int, led: int = 0) -> int:
+            return _weight_bytes(self.network(layers, led=led), itemsize)
+
+        a_layer = size(2) - size(1)
+        beside = size(1, 1) - size(1) if self.led else 0
+        return size(1) + (self.layers - 1) * a_layer + self.led * beside
 
     def backbone(self, network: nn.Module, attention: Attention = grouped_attention) -> Any:
-        """Makes what runs a network by layers; `attention` is for the text."""
+        """Makes what runs a network by layers, or those that `network` made; `attention` is for the text."""
         if isinstance(network, MagiNetwork):
             return MagiBackbone(network, attention)
+        if isinstance(network, nn.ModuleList):
+            high, low = (WanBackbone(one, attention) for one in network)
+            return ExpertsBackbone(high, low)
         return self.family.backbone(network, self.family.fps, attention)
 
-    def metered(self, layers: int, settings: Settings, chunks: int, meter: Meter) -> Engine:
-        """Puts a run together on a network with so many layers; what it computes is counted by the meter.
+    def metered(self, layers: int, settings: Settings, chunks: int, meter: Meter, led: int = 0) -> Engine:
+        """Puts a run together on a network with so many layers, of which so many are led; what it computes is counted
+        by the meter.
 
         Attention over the history is counted as a part of its own, "attention".
         """
@@ -134,7 +170,7 @@ class Model:
             with meter.part("attention"):
                 return meter.attention(q, k, v)
 
-        backbone = self.backbone(self.network(layers), meter.attention)
+        backbone = self.backbone(self.network(layers, led=led), meter.attention)
         product = RotaryProduct(partial(torch.repeat_interleave, repeats=2, dim=0), meter.turn)  # a matrix has four
         backbone.rotary = replace(backbone.rotary, product=product)
         with meter:
@@ -170,13 +206,37 @@ class Model:
         noise = draw(*self.shape)
         sampling = Sampling(
             usual.levels(usual.steps), lambda chunk: noise, lambda chunk, step: noise,
-            SOLVERS[usual.solver(usual.steps)],
+            solver_of(backbone, usual.solver(usual.steps)),
         )  # fmt: skip
         run = RunSettings(
-            backbone, guidance, schedule, settings, sampling, "causal",
+            backbone, guidance, schedule, settings, sampling, usual.attention,
             self.shape, len(guidance.texts), torch.bfloat16, device, text_tokens=TEXT_TOKENS, attention=attention,
+            scenes=partial(_scene, self, draw),
         )  # fmt: skip
         return build_engine(run)
+
+
+def _wan_network(config: WanConfig, layers: int, led: int) -> nn.Module:
+    config = replace(config, num_layers=layers)
+    if isinstance(config, LongVieConfig):
+        config = replace(config, control_layers=led)
+    network = config.network().to(torch.bfloat16)
+    network.patch_embedding.float()  # as in ComfyUI
+    return network
+
+
+def _scene(model: Model, draw: Callable[..., Tensor], chunk: int, before: Tensor | None) -> Scene:
+    """What a chunk behind another one is shown."""
+    assert isinstance(model.config, LongVieConfig)
+    rows, channels, frames, *size = model.shape
+    shown = model.config.in_dim - channels
+    controls = tuple(draw(rows, channels + shown, frames, *size) for _ in STREAMS)
+    return Scene(
+        draw(rows, shown, frames, *size),
+        draw(rows, IMAGE_TOKENS, model.config.image_dim),
+        controls,
+        draw(rows, channels, HISTORY_FRAMES, *size),
+    )
 
 
 def _empty(*shape: int) -> Tensor:
@@ -196,6 +256,8 @@ MODELS = (
     Model("LongLive 1.3B", "longlive", WAN_1_3B, (832, 480), 3, Compression("window", sink=3)),
     Model("LongLive 2.0 5B", "longlive 2", WAN_5B, (1280, 704), 3, Compression("window", sink=8)),
     Model("Krea Realtime 14B", "krea", WAN_14B, (832, 480), 1),  # computed anew instead of the clean pass: as much work
+    Model("Wan 2.2 Self-Forcing A14B", "experts", WAN_14B, (832, 480), 3),
+    Model("LongVie 2 14B", "longvie", LongVieConfig(5120, 13824, 40, 40), (640, 352), 0),
     Model("SkyReels-V2 1.3B", "skyreels", replace(WAN_1_3B, fps=True), (960, 544), 2),
     Model("SkyReels-V2 14B", "skyreels", WAN_14B, (960, 544), 1),
     Model("SkyReels-V2 14B", "skyreels", WAN_14B, (1280, 720), 1),
@@ -246,15 +308,24 @@ class Steady:
     def whole(self) -> Work:
         return self.network + self.attention + self.cut + self.solver
 
+    @property
+    def asked(self) -> frozenset[int]:
+        """Steps of a chunk that are recomputed."""
+        return frozenset(place.step for tick in self.ticks for place in tick.places if place.step is not None)
+
     def in_layers(self, two: "Steady", layers: int) -> "Steady":
         """Gives what a network with so many layers takes, from one layer (this) and two."""
-        assert (self.ticks, self.passes) == (two.ticks, two.passes)
+        return self.with_layers(self, two, layers - 1)
+
+    def with_layers(self, one: "Steady", two: "Steady", more: int) -> "Steady":
+        """Gives what a network with so many more layers takes, each as the one by which two others differ."""
+        assert (self.ticks, self.passes) == (one.ticks, one.passes) == (two.ticks, two.passes)
 
         def work(name: str) -> Work:
-            return in_layers(getattr(self, name), getattr(two, name), layers)
+            return getattr(self, name).plus(getattr(two, name) - getattr(one, name), more)
 
         def size(name: str) -> int:
-            return getattr(self, name) + (layers - 1) * (getattr(two, name) - getattr(self, name))
+            return getattr(self, name) + more * (getattr(two, name) - getattr(one, name))
 
         return Steady(
             self.ticks,
@@ -265,14 +336,14 @@ class Steady:
             self.passes,
             size("history"),
             size("held"),
-            two.activations,
+            max(self.activations, two.activations),
         )
 
 
-def count_steady(model: Model, layers: int, settings: Settings) -> Steady:
+def count_steady(model: Model, layers: int, settings: Settings, led: int = 0) -> Steady:
     """Counts the ticks of one lag in the middle of a run of a minute."""
     meter, chunks = Meter(), model.chunks()
-    engine = model.metered(layers, settings, chunks, meter)
+    engine = model.metered(layers, settings, chunks, meter, led)
     history, forward = meter.alive, engine.forward
     meter.take()
     first = first_steady(engine)
@@ -285,6 +356,8 @@ def count_steady(model: Model, layers: int, settings: Settings) -> Steady:
         meter.take()
         meter.reset_peak()
         before = meter.alive
+        engine.sampling.start(first)  # a chunk that is shown something is so once
+        meter.take()
         passes = _passes(engine)
         for tick in ticks:
             drive(engine, tick, empty)
@@ -305,14 +378,13 @@ def count_steady(model: Model, layers: int, settings: Settings) -> Steady:
 
 def first_steady(engine: Engine) -> int:
     """The chunk that begins when the window is full, and so is a budget."""
-    budget = getattr(engine.forward, "settings").history.budget  # noqa: B009
-    return engine.schedule.max_active + (1 if budget is None else budget)
+    settings = getattr(engine.forward, "settings", OFF)  # of a window: it keeps no history
+    return engine.schedule.max_active + (1 if settings.history.budget is None else settings.history.budget)
 
 
 def _fills_at_once(forward) -> bool:
     """Whether the chunk that is finished right before the lag is in the history when it begins, and may fill it."""
-    plan = forward.plan
-    return isinstance(forward, CausalForward) and plan.kind == "shared"
+    return isinstance(forward, CausalForward) and forward.plan.kind == "shared"
 
 
 def asked_ticks(engine: Engine, first: int, inside: Callable[[], AbstractContextManager] = nullcontext) -> list[Tick]:
@@ -364,16 +436,17 @@ def drive(engine: Engine, tick: Tick, latent: Tensor) -> None:
 
 
 def _passes(engine: Engine) -> list[int]:
-    """A list that grows by one whenever a chunk goes through the first layer."""
+    """A list that grows by one whenever a chunk goes through the first layer of a network."""
     backbone: Any = engine.forward.backbone  # type: ignore[attr-defined]
-    block, passes = backbone.block, list[int]()
+    passes: list[int] = []
 
-    def counted(layer: int, *what) -> Tensor:
+    def counted(block: Callable[..., Tensor], layer: int, *what) -> Tensor:
         if layer == 0:
             passes.append(layer)
         return block(layer, *what)
 
-    backbone.block = counted
+    for one in [backbone.high, backbone.low] if has_stacks(backbone) else [backbone]:
+        one.block = partial(counted, one.block)
     return passes
 
 
@@ -408,12 +481,15 @@ def cutting_inside(entered: Callable[[], AbstractContextManager]) -> Iterator[No
         yield
 
 
-def seen_chunks(schedule: ChunkSchedule, recomputed: frozenset[int], budget: int | None) -> Counter[int]:
+def seen_chunks(
+    schedule: ChunkSchedule, recomputed: frozenset[int], budget: int | None, networks: int = 1
+) -> Counter[int]:
     """Counts a causal run's forwards by how many chunks they see, their own included; clean passes count.
 
     Args:
         recomputed: steps of a chunk, the same for all; on the same ticks for all active chunks.
         budget: clean chunks that are kept.
+        networks: that a clean pass goes through, one chunk at a time.
     """
     seen: Counter[int] = Counter()
     clean = waiting = 0
@@ -427,7 +503,7 @@ def seen_chunks(schedule: ChunkSchedule, recomputed: frozenset[int], budget: int
         for place in places:
             if place.step == schedule.steps - 1:
                 if at_once:
-                    seen[clean + 1] += 1
+                    seen[clean + 1] += networks
                     clean = min(clean + 1, most)
                 else:
                     waiting += 1

@@ -152,21 +152,43 @@ def grown(recorded: dict[str, dict[str, float]], found: dict[str, dict[str, floa
 
 def cases(models: Sequence[Model] = MODELS) -> list[Case]:
     """Lists every model with every preset that differs from plain on its schedule, without and with a budget."""
-    every = [Case(model, preset, bounded) for model in models for preset in PRESETS for bounded in (False, True)]
+    every = [
+        Case(model, preset, bounded)
+        for model in models
+        for preset in PRESETS
+        for bounded in ((False, True) if model.budget else (False,))
+    ]
     return [case for case in every if case.preset == "plain" or not case.model.recomputes_all(case.settings)]
 
 
 def count(case: Case) -> Counted:
     """Counts one case."""
     model, settings = case.model, case.settings
-    one, two = (count_steady(model, layers, settings) for layers in (1, 2))
+    led = min(model.led, 1)
+    one, two = (count_steady(model, layers, settings, led) for layers in (1, 2))
     steady = one.in_layers(two, model.layers)
-    each = (two.network - one.network) + (two.attention - one.attention)
+    launches = model.layers * _launches(one, two)
+    if led:
+        both = count_steady(model, 2, settings, 2)
+        steady = steady.with_layers(two, both, model.led - 1)
+        launches += model.led * _launches(two, both)
     chunks = model.chunks()
     minute = steady.whole * chunks
-    if isinstance(model.config, WanConfig):  # what its chunks see grows
-        minute = (steady.network + steady.cut + steady.solver) * chunks + past_work(model, settings, chunks)
-    return Counted(case, steady, each.launches / steady.passes, minute)
+    if _sees_more(model):
+        minute = (steady.network + steady.cut + steady.solver) * chunks + past_work(
+            model, settings, chunks, steady.asked
+        )
+    return Counted(case, steady, launches / (model.layers * steady.passes), minute)
+
+
+def _launches(one: Steady, two: Steady) -> float:
+    """Of the layer by which two counts differ."""
+    return (two.network + two.attention).launches - (one.network + one.attention).launches
+
+
+def _sees_more(model: Model) -> bool:
+    """Whether what chunks see of the past grows with the video, up to a budget."""
+    return isinstance(model.config, WanConfig) and model.budget > 0
 
 
 def count_model(model: Model) -> list[Counted]:
@@ -174,17 +196,16 @@ def count_model(model: Model) -> list[Counted]:
     return [count(case) for case in cases([model])]
 
 
-def past_work(model: Model, settings: Settings, chunks: int) -> Work:
+def past_work(model: Model, settings: Settings, chunks: int, recomputed: frozenset[int]) -> Work:
     """Gives the attention over the history in a whole run of so many chunks of a causal model."""
-    schedule = model.schedule(chunks)
-    recomputed = settings.reuse.policy(schedule).recomputed(schedule.steps)
-    assert recomputed is not None
-    seen = seen_chunks(schedule, recomputed, settings.history.budget)
+    seen = seen_chunks(model.schedule(chunks), recomputed, settings.history.budget, model.networks)
     return attention_work(model, seen, branches=1 if model.family.guidance == 1.0 else 2)
 
 
 def planned_history(model: Model, settings: Settings, chunks: int) -> int:
     """Bytes that a run of so many chunks plans for its history, on the device that computes."""
+    if not model.budget:
+        return 0
     plan = _plan(model, settings, chunks)
     return plan.scratch_bytes + plan.query_bytes if plan.away else plan.history_bytes
 
@@ -233,7 +254,7 @@ def fits(whole: Counted, bounded: Counted, card: Card) -> tuple[Fit | None, floa
         None where none fits, and the GiB that the smallest takes.
     """
     model, preset = whole.case.model, whole.case.preset
-    looks_back = isinstance(model.config, MagiConfig)  # keeps what its chunks look back on, whatever the length
+    looks_back = not _sees_more(model)  # keeps what its chunks look back on, whatever the length
     anew = model.family.anew
     any_length = looks_back or (anew is not None and anew.always)  # keeps as much, whatever the length
     run = whole if looks_back else bounded
@@ -267,7 +288,7 @@ def _with_budget(model: Model, budget: int | None) -> Model:
 
 def _weights(model: Model) -> list[tuple[str, int]]:
     """How weights may lie, and the bytes on the card: all of them, or those of two layers at a time."""
-    streamed = 2 * model.weight_bytes(1) // model.layers
+    streamed = 2 * model.weight_bytes(1) // (model.layers * model.networks)
     return [("bf16", model.weight_bytes()), ("fp8", model.weight_bytes(1)), ("fp8, streamed", streamed)]
 
 
@@ -286,10 +307,10 @@ def _chunk_seconds(run: Counted, settings: Settings, card: Card, streamed: bool)
     """Time of a chunk with the budget that was found, or of the way to the card where that takes longer."""
     model, steady = run.case.model, run.steady
     work = run.chunk
-    if isinstance(model.config, WanConfig):
-        past = past_work(model, settings, model.chunks()) * (1 / model.chunks())
+    if _sees_more(model):
+        past = past_work(model, settings, model.chunks(), steady.asked) * (1 / model.chunks())
         work = steady.network + steady.cut + steady.solver + past
-    moved = model.weight_bytes(1) if streamed else 0
+    moved = model.weight_bytes(1) // model.networks if streamed else 0
     if settings.history.memory == "system":
         moved += _plan(model, settings, model.chunks()).stored_bytes
     return max(seconds(work, card), run.busy * moved / LINK)
@@ -318,7 +339,6 @@ def row(counted: Counted) -> dict:
     case, steady = counted.case, counted.steady
     model = case.model
     schedule = model.schedule(counted.chunks)
-    recomputed = case.settings.reuse.policy(schedule).recomputed(schedule.steps)
     return {
         "model": model.name,
         "size": list(model.size),
@@ -326,7 +346,7 @@ def row(counted: Counted) -> dict:
         "budget": model.budget if case.bounded else None,
         "history_type": HISTORY_TYPE,
         "steps": schedule.steps,
-        "recomputed": None if recomputed is None else len(recomputed),
+        "recomputed": len(steady.asked),
         "chunks_a_minute": counted.chunks,
         "forwards_a_chunk": steady.passes,
         "layers": model.layers,
@@ -350,7 +370,7 @@ def row(counted: Counted) -> dict:
 
 def paper_rows(models: Sequence[Model]) -> list[dict]:
     """Memory of the published rules, whose forwards depend on the video and are not counted."""
-    asked = [model for model in models if model.family.steps > 10]
+    asked = [model for model in models if model.family.steps > 10 and model.budget]
     return [
         {
             "model": model.name,
@@ -379,8 +399,9 @@ def measure(models: Sequence[Model], jobs: int) -> dict:
     stock = count_stock(models)
     found = []
     for model in models:
-        preset = "balanced" if Case(model, "balanced", True) in counted else "plain"
-        whole, bounded = counted[Case(model, preset, False)], counted[Case(model, preset, True)]
+        preset = "balanced" if Case(model, "balanced", False) in counted else "plain"
+        whole = counted[Case(model, preset, False)]
+        bounded = counted[Case(model, preset, True)] if model.budget else whole
         for card in CONSUMER:
             fit, least = fits(whole, bounded, card)
             given = {"model": model.name, "size": list(model.size), "card": card.name, "memory": card.memory}
@@ -397,7 +418,7 @@ def measure(models: Sequence[Model], jobs: int) -> dict:
             for model, each in stock.items()
         ],
         "published_rules": paper_rows(models),
-        "gpus": traffic_rows(models, tick_seconds(counted)),
+        "gpus": traffic_rows([model for model in models if _is_divided(model)], tick_seconds(counted)),
         "fits": found,
     }
 
@@ -406,6 +427,11 @@ def tick_seconds(counted: dict[Case, Counted]) -> dict[tuple, float]:
     """How long an H100 takes over a tick that recomputes everything, over the whole history."""
     plain = [one for case, one in counted.items() if case.preset == "plain" and not case.bounded]
     return {(one.case.model.name, *one.case.model.size): seconds(one.tick, H100) for one in plain}
+
+
+def _is_divided(model: Model) -> bool:
+    """Whether several GPUs can make one video of it."""
+    return model.networks == 1 and model.budget > 0
 
 
 def _fit_row(fit: Fit) -> dict:

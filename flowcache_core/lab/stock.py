@@ -36,9 +36,10 @@ def count_stock(models: Sequence[Model]) -> dict[Model, Stock]:
     """Counts the host's forward and its decode of one chunk.
 
     Returns:
-        Nothing where there is no ComfyUI with a Python of its own; MAGI-1, which it cannot run, is left out.
+        Nothing where there is no ComfyUI with a Python of its own; MAGI-1 and LongVie, which it cannot run, are left
+        out. Of two networks it is one.
     """
-    asked = [model for model in models if isinstance(model.config, WanConfig)]
+    asked = [model for model in models if isinstance(model.config, WanConfig) and not model.led]
     answers = _ran("count_stock.py", [_case(model) for model in asked]) if asked else None
     if answers is None:
         return {}

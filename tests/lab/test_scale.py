@@ -11,12 +11,14 @@ import pytest
 import torch
 
 from flowcache_core.lab.meter import Meter, Work
-from flowcache_core.lab.real_size import MODELS, Model, Steady, attention_work, count_steady, seen_chunks
+from flowcache_core.lab.real_size import MODELS, Model, Steady, attention_work, count_steady, model_of, seen_chunks
 from flowcache_core.lab.roofline import CONSUMER, H100, RTX_4060, RTX_4090
 from flowcache_core.lab.scale import HELD, Case, Counted, count, fits, grown, held_figures, row
 from flowcache_core.lab.scale_page import page
 from flowcache_core.lab.stock import count_stock
 from flowcache_core.lab.traffic import traffic_rows
+from flowcache_core.models.longvie import LongVieConfig
+from flowcache_core.models.memory import pictures_bytes
 from flowcache_core.models.wan import WanConfig
 
 BUDGET = Path(__file__).with_name("scale_budget.json")
@@ -57,10 +59,42 @@ def test_layers_are_alike():
     assert figures(one.in_layers(two, 3)) == figures(three)
 
 
+def test_layers_with_control_blocks_are_alike_too():
+    model = model_of("longvie")
+    settings = model.settings("fast", bounded=False)
+
+    def counts(layers: int, led: int) -> Steady:
+        return count_steady(model, layers, settings, led)
+
+    two = counts(2, 1)
+    worked_out = counts(1, 1).in_layers(two, 4).with_layers(two, counts(2, 2), 2)
+    assert figures(worked_out) == figures(counts(4, 3))
+
+
+def test_a_chunk_of_longvie_takes_what_is_planned_and_no_history():
+    model = replace(model_of("longvie"), config=LongVieConfig(5120, 13824, 40, 3, control_layers=2))
+    steady = count(Case(model, "fast", False)).steady
+    assert (steady.history, steady.cut.launches) == (0, 0)
+    planned = pictures_bytes(model.config, model.family, model.size)
+    assert 1.0 <= planned / (steady.activations + steady.held) <= 1.15
+
+
+def test_a_step_runs_one_of_two_networks_and_a_clean_pass_both():
+    model = model_of("experts")
+    alone = replace(model, family_name="causal")
+    plain = [count(Case(each, "plain", True)) for each in (model, alone)]
+    assert [one.steady.passes for one in plain] == [8 + 2, 4 + 1]
+    both, one = (each.steady.cut.launches for each in plain)
+    assert both == 2 * one and plain[0].planned == pytest.approx(2 * plain[1].planned, rel=1e-6)
+    assert plain[0].steady.history == pytest.approx(plain[0].planned, rel=1e-6)
+    a_pass = [each.steady.attention.flops / each.steady.passes for each in plain]
+    assert a_pass[0] == pytest.approx(a_pass[1], rel=0.02)
+
+
 @pytest.mark.parametrize(
     ("preset", "bounded"), [("plain", False), ("plain", True), ("balanced", False), ("fast", True)]
 )
-@pytest.mark.parametrize("family", ["skyreels", "causal"])
+@pytest.mark.parametrize("family", ["skyreels", "causal", "experts"])
 def test_what_forwards_see_follows_from_the_schedule(family, preset, bounded):
     """A small network's whole run, gone through."""
     model = replace(TINY, family_name=family)
@@ -71,7 +105,9 @@ def test_what_forwards_see_follows_from_the_schedule(family, preset, bounded):
         with torch.inference_mode():
             engine.forward.settle()
     recomputed = settings.reuse.policy(engine.schedule).recomputed(engine.schedule.steps)
-    seen = seen_chunks(engine.schedule, recomputed, settings.history.budget)
+    if family == "experts":
+        recomputed = count_steady(model, 1, settings).asked  # where the network changes, too
+    seen = seen_chunks(engine.schedule, recomputed, settings.history.budget, model.networks)
     worked_out = attention_work(
         replace(model, config=replace(model.config, num_layers=1)), seen, len(engine.forward.histories)
     )
