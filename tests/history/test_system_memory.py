@@ -204,7 +204,7 @@ def with_memory_enough(case: Case) -> tuple[torch.Tensor, int, int]:
 
 
 @OF_CASES
-@pytest.mark.parametrize("share", [0.02, 0.31, 0.335, 0.502, 0.68, 0.715, 0.9, 0.999])
+@pytest.mark.parametrize("share", [0.02, 0.335, 0.715, 0.999])
 def test_wherever_memory_runs_out_the_bits_are_the_same(backbone, case, share):
     """In a block of a layer, in the head, in a cut: what is begun anew leaves no trace."""
     expected, operations, _ = with_memory_enough(case)
@@ -216,7 +216,7 @@ def test_wherever_memory_runs_out_the_bits_are_the_same(backbone, case, share):
 
 
 @pytest.mark.parametrize("name", ["whole", "budget", "relative", "one at a time", "lead and end, relative"])
-@pytest.mark.parametrize("share", [0.0, 0.11, 0.29, 0.47, 0.6, 0.83, 0.97])
+@pytest.mark.parametrize("share", [0.0, 0.29, 0.6, 0.97])
 def test_no_part_of_a_forward_is_left_out(backbone, name, share):
     expected, _, operations = with_memory_enough(CASES[name])
     for further in range(3):

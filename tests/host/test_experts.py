@@ -96,7 +96,7 @@ def test_a_state_of_another_boundary_is_refused(server):
 
 
 def test_an_interrupted_run_goes_on_to_the_same_bits(server):
-    steps = {"steps": 40, "lag": 40}
+    steps = {"steps": 20, "lag": 20}
     graph = Graph()
     keep = graph.add("FlowCacheResume", limit_gb=1.0)
     node = extend(graph, both(graph), 8, resume=(keep, 0), **steps)

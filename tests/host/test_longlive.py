@@ -90,9 +90,9 @@ def test_an_interrupted_run_goes_on_to_the_same_bits(server):
     text = SHOWN.replace("5-:", "5-6: a magenta square\n7-:")
     graph = Graph()
     resume = graph.add("FlowCacheResume", limit_gb=1.0)
-    node = extend(graph, text, 12, resume=(resume, 0), steps=40, lag=40)
+    node = extend(graph, text, 9, resume=(resume, 0), steps=20, lag=20)
     graph.add("FlowCacheReport", report=(node, 2))
     interrupt(server, graph)
     found, there = resumed(server, graph, node)
-    assert 3 <= there < 12
-    assert torch.equal(found, whole(server, text, 12, steps=40, lag=40))
+    assert 3 <= there < 9
+    assert torch.equal(found, whole(server, text, 9, steps=20, lag=20))

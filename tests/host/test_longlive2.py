@@ -89,7 +89,7 @@ def test_goes_on_from_a_state_in_its_shot(server, cut):
 
 
 def test_an_interrupted_run_goes_on_to_the_same_bits(server):
-    steps = {"steps": 40, "lag": 40}
+    steps = {"steps": 20, "lag": 20}
     graph = Graph()
     keep = graph.add("FlowCacheResume", limit_gb=1.0)
     node = extend(graph, SHOTS, 7, resume=(keep, 0), **steps)

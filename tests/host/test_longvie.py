@@ -115,7 +115,7 @@ def test_a_streamed_run_is_written_chunk_by_chunk_and_resumed(server):
     vae = graph.add("FlowCacheLoadDemoVAE")
     stream = graph.add("FlowCacheStreamVideo", vae=(vae, 0), filename_prefix="led/video", fps=16.0)
     resume = graph.add("FlowCacheResume", limit_gb=1.0)
-    node = extend(graph, chunks=3, stream=(stream, 0), resume=(resume, 0), steps=40, seed=8)
+    node = extend(graph, chunks=3, stream=(stream, 0), resume=(resume, 0), steps=20, seed=8)
     report = graph.add("FlowCacheReport", report=(node, 2))
     runs = server.base / "user" / "flowcache" / "runs"
     before = set(runs.glob("*/chunk-*"))
@@ -133,7 +133,7 @@ def test_a_streamed_run_is_written_chunk_by_chunk_and_resumed(server):
     assert "from an interrupted run" in outcome.outputs[report]["text"][0]
     resumed = load_file(server.saved(outcome, save)[0])["latent_tensor"]
     plain = Graph()
-    assert torch.equal(sample(server, plain, extend(plain, chunks=3, steps=40, seed=8)), resumed)
+    assert torch.equal(sample(server, plain, extend(plain, chunks=3, steps=20, seed=8)), resumed)
     (video,) = (server.base / "output" / "led").glob("*.mp4")
     assert len(frames_of(video)) == 3 * PICTURES
 
