@@ -223,7 +223,8 @@ def parser() -> argparse.ArgumentParser:
         metavar="FILE",
         help="of the family experts: the network for low noise levels, where --network is no folder of both",
     )
-    option("--family", default="demo", help=f"demo, auto or {', '.join(checkpoints.FAMILIES)} (default: %(default)s)")
+    names = ", ".join(checkpoints.FAMILIES)
+    option("--family", help=f"demo, auto or {names} (default: demo for captions, what the file says for --text)")
     option(
         "--text", type=Path, nargs="+", metavar="EMBEDDING", help="instead of captions: files of Save Text Embedding"
     )

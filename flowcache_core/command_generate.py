@@ -53,6 +53,7 @@ def run_generate(options: argparse.Namespace) -> None:
     for path in (options.out, options.save_state, options.report, options.stream):
         if path is not None:
             check_writable(path)
+    options.family = options.family or ("auto" if options.text else "demo")
     if options.prefix and options.state:
         raise UserError("Both --prefix and --state are given, expected at most one: a state holds its frames already.")
     if options.network_low and options.family != "experts":

@@ -34,7 +34,7 @@ def test_a_video_of_several_shots_in_two_runs(tmp_path, capsys):
     network = stamped(tmp_path / "longlive2.safetensors", "longlive 2")
     width = load_file(network)["text_embedding.0.weight"].shape[1]
     save_file({"embedding": normal("text.cond", (1, 8, width))}, tmp_path / "cond.st")
-    fixed = "--family auto --width 64 --height 64 --window 32 --sink 8 --preset off --dtype float32".split()
+    fixed = "--width 64 --height 64 --window 32 --sink 8 --preset off --dtype float32".split()
 
     def generate(out: str, chunks: int, *more: str) -> torch.Tensor:
         words = ["generate", "--network", str(network), "--chunks", str(chunks), "--out", str(tmp_path / out)]
