@@ -126,8 +126,8 @@ def main() -> None:
                 torch.nn.init.zeros_(weight)
             elif not name.endswith("gamma"):
                 torch.nn.init.normal_(weight, std=weight[0].numel() ** -0.5)
-    latent = torch.randn(1, 16, 10, 4, 4, generator=torch.Generator().manual_seed(1))
-    small_latent = torch.randn(1, 48, 10, 2, 2, generator=torch.Generator().manual_seed(1))
+    latent = torch.randn(1, 16, 7, 4, 4, generator=torch.Generator().manual_seed(1))
+    small_latent = torch.randn(1, 48, 7, 2, 2, generator=torch.Generator().manual_seed(1))
     results = {}
     for chunk in (1, 2, 3):
         results[f"demo {chunk}"] = compare(host_decode.stream_decoder(demo), demo, latent, chunk)

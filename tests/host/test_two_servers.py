@@ -12,7 +12,7 @@ from tests.helpers.host.graph import Graph
 from tests.helpers.host.videos import frames_of
 from tests.host.test_long import extend, fill, plain, resumable
 
-CHUNKS, SEEDS = 4, (81, 82)
+CHUNKS, SEEDS = 3, (81, 82)
 
 
 @pytest.fixture(scope="module")
