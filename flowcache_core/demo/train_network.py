@@ -5,6 +5,8 @@ so that one network serves every schedule, from one chunk at a time to ten at on
 
 With `--teacher`, the network that a first training left is taught what it says under guidance, so that it draws what
 the caption asks for without (guidance distillation: Meng et al., "On Distillation of Guided Diffusion Models", 2023).
+That is decided where a video begins, so first chunks are taught so. Every other step is of long clips, where later
+chunks learn from drawn ones as before: so that colours and motion stay what they are as chunks follow chunks.
 """
 
 import argparse
@@ -35,11 +37,16 @@ SINGLE = 0.25  # share of clips with one shape: two are harder, and held-out cap
 # learned where a video begins, on many clips of one chunk: a later chunk sees it in the history. The long clips at the
 # end make a long history nothing new.
 STAGES = ((0.72, 40, 1), (0.86, 20, 2), (0.96, 8, 5), (1.0, 5, 12))
+LASTING = ((8, 5), (5, 12))  # clips and chunks of the long ones beside a teacher's
 SHIFT = 3.0
 # A run's history is the network's own work, not a drawn clip. So that its faults do not add up, clean chunks carry some
 # noise (up to so much of a noise level), or are what the network made of them in one step from a level between these.
 # Two steps, harder ones for later chunks and at 40 % of the time gave smaller shapes and fewer right kinds, not more.
 HISTORY_NOISE = 0.15
+# What a run's chunks get wrong together, a tint or a lighter corner, is handed on and grows. So in half of the clips
+# the history drifts away from its first chunk, and what is to be learned is the clip as it was drawn.
+DRIFTING = 0.5
+DRIFT = 0.35  # standard deviation of its end, in latents, which are of unit size
 SELF_FORCED = 0.3
 MILDEST, HARDEST = 0.3, 0.8
 LAGS = (1 / 16, 1 / 10, 1 / 5, 1 / 4, 1 / 2, 1.0)  # of a chunk's whole way from noise to clean
@@ -111,6 +118,15 @@ def sample_sigmas(batch: int, chunks: int, rng: np.random.Generator) -> tuple[Te
     return torch.from_numpy(sigmas).float(), torch.from_numpy(counted)
 
 
+def drift(batch: int, chunks: int, rng: np.random.Generator) -> Tensor:
+    """What is added to clips [B, 16, T, 8, 8] that drift: nothing in the first chunk, then evenly more of a smooth
+    random tint; to the others nothing."""
+    tint = F.interpolate(torch.randn(batch, 16, 2, 2), size=(8, 8), mode="bilinear", align_corners=True)
+    drifting = torch.from_numpy(rng.random((batch, 1, 1, 1)) < DRIFTING)
+    far = torch.linspace(0, DRIFT, chunks).repeat_interleave(FRAMES_PER_CHUNK)[:, None, None]
+    return (tint * drifting).unsqueeze(2) * far
+
+
 def bf16_is_faster() -> bool:
     """Whether this processor multiplies bfloat16 matrices faster than float32 ones; timed."""
 
@@ -176,6 +192,9 @@ class Trainer:
         clean, text, begins = self.pool.windows(batch, frames)
         text = torch.where(torch.rand(batch, 1, 1) < CAPTION_DROPOUT, self.null_text, text)
         sigmas, counted = sample_sigmas(batch, chunks, self.rng)
+        taught = self.teacher is not None and chunks == 1
+        if self.teacher is not None and not taught:
+            counted[:, 0] = False  # which the teacher teaches
         # A window out of the middle of a video has a past that is not seen: its first chunk is given, not learned.
         sigmas[~begins, 0], counted[~begins, 0] = 0.0, False
         noise = torch.randn_like(clean)
@@ -191,9 +210,11 @@ class Trainer:
             else:
                 strength = HISTORY_NOISE * torch.rand(batch, 1, chunks, 1, 1).repeat_interleave(FRAMES_PER_CHUNK, dim=2)
                 remembered = torch.lerp(clean, torch.randn_like(clean), strength)
+            if chunks > 2:
+                remembered = remembered + drift(batch, chunks, self.rng)
             noisy = torch.where(level == 0, remembered, torch.lerp(clean, noise, level))
             velocity = head_of(self.backbone, noisy, per_frame, context, attend)
-            wanted = noise - clean if self.teacher is None else self.guided(noisy, per_frame, text, attend)
+            wanted = self.guided(noisy, per_frame, text, attend) if taught else noise - clean
         error = (velocity - wanted).square().mean(dim=(1, 3, 4))  # [B, frames]
         weight = counted.float().repeat_interleave(FRAMES_PER_CHUNK, dim=1)
         return (error * weight).sum() / weight.sum().clamp(min=1.0)
@@ -225,7 +246,7 @@ class Trainer:
         shown, begun, before = [], time.monotonic(), self.seconds
         while self.step < steps:
             progress = self.step / steps
-            batch, chunks = next((batch, chunks) for until, batch, chunks in STAGES if progress < until)
+            batch, chunks = self.clips(progress)
             if self.step % 3 == 0:
                 self.pool.add(1)
             rate = min(1.0, (self.step + 1) / 100) * min(1.0, (1 - progress) / 0.6 + 0.01)
@@ -251,6 +272,12 @@ class Trainer:
                 self.save()
         self.save()
 
+    def clips(self, progress: float) -> tuple[int, int]:
+        """How many clips the next step takes, and of how many chunks."""
+        if self.teacher is None:
+            return next((batch, chunks) for until, batch, chunks in STAGES if progress < until)
+        return LASTING[self.step // 2 % len(LASTING)] if self.step % 2 else STAGES[0][1:]
+
     def save(self) -> None:
         torch.save(
             {
@@ -270,8 +297,7 @@ class Trainer:
         self.average.load_state_dict(weights)
 
     def learn_from(self, weights: dict[str, Tensor], guidance: float) -> None:
-        """Begins with a teacher's weights, and learns what it says under so much guidance."""
-        self.start_from(weights)
+        """Learns what a teacher with these weights says under so much guidance."""
         network = WanNetwork(CONFIG)
         network.load_state_dict(weights)
         self.teacher, self.guidance = WanBackbone(network.requires_grad_(False)), guidance
@@ -298,7 +324,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=Path("out/demo_network.pt"), help="checkpoint, saved as it goes")
     parser.add_argument("--resume", action="store_true", help="go on from the checkpoint")
     parser.add_argument("--start", type=Path, help="begin with the weights of an exported file or a checkpoint")
-    parser.add_argument("--teacher", type=Path, help="begin with these weights, and learn what they say under guidance")
+    parser.add_argument("--teacher", type=Path, help="learn what these weights say under guidance, and begin with them")
     parser.add_argument("--guidance", type=float, default=2.2, help="of the teacher")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--rate", type=float, default=1.5e-3, help="highest learning rate")
@@ -306,8 +332,8 @@ def main() -> None:
     options = parser.parse_args()
     options.out.parent.mkdir(parents=True, exist_ok=True)
     trainer = Trainer(options.out, options.seed, options.pool, options.rate)
-    if options.start:
-        trainer.start_from(weights_of(options.start))
+    if begun := options.start or options.teacher:
+        trainer.start_from(weights_of(begun))
     if options.teacher:
         trainer.learn_from(weights_of(options.teacher), options.guidance)
     if options.resume:

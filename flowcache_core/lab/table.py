@@ -250,7 +250,7 @@ def _throughput(report: dict) -> str:
     return (
         f"**Many videos ({found['videos']} of {found['chunks']} chunks, ComfyUI on the processor, a thread a worker, "
         f"{found['processors']} cores)**: {found['workers']} workers make {found['ratio']:.2f} times as many as one "
-        f"({both:.1f} s instead of {one:.1f} s)"
+        f"({both:.1f} s instead of {one:.1f} s); processes that do nothing else, {found['bare_ratio']:.2f} times"
     )
 
 

@@ -1,10 +1,13 @@
 """How many videos two workers make in the time of one: `python -m flowcache_core.lab.throughput`.
 
 The workers are those of the command batch, on Ray: a ComfyUI each, on the processor, with one thread. Both are there
-all the time, with the demo model loaded; runs with one and with both alternate. Adds "throughput" to report.json.
+all the time, with the demo model loaded; runs with one and with both alternate. So do, for comparison, as many
+processes that make the same videos and nothing else: cores that share caches, memory and clock give less than their
+number, and no dispatcher can give more. Adds "throughput" to report.json.
 """
 
 import argparse
+import multiprocessing
 import os
 import statistics
 import tempfile
@@ -12,12 +15,16 @@ import time
 from collections.abc import Callable, Hashable, Sequence
 from pathlib import Path
 
+import torch
+
 from ..batch.command import default_host
 from ..batch.dispatch import Ended, Tally, Workers, dispatch
 from ..batch.host import HostSettings
 from ..batch.jobs import Job
 from ..batch.manifest import Manifest
+from ..demo import embed_caption, load_network
 from ..errors import UserError
+from ..generation import generate
 from .comfy import Graph
 from .report_file import add_to_report
 
@@ -98,6 +105,33 @@ def measure(workers: Workers, videos: int, chunks: int, pairs: int, folder: Path
             "ratio": round(one / both, 3)}  # fmt: skip
 
 
+def bare_ratio(count: int, videos: int, chunks: int, pairs: int) -> float:
+    """How many times as many videos as one some processes make that do nothing else, with a thread each."""
+    context = multiprocessing.get_context("spawn")
+    seconds: dict[int, list[float]] = {1: [], count: []}
+    with context.Pool(count, _ready) as pool:
+        pool.map(_make, [(seed, 1, 1) for seed in range(2 * count)], chunksize=1)
+        for _ in range(pairs):
+            for working, found in seconds.items():
+                begun = time.perf_counter()
+                shares = [(seed, chunks, len(range(seed, videos, working))) for seed in range(working)]
+                pool.map(_make, shares, chunksize=1)
+                found.append(time.perf_counter() - begun)
+    one, several = (statistics.median(found) for found in seconds.values())
+    return one / several
+
+
+def _ready() -> None:
+    torch.set_num_threads(1)
+
+
+def _make(what: tuple[int, int, int]) -> None:
+    seed, chunks, videos = what
+    network = load_network()
+    for number in range(videos):
+        generate(network, embed_caption("a red circle"), chunks, steps=STEPS, lag=STEPS // 4, seed=1000 * seed + number)
+
+
 def main(arguments: list[str] | None = None) -> None:
     """Measures, or says in one line why it cannot."""
     parser = argparse.ArgumentParser(prog="python -m flowcache_core.lab.throughput", description=__doc__.split("\n")[0])
@@ -122,9 +156,11 @@ def main(arguments: list[str] | None = None) -> None:
             found = measure(workers, options.videos, options.chunks, options.pairs, Path(folder), print)
         finally:
             workers.close()
-    add_to_report(options.out, "throughput", found | {"processors": os.cpu_count()})
+    bare = bare_ratio(2, options.videos, options.chunks, options.pairs)
+    add_to_report(options.out, "throughput", found | {"processors": os.cpu_count(), "bare_ratio": round(bare, 3)})
     print(
-        f"2 workers with one thread each make {found['ratio']:.2f} times as many videos as 1 ({os.cpu_count()} cores)"
+        f"2 workers with one thread each make {found['ratio']:.2f} times as many videos as 1 ({os.cpu_count()} cores); "
+        f"2 processes that do nothing else make {bare:.2f} times as many"
     )
 
 

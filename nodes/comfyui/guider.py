@@ -7,8 +7,10 @@ from typing import Any
 
 import comfy.ldm.flux.math
 import comfy.ldm.modules.attention
+import comfy.model_management
 import comfy.samplers
 import torch
+from comfy.cli_args import args
 from comfy.patcher_extension import WrappersMP
 from torch import Tensor
 
@@ -16,11 +18,12 @@ from ...flowcache_core.engine.contexts import texts_kept
 from ...flowcache_core.engine.forward import Step
 from ...flowcache_core.engine.guidance import Again, Network
 from ...flowcache_core.errors import UserError
-from ...flowcache_core.history.positions import RotaryProduct
+from ...flowcache_core.history.positions import IN_TORCH, RotaryProduct
 from ...flowcache_core.models.experts import ExpertsBackbone
 from ...flowcache_core.models.families import family
 from ...flowcache_core.models.latent_spaces import pixel_size
 from ...flowcache_core.models.longvie import leads
+from ...flowcache_core.models.magi.network import grouped_attention
 from ...flowcache_core.models.skyreels import share_frame_rate
 from ...flowcache_core.schedule import ChunkSchedule, Given
 from ...flowcache_core.solvers.weights import joined
@@ -86,14 +89,20 @@ def host_attention(options: Callable[[], dict]) -> Callable[[Tensor, Tensor, Ten
 
     Several heads of q may share one of k and v, as MAGI-1's do. Torch's, Sage's and Flash's attention take them so; for
     any other, those of k and v are repeated.
+
+    On the processor torch's stands in for the one in parts that the host takes unless it is told another: that asks for
+    free memory before every call, and takes twice as long.
     """
     module = comfy.ldm.modules.attention
     known = [getattr(module, f"attention_{name}", None) for name in ("pytorch", "sage", "flash")]
     shares = getattr(module, "TORCH_HAS_GQA", False) and module.optimized_attention in known
     only_16_bit = module.optimized_attention is known[-1]  # Flash's; what stands in for it elsewhere knows no sharing
+    unchosen = module.optimized_attention is module.attention_sub_quad and not args.use_quad_cross_attention
 
     def attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         heads, shared, more, told = q.shape[1], q.shape[1] // k.shape[1], {}, options()
+        if unchosen and q.device.type == "cpu" and OVERRIDE not in told:
+            return grouped_attention(q, k, v)
         if shared > 1 and shares and OVERRIDE not in told and (q.itemsize == 2 or not only_16_bit):
             more = {"enable_gqa": True}
         elif shared > 1:
@@ -125,12 +134,14 @@ HOST_ROTARY = RotaryProduct(_rotation_matrices, _turned_by_host)
 
 
 def fitted(backbone, options: dict):
-    """Gives a backbone the host's rotary product, and compiles it where a node asks for that; returns it.
+    """Gives a backbone the host's rotary product, which is one kernel on graphics cards, and compiles it where a node
+    asks for that; returns it.
 
     Args:
         options: the transformer options of the run.
     """
-    backbone.rotary = replace(backbone.rotary, product=HOST_ROTARY)
+    on_processor = comfy.model_management.get_torch_device().type == "cpu"
+    backbone.rotary = replace(backbone.rotary, product=IN_TORCH if on_processor else HOST_ROTARY)
     if (compiling := options.get(COMPILE)) is not None:
         backbone.compile(**compiling)
     return backbone

@@ -75,6 +75,42 @@ def test_guidance_is_learned_where_there_is_a_caption(trainer):
     assert torch.allclose(wanted[1], told[1], atol=1e-6)
 
 
+def test_a_teacher_teaches_first_chunks_and_later_ones_learn_from_drawn_clips(trainer, monkeypatch):
+    monkeypatch.setattr(train_network, "LASTING", ((BATCH, 2), (BATCH, 3)))
+    monkeypatch.setattr(train_network, "STAGES", ((1.0, 4, 1),))
+    trainer.learn_from(trainer.network.state_dict(), guidance=3.0)
+    taken = []
+    for trainer.step in range(4):
+        taken.append(trainer.clips(0.5))
+    assert taken == [(4, 1), (BATCH, 2), (4, 1), (BATCH, 3)]
+    asked, counted = [], []
+    monkeypatch.setattr(trainer, "guided", lambda noisy, *told: asked.append(noisy.shape[2]) or noisy)
+    draw = train_network.sample_sigmas
+
+    def drawn(*wanted):
+        sigmas, worth = draw(*wanted)
+        counted.append(worth)
+        return sigmas, worth
+
+    monkeypatch.setattr(train_network, "sample_sigmas", drawn)
+    trainer.pool.add(8)
+    for chunks in (1, 3):
+        trainer.loss(8, chunks)
+    assert asked == [3]
+    assert counted[0].any() and not counted[1][:, 0].any() and counted[1].any()
+
+
+def test_a_history_drifts_evenly_away_from_its_first_chunk():
+    away = train_network.drift(400, CHUNKS, np.random.default_rng(0)).unflatten(2, (CHUNKS, 3))
+    assert away.shape == (400, 16, CHUNKS, 3, 8, 8)
+    assert torch.equal(away, away[:, :, :, :1].expand_as(away)) and not away[:, :, 0].any()
+    assert torch.allclose(away[:, :, 2], 2 * away[:, :, 1])
+    drifting = away.flatten(1).any(dim=1)
+    assert 0.4 < drifting.float().mean() < 0.6
+    corners = away[drifting][:, :, 2, :, ::7, ::7].std().item()
+    assert abs(corners - train_network.DRIFT) < 0.02
+
+
 def test_what_the_network_remembers_is_its_own_work(trainer):
     """A network that answers nothing leaves the noise that it was given, as much in every chunk as that chunk got."""
     with torch.no_grad():

@@ -10,6 +10,7 @@ from functools import partial
 
 from in_host import of_pack
 
+import comfy.cli_args as cli_args  # isort: skip
 import comfy.ldm.flux.math as rope  # isort: skip
 import comfy.ldm.modules.attention as attention  # isort: skip
 import comfy.ldm.wan.model  # isort: skip
@@ -54,7 +55,9 @@ def shared_heads() -> dict:
     expected = F.scaled_dot_product_attention(q, k.repeat_interleave(2, 1), v.repeat_interleave(2, 1))
     usual = attention.optimized_attention
     names = [name for name in ("attention_pytorch", "attention_sage", "attention_sub_quad") if hasattr(attention, name)]
-    for name in names:
+    for case in [*names, "chosen"]:
+        cli_args.args.use_quad_cross_attention = case == "chosen"
+        name = "attention_sub_quad" if case == "chosen" else case
         real, got = getattr(attention, name), []
 
         def spy(q, k, v, heads, got=got, **more):
@@ -69,7 +72,7 @@ def shared_heads() -> dict:
         finally:
             setattr(attention, name, real)
             attention.optimized_attention = usual
-        found[name] = [got, (answer - expected).abs().max().item()]
+        found[case] = [got, (answer - expected).abs().max().item()]
     return found
 
 
