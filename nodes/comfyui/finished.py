@@ -21,6 +21,7 @@ from .progress import describe, describe_plan, progress_text
 from .steering import Steering
 from .stream import Outlet, show
 
+SECONDS = 0.1  # between two lines on the node: each has the server's thread wait for this one, and this one for it
 OUTDATED = (
     "interrupted runs of an earlier version of FlowCache cannot be resumed: this one starts anew; they are removed when"
     " space is needed, or delete flowcache/runs in ComfyUI's user folder"
@@ -72,6 +73,7 @@ class FinishedChunks(RunListener):
     def __post_init__(self):
         self.begun = time.perf_counter()
         self.earlier = range(0)
+        self.told = (-1, 0.0)  # chunks that the node said were finished, and when
         self.on_disk = 0  # chunks, with those of an interrupted run, that are there after a kill
         self.outdated = False
         self.lost = ""  # why chunks are not kept any more
@@ -120,7 +122,10 @@ class FinishedChunks(RunListener):
         self.tick, self.ticks = told.tick, told.ticks
         if self.outlet is not None:
             self._show(self.outlet.decoded())
-        progress_text(describe(told, engine, self.begun, self.finished(engine), len(self.earlier)), self.node_id)
+        (before, last), finished, now = self.told, self.finished(engine), time.perf_counter()
+        if finished > before or now - last >= SECONDS or told.tick == told.ticks:
+            self.told = finished, now
+            progress_text(describe(told, engine, self.begun, finished, len(self.earlier)), self.node_id)
 
     def steer(self, ahead: Boundary, steering: Steering) -> bool:
         return self.live is not None and self.live.steer(ahead, steering)

@@ -3,12 +3,13 @@
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 from safetensors import safe_open
 from safetensors.torch import save_file
 
 from flowcache_core.demo.clips import render, sample_scenes
 from flowcache_core.demo.train_vae import HELD_OUT, export, fresh_vae, psnr
-from flowcache_core.demo.vae import SHIPPED, Memory, WanVAE, load_vae
+from flowcache_core.demo.vae import AT_ONCE, SHIPPED, CausalConv3d, Memory, Norm, WanVAE, load_vae
 
 
 @pytest.fixture(scope="module")
@@ -38,6 +39,33 @@ def test_keys_and_shapes_are_those_of_wan():
     assert state["decoder.upsamples.11.resample.1.weight"] == [8, 16, 3, 3]
     assert state["decoder.upsamples.14.residual.6.bias"] == [8]
     assert state["decoder.head.2.weight"] == [3, 8, 3, 3, 3]
+
+
+@pytest.mark.parametrize("kernel", [3, (3, 1, 1), 1])
+def test_a_convolution_on_the_processor_is_torchs(kernel):
+    layer, x = CausalConv3d(4, 6, kernel), torch.randn(2, 4, 5, 7, 6)
+    past = F.pad(x, (0, 0, 0, 0, layer.kernel_size[0] - 1, 0))
+    expected = F.conv3d(past, layer.weight, layer.bias, padding=layer.padding)
+    made = layer(x)
+    assert made.shape == expected.shape and torch.allclose(made, expected, atol=1e-5)
+
+
+def test_norms_are_of_the_channels_and_bear_nothing():
+    x = torch.randn(2, 5, 3, 4, 4)
+    x[:, :, 1] = 0.0
+    x.requires_grad_()
+    made = Norm(5)(x)
+    assert torch.allclose(made, F.normalize(x, dim=1) * 5**0.5, atol=1e-6)
+    made.square().sum().backward()
+    assert x.grad.isfinite().all()
+
+
+def test_a_whole_video_is_decoded_as_with_gradients(shipped):
+    """Which a processor does in one go."""
+    latent = torch.randn(1, 16, 2 * AT_ONCE + 1, 4, 4)
+    whole = shipped.decode(latent)
+    with torch.inference_mode():
+        assert torch.allclose(shipped.decode(latent), whole, atol=1e-4)
 
 
 @pytest.mark.parametrize("chunk", [1, 3])

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from flowcache_core.history.plan import NetworkSizes, plan_memory
-from flowcache_core.history.positions import Positions
+from flowcache_core.history.positions import Positions, rotate
 from flowcache_core.models.rotary import Rotary
 from flowcache_core.schedule import ChunkSchedule
 from flowcache_core.settings import HistorySettings, Settings
@@ -55,3 +55,16 @@ def test_more_frames_than_places_pile_up_at_the_front(positions):
 
 def test_nothing_kept_stands_nowhere(positions):
     assert positions.kept_places(torch.zeros(1, 3, 0, dtype=torch.int32), 18).shape == (1, 3, 0)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_turn_is_that_of_cosines_and_sines(dtype):
+    """Of heads side by side, and of a part of them."""
+    table = torch.stack([torch.rand(7, 4).cos(), torch.rand(7, 4).sin()])
+    tokens = torch.randn(2, 7, 3 * 12).to(dtype).unflatten(-1, (3, 12)).transpose(1, 2)
+    for x in (tokens[..., :8], tokens[..., 4:].contiguous()):
+        even, odd = x.float().unflatten(-1, (-1, 2)).unbind(-1)
+        cosine, sine = table
+        turned = torch.stack([even * cosine - odd * sine, even * sine + odd * cosine], dim=-1).flatten(-2)
+        made = rotate(x, table)
+        assert made.dtype == dtype and torch.allclose(made.float(), turned.to(dtype).float(), atol=1e-6)
