@@ -10,6 +10,8 @@ from torch import Tensor
 from ..schedule import Given, Rerun
 from .plan import MemoryPlan
 
+VECTOR = 8  # complex numbers in a processor's widest registers
+
 
 class RotaryProduct(NamedTuple):
     """How pairs of numbers are turned; ComfyUI has it as one kernel.
@@ -95,11 +97,13 @@ class RotaryTables:
 def rotate(x: Tensor, table: Tensor) -> Tensor:
     """Turns the pairs of x [..., tokens, D] by a table [2, ..., tokens, D / 2]; computed in float32, x's dtype out.
 
-    On a processor that is a product of complex numbers, in one pass instead of seven; what compiles has no such type.
+    On a processor that is a product of complex numbers, in one pass instead of seven: of whole vectors of them, for
+    what is left over would be rounded in another way, and a token's bits depend on how many there are. What compiles
+    has no such type.
     """
     cosine, sine = table
     pairs = x.float().unflatten(-1, (-1, 2))
-    if x.device.type == "cpu" and not torch.compiler.is_compiling():
+    if x.device.type == "cpu" and pairs.shape[-2] % VECTOR == 0 and not torch.compiler.is_compiling():
         turned = torch.view_as_complex(pairs) * torch.complex(cosine, sine)
         return torch.view_as_real(turned).flatten(-2).to(x.dtype)
     even, odd = pairs.unbind(-1)

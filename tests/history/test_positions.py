@@ -59,10 +59,12 @@ def test_nothing_kept_stands_nowhere(positions):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_a_turn_is_that_of_cosines_and_sines(dtype):
-    """Of heads side by side, and of a part of them."""
-    table = torch.stack([torch.rand(7, 4).cos(), torch.rand(7, 4).sin()])
-    tokens = torch.randn(2, 7, 3 * 12).to(dtype).unflatten(-1, (3, 12)).transpose(1, 2)
-    for x in (tokens[..., :8], tokens[..., 4:].contiguous()):
+    """Of heads side by side, and of a part of them; a token's bits are the same whoever else is turned."""
+    whole = torch.stack([torch.rand(7, 16).cos(), torch.rand(7, 16).sin()])
+    tokens = torch.randn(2, 7, 3 * 36).to(dtype).unflatten(-1, (3, 36)).transpose(1, 2)
+    for x in (tokens[..., :32], tokens[..., 4:].contiguous(), tokens[..., :12]):
+        table = whole[..., : x.shape[-1] // 2]
+        assert torch.equal(rotate(x, table)[:, 1:, 2:5], rotate(x[:, 1:, 2:5], table[:, 2:5]))
         even, odd = x.float().unflatten(-1, (-1, 2)).unbind(-1)
         cosine, sine = table
         turned = torch.stack([even * cosine - odd * sine, even * sine + odd * cosine], dim=-1).flatten(-2)
