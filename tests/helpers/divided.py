@@ -90,6 +90,7 @@ RUNS: dict[str, Callable[..., Result]] = {
     "skyreels": wan("skyreels", steps=6, lag=2),
     "longlive": wan("longlive", WINDOW),
     "longlive guidance": wan("longlive", WINDOW, guidance_scale=2.0),
+    "krea": wan("krea", steps=4),
     "wan": wan("wan", chunks=2),
     "joint": wan("skyreels", steps=4, lag=1, seeing="joint", chunks=3),
     "guidance": wan("demo", guidance_scale=2.0),

@@ -11,6 +11,7 @@ from flowcache_core.parallel.ulysses import layer_numbers
 from tests.helpers.divided import CONFIG, PIPED, RUNS, branches_of, divided, every_run, network
 
 NEAR = 1e-6  # a product of fewer rows may sum in another order
+ANEW = ("krea",)  # whose frames are run again in products of other sizes
 FRAME, PATCH, FRAMES = 15, 16, 2  # tokens of a frame, numbers of a patch, frames of a chunk
 
 
@@ -42,7 +43,7 @@ def away(found: Tensor, expected: Tensor) -> float:
 def test_processes_make_the_video_of_one(alone, found, scheme, name):
     expected, parts = alone[name].latents, [one[scheme, name] for one in found]
     assert all(torch.equal(part.latents, parts[0].latents) for part in parts)
-    if branches_of(name) == 1 and scheme != "pipeline":
+    if branches_of(name) == 1 and scheme != "pipeline" and name not in ANEW:
         assert torch.equal(parts[0].latents, expected)
     assert away(parts[0].latents, expected) <= NEAR
     assert parts[0].saved == sum(part.nbytes for clean in alone[name].state.histories for part in clean)
