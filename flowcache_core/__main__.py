@@ -174,6 +174,7 @@ def parser() -> argparse.ArgumentParser:
         part.set_defaults(run=run)
         return part.add_argument
 
+    names = ", ".join(checkpoints.FAMILIES)
     option = command("generate", run_generate, "a video from captions or embeddings, or a longer one from a state")
     option("captions", nargs="*", help='such as "a red circle and a blue square"; several share the chunks evenly')
     option("--out", type=Path, default=Path("out/video.mp4"), help=".mp4, .webp or .gif (default: %(default)s)")
@@ -223,7 +224,6 @@ def parser() -> argparse.ArgumentParser:
         metavar="FILE",
         help="of the family experts: the network for low noise levels, where --network is no folder of both",
     )
-    names = ", ".join(checkpoints.FAMILIES)
     option("--family", help=f"demo, auto or {names} (default: demo for captions, what the file says for --text)")
     option(
         "--text", type=Path, nargs="+", metavar="EMBEDDING", help="instead of captions: files of Save Text Embedding"
@@ -255,7 +255,7 @@ def parser() -> argparse.ArgumentParser:
 
     option = command("info", run_info, "what a checkpoint is, and what memory its videos take")
     option("file", type=Path)
-    option("--family", default="auto", help=f"auto or {', '.join(checkpoints.FAMILIES)}")
+    option("--family", default="auto", help=f"auto or {names}")
     option("--width", type=int, help="of a video, for the memory of its history (default: the model's own)")
     option("--height", type=int, help="likewise")
     option("--seconds", type=float, default=5.0, help="likewise (default: %(default)g)")
@@ -288,7 +288,7 @@ def parser() -> argparse.ArgumentParser:
     option = command("convert", run_convert, "a checkpoint (or MAGI-1's VAE) of any layout to one file for ComfyUI")
     option("file", type=Path)
     option("out", type=Path)
-    option("--family", default="auto", help=f"auto or {', '.join(checkpoints.FAMILIES)}")
+    option("--family", default="auto", help=f"auto or {names}")
     option("--dtype", choices=DTYPES, default="as it is", help="of the matrices (default: %(default)s)")
     option(
         "--weights",

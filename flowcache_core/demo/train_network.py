@@ -332,10 +332,11 @@ def main() -> None:
     options = parser.parse_args()
     options.out.parent.mkdir(parents=True, exist_ok=True)
     trainer = Trainer(options.out, options.seed, options.pool, options.rate)
-    if begun := options.start or options.teacher:
-        trainer.start_from(weights_of(begun))
-    if options.teacher:
-        trainer.learn_from(weights_of(options.teacher), options.guidance)
+    teacher = weights_of(options.teacher) if options.teacher else None
+    if begun := weights_of(options.start) if options.start else teacher:
+        trainer.start_from(begun)
+    if teacher:
+        trainer.learn_from(teacher, options.guidance)
     if options.resume:
         trainer.resume()
     trainer.run(options.steps)

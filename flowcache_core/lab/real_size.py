@@ -146,9 +146,10 @@ class Model:
         def size(layers: int, led: int = 0) -> int:
             return _weight_bytes(self.network(layers, led=led), itemsize)
 
-        a_layer = size(2) - size(1)
-        beside = size(1, 1) - size(1) if self.led else 0
-        return size(1) + (self.layers - 1) * a_layer + self.led * beside
+        one = size(1)
+        a_layer = size(2) - one
+        beside = size(1, 1) - one if self.led else 0
+        return one + (self.layers - 1) * a_layer + self.led * beside
 
     def backbone(self, network: nn.Module, attention: Attention = grouped_attention) -> Any:
         """Makes what runs a network by layers, or those that `network` made; `attention` is for the text."""

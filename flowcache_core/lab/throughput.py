@@ -13,6 +13,7 @@ import statistics
 import tempfile
 import time
 from collections.abc import Callable, Hashable, Sequence
+from functools import cache
 from pathlib import Path
 
 import torch
@@ -125,11 +126,15 @@ def _ready() -> None:
     torch.set_num_threads(1)
 
 
+_network = cache(load_network)  # loaded once a process, by its first video
+
+
 def _make(what: tuple[int, int, int]) -> None:
     seed, chunks, videos = what
-    network = load_network()
     for number in range(videos):
-        generate(network, embed_caption("a red circle"), chunks, steps=STEPS, lag=STEPS // 4, seed=1000 * seed + number)
+        generate(
+            _network(), embed_caption("a red circle"), chunks, steps=STEPS, lag=STEPS // 4, seed=1000 * seed + number
+        )
 
 
 def main(arguments: list[str] | None = None) -> None:

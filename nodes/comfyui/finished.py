@@ -73,7 +73,7 @@ class FinishedChunks(RunListener):
     def __post_init__(self):
         self.begun = time.perf_counter()
         self.earlier = range(0)
-        self.told = (-1, 0.0)  # chunks that the node said were finished, and when
+        self.last_line = (-1, 0.0)  # chunks that the node said were finished, and when
         self.on_disk = 0  # chunks, with those of an interrupted run, that are there after a kill
         self.outdated = False
         self.lost = ""  # why chunks are not kept any more
@@ -122,9 +122,9 @@ class FinishedChunks(RunListener):
         self.tick, self.ticks = told.tick, told.ticks
         if self.outlet is not None:
             self._show(self.outlet.decoded())
-        (before, last), finished, now = self.told, self.finished(engine), time.perf_counter()
+        (before, last), finished, now = self.last_line, self.finished(engine), time.perf_counter()
         if finished > before or now - last >= SECONDS or told.tick == told.ticks:
-            self.told = finished, now
+            self.last_line = finished, now
             progress_text(describe(told, engine, self.begun, finished, len(self.earlier)), self.node_id)
 
     def steer(self, ahead: Boundary, steering: Steering) -> bool:

@@ -35,7 +35,7 @@ SKYREELS = replace(WAN, fps=True)
 MAGI = replace(SMALL, layers=1)
 MAGI_DISTILLED = replace(MAGI, distilled=True)
 MAGI_SIGMAS = sigmas(4)  # worked out by torch, which would make them up in the pretended world
-SCHEDULE = ChunkSchedule(3, 4, 2)
+SCHEDULE = ChunkSchedule(4, 4, 2)
 WATCHING = {
     "flowcache": PRESETS["paper fast"],
     "teacache": Settings(Drift(0.1, whole_window=True)),
@@ -276,7 +276,7 @@ def test_clean_history_is_read_at_most_once_a_layer_and_tick(name, monkeypatch):
         list(engine.run())
     most = {"wan shared": 2, "wan budget": 2}.get(name, 0)  # keys and values
     stored = 2 * (name == "wan budget")
-    assert set(forwards) <= {most, most + 1, most + stored} and len(forwards) >= 8
+    assert set(forwards) <= {most, most + 1, most + stored} and len(forwards) > 8
 
 
 @pytest.mark.parametrize("name", OVER_HISTORY)
